@@ -1,0 +1,167 @@
+"""The reference behind the op interface: runs wherever PyTorch does, saves only inputs, recomputes in the backward.
+
+No problem selects it by name.  It keeps an op callable where no native backend can run, as for a graph exported on
+another machine, and lets every property of the ops be tested without a compiler.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import reference
+from ..problem import Operands, Options, compute_dtype, empty_in_order
+from ..reference.attention import attention_with_state, pool_with_state
+
+NAME = "eager"
+
+
+@contextmanager
+def _autograd() -> Iterator[None]:
+    """Autograd inside an op's kernel, where the dispatcher has switched its keys off."""
+    keys = torch._C.DispatchKey
+    with ExitStack() as stack:
+        for key in (keys.AutogradFunctionality, keys.ADInplaceOrView):
+            stack.enter_context(torch._C._SetExcludeDispatchKeyGuard(key, False))
+        stack.enter_context(torch.enable_grad())
+        yield
+
+
+def _vjp(
+    function: Callable[..., Tensor | tuple[Tensor, ...]],
+    tensors: Sequence[Tensor | None],
+    needs: Sequence[bool],
+    cotangents: Sequence[Tensor | None],
+) -> list[Tensor | None]:
+    """Gradients of Σ ⟨cotangent, output⟩ for the tensors that need one, None for the others."""
+    with _autograd():
+        leaves = [t.detach().requires_grad_(n) if t is not None else None for t, n in zip(tensors, needs, strict=True)]
+        outputs = function(*leaves)
+        pairs = zip(outputs if isinstance(outputs, tuple) else (outputs,), cotangents, strict=True)
+        pairs = [(o, g) for o, g in pairs if g is not None and o.requires_grad]
+        wanted = [t for t, n in zip(leaves, needs, strict=True) if n and t is not None]
+        found = torch.autograd.grad(
+            [o for o, _ in pairs], wanted, [g for _, g in pairs], allow_unused=True, materialize_grads=True
+        )
+    grads = iter(found)
+    return [
+        empty_in_order(t, t.shape).copy_(next(grads)) if n and t is not None else None
+        for t, n in zip(tensors, needs, strict=True)
+    ]
+
+
+def attention(x: Operands, opt: Options) -> tuple[Tensor, Tensor, Tensor]:
+    assert x.query is not None
+    o, z, c = attention_with_state(x, opt)
+    return empty_in_order(x.query, o.shape).copy_(o), z, c
+
+
+def attention_backward(
+    x: Operands, opt: Options, z: Tensor, c: Tensor, d_o: Tensor, needs: Sequence[bool]
+) -> Operands:
+    return Operands(*_vjp(lambda *t: reference.attention(Operands(*t), opt), x, needs, [d_o]))
+
+
+def pool(x: Operands, opt: Options) -> tuple[Tensor, Tensor]:
+    return pool_with_state(x, opt)
+
+
+def pool_backward(
+    x: Operands, opt: Options, z: Tensor, c: Tensor, d_z: Tensor, d_c: Tensor | None, needs: Sequence[bool]
+) -> Operands:
+    return Operands(*_vjp(lambda *t: pool_with_state(Operands(*t), opt), x, needs, [d_z, d_c]))
+
+
+def causal(x: Operands, opt: Options) -> Tensor:
+    assert x.query is not None
+    o = reference.causal(x, opt)
+    return empty_in_order(x.query, o.shape).copy_(o)
+
+
+def causal_backward(x: Operands, opt: Options, d_o: Tensor, needs: Sequence[bool]) -> Operands:
+    return Operands(*_vjp(lambda *t: reference.causal(Operands(*t), opt), x, needs, [d_o]))
+
+
+def features(x: Tensor, landmarks: Tensor, bandwidth: Tensor | None, scalar: float, ridge: float) -> Tensor:
+    psi = _features(x, landmarks, bandwidth, scalar, ridge)
+    return empty_in_order(x, psi.shape).copy_(psi)
+
+
+def _features(x: Tensor, landmarks: Tensor, bandwidth: Tensor | None, scalar: float, ridge: float) -> Tensor:
+    beta = landmarks.new_full((landmarks.shape[0],), scalar) if bandwidth is None else bandwidth
+    psi = reference.nystrom_features(x.to(compute_dtype(x.dtype)), landmarks, beta[:, None, None], ridge)
+    return psi.to(x.dtype)
+
+
+def features_backward(
+    x: Tensor,
+    landmarks: Tensor,
+    bandwidth: Tensor | None,
+    scalar: float,
+    ridge: float,
+    d_psi: Tensor,
+    needs: Sequence[bool],
+) -> tuple[Tensor | None, ...]:
+    tensors = (x, landmarks, bandwidth)
+    return tuple(_vjp(lambda *t: _features(*t, scalar, ridge), tensors, needs, [d_psi]))
+
+
+def _uniform(log_mass: Tensor | None, like: Tensor) -> Tensor:
+    """`log_mass`, or −log N for masses [..., N] shaped like `like`."""
+    return torch.full_like(like, -math.log(max(like.shape[-1], 1))) if log_mass is None else log_mass
+
+
+def _sinkhorn(
+    log_kernel: Tensor,
+    log_a: Tensor | None,
+    log_b: Tensor | None,
+    lam_a: Tensor | None,
+    lam_b: Tensor | None,
+    scalars: Sequence[float],
+    num_iters: int,
+    tol: float | None,
+) -> tuple[Tensor, ...]:
+    lam_a, lam_b = (
+        log_kernel.new_full((1, 1), scalar) if lam is None else lam.unsqueeze(-1)
+        for lam, scalar in zip((lam_a, lam_b), scalars, strict=True)
+    )
+    log_a, log_b = _uniform(log_a, log_kernel[..., 0]), _uniform(log_b, log_kernel[..., 0, :])
+    return reference.sinkhorn(log_kernel, log_a, log_b, num_iters, lam_a, lam_b, tol)
+
+
+def sinkhorn(*args: Any) -> tuple[Tensor, ...]:
+    """(log_kernel [G, N, M], log_a, log_b, lam_a [G], lam_b [G], scalars, num_iters, tol) -> (f, g, c, iters)."""
+    return tuple(t.contiguous() for t in _sinkhorn(*args))
+
+
+def sinkhorn_backward(
+    log_kernel: Tensor,
+    log_a: Tensor | None,
+    log_b: Tensor | None,
+    lam_a: Tensor | None,
+    lam_b: Tensor | None,
+    scalars: Sequence[float],
+    c: Tensor,
+    iters: Tensor,
+    d_f: Tensor,
+    d_g: Tensor,
+    needs: Sequence[bool],
+) -> tuple[Tensor | None, ...]:
+    """Problems that ran equally long are replayed together, so that no tolerance is needed to repeat the stops."""
+    groups = [(int(n), (iters == n).nonzero().squeeze(-1)) for n in iters.unique()]
+
+    def replay(*tensors: Tensor | None) -> tuple[Tensor, Tensor]:
+        plans = [
+            _sinkhorn(*(t if t is None else t[rows] for t in tensors), scalars, n, None)  # type: ignore[arg-type]
+            for n, rows in groups
+        ]
+        return torch.cat([p[0] for p in plans]), torch.cat([p[1] for p in plans])
+
+    order = torch.cat([rows for _, rows in groups])
+    tensors = (log_kernel, log_a, log_b, lam_a, lam_b)
+    return tuple(_vjp(replay, tensors, needs, [d_f[order], d_g[order]]))

@@ -1,0 +1,124 @@
+"""Every input check of the functional API: a ValueError or TypeError that names the argument, what it got, what it wants.
+
+Checks read shapes, dtypes, devices and Python numbers, never a tensor's values: that would stall a GPU.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .problem import DTYPES, KERNELS
+
+Size = int | str | None
+
+
+def _show(shape: Sequence[Size]) -> str:
+    return "[" + ", ".join("*" if s is None else str(s) for s in shape) + "]"
+
+
+def tensor(name: str, value: Any, letters: str) -> Tensor:
+    """`value` is a floating-point tensor with one dimension a letter: 'BHLD' wants four."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a Tensor [{', '.join(letters)}], got {type(value).__name__}")
+    if value.ndim != len(letters):
+        raise ValueError(f"{name} must have shape [{', '.join(letters)}], got {value.ndim}-D {list(value.shape)}")
+    if value.dtype not in DTYPES:
+        raise TypeError(f"{name} must be float32, float64, bfloat16 or float16, got {value.dtype}")
+    return value
+
+
+def shape(name: str, value: Tensor, expected: Sequence[Size], why: str) -> None:
+    """`value` has the expected sizes; None stands for any."""
+    if any(e is not None and s != e for s, e in zip(value.shape, expected, strict=True)):
+        raise ValueError(f"{name} must have shape {_show(expected)} ({why}), got {list(value.shape)}")
+
+
+def same_dtype(first: str, a: Tensor, second: str, b: Tensor) -> None:
+    if a.dtype != b.dtype:
+        raise TypeError(f"{second} must have the dtype of {first}, {a.dtype}, got {b.dtype}")
+
+
+def same_device(first: str, a: Tensor, **others: Any) -> None:
+    for name, b in others.items():
+        if isinstance(b, Tensor) and b.device != a.device:
+            raise ValueError(f"{name} must be on the device of {first}, {a.device}, got {b.device}")
+
+
+def nonempty(name: str, value: Tensor, letters: str, sizes: Sequence[int]) -> None:
+    for letter, size in zip(letters, sizes, strict=True):
+        if size == 0:
+            raise ValueError(f"{name} must have {letter} > 0, got {list(value.shape)}")
+
+
+def hyperparameter(name: str, value: Any, heads: int, low: float, high: float, open_low: bool = False) -> None:
+    """A float in [low, high] ((low, high] if `open_low`), or a tensor [H], whose values are not read."""
+    if isinstance(value, Tensor):
+        if value.shape not in ((heads,), ()) or not value.is_floating_point():
+            raise ValueError(
+                f"{name} must be a float or a floating-point tensor [H] = [{heads}], got {value.dtype} "
+                f"{list(value.shape)}"
+            )
+        return
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a float or a tensor [H], got {type(value).__name__}")
+    if not math.isfinite(value) or not low <= value <= high or (open_low and value == low):
+        wants = f"{'> ' if open_low else '≥ '}{low:g}" + ("" if math.isinf(high) else f" and ≤ {high:g}")
+        raise ValueError(f"{name} must be finite and {wants}, got {value}")
+
+
+def iterations(value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+        raise TypeError(f"num_iters must be an int ≥ 0, got {type(value).__name__}")
+    if value < 0:
+        raise ValueError(f"num_iters must be ≥ 0, got {value}")
+
+
+def probability(value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"dropout_p must be a float in [0, 1], got {type(value).__name__}")
+    if not 0.0 <= value <= 1.0:
+        raise ValueError(f"dropout_p must be in [0, 1], got {value}")
+
+
+def kernel(value: Any) -> None:
+    if value not in KERNELS:
+        raise ValueError(f"kernel must be one of {', '.join(KERNELS)}, got {value!r}")
+
+
+def flag(name: str, value: Any) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be a bool, got {type(value).__name__}")
+
+
+def mask(name: str, value: Any, allowed: Sequence[Sequence[int]]) -> None:
+    """A bool (True takes part) or floating-point (log mass) mask of one of the allowed shapes."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a bool or floating-point Tensor, got {type(value).__name__}")
+    if value.dtype != torch.bool and not value.is_floating_point():
+        raise TypeError(f"{name} must be bool (True takes part) or floating point (log mass), got {value.dtype}")
+    if not any(tuple(value.shape) == tuple(s) for s in allowed):
+        raise ValueError(f"{name} must have shape {' or '.join(_show(s) for s in allowed)}, got {list(value.shape)}")
+
+
+def positions(tokens: dict[str, tuple[Any, int, int]], reference: Any, heads: int, m: int) -> None:
+    """`tokens`: name -> (value, B, N), each [N, P] or [B, N, P]; `reference` [H, M, P]; all given or none."""
+    given = {name: value for name, (value, _, _) in tokens.items()} | {"reference_position": reference}
+    missing = [name for name, value in given.items() if value is None]
+    if len(missing) == len(given):
+        return
+    if missing:
+        raise ValueError(f"{' and '.join(given)} go together: {', '.join(missing)} missing")
+    p = tensor("reference_position", reference, "HMP").shape[-1]
+    shape("reference_position", reference, (heads, m, None), "H and M of the references")
+    for name, (value, b, n) in tokens.items():
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{name} must be a Tensor [N, P] or [B, N, P], got {type(value).__name__}")
+        if tuple(value.shape) not in ((n, p), (b, n, p)):
+            raise ValueError(f"{name} must have shape {[n, p]} or {[b, n, p]}, got {list(value.shape)}")
+        if value.requires_grad:
+            raise ValueError(f"{name} gets no gradient, but requires_grad is set: pass {name}.detach()")

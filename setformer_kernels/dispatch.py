@@ -1,0 +1,45 @@
+"""Which implementation runs a problem: pure functions of static facts, explaining every refusal."""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+import torch
+
+from .backends import cpu, eager
+from .problem import Problem
+
+REFERENCE = "reference"
+NATIVE: dict[str, ModuleType] = {module.NAME: module for module in (cpu,)}  # in the order `auto` tries them
+EAGER = eager  # behind the ops where no native backend is left: an exported graph on another machine
+
+
+def available_backends(problem: Problem | None = None) -> dict[str, list[str]]:
+    """Every backend with the reasons why it cannot run `problem` (an empty list: it can), in the order of `auto`.
+
+    Without a problem: float32 attention on the CPU, D = E = M = 64.
+    """
+    problem = problem or typical_problem()
+    return {name: module.unsupported_reasons(problem) for name, module in NATIVE.items()} | {REFERENCE: []}
+
+
+def typical_problem(device: str = "cpu") -> Problem:
+    return Problem("attention", device, torch.float32, D=64, E=64, M=64, num_iters=3)
+
+
+def select(problem: Problem, requested: str = "auto") -> str:
+    """The backend that runs `problem`; ValueError if the requested one is unknown or cannot, with its reasons."""
+    names = [*NATIVE, REFERENCE]
+    if requested == "auto":
+        return next((name for name in NATIVE if not NATIVE[name].unsupported_reasons(problem)), REFERENCE)
+    if requested not in names:
+        raise ValueError(f"backend must be one of auto, {', '.join(names)}, got {requested!r}")
+    reasons = [] if requested == REFERENCE else NATIVE[requested].unsupported_reasons(problem)
+    if reasons:
+        raise ValueError(f"backend {requested!r} cannot run this call: {'; '.join(reasons)}")
+    return requested
+
+
+def implementation(problem: Problem, requested: str) -> ModuleType:
+    """The backend module an op calls on real tensors: the selected native one, or the eager one."""
+    return NATIVE.get(select(problem, requested), EAGER)

@@ -1,0 +1,417 @@
+"""The functional API: broadcast, validate, choose reference or native, call.
+
+Letters: B batch, H heads, L queries, S keys, M references, D head dim, E value head dim, R landmarks, P position
+coordinates, T = num_iters.  x̂ = x/‖x‖, and 0 with zero gradient where ‖x‖ ≤ 1e-12.  Source: SeTformer (arXiv
+2401.03540) on OTKE (ICLR 2021, arXiv 2006.12065).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import checks, dispatch, ops, reference
+from .problem import HYPER, Operands, Options, compute_dtype
+from .reference.dense import normalise_masses
+
+__all__ = ["nystrom_features", "set_attention", "set_attention_weights", "set_pool", "sinkhorn"]
+
+Hyper = float | Tensor
+
+
+def set_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    references: Tensor,
+    *,
+    kernel: str = "rbf",
+    bandwidth: Hyper = 1.0,
+    epsilon: Hyper = 0.05,
+    num_iters: int = 3,
+    key_mask: Tensor | None = None,
+    attn_mask: Tensor | None = None,
+    causal: bool = False,
+    reference_log_mass: Tensor | None = None,
+    key_relaxation: Hyper = 1.0,
+    reference_relaxation: Hyper = 1.0,
+    query_position: Tensor | None = None,
+    key_position: Tensor | None = None,
+    reference_position: Tensor | None = None,
+    position_scale: Hyper = 1.0,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Self-optimal transport attention, linear in L and S: [B,H,L,D], [B,H,S,D], [B,H,S,E], [H,M,D] -> [B,H,L,E].
+
+    Logits ℓ_ij = (κ(x_i, y_j) − 1)/ε − τ²‖p_i − π_j‖² with κ = exp(β(⟨x̂, ŷ⟩ − 1)) (`rbf`) or ⟨x, y⟩ (`dot`).  The
+    keys, with masses a, are transported onto the references, with masses b, by T log-domain Sinkhorn iterations:
+    g⁰ = log b; f^t = log a − λ_a LSE_j(ℓ + g^{t−1}); c^t = LSE_s(ℓ + f^t); g^t = log b − λ_b c^t.  Values are pooled
+    along the plan, z_j = Σ_s exp(ℓ_sj + f^T_s − c^T_j) v_s, and read back by the queries with the dual potential,
+    o_i = Σ_j softmax_j(ℓ(q_i, y_j) + g^T_j) z_j.  Where a query sees no key, o_i = 0.
+
+    Args:
+        query, key, value: one dtype (float32, bfloat16, float16; float64 on the reference and CPU backends), any
+            strides.  Under autocast they are cast to its dtype first.
+        references: y, [H, M, D], of any floating dtype, as all further tensors.
+        bandwidth, epsilon, position_scale: β > 0, ε > 0, τ ≥ 0: floats, or tensors [H] (differentiable, not checked).
+        num_iters: T ≥ 0; gradients are exact for the T iterations that ran.
+        key_mask: [B, S], bool (True takes part) or float (unnormalised log mass, −inf = not there; differentiable).
+        attn_mask: [L, S], [B, L, S] or [B, H, L, S], likewise; query i is answered as if its row were its key mask.
+            This is the dense path, O(T·L·S·M) time: the one that is not linear.
+        causal: query i sees keys s ≤ i; needs L = S.  A linear scan for T ≤ 1, else the dense path.
+        reference_log_mass: [H, M] unnormalised log b; uniform when None.
+        key_relaxation, reference_relaxation: λ in [0, 1], 1 = balanced; λ = ρ/(ρ + ε) is a KL penalty of strength ρ.
+        query_position, key_position: [N, P] or [B, N, P] in any unit, without gradient; a row of NaN has no position
+            and gets no position term.  reference_position: [H, M, P].  All three or none.
+        dropout_p: dropout on the read weights W^q; seed: int64 scalar tensor, drawn when dropout_p > 0 and None.
+        backend: "auto", or a name of `available_backends()`.
+
+    Raises:
+        ValueError, TypeError: naming the argument, what it got and what it wants.
+    """
+    checks.tensor("query", query, "BHLD")
+    x, opt = _normalise(
+        query, key, value, references, (bandwidth, epsilon, key_relaxation, reference_relaxation, position_scale),
+        key_mask, reference_log_mass, query_position, key_position, reference_position,
+        kernel=kernel, num_iters=num_iters, dropout_p=dropout_p, seed=seed, backend=backend,
+    )  # fmt: skip
+    mask = _query_mask(x, attn_mask, causal, num_iters)
+    if mask is not None:
+        dispatch.select(ops.attention_problem("dense", x, opt), _dense_backend(backend))
+        return reference.dense(x, opt, mask)[0]
+    name = "causal" if causal else "attention"
+    if dispatch.select(ops.attention_problem(name, x, opt), backend) == dispatch.REFERENCE:
+        return reference.causal(x, opt) if causal else reference.attention(x, opt)
+    return (ops.set_causal(*x, *opt) if causal else ops.set_attention(*x, *opt))[0]
+
+
+def set_attention_weights(
+    query: Tensor,
+    key: Tensor,
+    references: Tensor,
+    *,
+    attn_mask: Tensor | None = None,
+    causal: bool = False,
+    kernel: str = "rbf",
+    bandwidth: Hyper = 1.0,
+    epsilon: Hyper = 0.05,
+    num_iters: int = 3,
+    key_mask: Tensor | None = None,
+    reference_log_mass: Tensor | None = None,
+    key_relaxation: Hyper = 1.0,
+    reference_relaxation: Hyper = 1.0,
+    query_position: Tensor | None = None,
+    key_position: Tensor | None = None,
+    reference_position: Tensor | None = None,
+    position_scale: Hyper = 1.0,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """The dense matrix A = W^q W^kᵀ [B, H, L, S] of `set_attention` (o = A v), for inspection: O(L·S) memory.
+
+    Non-negative, rows sum to 1 (to 0 where a query sees no key).  Arguments as in `set_attention`; computed by the
+    reference on every backend.
+    """
+    checks.tensor("query", query, "BHLD")
+    checks.tensor("key", key, "BHSD")
+    x, opt = _normalise(
+        query, key, key[..., :0], references,
+        (bandwidth, epsilon, key_relaxation, reference_relaxation, position_scale),
+        key_mask, reference_log_mass, query_position, key_position, reference_position,
+        kernel=kernel, num_iters=num_iters, dropout_p=dropout_p, seed=seed, backend=backend,
+    )  # fmt: skip
+    dispatch.select(ops.attention_problem("weights", x, opt), _dense_backend(backend))
+    mask = _query_mask(x, attn_mask, causal, math.inf)
+    return reference.weights(x, opt) if mask is None else reference.dense(x, opt, mask)[1]
+
+
+def set_pool(
+    key: Tensor,
+    value: Tensor,
+    references: Tensor,
+    *,
+    kernel: str = "rbf",
+    bandwidth: Hyper = 1.0,
+    epsilon: Hyper = 0.05,
+    num_iters: int = 3,
+    key_mask: Tensor | None = None,
+    reference_log_mass: Tensor | None = None,
+    key_relaxation: Hyper = 1.0,
+    reference_relaxation: Hyper = 1.0,
+    key_position: Tensor | None = None,
+    reference_position: Tensor | None = None,
+    position_scale: Hyper = 1.0,
+    backend: str = "auto",
+) -> Tensor:
+    """The OTKE/SeT embedding of a set, M tokens from S: z_j = Σ_s W^k_sj v_s, [B,H,S,D], [B,H,S,E], [H,M,D] -> [B,H,M,E].
+
+    The columns of W^k = exp(ℓ + f^T − c^T) sum to 1; z = 0 where no key takes part.  Arguments as in `set_attention`.
+    """
+    x, opt = _normalise(
+        None, key, value, references, (bandwidth, epsilon, key_relaxation, reference_relaxation, position_scale),
+        key_mask, reference_log_mass, None, key_position, reference_position,
+        kernel=kernel, num_iters=num_iters, dropout_p=0.0, seed=None, backend=backend,
+    )  # fmt: skip
+    if dispatch.select(ops.attention_problem("pool", x, opt), backend) == dispatch.REFERENCE:
+        return reference.pool(x, opt)
+    return ops.set_pool(*x, *opt)[0].to(x.value.dtype)
+
+
+def nystrom_features(
+    x: Tensor, landmarks: Tensor, *, bandwidth: Hyper = 1.0, ridge: float = 1e-3, backend: str = "auto"
+) -> Tensor:
+    """ψ(x) = ‖x‖ (K_ww + δI)^{−1/2} κ(w, x̂): [B, H, N, D], landmarks w [H, R, D] -> [B, H, N, R], in the dtype of x.
+
+    The projection of the homogeneous RKHS map ‖x‖φ(x̂) of the Gaussian kernel κ on the landmarks; K_ww = κ(ŵ, ŵ),
+    δ = `ridge` > 0, β = `bandwidth` > 0 (float, or tensor [H]).  Source: CKN (Mairal, NeurIPS 2016), OTKE.
+    """
+    checks.tensor("x", x, "BHND")
+    checks.tensor("landmarks", landmarks, "HRD")
+    h, d = x.shape[1], x.shape[3]
+    checks.nonempty("landmarks", landmarks, "HRD", landmarks.shape)
+    checks.shape("landmarks", landmarks, (h, None, d), "H and D of x")
+    checks.same_device("x", x, landmarks=landmarks, bandwidth=bandwidth)
+    checks.hyperparameter("bandwidth", bandwidth, h, 0.0, math.inf, open_low=True)
+    checks.hyperparameter("ridge", ridge, h, 0.0, math.inf, open_low=True)
+    if isinstance(ridge, Tensor):
+        raise TypeError("ridge must be a float, got Tensor")
+    (x,) = _autocast(x)
+    dtype = compute_dtype(x.dtype)
+    landmarks, (tensors, scalars) = landmarks.to(dtype), _hyper((bandwidth,), h, dtype)
+    if dispatch.select(ops.features_problem(x, landmarks), backend) != dispatch.REFERENCE:
+        return ops.nystrom_features(x, landmarks, tensors[0], scalars[0], float(ridge), backend)[0]
+    beta = landmarks.new_full((h,), scalars[0]) if tensors[0] is None else tensors[0]
+    return reference.nystrom_features(x.to(dtype), landmarks, beta[:, None, None], float(ridge)).to(x.dtype)
+
+
+def sinkhorn(
+    log_kernel: Tensor,
+    log_a: Tensor | None = None,
+    log_b: Tensor | None = None,
+    *,
+    num_iters: int = 100,
+    tol: float | None = None,
+    key_relaxation: Hyper = 1.0,
+    reference_relaxation: Hyper = 1.0,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """Log-domain Sinkhorn on any cost, batched: [..., N, M] -> potentials (f [..., N], g [..., M]) in units of ε.
+
+    g⁰ = log b; f^t = log a − λ_a LSE_j(ℓ + g^{t−1}); g^t = log b − λ_b LSE_i(ℓ + f^t), with ℓ = `log_kernel` = −cost/ε.
+    The plan is exp(ℓ + f + g).  `log_a` [..., N] and `log_b` [..., M] are log masses, uniform (−log N, −log M) when
+    None, broadcast over the batch.  −inf is allowed anywhere: what has no mass, or can reach nothing, has potential
+    −inf.  A problem stops early once max_j |g^t − g^{t−1}| ≤ `tol`; gradients are exact for the iterations that ran.
+    Relaxations: λ in [0, 1], a float or a tensor broadcastable to the batch [...].
+    """
+    if not isinstance(log_kernel, Tensor):
+        raise TypeError(f"log_kernel must be a Tensor [..., N, M], got {type(log_kernel).__name__}")
+    if log_kernel.ndim < 2 or 0 in log_kernel.shape[-2:]:
+        raise ValueError(f"log_kernel must have shape [..., N, M], N and M > 0, got {list(log_kernel.shape)}")
+    checks.tensor("log_kernel", log_kernel, "." * log_kernel.ndim)
+    checks.iterations(num_iters)
+    batch, (n, m) = log_kernel.shape[:-2], log_kernel.shape[-2:]
+    if tol is not None:
+        checks.hyperparameter("tol", tol, 0, 0.0, math.inf)
+    dtype = compute_dtype(log_kernel.dtype)
+    groups = math.prod(batch)
+    l = log_kernel.to(dtype).reshape(groups, n, m)
+    log_a, log_b = (_batched(*a, batch, dtype) for a in (("log_a", log_a, n), ("log_b", log_b, m)))
+    relaxations = (("key_relaxation", key_relaxation), ("reference_relaxation", reference_relaxation))
+    lam = [_batched_relaxation(name, value, batch, dtype) for name, value in relaxations]
+    scalars = [1.0 if isinstance(v, Tensor) else float(v) for _, v in relaxations]
+    checks.same_device("log_kernel", log_kernel, log_a=log_a, log_b=log_b, key_relaxation=lam[0],
+                       reference_relaxation=lam[1])  # fmt: skip
+    if dispatch.select(ops.sinkhorn_problem(l), backend) == dispatch.REFERENCE:
+        masses = [
+            l.new_full((), -math.log(k)).expand(groups, k) if t is None else t for t, k in ((log_a, n), (log_b, m))
+        ]
+        rates = [l.new_full((1, 1), s) if t is None else t.unsqueeze(-1) for t, s in zip(lam, scalars, strict=True)]
+        f, g = reference.sinkhorn(l, masses[0], masses[1], num_iters, rates[0], rates[1], tol)[:2]
+    else:
+        f, g = ops.sinkhorn(l, log_a, log_b, *lam, scalars, num_iters, tol, backend)[:2]
+    return f.reshape(*batch, n).to(log_kernel.dtype), g.reshape(*batch, m).to(log_kernel.dtype)
+
+
+def _batched(name: str, value: Tensor | None, size: int, batch: torch.Size, dtype: torch.dtype) -> Tensor | None:
+    """Log masses broadcast to [G, size] in the compute dtype."""
+    if value is None:
+        return None
+    if not isinstance(value, Tensor) or not value.is_floating_point():
+        raise TypeError(f"{name} must be a floating-point Tensor [..., {size}], got {type(value).__name__}")
+    return _broadcast(name, value, (*batch, size), dtype).reshape(math.prod(batch), size)
+
+
+def _batched_relaxation(name: str, value: Hyper, batch: torch.Size, dtype: torch.dtype) -> Tensor | None:
+    if not isinstance(value, Tensor):
+        checks.hyperparameter(name, value, 0, 0.0, 1.0)
+        return None
+    return _broadcast(name, value, tuple(batch), dtype).reshape(math.prod(batch))
+
+
+def _broadcast(name: str, value: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    try:
+        return value.to(dtype).expand(shape)
+    except RuntimeError as error:
+        raise ValueError(f"{name} must broadcast to {list(shape)}, got {list(value.shape)}") from error
+
+
+def _dense_backend(backend: str) -> str:
+    """The dense path is PyTorch on every backend: a native backend asked for by name stands for it too."""
+    return "auto" if backend in dispatch.NATIVE else backend
+
+
+def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    device = tensors[0].device.type
+    if not torch.amp.autocast_mode.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(t if t.dtype == torch.float64 else t.to(dtype) for t in tensors)
+
+
+def _hyper(values: tuple[Hyper, ...], heads: int, dtype: torch.dtype) -> tuple[list[Tensor | None], list[float]]:
+    """Each hyperparameter as a tensor [H] or as a float: (tensors, scalars), with None or an unused 1.0 elsewhere."""
+    tensors = [v.to(dtype).expand(heads) if isinstance(v, Tensor) else None for v in values]
+    return tensors, [1.0 if isinstance(v, Tensor) else float(v) for v in values]
+
+
+def _normalise(
+    query: Tensor | None,
+    key: Tensor,
+    value: Tensor,
+    references: Tensor,
+    hyper: tuple[Hyper, ...],
+    key_mask: Tensor | None,
+    reference_log_mass: Tensor | None,
+    query_position: Tensor | None,
+    key_position: Tensor | None,
+    reference_position: Tensor | None,
+    *,
+    kernel: str,
+    num_iters: int,
+    dropout_p: float,
+    seed: Tensor | None,
+    backend: str,
+) -> tuple[Operands, Options]:
+    """Check everything, then bring it to the form of `Operands`."""
+    _check_tokens(query, key, value, references)
+    b, h, s, _ = key.shape
+    m = references.shape[1]
+    _check_constants(hyper, h, kernel, num_iters, dropout_p)
+    tokens: dict[str, Any] = {"key_position": (key_position, b, s)}
+    if query is not None:
+        tokens["query_position"] = (query_position, b, query.shape[2])
+    checks.positions(tokens, reference_position, h, m)
+    if key_mask is not None:
+        checks.mask("key_mask", key_mask, [(b, s)])
+    if reference_log_mass is not None:
+        checks.tensor("reference_log_mass", reference_log_mass, "HM")
+        checks.shape("reference_log_mass", reference_log_mass, (h, m), "H and M of the references")
+    others = {n: t for n, t in zip(HYPER, hyper, strict=True)} | {
+        "references": references, "key_mask": key_mask, "reference_log_mass": reference_log_mass,
+        "query_position": query_position, "key_position": key_position, "reference_position": reference_position,
+    }  # fmt: skip
+    checks.same_device("key", key, query=query, value=value, **others)
+    if query is None:
+        key, value = _autocast(key, value)
+    else:
+        query, key, value = _autocast(query, key, value)
+    dtype = compute_dtype(key.dtype)
+    tensors, scalars = _hyper(hyper, h, dtype)
+    operands = Operands(
+        query, key, value, references.to(dtype),
+        _log_mass(key_mask, dtype, (b, h, s)),
+        None if reference_log_mass is None else reference_log_mass.to(dtype).log_softmax(-1),
+        *tensors,
+        _token_position(query_position, b, h, dtype),
+        _token_position(key_position, b, h, dtype),
+        None if reference_position is None else reference_position.to(dtype),
+        _seed(seed, dropout_p, key.device),
+    )  # fmt: skip
+    return operands, Options(tuple(scalars), kernel, int(num_iters), float(dropout_p), backend)
+
+
+def _check_tokens(query: Tensor | None, key: Tensor, value: Tensor, references: Tensor) -> None:
+    for name, t, letters in (("key", key, "BHSD"), ("value", value, "BHSE"), ("references", references, "HMD")):
+        checks.tensor(name, t, letters)
+    b, h, s, d = key.shape
+    checks.nonempty("key", key, "HSD", (h, s, d))
+    checks.nonempty("references", references, "HMD", references.shape)
+    checks.shape("value", value, (b, h, s, None), "B, H and S of the key")
+    checks.shape("references", references, (h, None, d), "H and D of the key")
+    checks.same_dtype("key", key, "value", value)
+    if query is not None:
+        checks.shape("query", query, (b, h, None, d), "B, H and D of the key")
+        checks.same_dtype("key", key, "query", query)
+
+
+def _check_constants(hyper: tuple[Hyper, ...], heads: int, kernel: str, num_iters: int, dropout_p: float) -> None:
+    checks.kernel(kernel)
+    checks.iterations(num_iters)
+    checks.probability(dropout_p)
+    bounds = ((0.0, math.inf, True), (0.0, math.inf, True), (0.0, 1.0, False), (0.0, 1.0, False), (0.0, math.inf, False))
+    for name, value, (low, high, open_low) in zip(HYPER, hyper, bounds, strict=True):
+        checks.hyperparameter(name, value, heads, low, high, open_low)
+
+
+def _log_mass(mask: Tensor | None, dtype: torch.dtype, shape: tuple[int, int, int]) -> Tensor | None:
+    """log a [B, H, S]: the log softmax of the mask over the keys that take part; −inf elsewhere."""
+    if mask is None:
+        return None
+    log_mass, seen = normalise_masses(_additive(mask, dtype))
+    return torch.where(seen, log_mass, -math.inf).unsqueeze(1).expand(shape)
+
+
+def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """A mask as unnormalised log masses."""
+    if mask.dtype != torch.bool:
+        return mask.to(dtype)
+    return torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, -math.inf)
+
+
+def _query_mask(x: Operands, attn_mask: Tensor | None, causal: bool, num_iters: float) -> Tensor | None:
+    """The query-dependent log masses [B or 1, H or 1, L, S] of the dense path; None where a linear path serves."""
+    checks.flag("causal", causal)
+    assert x.query is not None
+    b, h, length, _ = x.query.shape
+    s = x.key.shape[2]
+    if causal and length != s:
+        raise ValueError(f"causal needs as many queries as keys, got L = {length} and S = {s}")
+    if attn_mask is None and not (causal and num_iters > 1):
+        return None
+    dtype = compute_dtype(x.key.dtype)
+    mask = torch.zeros((), dtype=dtype, device=x.key.device).expand(1, 1, length, s)
+    if attn_mask is not None:
+        checks.mask("attn_mask", attn_mask, [(length, s), (b, length, s), (b, h, length, s)])
+        checks.same_device("key", x.key, attn_mask=attn_mask)
+        mask = _additive(attn_mask, dtype)
+        mask = mask[None, None] if mask.ndim == 2 else mask.unsqueeze(1) if mask.ndim == 3 else mask
+    if causal:
+        later = torch.ones(length, s, dtype=torch.bool, device=x.key.device).triu(1)
+        mask = mask.masked_fill(later, -math.inf)
+    return mask
+
+
+def _token_position(position: Tensor | None, b: int, h: int, dtype: torch.dtype) -> Tensor | None:
+    """[N, P] or [B, N, P] -> a view [B, H, N, P]."""
+    if position is None:
+        return None
+    position = position.to(dtype)
+    position = position[None, None] if position.ndim == 2 else position.unsqueeze(1)
+    return position.expand(b, h, -1, -1)
+
+
+def _seed(seed: Tensor | None, dropout_p: float, device: torch.device) -> Tensor | None:
+    """The dropout seed, an int64 scalar; drawn only when dropout needs one and none is given."""
+    if dropout_p == 0.0:
+        return None
+    if seed is None:
+        return torch.randint(2**62, (), dtype=torch.int64, device=device)
+    if not isinstance(seed, Tensor) or seed.dtype != torch.int64 or seed.ndim != 0:
+        raise TypeError("seed must be an int64 scalar Tensor")
+    return seed

@@ -1,0 +1,81 @@
+"""What one call is: its tensors (`Operands`), its constants (`Options`), its static facts (`Problem`).
+
+Letters as in the definition: `B` batch, `H` heads, `L` queries, `S` keys, `M` references, `D` head dim, `E` value head
+dim, `R` landmarks, `P` position coordinates, `T` = `num_iters`.  Every op, backend and gradient uses the field order
+of `Operands`; it stands here and nowhere else.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+KERNELS = ("rbf", "dot")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+class Operands(NamedTuple):
+    """The tensors of one call, already normalised: floats of one dtype for q, k, v; the rest in the compute dtype.
+
+    `None` stands for: no query (pooling), all keys take part, uniform references, the scalar of `Options`, no
+    positions, no dropout.  Broadcasts are expanded views (stride 0), so shapes are always the full ones.
+    """
+
+    query: Tensor | None  # [B, H, L, D]
+    key: Tensor  # [B, H, S, D]
+    value: Tensor  # [B, H, S, E]
+    references: Tensor  # [H, M, D]
+    log_a: Tensor | None  # [B, H, S] log mass of the keys, -inf where a key is absent
+    log_b: Tensor | None  # [H, M] log mass of the references
+    bandwidth: Tensor | None  # [H] β
+    epsilon: Tensor | None  # [H] ε
+    key_relaxation: Tensor | None  # [H] λ_a
+    reference_relaxation: Tensor | None  # [H] λ_b
+    position_scale: Tensor | None  # [H] τ
+    query_position: Tensor | None  # [B, H, L, P]
+    key_position: Tensor | None  # [B, H, S, P]
+    reference_position: Tensor | None  # [H, M, P]
+    seed: Tensor | None  # [] int64, the Philox key of dropout
+
+
+HYPER = ("bandwidth", "epsilon", "key_relaxation", "reference_relaxation", "position_scale")
+
+
+class Options(NamedTuple):
+    """The constants of one call; `scalars` holds the five hyperparameters of `HYPER` for those that are no tensor."""
+
+    scalars: tuple[float, ...] = (1.0, 0.05, 1.0, 1.0, 1.0)
+    kernel: str = "rbf"
+    num_iters: int = 3
+    dropout_p: float = 0.0
+    backend: str = "auto"
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of potentials, sums and parameters: float64 for float64 inputs, float32 for all others."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+@dataclass(frozen=True)
+class Problem:
+    """The static facts a backend needs to say whether it can run: nothing here depends on values, lengths included."""
+
+    op: str  # "attention", "pool", "causal", "features", "sinkhorn"
+    device: str  # device type
+    dtype: torch.dtype
+    D: int = 0
+    E: int = 0
+    M: int = 0  # references, landmarks (features) or columns (sinkhorn)
+    P: int = 0
+    num_iters: int = 0
+    kernel: str = "rbf"
+    dropout: bool = False
+
+
+def empty_in_order(like: Tensor, shape: tuple[int, ...] | torch.Size) -> Tensor:
+    """An empty dense tensor of `shape` whose dimensions lie in memory in the order of those of `like`."""
+    order = sorted(range(like.ndim), key=lambda d: -like.stride(d))
+    return torch.empty_permuted(tuple(shape), order, dtype=like.dtype, device=like.device)

@@ -1,0 +1,30 @@
+"""The specification: SeT attention as plain PyTorch, differentiable by plain autograd to any order, exact in float64."""
+
+from .attention import attention, causal, dense, plan, pool, weights
+from .features import inverse_sqrt, nystrom_features
+from .logits import kernel_matrix, logits, normalise, squared_distance
+from .transport import Plan, lse, pool_weights, potential, read_weights, sinkhorn
+
+NAME = "reference"
+
+__all__ = [
+    "NAME",
+    "Plan",
+    "attention",
+    "causal",
+    "dense",
+    "inverse_sqrt",
+    "kernel_matrix",
+    "logits",
+    "lse",
+    "normalise",
+    "nystrom_features",
+    "plan",
+    "pool",
+    "pool_weights",
+    "potential",
+    "read_weights",
+    "sinkhorn",
+    "squared_distance",
+    "weights",
+]

@@ -1,0 +1,152 @@
+"""SeT attention in plain PyTorch, on normalised `Operands`: the specification every backend is held against.
+
+transport: c, f from ℓ(k, y);  z_j = Σ_s W^k_sj v_s;  read: o_i = Σ_j W^q_ij z_j.  Derivations: README.md beside this.
+Half-precision inputs are computed in float32 and the result is rounded once.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from ..problem import HYPER, Operands, Options, compute_dtype
+from .causal import log_weights, scan
+from .dense import DenseProblem, dense_weights, normalise_masses
+from .dropout import dropout
+from .logits import kernel_matrix, logits
+from .transport import INF, Plan, pool_weights, read_weights, sinkhorn
+
+__all__ = ["attention", "causal", "dense", "plan", "pool", "weights"]
+
+
+def hyper(x: Operands, opt: Options, name: str) -> Tensor:
+    """The hyperparameter `name` as [H, 1, 1] in the compute dtype."""
+    value = getattr(x, name)
+    if value is None:
+        value = x.references.new_full((), opt.scalars[HYPER.index(name)]).expand(x.references.shape[0])
+    return value[:, None, None]
+
+
+def reference_mass(x: Operands) -> Tensor:
+    """log b [H, M]."""
+    h, m, _ = x.references.shape
+    return x.references.new_full((h, m), -math.log(m)) if x.log_b is None else x.log_b
+
+
+def key_mass(x: Operands) -> Tensor:
+    """log a [B, H, S]."""
+    b, h, s, _ = x.key.shape
+    return x.references.new_full((b, h, s), -math.log(max(s, 1))) if x.log_a is None else x.log_a
+
+
+def token_logits(x: Operands, opt: Options, tokens: Tensor, position: Tensor | None) -> Tensor:
+    """ℓ [B, H, N, M] of tokens [B, H, N, D] against the references."""
+    kappa = kernel_matrix(tokens, x.references, hyper(x, opt, "bandwidth"), opt.kernel)
+    return logits(kappa, hyper(x, opt, "epsilon"), hyper(x, opt, "position_scale"), position, x.reference_position)
+
+
+def widen(x: Operands) -> Operands:
+    """q, k, v in the compute dtype, and the content of keys that take no part replaced by zeros (never read)."""
+    dtype = compute_dtype(x.key.dtype)
+    query = None if x.query is None else x.query.to(dtype)
+    key, value = x.key.to(dtype), x.value.to(dtype)
+    if x.log_a is not None:
+        present = (x.log_a > -INF).unsqueeze(-1)  # [B, H, S, 1]
+        key, value = torch.where(present, key, 0.0), torch.where(present, value, 0.0)
+    return x._replace(query=query, key=key, value=value)
+
+
+def plan(x: Operands, opt: Options) -> tuple[Tensor, Plan]:
+    """Logits ℓ [B, H, S, M] of the keys and their transport onto the references."""
+    l = token_logits(x, opt, x.key, x.key_position)
+    lam_a, lam_b = (hyper(x, opt, name).squeeze(-1) for name in ("key_relaxation", "reference_relaxation"))
+    return l, sinkhorn(l, key_mass(x), reference_mass(x), opt.num_iters, lam_a, lam_b)
+
+
+def _query_weights(x: Operands, opt: Options, c: Tensor) -> Tensor:
+    """W^q [B, H, L, M] with dropout, from c [B, H, max(T, 1), M]."""
+    assert x.query is not None
+    l = token_logits(x, opt, x.query, x.query_position)
+    w = read_weights(l, c, reference_mass(x), opt.num_iters, hyper(x, opt, "reference_relaxation").squeeze(-1))
+    return dropout(w, opt.dropout_p, x.seed)
+
+
+def pool_with_state(x: Operands, opt: Options) -> tuple[Tensor, Tensor]:
+    """(z [B, H, M, E], c [B, H, max(T, 1), M]) in the compute dtype."""
+    x = widen(x)
+    l, p = plan(x, opt)
+    return pool_weights(l, p).mT @ x.value, p.c
+
+
+def attention_with_state(x: Operands, opt: Options) -> tuple[Tensor, Tensor, Tensor]:
+    """(o [B, H, L, E] in the dtype of the queries, z and c of `pool_with_state`)."""
+    z, c = pool_with_state(x, opt)
+    return (_query_weights(widen(x), opt, c) @ z).to(x.key.dtype), z, c
+
+
+def pool(x: Operands, opt: Options) -> Tensor:
+    """z [B, H, M, E] in the dtype of the values."""
+    return pool_with_state(x, opt)[0].to(x.value.dtype)
+
+
+def attention(x: Operands, opt: Options) -> Tensor:
+    """o [B, H, L, E] in the dtype of the queries."""
+    return attention_with_state(x, opt)[0]
+
+
+def weights(x: Operands, opt: Options) -> Tensor:
+    """A = W^q W^kᵀ [B, H, L, S]."""
+    dtype = x.key.dtype
+    x = widen(x)
+    l, p = plan(x, opt)
+    return (_query_weights(x, opt, p.c) @ pool_weights(l, p).mT).to(dtype)
+
+
+def causal(x: Operands, opt: Options) -> Tensor:
+    """Causal o [B, H, L, E] for T ≤ 1 by the linear-time scan."""
+    dtype = x.key.dtype
+    x = widen(x)
+    assert x.query is not None
+    if x.query.shape[-2] == 0:
+        return x.query.new_zeros(x.query.shape[:-1] + x.value.shape[-1:], dtype=dtype)
+    log_b, lam_a, lam_b = (
+        reference_mass(x),
+        *(hyper(x, opt, n).squeeze(-1) for n in ("key_relaxation", "reference_relaxation")),
+    )
+    l_k, l_q = (
+        token_logits(x, opt, t, p) for t, p in ((x.key, x.key_position), (x.query, x.query_position))
+    )
+    omega = log_weights(l_k, key_mass(x), log_b, opt.num_iters, lam_a)
+    c, z = scan(omega, x.value)  # [B, H, L, M], [B, H, L, M, E]
+    g = log_b.unsqueeze(-2) - opt.num_iters * lam_b.unsqueeze(-1) * torch.where(c > -INF, c, 0.0)
+    w = dropout((l_q + g).softmax(-1), opt.dropout_p, x.seed)
+    return (w.unsqueeze(-2) @ z).squeeze(-2).to(dtype)
+
+
+def dense(x: Operands, opt: Options, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """(o [B, H, L, E], A [B, H, L, S]) under query-dependent log masses `mask` [B, H, L, S], broadcastable."""
+    dtype = x.key.dtype
+    if x.log_a is not None:
+        mask = mask + x.log_a.unsqueeze(-2)
+    visible = (mask > -INF).any(-2)  # [B, H, S]: a key no query sees is never read
+    x = widen(x._replace(log_a=torch.where(visible, 0.0, -INF).to(mask.dtype).expand(x.key.shape[:-1])))
+    assert x.query is not None
+    log_n, seen = normalise_masses(mask.expand(x.query.shape[:-1] + x.key.shape[-2:-1]))
+    l_k, l_q = (
+        token_logits(x, opt, t, p) for t, p in ((x.key, x.key_position), (x.query, x.query_position))
+    )
+    lam_a, lam_b = (hyper(x, opt, n) for n in ("key_relaxation", "reference_relaxation"))
+    problem = DenseProblem(l_q, l_k, log_n, reference_mass(x).unsqueeze(-2), lam_a, lam_b, opt.num_iters)
+    keep = dropout(torch.ones_like(l_q), opt.dropout_p, x.seed) if x.seed is not None else 1.0
+    a = torch.where(seen, dense_weights(problem, keep, _logit_range(x, opt)), 0.0)
+    return (a @ x.value).to(dtype), a.to(dtype)
+
+
+def _logit_range(x: Operands, opt: Options) -> float:
+    """A bound on max ℓ − min ℓ known without reading a value: (1 − e^{−2β})/ε for the Gaussian kernel, else ∞."""
+    bandwidth, epsilon = opt.scalars[:2]
+    if opt.kernel != "rbf" or x.reference_position is not None or x.bandwidth is not None or x.epsilon is not None:
+        return INF
+    return (1 - math.exp(-2 * bandwidth)) / epsilon

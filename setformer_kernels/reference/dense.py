@@ -1,0 +1,91 @@
+"""Query-dependent masks: query i sees the keys with its own masses N_i = softmax(mask row i), T iterations each.
+
+Ex = e^ℓ [S, M];  U = N, V = b;  T times U = N·(V Exᵀ)^{−λ_a}, V = b·(U Ex)^{−λ_b};  then Cn = U Ex,
+W^q = softmax_j(ℓ_q + log V), A = U ⊙ ((W^q/Cn) Exᵀ), o = A v.  O(T·L·S·M) time: the one path that is not linear.
+
+The products hold while e^{±3·range(ℓ)} fits the dtype; where that is not known the same recursion runs in the log
+domain on [L, S, M] logits, in chunks of queries that are recomputed in the backward pass.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from .transport import INF, lse, potential
+
+# range(ℓ) up to which e^{±3·range} stays inside the dtype, from log(max) = 88 and 709.
+SAFE_RANGE = {torch.float32: 25.0, torch.float64: 200.0}
+CHUNK_ELEMENTS = 1 << 22  # logits of one chunk of queries in the log domain
+
+
+class DenseProblem(NamedTuple):
+    l_q: Tensor  # [B, H, L, M]
+    l_k: Tensor  # [B, H, S, M]
+    log_n: Tensor  # [B, H, L, S] log masses, rows normalised; −∞ where banned
+    log_b: Tensor  # [H, 1, M]
+    lam_a: Tensor  # [H, 1, 1]
+    lam_b: Tensor  # [H, 1, 1]
+    num_iters: int
+
+
+def normalise_masses(mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Unnormalised log masses [..., S] -> (log softmax, which rows see a key [..., 1]); a blind row becomes uniform."""
+    seen = (mask > -INF).any(-1, keepdim=True)
+    return torch.where(seen, mask, 0.0).log_softmax(-1), seen
+
+
+def weights_by_products(p: DenseProblem, keep: Tensor | float) -> Tensor:
+    """A [B, H, L, S] by matrix products; `keep` is the dropout factor on W^q."""
+    ex, n, b = p.l_k.exp(), p.log_n.exp(), p.log_b.exp()
+    u, v = n, b.expand(p.l_q.shape)
+    for _ in range(p.num_iters):
+        u = n * (v @ ex.mT).pow(-p.lam_a)
+        v = b * (u @ ex).pow(-p.lam_b)
+    w_q = (p.l_q + v.log()).softmax(-1) * keep
+    return u * ((w_q / (u @ ex)) @ ex.mT)
+
+
+def weights_by_logs(p: DenseProblem, keep: Tensor | float) -> Tensor:
+    """A [B, H, L, S] in the log domain: the recursion of `transport.sinkhorn` for every query."""
+    l = p.l_k.unsqueeze(-3)  # [B, H, 1, S, M]
+    log_b, lam_a, lam_b = p.log_b.unsqueeze(-3), p.lam_a, p.lam_b
+    f, g = p.log_n, log_b.squeeze(-2).expand(p.l_q.shape)
+    for _ in range(p.num_iters):
+        f = potential(p.log_n, lam_a, lse(l + g.unsqueeze(-2), -1))
+        g = potential(log_b.squeeze(-2), lam_b, lse(l + f.unsqueeze(-1), -2))
+    w_k = (l + f.unsqueeze(-1)).softmax(-2)  # [B, H, L, S, M]
+    w_q = (p.l_q + g).softmax(-1) * keep
+    return (w_k @ w_q.unsqueeze(-1)).squeeze(-1)
+
+
+def dense_weights(p: DenseProblem, keep: Tensor | float, logit_range: float) -> Tensor:
+    """A [B, H, L, S]; `logit_range` bounds max ℓ − min ℓ, ∞ where nothing is known."""
+    dtype = p.l_k.dtype
+    if logit_range <= SAFE_RANGE[dtype]:
+        return weights_by_products(p, keep)
+    if logit_range <= SAFE_RANGE[torch.float64]:
+        wide = DenseProblem(*(t.double() for t in p[:-1]), p.num_iters)
+        return weights_by_products(wide, keep).to(dtype)
+    return _by_chunks(p, keep)
+
+
+def _by_chunks(p: DenseProblem, keep: Tensor | float) -> Tensor:
+    b, h, length, m = p.l_q.shape
+    rows = max(1, CHUNK_ELEMENTS // max(1, b * h * p.l_k.shape[-2] * m))
+    chunks = []
+    for start in range(0, length, rows):
+        part = p._replace(l_q=p.l_q[:, :, start : start + rows], log_n=p.log_n[:, :, start : start + rows])
+        kept = keep[:, :, start : start + rows] if isinstance(keep, Tensor) else keep
+        chunks.append(_recomputed(part, kept))
+    return torch.cat(chunks, -2) if chunks else p.log_n
+
+
+def _recomputed(p: DenseProblem, keep: Tensor | float) -> Tensor:
+    """weights_by_logs without keeping [L, S, M] for the backward pass, where saved-tensor hooks are allowed."""
+    if not torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():
+        return weights_by_logs(p, keep)
+    return checkpoint(weights_by_logs, p, keep, use_reentrant=False, preserve_rng_state=False)

@@ -1,0 +1,219 @@
+"""How an op is registered with torch.library: schema, fake kernel and ONE autograd registration for all backends.
+
+Each op `f` of `ops.py` comes with `f_backward`; an autograd.Function with `setup_context` and a vmap rule stands behind the Autograd key of both, so
+that eager autograd, torch.compile, torch.export, torch.func.grad and vmap (and their compositions) take one path.
+Differentiating a backward, and forward AD, raise: the reference backend does both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .problem import empty_in_order
+
+NAMESPACE = "setformer_kernels"
+_library = torch.library.Library(NAMESPACE, "DEF")  # noqa: TOR901
+
+# How a tensor batches: TOKEN is [B, H, ...], HEAD is [H, ...] (or any leading group), SEED has neither.
+TOKEN, HEAD, SEED = "token", "head", "seed"
+
+
+@dataclass(frozen=True)
+class Spec:
+    """One op: its tensors, constants and outputs, and the functions on a backend that run it."""
+
+    name: str
+    tensors: dict[str, tuple[str, bool]]  # name -> (how it batches, optional)
+    constants: str  # the rest of the schema
+    outputs: dict[str, str]  # name -> how it batches
+    differentiable: tuple[str, ...]  # outputs that carry gradients
+    saved: tuple[str, ...]  # outputs the backward reads
+    no_grad: tuple[str, ...]  # tensors that never get a gradient
+    run: Callable[..., tuple[Tensor, ...]]
+    run_backward: Callable[..., Sequence[Tensor | None]]
+    fake: Callable[..., tuple[Tensor, ...]]
+
+    @property
+    def schema(self) -> str:
+        tensors = ", ".join(f"Tensor{'?' if optional else ''} {name}" for name, (_, optional) in self.tensors.items())
+        return f"{tensors}, {self.constants}"
+
+    @property
+    def graded(self) -> tuple[str, ...]:
+        return tuple(name for name in self.tensors if name not in self.no_grad)
+
+    @property
+    def backward_tensors(self) -> dict[str, str]:
+        """Inputs of the backward: cotangents, saved outputs, then the op's own tensors -> how they batch."""
+        extra = {f"d_{name}": self.outputs[name] for name in self.differentiable}
+        extra |= {f"saved_{name}": self.outputs[name] for name in self.saved}
+        return extra | {name: kind for name, (kind, _) in self.tensors.items()}
+
+
+def _below_autograd(op: Any, args: Sequence[Any]) -> Any:
+    with torch._C._AutoDispatchBelowAutograd():
+        return op(*args)
+
+
+def _fold(kind: str, t: Tensor | None, dim: int | None, size: int) -> Tensor | None:
+    """Move a vmapped dimension into H: TOKEN [B, V·H, ...], HEAD [V·H, ...]."""
+    if t is None:
+        return None
+    t = t.movedim(dim, 0) if dim is not None else t.expand((size, *t.shape))
+    return t.flatten(0, 1) if kind == HEAD else t.movedim(0, 1).flatten(1, 2)
+
+
+def _unfold(kind: str, t: Tensor, size: int) -> tuple[Tensor, int]:
+    """Undo `_fold`: the tensor and where its vmapped dimension lies."""
+    if t.ndim == 1 and t.numel() == 0:
+        return t.expand(size, 0), 0
+    return (t.unflatten(0, (size, -1)), 0) if kind == HEAD else (t.unflatten(1, (size, -1)), 1)
+
+
+def _vmap(op: Any, tensors: dict[str, str], outputs: Sequence[str], info: Any, in_dims: Any, args: Sequence[Any]) -> Any:
+    """One call with V folded into H; one call per element where dropout counts elements."""
+    n, size = len(tensors), info.batch_size
+    if SEED in tensors and args[list(tensors).index(SEED)] is not None:
+        return _vmap_loop(op, n, size, in_dims, args)
+    folded = [_fold(k, t, d, size) for k, t, d in zip(tensors.values(), args[:n], in_dims, strict=False)]
+    results = [_unfold(k, r, size) for k, r in zip(outputs, op(*folded, *args[n:]), strict=True)]
+    return tuple(r for r, _ in results), tuple(d for _, d in results)
+
+
+def _vmap_loop(op: Any, n: int, size: int, in_dims: Any, args: Sequence[Any]) -> Any:
+    rows = [
+        op(*(t if d is None else t.select(d, v) for t, d in zip(args[:n], in_dims, strict=False)), *args[n:])
+        for v in range(size)
+    ]
+    stacked = tuple(torch.stack(column) for column in zip(*rows, strict=True))
+    return stacked, (0,) * len(stacked)
+
+
+def _refuse(what: str, name: str) -> RuntimeError:
+    return RuntimeError(f"{NAMESPACE}::{name} has no {what}: pass backend='reference', which differentiates to any order")
+
+
+def _make_functions(spec: Spec, op: Any, op_backward: Any) -> tuple[type, type]:
+    """The autograd.Functions of `f` and `f_backward`."""
+    n = len(spec.tensors)
+    kinds = {name: kind for name, (kind, _) in spec.tensors.items()}
+    positions = {name: i for i, name in enumerate(spec.outputs)}
+
+    class Forward(torch.autograd.Function):
+        @staticmethod
+        def forward(*args: Any) -> tuple[Tensor, ...]:
+            return tuple(_below_autograd(op, args))
+
+        @staticmethod
+        def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+            ctx.save_for_backward(*inputs[:n], *(output[positions[name]] for name in spec.saved))
+            ctx.constants = inputs[n:]
+            ctx.mark_non_differentiable(*(output[i] for o, i in positions.items() if o not in spec.differentiable))
+
+        @staticmethod
+        def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
+            given = [cotangents[positions[name]] for name in spec.differentiable]
+            tensors, saved = ctx.saved_tensors[:n], ctx.saved_tensors[n:]
+            needs = [bool(ctx.needs_input_grad[i]) and name in spec.graded for i, name in enumerate(spec.tensors)]
+            found = iter(op_backward(*given, *saved, *tensors, *ctx.constants, needs))
+            grads = [next(found) if name in spec.graded else None for name in spec.tensors]
+            return (*(g if need else None for g, need in zip(grads, needs, strict=True)), *(None,) * len(ctx.constants))
+
+        @staticmethod
+        def vmap(info: Any, in_dims: Any, *args: Any) -> Any:
+            return _vmap(op, kinds, list(spec.outputs.values()), info, in_dims, args)
+
+        @staticmethod
+        def jvp(ctx: Any, *tangents: Any) -> Any:
+            raise _refuse("forward-mode derivative", spec.name)
+
+    class Backward(torch.autograd.Function):
+        @staticmethod
+        def forward(*args: Any) -> tuple[Tensor, ...]:
+            return tuple(_below_autograd(op_backward, args))
+
+        @staticmethod
+        def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+            pass
+
+        @staticmethod
+        def backward(ctx: Any, *cotangents: Tensor) -> Any:
+            raise _refuse("second derivative", spec.name)
+
+        @staticmethod
+        def vmap(info: Any, in_dims: Any, *args: Any) -> Any:
+            outputs = [kinds[name] for name in spec.graded]
+            return _vmap(op_backward, spec.backward_tensors, outputs, info, in_dims, args)
+
+        @staticmethod
+        def jvp(ctx: Any, *tangents: Any) -> Any:
+            raise _refuse("forward-mode derivative of its backward", spec.name)
+
+    Forward.__name__, Backward.__name__ = f"{spec.name}", f"{spec.name}_backward"
+    return Forward, Backward
+
+
+def _through(function: type, op: Any) -> Callable[..., Any]:
+    """The kernel of the Autograd and FuncTorchBatched keys."""
+    front = torch._C.DispatchKey.FuncTorchDynamicLayerFrontMode
+
+    def kernel(*args: Any) -> Any:
+        if torch._C._are_functorch_transforms_active():
+            # The dispatcher has switched functorch's front key off on the way here; apply() needs it to find its level.
+            with torch._C._SetExcludeDispatchKeyGuard(front, False), torch._C._IncludeDispatchKeyGuard(front):
+                return function.apply(*args)  # type: ignore[attr-defined]
+        return function.apply(*args)  # type: ignore[attr-defined]
+
+    return kernel
+
+
+def _fake_backward(spec: Spec) -> Callable[..., tuple[Tensor, ...]]:
+    skip = len(spec.differentiable) + len(spec.saved)
+
+    def fake(*args: Any) -> tuple[Tensor, ...]:
+        tensors, needs = args[skip : skip + len(spec.tensors)], args[-1]
+        by_name = dict(zip(spec.tensors, zip(tensors, needs, strict=True), strict=True))
+        return tuple(_gradient_like(*by_name[name], args[0]) for name in spec.graded)
+
+    return fake
+
+
+def _gradient_like(t: Tensor | None, need: bool, device_of: Tensor) -> Tensor:
+    if t is None or not need:
+        return device_of.new_empty(0)
+    return empty_in_order(t, t.shape)
+
+
+def _kernel_backward(spec: Spec) -> Callable[..., tuple[Tensor, ...]]:
+    """The backend's gradients, with an empty tensor for each that is not needed: op outputs are never None."""
+
+    def kernel(*args: Any) -> tuple[Tensor, ...]:
+        grads = dict(zip(spec.tensors, spec.run_backward(*args), strict=True))
+        return tuple(args[0].new_empty(0) if (g := grads[name]) is None else g for name in spec.graded)
+
+    return kernel
+
+
+def register(spec: Spec) -> Any:
+    """Define `spec.name` and its backward; returns the op."""
+    cotangents = ", ".join(f"Tensor {name}" for name in list(spec.backward_tensors)[: -len(spec.tensors)])
+    _library.define(f"{spec.name}({spec.schema}) -> ({', '.join(['Tensor'] * len(spec.outputs))})")
+    _library.define(
+        f"{spec.name}_backward({cotangents}, {spec.schema}, bool[] needs) -> "
+        f"({', '.join(['Tensor'] * len(spec.graded))})"
+    )
+    op, op_backward = (getattr(getattr(torch.ops, NAMESPACE), spec.name + s).default for s in ("", "_backward"))
+    functions = _make_functions(spec, op, op_backward)
+    kernels = ((spec.run, spec.fake), (_kernel_backward(spec), _fake_backward(spec)))
+    for o, function, (kernel, fake) in zip((op, op_backward), functions, kernels, strict=True):
+        name = o.name().split("::")[1]
+        _library.impl(name, kernel, "CompositeExplicitAutograd")
+        torch.library.register_fake(o.name(), fake, lib=_library)
+        for key in ("Autograd", "FuncTorchBatched"):
+            _library.impl(name, _through(function, o), key)
+    return op
