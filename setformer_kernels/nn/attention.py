@@ -1,0 +1,271 @@
+"""SeTAttention: a drop-in for nn.MultiheadAttention whose time and memory are linear in the sequence length."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .. import functional as SF
+from .contract import check_layout, check_masks, check_pairs, check_sizes, check_tensors, check_width, require
+from .masks import attention_mask_of, key_mask_of
+from .nested import nest_like, pad_all
+from .reference_set import ReferenceSet
+
+
+def keep_python_forward(module: nn.Module, args: tuple[Any, ...]) -> None:
+    """A forward pre-hook that does nothing but be there: in eval, nn.TransformerEncoderLayer runs softmax attention in
+    C++ straight from the projection weights, without calling forward, unless a module inside it has a hook."""
+
+
+def split_heads(x: Tensor, num_heads: int, batch_first: bool) -> Tensor:
+    """[B, N, H·D] (batch_first) or [N, B, H·D] -> a view [B, H, N, D]."""
+    x = x.unflatten(-1, (num_heads, -1))
+    return x.transpose(1, 2) if batch_first else x.permute(1, 2, 0, 3)
+
+
+def merge_heads(x: Tensor, batch_first: bool) -> Tensor:
+    """[B, H, N, D] -> [B, N, H·D] (batch_first) or [N, B, H·D]."""
+    return (x.transpose(1, 2) if batch_first else x.permute(2, 0, 1, 3)).flatten(-2)
+
+
+class SeTAttention(ReferenceSet, nn.MultiheadAttention):
+    """SeT attention with the constructor, call, masks, attributes and state of `nn.MultiheadAttention`.
+
+    Per head, with q, k, v the projected tokens (L queries, S keys), y the M references, ℓ the kernel logits, and c, g
+    the potentials of `num_iters` Sinkhorn iterations that transport keys onto references::
+
+        z_j = Σ_s exp(ℓ_sj + f_s − c_j) v_s                   [M, D]: the keys, pooled onto the references
+        o_i = Σ_j softmax_j(ℓ(q_i, y_j) + g_j) z_j            [L, D]: read back by the queries
+        output = concat over heads(o) W_oᵀ + b_o              [L, embed_dim]
+
+    Time O((L + S)·M·embed_dim) and memory linear in L + S, with these exceptions, which take O(L·S) memory: returned
+    weights (`need_weights=True`, the default as in torch: pass False where they are not needed), a query-dependent
+    `attn_mask`, and causal calls with num_iters > 1.
+
+    Args:
+        embed_dim, num_heads, dropout, bias, add_bias_kv, add_zero_attn, kdim, vdim, batch_first, device, dtype: as in
+            `nn.MultiheadAttention`, same order and defaults.  Dropout acts on the reading weights [L, M].
+        num_references: M, per head.
+        num_iters: T ≥ 0, Sinkhorn iterations.  T ≤ 1 makes causal calls linear in time.
+        epsilon: ε > 0, entropic regularisation, in units of the kernel (whose values lie in (0, 1] for "rbf").
+        bandwidth: β > 0 of the "rbf" kernel exp(β(⟨x̂, ŷ⟩ − 1)), without unit; unused by "dot".
+        kernel: "rbf" (on directions; lengths are ignored) or "dot" (⟨x, y⟩, for projections that are features).
+        value_map: "linear" pools v itself; "rkhs" pools its Nyström features on head_dim learned landmarks (the form of
+            the SeTformer paper).
+        position_dim: P > 0 adds −τ²‖p − π‖² to the logits, p the token positions that forward must then be given, π
+            learned `reference_position` [H, M, P], τ learned `position_scale` [H].  Positions come in any unit;
+            references start in the unit cube, so use positions in [0, 1] or call `initialize_references`.
+        learn_epsilon: learn `log_epsilon` [H], one ε per head, starting at epsilon.
+        learn_log_mass: learn `reference_log_mass` [H, M], starting uniform.
+        key_relaxation, reference_relaxation: λ in [0, 1], 1 = balanced marginals.
+        backend: "auto", or a name of `setformer_kernels.available_backends()`.
+
+    Shape:
+        query [L, B, embed_dim], key [S, B, kdim], value [S, B, vdim]; with batch_first B leads; unbatched without B.
+        Output as query; weights [B, L, S] or, unaveraged, [B, H, L, S].
+
+    Raises:
+        ValueError: sizes, shapes and masks (also an AssertionError and RuntimeError, which torch raises for them).
+        TypeError: arguments of the wrong type or dtype.
+
+    Sources: SeTformer (arXiv 2401.03540); OTKE (arXiv 2006.12065).
+    """
+
+    def __init__(
+        self, embed_dim: int, num_heads: int, dropout: float = 0.0, bias: bool = True, add_bias_kv: bool = False,
+        add_zero_attn: bool = False, kdim: int | None = None, vdim: int | None = None, batch_first: bool = False,
+        device: torch.device | str | None = None, dtype: torch.dtype | None = None, *, num_references: int = 64,
+        num_iters: int = 3, epsilon: float = 0.05, bandwidth: float = 1.0, kernel: str = "rbf",
+        value_map: str = "linear", position_dim: int = 0, learn_epsilon: bool = False, learn_log_mass: bool = False,
+        key_relaxation: float = 1.0, reference_relaxation: float = 1.0, backend: str = "auto",
+    ) -> None:  # fmt: skip
+        check_sizes(embed_dim, num_heads, kdim, vdim)
+        super().__init__(
+            embed_dim, num_heads, dropout, bias, add_bias_kv, add_zero_attn, kdim, vdim, batch_first, device, dtype
+        )
+        self._add_references(
+            num_heads, self.head_dim, {"device": device, "dtype": dtype}, num_references=num_references,
+            num_iters=num_iters, epsilon=epsilon, bandwidth=bandwidth, kernel=kernel, value_map=value_map,
+            position_dim=position_dim, learn_epsilon=learn_epsilon, learn_log_mass=learn_log_mass,
+            key_relaxation=key_relaxation, reference_relaxation=reference_relaxation, backend=backend,
+        )  # fmt: skip
+        self.register_forward_pre_hook(keep_python_forward)
+
+    def _reset_parameters(self) -> None:
+        """Draws all parameters anew: the projections as torch does, then the references."""
+        super()._reset_parameters()
+        # nn.MultiheadAttention.__init__ calls this before there are references
+        if "references" in self._parameters:
+            self._reset_references()
+
+    # an alias, not a call: tools patch either name onto the other
+    reset_parameters = _reset_parameters
+
+    def extra_repr(self) -> str:
+        layout = f"embed_dim={self.embed_dim}, num_heads={self.num_heads}, batch_first={self.batch_first}"
+        return f"{layout}, {self._own_repr()}"
+
+    def forward(
+        self, query: Tensor, key: Tensor, value: Tensor, key_padding_mask: Tensor | None = None,
+        need_weights: bool = True, attn_mask: Tensor | None = None, average_attn_weights: bool = True,
+        is_causal: bool = False, *, query_position: Tensor | None = None, key_position: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+        """Output and, if need_weights, attention weights; arguments as in `nn.MultiheadAttention.forward`.
+
+        Args:
+            query, key, value: see the class.  A NestedTensor (all three, batch_first, no masks) gives a nested output.
+            key_padding_mask: [B, S] or [S] (unbatched); bool True = ignore, or float, added to the keys' log masses.
+            need_weights: whether to return the weights; the output does not depend on it.
+            attn_mask: [L, S], [B·H, L, S] or, unbatched, [H, L, S]; bool True = forbid, or float, added to log masses.
+            average_attn_weights: mean over heads.
+            is_causal: beside a square attn_mask, the promise that it is the causal mask; alone, causal attention.
+            query_position, key_position: [L, P] and [S, P], or [B, L, P] and [B, S, P] (batch first in both layouts),
+                exactly when position_dim > 0.
+        """
+        masks = {"key_padding_mask": key_padding_mask, "attn_mask": attn_mask}
+        positions = {"query_position": query_position, "key_position": key_position}
+        check_tensors({"query": query, "key": key, "value": value}, masks | positions)
+        if query.is_nested or key.is_nested or value.is_nested:
+            padded = pad_all(query, key, value, self.batch_first, masked=any(m is not None for m in masks.values()))
+            output, weights = self.forward(
+                *padded, need_weights, None, average_attn_weights, is_causal,
+                query_position=query_position, key_position=key_position,
+            )  # fmt: skip
+            return nest_like(output, query), weights
+        batched, B = self._check_call(query, key, value, key_padding_mask, attn_mask)
+        q, k, v = (self._heads(x, batched) for x in self._project(query, key, value))
+        if not batched and key_padding_mask is not None:
+            key_padding_mask = key_padding_mask.unsqueeze(0)
+        S = k.shape[-2]
+        k, v, slots = self._append_slots(k, v)
+        mask, causal = attention_mask_of(attn_mask, is_causal, slots, B, self.num_heads, q.shape[-2], S, q.device)
+        options = self._transport_options() | self._dropout_options(q.device)
+        options |= self._position_options(slots, **positions)
+        options |= {"key_mask": key_mask_of(key_padding_mask, slots), "attn_mask": mask, "causal": causal}
+        heads = SF.set_attention(q, k, self._map_values(v), self.references, **options)
+        output = self.out_proj(merge_heads(heads, self.batch_first or not batched))
+        weights = self._weights(q, k, options, average_attn_weights) if need_weights else None
+        if batched:
+            return output, weights
+        return output.squeeze(0), None if weights is None else weights.squeeze(0)
+
+    def _check_call(
+        self, query: Tensor, key: Tensor, value: Tensor, key_padding_mask: Tensor | None, attn_mask: Tensor | None
+    ) -> tuple[bool, int]:
+        """(batched, B) of a call whose shapes and mask dtypes fit; AttentionInputError otherwise."""
+        batched = check_layout(query, key, value, key_padding_mask, attn_mask)
+        check_width("query", query, self.embed_dim)
+        check_pairs(key, value, packed=self._qkv_same_embed_dim)
+        check_width("key", key, self.kdim)
+        check_width("value", value, self.vdim)
+        (B, L), (key_B, S) = self._sizes(query, batched), self._sizes(key, batched)
+        require(
+            key_B == B,
+            f"query and key must have the same batch size with batch_first={self.batch_first},"
+            f" got query {tuple(query.shape)} and key {tuple(key.shape)}",
+        )
+        check_masks(key_padding_mask, attn_mask, B, self.num_heads, L, S, batched)
+        return batched, B
+
+    def _sizes(self, x: Tensor, batched: bool) -> tuple[int, int]:
+        """Batch size and length of x in the layout of forward's arguments."""
+        if not batched:
+            return 1, x.shape[0]
+        return (x.shape[0], x.shape[1]) if self.batch_first else (x.shape[1], x.shape[0])
+
+    def _project(self, query: Tensor, key: Tensor, value: Tensor) -> list[Tensor]:
+        """q, k, v [..., embed_dim] by as few matmuls as there are distinct tensors in a row (self-attention: one)."""
+        inputs = (query, key, value)
+        cuts = [0, *(i for i in (1, 2) if not self._qkv_same_embed_dim or inputs[i] is not inputs[i - 1]), 3]
+        projected: list[Tensor] = []
+        for first, last in itertools.pairwise(cuts):
+            projected += self._projection(inputs[first], first, last).chunk(last - first, -1)
+        return projected
+
+    def _projection(self, x: Tensor, first: int, last: int) -> Tensor:
+        """x through the projections first..last-1 of (q, k, v); parameters are read here, at every call, because tools
+        replace them (peft, prune, parametrize)."""
+        rows = slice(first * self.embed_dim, last * self.embed_dim)
+        bias = None if self.in_proj_bias is None else self.in_proj_bias[rows]
+        if self._qkv_same_embed_dim:
+            return F.linear(x, self.in_proj_weight[rows], bias)
+        return F.linear(x, (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)[first], bias)
+
+    def _heads(self, x: Tensor, batched: bool) -> Tensor:
+        """Projected tokens in any layout -> a view [B, H, N, D]."""
+        if not batched:
+            x = x.unsqueeze(0)
+        return split_heads(x, self.num_heads, self.batch_first or not batched)
+
+    def _append_slots(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, int]:
+        """k, v [B, H, S, D] with the rows of add_bias_kv, then of add_zero_attn, appended; and how many these are."""
+        require(
+            (self.bias_k is None) == (self.bias_v is None),
+            f"bias_k and bias_v go together, got bias_k={self.bias_k is not None}, bias_v={self.bias_v is not None}",
+        )
+        keys, values = [k], [v]
+        if self.bias_k is not None and self.bias_v is not None:
+            for rows, bias in ((keys, self.bias_k), (values, self.bias_v)):
+                rows.append(bias.view(self.num_heads, 1, -1).to(k.dtype).expand(k.shape[0], -1, -1, -1))
+        if self.add_zero_attn:
+            for rows in (keys, values):
+                rows.append(k.new_zeros(()).expand(*k.shape[:2], 1, k.shape[-1]))
+        slots = len(keys) - 1
+        return (torch.cat(keys, -2), torch.cat(values, -2), slots) if slots else (k, v, 0)
+
+    def _dropout_options(self, device: torch.device) -> dict[str, Any]:
+        """One seed for output and weights, so that they share the dropout mask; drawn only where dropout acts."""
+        p = self.dropout if self.training else 0.0
+        seed = torch.randint(2**63 - 1, (), device=device) if p > 0.0 else None
+        return {"dropout_p": p, "seed": seed}
+
+    def _weights(self, q: Tensor, k: Tensor, options: dict[str, Any], average: bool) -> Tensor:
+        """[B, L, S + slots] if average, else [B, H, L, S + slots]."""
+        weights = SF.set_attention_weights(q, k, self.references, **options)
+        return weights.mean(1) if average else weights
+
+    def initialize_references(
+        self, tokens: Tensor, key_padding_mask: Tensor | None = None, *, value: Tensor | None = None,
+        key_position: Tensor | None = None, num_iters: int = 20, init: str = "k-means++",
+        generator: torch.Generator | None = None,
+    ) -> None:  # fmt: skip
+        """Places the references on sample tokens: spherical k-means, per head, of their projected keys (OTKE's
+        unsupervised initialisation).  A few thousand tokens are enough; memory is O(tokens·H·M).
+
+        With value_map="rkhs" the landmarks are placed the same way on the projected values; with position_dim > 0 and
+        key_position given, each reference position becomes the mean position of its cluster.
+
+        Args:
+            tokens: samples in the layout of forward's key, with at least num_references of them not masked.
+            key_padding_mask: as in forward; a float mask excludes where its exponential is 0.
+            value: samples in the layout of forward's value, only for landmarks; default `tokens`.
+            key_position: [S, P] or [B, S, P], as in forward.
+            num_iters: k-means iterations.
+            init: "k-means++" or "random" (distinct tokens).
+            generator: source of randomness, on the tokens' device; default torch's.
+
+        Raises:
+            ValueError: shapes, fewer tokens than references, or an unknown init.
+        """
+        if value is None and self.vdim == self.kdim:
+            value = tokens
+        other = tokens if value is None else value
+        check_tensors({"tokens": tokens, "value": other}, {"key_padding_mask": key_padding_mask})
+        batched = check_layout(tokens, tokens, other, key_padding_mask, None)
+        check_pairs(tokens, other, packed=False)
+        check_width("tokens", tokens, self.kdim)
+        B, S = self._sizes(tokens, batched)
+        check_masks(key_padding_mask, None, B, self.num_heads, S, S, batched)
+        if key_padding_mask is not None and not batched:
+            key_padding_mask = key_padding_mask.unsqueeze(0)
+        key = self._heads(self._projection(tokens, 1, 2), batched)
+        if value is not None:
+            check_width("value", value, self.vdim)
+            value = self._heads(self._projection(value, 2, 3), batched)
+        self._place_references(
+            key, value, key_padding_mask, key_position, num_iters=num_iters, init=init, generator=generator
+        )

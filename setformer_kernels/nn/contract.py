@@ -1,0 +1,162 @@
+"""What the modules may be given; every refusal keeps the key words of the message of nn.MultiheadAttention."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import checks
+from ..dispatch import available_backends
+
+VALUE_MAPS = ("linear", "rkhs")
+
+
+class AttentionInputError(ValueError, AssertionError, RuntimeError):
+    """A size, shape or mask the module refuses.
+
+    `nn.MultiheadAttention` raises AssertionError for most of these and RuntimeError for some, where ValueError is what
+    they are: this class is all three, so handlers and tests written for any of them keep working.
+    """
+
+
+class MaskTypeError(AttentionInputError, TypeError):
+    """A mask of a dtype that is neither bool nor floating point."""
+
+
+def require(condition: bool, message: str) -> None:
+    """Raises AttentionInputError(message) unless condition."""
+    if not condition:
+        raise AttentionInputError(message)
+
+
+def check_sizes(embed_dim: int, num_heads: int, kdim: int | None = None, vdim: int | None = None) -> None:
+    """Positive sizes, and heads that divide embed_dim."""
+    if embed_dim <= 0 or num_heads <= 0:
+        raise AttentionInputError(
+            "embed_dim and num_heads must be greater than 0,"
+            f" got embed_dim={embed_dim} and num_heads={num_heads} instead"
+        )
+    for name, size in (("kdim", kdim), ("vdim", vdim)):
+        require(size is None or size > 0, f"{name} must be greater than 0, got {name}={size} instead")
+    require(
+        embed_dim % num_heads == 0,
+        f"embed_dim must be divisible by num_heads, got embed_dim={embed_dim} and num_heads={num_heads}",
+    )
+
+
+def check_own_options(
+    *, num_references: int, num_iters: int, epsilon: float, bandwidth: float, kernel: str, value_map: str,
+    position_dim: int, key_relaxation: float, reference_relaxation: float, backend: str,
+) -> None:  # fmt: skip
+    """The constructor's own arguments: those of the functional API by its rules, and no tensors among the numbers."""
+    checks.iterations(num_iters)
+    checks.kernel(kernel)
+    for name, size, least in (("num_references", num_references, 1), ("position_dim", position_dim, 0)):
+        if isinstance(size, bool) or not isinstance(size, int):
+            raise TypeError(f"{name} must be an int, got {type(size).__name__}")
+        if size < least:
+            raise ValueError(f"{name} must be ≥ {least}, got {size}")
+    for name, number, high in (
+        ("epsilon", epsilon, math.inf),
+        ("bandwidth", bandwidth, math.inf),
+        ("key_relaxation", key_relaxation, 1.0),
+        ("reference_relaxation", reference_relaxation, 1.0),
+    ):
+        if isinstance(number, Tensor):
+            raise TypeError(f"{name} must be a float, got a Tensor: learned ones are asked for by learn_* arguments")
+        checks.hyperparameter(name, number, 0, 0.0, high, open_low=math.isinf(high))
+    backends = ("auto", *available_backends())
+    for name, choice, choices in (("value_map", value_map, VALUE_MAPS), ("backend", backend, backends)):
+        if choice not in choices:
+            raise ValueError(f"{name} must be one of {', '.join(choices)}, got {choice!r}")
+
+
+def check_tensors(floating: dict[str, Any], optional: dict[str, Any]) -> None:
+    """By name: arguments that must be floating-point tensors, and arguments that must be tensors or None."""
+    for name, tensor in floating.items():
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"`{name}` must be a tensor, got {type(tensor).__name__}")
+        if not tensor.is_floating_point():
+            raise TypeError(f"`{name}` must be a floating-point tensor, got {tensor.dtype}")
+    for name, tensor in optional.items():
+        if tensor is not None and not isinstance(tensor, Tensor):
+            raise TypeError(f"`{name}` must be a tensor or None, got {type(tensor).__name__}")
+
+
+def check_layout(
+    query: Tensor, key: Tensor, value: Tensor, key_padding_mask: Tensor | None, attn_mask: Tensor | None
+) -> bool:
+    """Whether the call is batched, after checking that every tensor has the number of dims this asks for."""
+    require(
+        query.dim() in (2, 3),
+        f"query should be unbatched 2D or batched 3D tensor but received {query.dim()}-D query tensor",
+    )
+    dim = query.dim()
+    call = f"For {'batched' if dim == 3 else 'unbatched'} ({dim}-D) `query`, expected"
+    require(
+        key.dim() == dim and value.dim() == dim,
+        f"{call} `key` and `value` to be {dim}-D but found {key.dim()}-D and {value.dim()}-D tensors respectively",
+    )
+    if key_padding_mask is not None:
+        require(
+            key_padding_mask.dim() == dim - 1,
+            f"{call} `key_padding_mask` to be `None` or {dim - 1}-D"
+            f" but found {key_padding_mask.dim()}-D tensor instead",
+        )
+    if attn_mask is not None:
+        require(
+            attn_mask.dim() in (2, 3),
+            f"{call} `attn_mask` to be `None`, 2-D or 3-D but found {attn_mask.dim()}-D tensor instead",
+        )
+    return dim == 3
+
+
+def check_pairs(key: Tensor, value: Tensor, packed: bool) -> None:
+    """One value for every key; of the same width where one packed weight projects both."""
+    if packed:
+        require(key.shape == value.shape, f"key shape {key.shape} does not match value shape {value.shape}")
+    require(
+        key.shape[:-1] == value.shape[:-1],
+        f"key's sequence and batch dims {key.shape[:-1]} do not match value's {value.shape[:-1]}",
+    )
+
+
+def check_width(name: str, x: Tensor, width: int) -> None:
+    """x [..., width]."""
+    require(
+        x.shape[-1] == width,
+        f"was expecting embedding dimension of {width}, but got {x.shape[-1]} in {name} {tuple(x.shape)}",
+    )
+
+
+def check_masks(
+    key_padding_mask: Tensor | None, attn_mask: Tensor | None, B: int, H: int, L: int, S: int, batched: bool
+) -> None:
+    """Dtypes and shapes of both masks; key_padding_mask [B, S] or [S], attn_mask [L, S], [B·H, L, S] or [H, L, S]."""
+    for name, mask in (("key_padding_mask", key_padding_mask), ("attn_mask", attn_mask)):
+        if mask is not None and not (mask.is_floating_point() or mask.dtype == torch.bool):
+            raise MaskTypeError(f"only bool and floating types of {name} are supported, got {mask.dtype}")
+    if key_padding_mask is not None:
+        wanted = (B, S) if batched else (S,)
+        for dim, size in enumerate(wanted):
+            require(
+                key_padding_mask.shape[dim] == size,
+                f"Expected `key_padded_mask.shape[{dim}]` to be {size}, but got {key_padding_mask.shape[dim]}:"
+                f" key_padding_mask is {tuple(key_padding_mask.shape)} and should be {wanted}",
+            )
+    if attn_mask is None:
+        return
+    if attn_mask.dim() == 3 and not batched:
+        require(
+            attn_mask.shape == (H, L, S),
+            f"Expected `attn_mask` shape to be {(H, L, S)} but got {tuple(attn_mask.shape)}",
+        )
+        return
+    size_wanted = (L, S) if attn_mask.dim() == 2 else (B * H, L, S)
+    require(
+        attn_mask.shape == size_wanted,
+        f"The shape of the {attn_mask.dim()}D attn_mask is {tuple(attn_mask.shape)}, but should be {size_wanted}.",
+    )

@@ -1,0 +1,111 @@
+"""SeTPooling: M tokens from S, the transport half of SeT attention (the OTKE embedding) as a layer."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from .. import functional as SF
+from .attention import merge_heads, split_heads
+from .contract import check_layout, check_masks, check_sizes, check_tensors, require
+from .masks import key_mask_of
+from .reference_set import ReferenceSet
+
+
+class SeTPooling(ReferenceSet):
+    """Pools any number of tokens into num_references tokens, in linear time.
+
+    Per head, with k, v the projected tokens and f, c the potentials that transport the S keys onto the M references::
+
+        z_j = Σ_s exp(ℓ_sj + f_s − c_j) v_s                  [M, D]: each column of weights sums to 1
+        output_j = concat over heads(z_j) W_oᵀ + b_o         [embed_dim], for j = 1..M
+
+    Args:
+        embed_dim, num_heads, bias, device, dtype: as in `nn.MultiheadAttention`.
+        num_references, num_iters, epsilon, bandwidth, kernel, value_map, position_dim, learn_epsilon, learn_log_mass,
+            key_relaxation, reference_relaxation, backend: as in `SeTAttention`.
+
+    Shape:
+        x [B, S, embed_dim] -> [B, num_references, embed_dim]; an element whose tokens are all masked pools to zeros
+        (before the output projection).
+
+    Raises:
+        ValueError, TypeError: as in `SeTAttention`.
+
+    Source: OTKE (arXiv 2006.12065).
+    """
+
+    def __init__(
+        self, embed_dim: int, num_heads: int, bias: bool = True, device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None, *, num_references: int = 64, num_iters: int = 3, epsilon: float = 0.05,
+        bandwidth: float = 1.0, kernel: str = "rbf", value_map: str = "linear", position_dim: int = 0,
+        learn_epsilon: bool = False, learn_log_mass: bool = False, key_relaxation: float = 1.0,
+        reference_relaxation: float = 1.0, backend: str = "auto",
+    ) -> None:  # fmt: skip
+        check_sizes(embed_dim, num_heads)
+        super().__init__()
+        self.embed_dim, self.num_heads, self.head_dim = embed_dim, num_heads, embed_dim // num_heads
+        self.kv_proj = nn.Linear(embed_dim, 2 * embed_dim, bias, device, dtype)
+        self.out_proj = nn.Linear(embed_dim, embed_dim, bias, device, dtype)
+        self._add_references(
+            num_heads, self.head_dim, {"device": device, "dtype": dtype}, num_references=num_references,
+            num_iters=num_iters, epsilon=epsilon, bandwidth=bandwidth, kernel=kernel, value_map=value_map,
+            position_dim=position_dim, learn_epsilon=learn_epsilon, learn_log_mass=learn_log_mass,
+            key_relaxation=key_relaxation, reference_relaxation=reference_relaxation, backend=backend,
+        )  # fmt: skip
+        self._reset_projections()
+
+    def _reset_projections(self) -> None:
+        nn.init.xavier_uniform_(self.kv_proj.weight)
+        self.out_proj.reset_parameters()
+        for linear in (self.kv_proj, self.out_proj):
+            if linear.bias is not None:
+                nn.init.zeros_(linear.bias)
+
+    def reset_parameters(self) -> None:
+        """Draws all parameters anew, as nn.MultiheadAttention does its own."""
+        self._reset_projections()
+        self._reset_references()
+
+    def extra_repr(self) -> str:
+        return f"embed_dim={self.embed_dim}, num_heads={self.num_heads}, {self._own_repr()}"
+
+    def forward(
+        self, x: Tensor, key_padding_mask: Tensor | None = None, key_position: Tensor | None = None
+    ) -> Tensor:  # fmt: skip
+        """x [B, S, embed_dim] -> [B, M, embed_dim].
+
+        Args:
+            key_padding_mask: [B, S]; bool True = ignore, or float, added to the tokens' log masses.
+            key_position: [S, P] or [B, S, P], exactly when position_dim > 0.
+        """
+        k, v = self._keys_values("x", x, key_padding_mask, key_position)
+        options = self._transport_options() | self._position_options(0, key_position=key_position)
+        options["key_mask"] = key_mask_of(key_padding_mask, 0)
+        z = SF.set_pool(k, self._map_values(v), self.references, **options)
+        return self.out_proj(merge_heads(z, batch_first=True))
+
+    def initialize_references(
+        self, tokens: Tensor, key_padding_mask: Tensor | None = None, *, key_position: Tensor | None = None,
+        num_iters: int = 20, init: str = "k-means++", generator: torch.Generator | None = None,
+    ) -> None:  # fmt: skip
+        """Places the references on sample tokens [B, S, embed_dim]; see `SeTAttention.initialize_references`."""
+        k, v = self._keys_values("tokens", tokens, key_padding_mask, key_position)
+        self._place_references(
+            k, v, key_padding_mask, key_position, num_iters=num_iters, init=init, generator=generator
+        )
+
+    def _keys_values(
+        self, name: str, x: Tensor, key_padding_mask: Tensor | None, key_position: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """k, v [B, H, S, D] of checked input x, called `name` in messages."""
+        check_tensors({name: x}, {"key_padding_mask": key_padding_mask, "key_position": key_position})
+        require(
+            x.dim() == 3 and x.shape[-1] == self.embed_dim,
+            f"{name} must be [B, S, {self.embed_dim}], got {tuple(x.shape)}",
+        )
+        B, S, _ = x.shape
+        check_layout(x, x, x, key_padding_mask, None)
+        check_masks(key_padding_mask, None, B, self.num_heads, S, S, batched=True)
+        k, v = (split_heads(part, self.num_heads, batch_first=True) for part in self.kv_proj(x).chunk(2, -1))
+        return k, v

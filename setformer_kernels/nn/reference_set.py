@@ -1,0 +1,155 @@
+"""What SeTAttention and SeTPooling share: the learned reference set, the constants of transport, the initialisation."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .. import functional as SF
+from ..problem import compute_dtype
+from .contract import check_own_options
+from .kmeans import spherical_kmeans
+from .masks import present_of
+
+
+class ReferenceSet(nn.Module):
+    """Mixin: M references per head and how tokens are carried to them (definition: the package's README).
+
+    Parameters (those not asked for are None):
+        references [H, M, D]; landmarks [H, D, D] (value_map="rkhs", R = D); log_epsilon [H] (learn_epsilon);
+        reference_log_mass [H, M] (learn_log_mass); reference_position [H, M, P], position_scale [H] (position_dim > 0).
+    """
+
+    references: nn.Parameter
+    landmarks: nn.Parameter | None
+    log_epsilon: nn.Parameter | None
+    reference_log_mass: nn.Parameter | None
+    reference_position: nn.Parameter | None
+    position_scale: nn.Parameter | None
+
+    def _add_references(
+        self, num_heads: int, head_dim: int, factory: dict[str, Any], *, num_references: int, num_iters: int,
+        epsilon: float, bandwidth: float, kernel: str, value_map: str, position_dim: int, learn_epsilon: bool,
+        learn_log_mass: bool, key_relaxation: float, reference_relaxation: float, backend: str,
+    ) -> None:  # fmt: skip
+        """Checks the own arguments, keeps them as attributes and creates the parameters they ask for."""
+        check_own_options(
+            num_references=num_references, num_iters=num_iters, epsilon=epsilon, bandwidth=bandwidth, kernel=kernel,
+            value_map=value_map, position_dim=position_dim, key_relaxation=key_relaxation,
+            reference_relaxation=reference_relaxation, backend=backend,
+        )  # fmt: skip
+        self.num_references, self.num_iters, self.position_dim = num_references, num_iters, position_dim
+        self.epsilon, self.bandwidth, self.kernel, self.value_map = epsilon, bandwidth, kernel, value_map
+        self.key_relaxation, self.reference_relaxation, self.backend = key_relaxation, reference_relaxation, backend
+        H, M, D, P = num_heads, num_references, head_dim, position_dim
+        shapes: dict[str, tuple[int, ...] | None] = {
+            "references": (H, M, D),
+            "landmarks": (H, D, D) if value_map == "rkhs" else None,
+            "log_epsilon": (H,) if learn_epsilon else None,
+            "reference_log_mass": (H, M) if learn_log_mass else None,
+            "reference_position": (H, M, P) if P else None,
+            "position_scale": (H,) if P else None,
+        }
+        for name, shape in shapes.items():
+            self.register_parameter(name, None if shape is None else nn.Parameter(torch.empty(shape, **factory)))
+        self._reset_references()
+
+    @torch.no_grad()
+    def _reset_references(self) -> None:
+        """Directions uniform on the unit sphere, reference positions in the unit cube, τ = 1, uniform masses."""
+        for directions in (self.references, self.landmarks):
+            if directions is not None:
+                directions.copy_(F.normalize(directions.normal_(), dim=-1))
+        if self.log_epsilon is not None:
+            self.log_epsilon.fill_(math.log(self.epsilon))
+        if self.reference_log_mass is not None:
+            self.reference_log_mass.zero_()
+        if self.reference_position is not None and self.position_scale is not None:
+            self.reference_position.uniform_()
+            self.position_scale.fill_(1.0)
+
+    def _own_repr(self) -> str:
+        return (
+            f"num_references={self.num_references}, num_iters={self.num_iters}, epsilon={self.epsilon},"
+            f" kernel={self.kernel}, value_map={self.value_map}, position_dim={self.position_dim}"
+        )
+
+    def _transport_options(self) -> dict[str, Any]:
+        """The keyword arguments every SF call of this module shares, read at call time."""
+        epsilon: float | Tensor = self.epsilon
+        if self.log_epsilon is not None:
+            epsilon = self.log_epsilon.to(compute_dtype(self.log_epsilon.dtype)).exp()
+        return {
+            "kernel": self.kernel,
+            "bandwidth": self.bandwidth,
+            "epsilon": epsilon,
+            "num_iters": self.num_iters,
+            "reference_log_mass": self.reference_log_mass,
+            "key_relaxation": self.key_relaxation,
+            "reference_relaxation": self.reference_relaxation,
+            "backend": self.backend,
+        }
+
+    def _position_options(self, slots: int, **token_positions: Tensor | None) -> dict[str, Any]:
+        """Token positions [N, P] or [B, N, P] as SF arguments; appended key slots carry no position term."""
+        given = [name for name, position in token_positions.items() if position is not None]
+        if self.position_dim == 0:
+            if given:
+                raise ValueError(f"{', '.join(given)} given, but the module was built with position_dim=0")
+            return {}
+        missing = [name for name in token_positions if name not in given]
+        if missing:
+            raise ValueError(
+                f"position_dim={self.position_dim} needs {' and '.join(missing)}"
+                f" ([N, {self.position_dim}] or [B, N, {self.position_dim}]), got None"
+            )
+        options: dict[str, Any] = {
+            **token_positions,
+            "reference_position": self.reference_position,
+            "position_scale": self.position_scale,
+        }
+        if slots:
+            position = token_positions["key_position"]
+            assert position is not None
+            # a row of NaN has no position, and so no position term
+            options["key_position"] = F.pad(position, (0, 0, 0, slots), value=math.nan)
+        return options
+
+    def _map_values(self, value: Tensor) -> Tensor:
+        """value [B, H, S, D] itself, or its Nyström features ψ(v) [B, H, S, R = D]."""
+        if self.landmarks is None:
+            return value
+        return SF.nystrom_features(value, self.landmarks, bandwidth=self.bandwidth, backend=self.backend)
+
+    @torch.no_grad()
+    def _place_references(
+        self, key: Tensor, value: Tensor | None, key_padding_mask: Tensor | None, key_position: Tensor | None, *,
+        num_iters: int, init: str, generator: torch.Generator | None,
+    ) -> None:  # fmt: skip
+        """Spherical k-means of key (and, for landmarks, value) [B, H, S, D]; key_padding_mask [B, S]."""
+        if self.landmarks is not None and value is None:
+            raise ValueError('value_map="rkhs" places landmarks on values: pass `value` as in forward')
+        keep = None if key_padding_mask is None else present_of(key_padding_mask)
+
+        def tokens(x: Tensor) -> Tensor:  # [B, H, S, D] -> [H, n, D]
+            x = x.transpose(1, 2)
+            x = x.flatten(0, 1) if keep is None else x[keep]
+            return x.transpose(0, 1).to(compute_dtype(x.dtype))
+
+        options: dict[str, Any] = {"num_iters": num_iters, "init": init, "generator": generator}
+        centres, labels = spherical_kmeans(tokens(key), self.num_references, **options)
+        if self.landmarks is not None and value is not None:
+            self.landmarks.copy_(spherical_kmeans(tokens(value), self.landmarks.shape[1], **options)[0])
+        if self.reference_position is not None and key_position is not None:
+            B, _, S, _ = key.shape
+            position = key_position.expand(B, S, -1)
+            position = position.flatten(0, 1) if keep is None else position[keep]  # [n, P]
+            member = F.one_hot(labels, self.num_references).to(position.dtype).mT  # [H, M, n]
+            count = member.sum(-1, keepdim=True)
+            mean = (member @ position / count.clamp_min(1)).to(self.reference_position.dtype)
+            self.reference_position.copy_(torch.where(count > 0, mean, self.reference_position))
+        self.references.copy_(centres)
