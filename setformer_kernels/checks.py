@@ -21,6 +21,10 @@ def _show(shape: Sequence[Size]) -> str:
     return "[" + ", ".join("*" if s is None else str(s) for s in shape) + "]"
 
 
+def _fits(value: Tensor, sizes: Sequence[Size]) -> bool:
+    return value.ndim == len(sizes) and all(e is None or s == e for s, e in zip(value.shape, sizes, strict=True))
+
+
 def tensor(name: str, value: Any, letters: str) -> Tensor:
     """`value` is a floating-point tensor with one dimension a letter: 'BHLD' wants four."""
     if not isinstance(value, Tensor):
@@ -34,7 +38,7 @@ def tensor(name: str, value: Any, letters: str) -> Tensor:
 
 def shape(name: str, value: Tensor, expected: Sequence[Size], why: str) -> None:
     """`value` has the expected sizes; None stands for any."""
-    if any(e is not None and s != e for s, e in zip(value.shape, expected, strict=True)):
+    if not _fits(value, expected):
         raise ValueError(f"{name} must have shape {_show(expected)} ({why}), got {list(value.shape)}")
 
 
@@ -58,7 +62,7 @@ def nonempty(name: str, value: Tensor, letters: str, sizes: Sequence[int]) -> No
 def hyperparameter(name: str, value: Any, heads: int, low: float, high: float, open_low: bool = False) -> None:
     """A float in [low, high] ((low, high] if `open_low`), or a tensor [H], whose values are not read."""
     if isinstance(value, Tensor):
-        if value.shape not in ((heads,), ()) or not value.is_floating_point():
+        if not (_fits(value, (heads,)) or value.ndim == 0) or not value.is_floating_point():
             raise ValueError(
                 f"{name} must be a float or a floating-point tensor [H] = [{heads}], got {value.dtype} "
                 f"{list(value.shape)}"
@@ -66,7 +70,7 @@ def hyperparameter(name: str, value: Any, heads: int, low: float, high: float, o
         return
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a float or a tensor [H], got {type(value).__name__}")
-    if not math.isfinite(value) or not low <= value <= high or (open_low and value == low):
+    if not (low <= value <= high and value < math.inf) or (open_low and value == low):
         wants = f"{'> ' if open_low else '≥ '}{low:g}" + ("" if math.isinf(high) else f" and ≤ {high:g}")
         raise ValueError(f"{name} must be finite and {wants}, got {value}")
 
@@ -101,7 +105,7 @@ def mask(name: str, value: Any, allowed: Sequence[Sequence[int]]) -> None:
         raise TypeError(f"{name} must be a bool or floating-point Tensor, got {type(value).__name__}")
     if value.dtype != torch.bool and not value.is_floating_point():
         raise TypeError(f"{name} must be bool (True takes part) or floating point (log mass), got {value.dtype}")
-    if not any(tuple(value.shape) == tuple(s) for s in allowed):
+    if not any(_fits(value, s) for s in allowed):
         raise ValueError(f"{name} must have shape {' or '.join(_show(s) for s in allowed)}, got {list(value.shape)}")
 
 
@@ -118,7 +122,7 @@ def positions(tokens: dict[str, tuple[Any, int, int]], reference: Any, heads: in
     for name, (value, b, n) in tokens.items():
         if not isinstance(value, Tensor):
             raise TypeError(f"{name} must be a Tensor [N, P] or [B, N, P], got {type(value).__name__}")
-        if tuple(value.shape) not in ((n, p), (b, n, p)):
+        if not (_fits(value, (n, p)) or _fits(value, (b, n, p))):
             raise ValueError(f"{name} must have shape {[n, p]} or {[b, n, p]}, got {list(value.shape)}")
         if value.requires_grad:
             raise ValueError(f"{name} gets no gradient, but requires_grad is set: pass {name}.detach()")

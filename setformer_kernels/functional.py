@@ -87,7 +87,7 @@ def set_attention(
     name = "causal" if causal else "attention"
     if dispatch.select(ops.attention_problem(name, x, opt), backend) == dispatch.REFERENCE:
         return reference.causal(x, opt) if causal else reference.attention(x, opt)
-    return (ops.set_causal(*x, *opt) if causal else ops.set_attention(*x, *opt))[0]
+    return ops.set_causal(*x, *opt) if causal else ops.set_attention(*x, *opt)[0]
 
 
 def set_attention_weights(
@@ -185,7 +185,7 @@ def nystrom_features(
     dtype = compute_dtype(x.dtype)
     landmarks, (tensors, scalars) = landmarks.to(dtype), _hyper((bandwidth,), h, dtype)
     if dispatch.select(ops.features_problem(x, landmarks), backend) != dispatch.REFERENCE:
-        return ops.nystrom_features(x, landmarks, tensors[0], scalars[0], float(ridge), backend)[0]
+        return ops.nystrom_features(x, landmarks, tensors[0], scalars[0], float(ridge), backend)
     beta = landmarks.new_full((h,), scalars[0]) if tensors[0] is None else tensors[0]
     return reference.nystrom_features(x.to(dtype), landmarks, beta[:, None, None], float(ridge)).to(x.dtype)
 

@@ -96,9 +96,9 @@ def _run_pool_backward(d_z: Tensor, z: Tensor, c: Tensor, *args: Any) -> Operand
     return _backend("pool", x, opt).pool_backward(x, opt, z, c, d_z, None, args[-1])
 
 
-def _run_causal(*args: Any) -> tuple[Tensor, ...]:
+def _run_causal(*args: Any) -> Tensor:
     x, opt = _split(args)
-    return (_backend("causal", x, opt).causal(x, opt),)
+    return _backend("causal", x, opt).causal(x, opt)
 
 
 def _run_causal_backward(d_o: Tensor, *args: Any) -> Operands:
@@ -108,9 +108,8 @@ def _run_causal_backward(d_o: Tensor, *args: Any) -> Operands:
 
 def _run_features(
     x: Tensor, w: Tensor, bandwidth: Tensor | None, scalar: float, ridge: float, backend: str
-) -> tuple[Tensor, ...]:
-    module = dispatch.implementation(features_problem(x, w), backend)
-    return (module.features(x, w, bandwidth, scalar, ridge),)
+) -> Tensor:
+    return dispatch.implementation(features_problem(x, w), backend).features(x, w, bandwidth, scalar, ridge)
 
 
 def _run_features_backward(
@@ -127,8 +126,8 @@ def _run_features_backward(
     return module.features_backward(x, w, bandwidth, scalar, ridge, d_psi, needs)
 
 
-def _fake_features(x: Tensor, w: Tensor, *_: Any) -> tuple[Tensor, ...]:
-    return (empty_in_order(x, (*x.shape[:-1], w.shape[-2])),)
+def _fake_features(x: Tensor, w: Tensor, *_: Any) -> Tensor:
+    return empty_in_order(x, (*x.shape[:-1], w.shape[-2]))
 
 
 def _run_sinkhorn(log_kernel: Tensor, *args: Any) -> tuple[Tensor, ...]:
@@ -189,7 +188,7 @@ set_causal = register(
         no_grad=(*POSITIONS, "seed"),
         run=_run_causal,
         run_backward=_run_causal_backward,
-        fake=lambda *args: (_fake_output(_split(args)[0]),),
+        fake=lambda *args: _fake_output(_split(args)[0]),
     )
 )
 

@@ -34,9 +34,9 @@ class Spec:
     differentiable: tuple[str, ...]  # outputs that carry gradients
     saved: tuple[str, ...]  # outputs the backward reads
     no_grad: tuple[str, ...]  # tensors that never get a gradient
-    run: Callable[..., tuple[Tensor, ...]]
+    run: Callable[..., Any]
     run_backward: Callable[..., Sequence[Tensor | None]]
-    fake: Callable[..., tuple[Tensor, ...]]
+    fake: Callable[..., Any]
 
     @property
     def schema(self) -> str:
@@ -53,6 +53,15 @@ class Spec:
         extra = {f"d_{name}": self.outputs[name] for name in self.differentiable}
         extra |= {f"saved_{name}": self.outputs[name] for name in self.saved}
         return extra | {name: kind for name, (kind, _) in self.tensors.items()}
+
+
+def as_tuple(outputs: Any) -> tuple[Tensor, ...]:
+    return (outputs,) if isinstance(outputs, Tensor) else tuple(outputs)
+
+
+def one_or_tuple(outputs: Sequence[Any]) -> Any:
+    """What an op returns: a schema with one output has no tuple."""
+    return outputs[0] if len(outputs) == 1 else tuple(outputs)
 
 
 def _below_autograd(op: Any, args: Sequence[Any]) -> Any:
@@ -81,17 +90,17 @@ def _vmap(op: Any, tensors: dict[str, str], outputs: Sequence[str], info: Any, i
     if SEED in tensors and args[list(tensors).index(SEED)] is not None:
         return _vmap_loop(op, n, size, in_dims, args)
     folded = [_fold(k, t, d, size) for k, t, d in zip(tensors.values(), args[:n], in_dims, strict=False)]
-    results = [_unfold(k, r, size) for k, r in zip(outputs, op(*folded, *args[n:]), strict=True)]
-    return tuple(r for r, _ in results), tuple(d for _, d in results)
+    results = [_unfold(k, r, size) for k, r in zip(outputs, as_tuple(op(*folded, *args[n:])), strict=True)]
+    return one_or_tuple([r for r, _ in results]), one_or_tuple([d for _, d in results])
 
 
 def _vmap_loop(op: Any, n: int, size: int, in_dims: Any, args: Sequence[Any]) -> Any:
     rows = [
-        op(*(t if d is None else t.select(d, v) for t, d in zip(args[:n], in_dims, strict=False)), *args[n:])
+        as_tuple(op(*(t if d is None else t.select(d, v) for t, d in zip(args[:n], in_dims, strict=False)), *args[n:]))
         for v in range(size)
     ]
-    stacked = tuple(torch.stack(column) for column in zip(*rows, strict=True))
-    return stacked, (0,) * len(stacked)
+    stacked = [torch.stack(column) for column in zip(*rows, strict=True)]
+    return one_or_tuple(stacked), one_or_tuple((0,) * len(stacked))
 
 
 def _refuse(what: str, name: str) -> RuntimeError:
@@ -106,14 +115,15 @@ def _make_functions(spec: Spec, op: Any, op_backward: Any) -> tuple[type, type]:
 
     class Forward(torch.autograd.Function):
         @staticmethod
-        def forward(*args: Any) -> tuple[Tensor, ...]:
-            return tuple(_below_autograd(op, args))
+        def forward(*args: Any) -> Any:
+            return _below_autograd(op, args)
 
         @staticmethod
         def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-            ctx.save_for_backward(*inputs[:n], *(output[positions[name]] for name in spec.saved))
+            outputs = as_tuple(output)
+            ctx.save_for_backward(*inputs[:n], *(outputs[positions[name]] for name in spec.saved))
             ctx.constants = inputs[n:]
-            ctx.mark_non_differentiable(*(output[i] for o, i in positions.items() if o not in spec.differentiable))
+            ctx.mark_non_differentiable(*(outputs[i] for o, i in positions.items() if o not in spec.differentiable))
 
         @staticmethod
         def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
@@ -134,8 +144,8 @@ def _make_functions(spec: Spec, op: Any, op_backward: Any) -> tuple[type, type]:
 
     class Backward(torch.autograd.Function):
         @staticmethod
-        def forward(*args: Any) -> tuple[Tensor, ...]:
-            return tuple(_below_autograd(op_backward, args))
+        def forward(*args: Any) -> Any:
+            return _below_autograd(op_backward, args)
 
         @staticmethod
         def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
