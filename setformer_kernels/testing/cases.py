@@ -1,0 +1,157 @@
+"""The case list: every shape, option and extreme a backend is held to, by name.
+
+A `Case` is data; `make` turns it into the tensors and keywords of `functional.set_attention`, in float64 and seeded by
+the case's name, so that every backend and precision sees the same numbers.
+"""
+
+from __future__ import annotations
+
+import zlib
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call of set_attention: sizes, options, and how its inputs are drawn."""
+
+    name: str
+    B: int = 2
+    H: int = 3
+    L: int = 65
+    S: int = 100
+    M: int = 7
+    D: int = 16
+    E: int = 16
+    P: int = 0
+    mask: str = ""  # "", "bool", "float", "one" (one key left), "none" (batch element 0 sees no key)
+    layout: str = "bhnd"  # memory order of q, k, v; "expanded": one key for all heads
+    scale: float = 1.0  # of q and k
+    position_spread: float = 1.0
+    positionless: int = 0  # leading keys without a position
+    log_mass: bool = False
+    tensors: bool = False  # hyperparameters as tensors [H]
+    zeros: bool = False  # some query and key rows are zero
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+CASES = (
+    Case("plain"),
+    Case("t0", options={"num_iters": 0}),
+    Case("t1", options={"num_iters": 1}),
+    Case("t10", options={"num_iters": 10}),
+    Case("length_1", L=1, S=1),
+    Case("length_63", L=63, S=63, M=64, D=64, E=64),
+    Case("length_1000", B=1, H=2, L=1000, S=1000, M=64, D=64, E=32),
+    Case("one_reference", M=1),
+    Case("many_references", B=1, H=2, M=200, D=32, E=48),
+    Case("wide", B=1, H=2, D=256, E=128, M=64),
+    Case("odd_sizes", D=19, E=33, M=13, L=31, S=47),
+    Case("bnhd", layout="bnhd", D=32, E=32),
+    Case("expanded", layout="expanded"),
+    Case("bool_mask", mask="bool"),
+    Case("float_mask", mask="float"),
+    Case("one_key", mask="one"),
+    Case("no_key", mask="none"),
+    Case("log_mass", log_mass=True),
+    Case("tensors", tensors=True, log_mass=True, mask="float", P=2),
+    Case("positions", P=2),
+    Case("positionless", P=3, positionless=2, mask="bool"),
+    Case("far_positions", P=2, position_spread=30.0),
+    Case("unbalanced", options={"key_relaxation": 0.5, "reference_relaxation": 0.7}),
+    Case("no_relaxation", options={"key_relaxation": 0.0, "reference_relaxation": 0.0}),
+    Case("dot", scale=0.2, options={"kernel": "dot"}),
+    Case("dot_wide_range", scale=5.0, options={"kernel": "dot", "epsilon": 0.5}),
+    Case("small_epsilon", options={"epsilon": 0.005}),
+    Case("small_epsilon_wide", options={"epsilon": 0.005, "bandwidth": 3.0, "num_iters": 5}),
+    Case("large_scale", scale=1e4),
+    Case("huge_scale", scale=1e15),
+    Case("tiny_scale", scale=1e-20),
+    Case("zero_rows", zeros=True),
+    Case("dropout", options={"dropout_p": 0.3}),
+    Case("causal_t0", L=100, options={"causal": True, "num_iters": 0}),
+    Case("causal_t1", L=100, options={"causal": True, "num_iters": 1}),
+    Case("causal_long", B=1, H=2, L=1000, S=1000, M=64, D=64, E=48, options={"causal": True, "num_iters": 1}),
+    Case("causal_mask", L=100, mask="bool", options={"causal": True, "num_iters": 1}),
+    Case("causal_float_mask", L=100, mask="float", options={"causal": True, "num_iters": 1, "reference_relaxation": 0.5}),
+    Case("causal_no_key", L=100, mask="none", options={"causal": True, "num_iters": 1}),
+    Case("causal_tensors", L=100, tensors=True, log_mass=True, P=2, options={"causal": True, "num_iters": 1}),
+    Case("causal_small_epsilon", L=100, options={"causal": True, "num_iters": 1, "epsilon": 0.005}),
+    Case("causal_dropout", L=100, options={"causal": True, "num_iters": 1, "dropout_p": 0.3}),
+)
+
+ALL_CASES = {case.name: case for case in CASES}
+
+
+def make(case: Case) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """(query, key, value, references) and the other keywords, in float64; differentiable ones require grad."""
+    g = torch.Generator().manual_seed(zlib.crc32(case.name.encode()))
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=g, dtype=torch.float64)
+
+    tokens = {
+        "query": _laid_out(case, case.scale * normal(case.B, case.H, case.L, case.D)),
+        "key": _laid_out(case, case.scale * normal(case.B, case.H, case.S, case.D), shared=True),
+        "value": _laid_out(case, normal(case.B, case.H, case.S, case.E)),
+        "references": normal(case.H, case.M, case.D),
+    }
+    if case.zeros:
+        tokens["query"][:, :, ::3] = 0
+        tokens["key"][:, :, ::4] = 0
+    keywords = dict(case.options)
+    if case.mask:
+        keywords["key_mask"] = _mask(case, g)
+    if case.log_mass:
+        keywords["reference_log_mass"] = normal(case.H, case.M)
+    if case.P:
+        keywords |= _positions(case, normal)
+    if case.tensors:
+        keywords |= {
+            "bandwidth": 1 + 0.2 * normal(case.H),
+            "epsilon": 0.1 + 0.02 * normal(case.H),
+            "key_relaxation": torch.sigmoid(normal(case.H)),
+            "reference_relaxation": torch.sigmoid(normal(case.H)),
+        }
+    if keywords.get("dropout_p"):
+        keywords["seed"] = torch.tensor(1234567890123)
+    return tokens, keywords
+
+
+def _laid_out(case: Case, t: Tensor, shared: bool = False) -> Tensor:
+    """[B, H, N, D] in the case's memory order."""
+    if case.layout == "bnhd":
+        return t.transpose(1, 2).contiguous().transpose(1, 2)
+    if case.layout == "expanded" and shared:
+        return t[:, :1].expand(t.shape)
+    return t
+
+
+def _mask(case: Case, g: torch.Generator) -> Tensor:
+    """[B, S]; the keys it bans hold NaN in the tests that poison them."""
+    if case.mask == "float":
+        mask = 2 * torch.randn(case.B, case.S, generator=g, dtype=torch.float64)
+        mask[:, 1::5] = -torch.inf
+        return mask
+    keep = torch.rand(case.B, case.S, generator=g) < 0.6
+    if case.mask == "one":
+        keep = torch.zeros(case.B, case.S, dtype=torch.bool)
+        keep[:, case.S // 2] = True
+    keep[:, case.S // 2] = True
+    if case.mask == "none":
+        keep[0] = False
+    return keep
+
+
+def _positions(case: Case, normal: Any) -> dict[str, Tensor]:
+    key = case.position_spread * normal(case.B, case.S, case.P)
+    key[:, : case.positionless] = torch.nan
+    return {
+        "query_position": case.position_spread * normal(case.L, case.P),
+        "key_position": key,
+        "reference_position": case.position_spread * normal(case.H, case.M, case.P),
+        "position_scale": 0.5 + 0.1 * normal(case.H).abs(),
+    }
