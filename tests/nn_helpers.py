@@ -99,7 +99,9 @@ def additive(mask: Tensor | None) -> Tensor | None:
     return torch.zeros(mask.shape, dtype=torch.float64).masked_fill(mask, -torch.inf)
 
 
-def definition(module: SeTAttention, query: Tensor, key: Tensor, value: Tensor, log_mass: Tensor) -> tuple[Tensor, Tensor]:  # fmt: skip
+def definition(
+    module: SeTAttention, query: Tensor, key: Tensor, value: Tensor, log_mass: Tensor
+) -> tuple[Tensor, Tensor]:
     """(output [L, E], A [H, L, S']) of one batch element in float64, query by query from the definition.
 
     query [L, E], key [S, kdim], value [S, vdim]; log_mass [H, L, S'] the additive masks, S' with the appended slots.

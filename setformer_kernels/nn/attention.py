@@ -10,7 +10,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import functional as SF
-from .contract import check_layout, check_masks, check_pairs, check_sizes, check_tensors, check_width, require
+from .contract import (
+    AttentionInputError,
+    check_layout,
+    check_masks,
+    check_pairs,
+    check_sizes,
+    check_tensors,
+    check_width,
+)  # fmt: skip
 from .masks import attention_mask_of, key_mask_of
 from .nested import nest_like, pad_all
 from .reference_set import ReferenceSet
@@ -163,11 +171,11 @@ class SeTAttention(ReferenceSet, nn.MultiheadAttention):
         check_width("key", key, self.kdim)
         check_width("value", value, self.vdim)
         (B, L), (key_B, S) = self._sizes(query, batched), self._sizes(key, batched)
-        require(
-            key_B == B,
-            f"query and key must have the same batch size with batch_first={self.batch_first},"
-            f" got query {tuple(query.shape)} and key {tuple(key.shape)}",
-        )
+        if key_B != B:
+            raise AttentionInputError(
+                f"query and key must have the same batch size with batch_first={self.batch_first},"
+                f" got query {tuple(query.shape)} and key {tuple(key.shape)}"
+            )
         check_masks(key_padding_mask, attn_mask, B, self.num_heads, L, S, batched)
         return batched, B
 
@@ -203,10 +211,8 @@ class SeTAttention(ReferenceSet, nn.MultiheadAttention):
 
     def _append_slots(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, int]:
         """k, v [B, H, S, D] with the rows of add_bias_kv, then of add_zero_attn, appended; and how many these are."""
-        require(
-            (self.bias_k is None) == (self.bias_v is None),
-            f"bias_k and bias_v go together, got bias_k={self.bias_k is not None}, bias_v={self.bias_v is not None}",
-        )
+        if (self.bias_k is None) != (self.bias_v is None):
+            raise AttentionInputError("bias_k and bias_v go together: one of them is set and the other is None")
         keys, values = [k], [v]
         if self.bias_k is not None and self.bias_v is not None:
             for rows, bias in ((keys, self.bias_k), (values, self.bias_v)):
@@ -263,7 +269,7 @@ class SeTAttention(ReferenceSet, nn.MultiheadAttention):
         if key_padding_mask is not None and not batched:
             key_padding_mask = key_padding_mask.unsqueeze(0)
         key = self._heads(self._projection(tokens, 1, 2), batched)
-        if value is not None:
+        if value is not None and self.landmarks is not None:
             check_width("value", value, self.vdim)
             value = self._heads(self._projection(value, 2, 3), batched)
         self._place_references(

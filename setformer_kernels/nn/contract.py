@@ -26,12 +26,6 @@ class MaskTypeError(AttentionInputError, TypeError):
     """A mask of a dtype that is neither bool nor floating point."""
 
 
-def require(condition: bool, message: str) -> None:
-    """Raises AttentionInputError(message) unless condition."""
-    if not condition:
-        raise AttentionInputError(message)
-
-
 def check_sizes(embed_dim: int, num_heads: int, kdim: int | None = None, vdim: int | None = None) -> None:
     """Positive sizes, and heads that divide embed_dim."""
     if embed_dim <= 0 or num_heads <= 0:
@@ -40,11 +34,12 @@ def check_sizes(embed_dim: int, num_heads: int, kdim: int | None = None, vdim: i
             f" got embed_dim={embed_dim} and num_heads={num_heads} instead"
         )
     for name, size in (("kdim", kdim), ("vdim", vdim)):
-        require(size is None or size > 0, f"{name} must be greater than 0, got {name}={size} instead")
-    require(
-        embed_dim % num_heads == 0,
-        f"embed_dim must be divisible by num_heads, got embed_dim={embed_dim} and num_heads={num_heads}",
-    )
+        if size is not None and size <= 0:
+            raise AttentionInputError(f"{name} must be greater than 0, got {name}={size} instead")
+    if embed_dim % num_heads != 0:
+        raise AttentionInputError(
+            f"embed_dim must be divisible by num_heads, got embed_dim={embed_dim} and num_heads={num_heads}"
+        )
 
 
 def check_own_options(
@@ -90,46 +85,43 @@ def check_layout(
     query: Tensor, key: Tensor, value: Tensor, key_padding_mask: Tensor | None, attn_mask: Tensor | None
 ) -> bool:
     """Whether the call is batched, after checking that every tensor has the number of dims this asks for."""
-    require(
-        query.dim() in (2, 3),
-        f"query should be unbatched 2D or batched 3D tensor but received {query.dim()}-D query tensor",
-    )
     dim = query.dim()
-    call = f"For {'batched' if dim == 3 else 'unbatched'} ({dim}-D) `query`, expected"
-    require(
-        key.dim() == dim and value.dim() == dim,
-        f"{call} `key` and `value` to be {dim}-D but found {key.dim()}-D and {value.dim()}-D tensors respectively",
-    )
-    if key_padding_mask is not None:
-        require(
-            key_padding_mask.dim() == dim - 1,
-            f"{call} `key_padding_mask` to be `None` or {dim - 1}-D"
-            f" but found {key_padding_mask.dim()}-D tensor instead",
+    if dim not in (2, 3):
+        raise AttentionInputError(
+            f"query should be unbatched 2D or batched 3D tensor but received {dim}-D query tensor"
         )
-    if attn_mask is not None:
-        require(
-            attn_mask.dim() in (2, 3),
-            f"{call} `attn_mask` to be `None`, 2-D or 3-D but found {attn_mask.dim()}-D tensor instead",
+    call = f"For {'batched' if dim == 3 else 'unbatched'} ({dim}-D) `query`, expected"
+    if key.dim() != dim or value.dim() != dim:
+        raise AttentionInputError(
+            f"{call} `key` and `value` to be {dim}-D but found {key.dim()}-D and {value.dim()}-D tensors respectively"
+        )
+    if key_padding_mask is not None and key_padding_mask.dim() != dim - 1:
+        raise AttentionInputError(
+            f"{call} `key_padding_mask` to be `None` or {dim - 1}-D but found {key_padding_mask.dim()}-D tensor instead"
+        )
+    if attn_mask is not None and attn_mask.dim() not in (2, 3):
+        raise AttentionInputError(
+            f"{call} `attn_mask` to be `None`, 2-D or 3-D but found {attn_mask.dim()}-D tensor instead"
         )
     return dim == 3
 
 
 def check_pairs(key: Tensor, value: Tensor, packed: bool) -> None:
     """One value for every key; of the same width where one packed weight projects both."""
-    if packed:
-        require(key.shape == value.shape, f"key shape {key.shape} does not match value shape {value.shape}")
-    require(
-        key.shape[:-1] == value.shape[:-1],
-        f"key's sequence and batch dims {key.shape[:-1]} do not match value's {value.shape[:-1]}",
-    )
+    if packed and key.shape != value.shape:
+        raise AttentionInputError(f"key shape {tuple(key.shape)} does not match value shape {tuple(value.shape)}")
+    if key.shape[:-1] != value.shape[:-1]:
+        raise AttentionInputError(
+            f"key's sequence and batch dims {tuple(key.shape[:-1])} do not match value's {tuple(value.shape[:-1])}"
+        )
 
 
 def check_width(name: str, x: Tensor, width: int) -> None:
     """x [..., width]."""
-    require(
-        x.shape[-1] == width,
-        f"was expecting embedding dimension of {width}, but got {x.shape[-1]} in {name} {tuple(x.shape)}",
-    )
+    if x.shape[-1] != width:
+        raise AttentionInputError(
+            f"was expecting embedding dimension of {width}, but got {x.shape[-1]} in {name} {tuple(x.shape)}"
+        )
 
 
 def check_masks(
@@ -142,21 +134,28 @@ def check_masks(
     if key_padding_mask is not None:
         wanted = (B, S) if batched else (S,)
         for dim, size in enumerate(wanted):
-            require(
-                key_padding_mask.shape[dim] == size,
-                f"Expected `key_padded_mask.shape[{dim}]` to be {size}, but got {key_padding_mask.shape[dim]}:"
-                f" key_padding_mask is {tuple(key_padding_mask.shape)} and should be {wanted}",
-            )
+            if key_padding_mask.shape[dim] != size:
+                raise AttentionInputError(
+                    f"Expected `key_padded_mask.shape[{dim}]` to be {size}, but got {key_padding_mask.shape[dim]}:"
+                    f" key_padding_mask is {tuple(key_padding_mask.shape)} and should be {wanted}"
+                )
     if attn_mask is None:
         return
-    if attn_mask.dim() == 3 and not batched:
-        require(
-            attn_mask.shape == (H, L, S),
-            f"Expected `attn_mask` shape to be {(H, L, S)} but got {tuple(attn_mask.shape)}",
+    allowed = (L, S) if attn_mask.dim() == 2 else (B * H, L, S) if batched else (H, L, S)
+    if tuple(attn_mask.shape) != allowed:
+        if attn_mask.dim() == 3 and not batched:
+            raise AttentionInputError(f"Expected `attn_mask` shape to be {allowed} but got {tuple(attn_mask.shape)}")
+        raise AttentionInputError(
+            f"The shape of the {attn_mask.dim()}D attn_mask is {tuple(attn_mask.shape)}, but should be {allowed}."
         )
+
+
+def check_key_position(position: Any, B: int, S: int, P: int) -> None:
+    """None, or a tensor [S, P] or [B, S, P] where P > 0."""
+    if position is None:
         return
-    size_wanted = (L, S) if attn_mask.dim() == 2 else (B * H, L, S)
-    require(
-        attn_mask.shape == size_wanted,
-        f"The shape of the {attn_mask.dim()}D attn_mask is {tuple(attn_mask.shape)}, but should be {size_wanted}.",
-    )
+    check_tensors({"key_position": position}, {})
+    if P == 0:
+        raise ValueError("key_position given, but the module was built with position_dim=0")
+    if tuple(position.shape) not in ((S, P), (B, S, P)):
+        raise ValueError(f"key_position must have shape {[S, P]} or {[B, S, P]}, got {list(position.shape)}")

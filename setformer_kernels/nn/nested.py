@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .contract import require
+from .contract import AttentionInputError
 
 
 def lengths_of(x: Tensor) -> list[int]:
@@ -33,17 +33,19 @@ def pad_all(
     query: Tensor, key: Tensor, value: Tensor, batch_first: bool, masked: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(query, key, value, key_padding_mask) of a nested call; one tensor given thrice stays one tensor."""
-    require(
-        query.is_nested and key.is_nested and value.is_nested,
-        "NestedTensor: query, key and value must all be nested or none of them,"
-        f" got nested={query.is_nested}, {key.is_nested}, {value.is_nested}",
-    )
-    require(batch_first, "NestedTensor needs batch_first=True, got batch_first=False")
-    require(not masked, "NestedTensor carries its own padding: key_padding_mask and attn_mask must be None")
-    require(
-        lengths_of(key) == lengths_of(value),
-        f"key lengths {lengths_of(key)} do not match value lengths {lengths_of(value)} in NestedTensor",
-    )
+    nested = (query.is_nested, key.is_nested, value.is_nested)
+    if not all(nested):
+        raise AttentionInputError(
+            f"NestedTensor: query, key and value must all be nested or none of them, got nested={nested}"
+        )
+    if not batch_first:
+        raise AttentionInputError("NestedTensor needs batch_first=True, got batch_first=False")
+    if masked:
+        raise AttentionInputError("NestedTensor carries its own padding: key_padding_mask and attn_mask must be None")
+    if lengths_of(key) != lengths_of(value):
+        raise AttentionInputError(
+            f"NestedTensor: key lengths {lengths_of(key)} do not match value lengths {lengths_of(value)}"
+        )
     padded_key, padding = pad(key)
     padded_query = padded_key if query is key else pad(query)[0]
     padded_value = padded_key if value is key else pad(value)[0]

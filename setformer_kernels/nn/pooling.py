@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from .. import functional as SF
 from .attention import merge_heads, split_heads
-from .contract import check_layout, check_masks, check_sizes, check_tensors, require
+from .contract import AttentionInputError, check_layout, check_masks, check_sizes, check_tensors
 from .masks import key_mask_of
 from .reference_set import ReferenceSet
 
@@ -100,10 +100,8 @@ class SeTPooling(ReferenceSet):
     ) -> tuple[Tensor, Tensor]:
         """k, v [B, H, S, D] of checked input x, called `name` in messages."""
         check_tensors({name: x}, {"key_padding_mask": key_padding_mask, "key_position": key_position})
-        require(
-            x.dim() == 3 and x.shape[-1] == self.embed_dim,
-            f"{name} must be [B, S, {self.embed_dim}], got {tuple(x.shape)}",
-        )
+        if x.dim() != 3 or x.shape[-1] != self.embed_dim:
+            raise AttentionInputError(f"{name} must be [B, S, {self.embed_dim}], got {tuple(x.shape)}")
         B, S, _ = x.shape
         check_layout(x, x, x, key_padding_mask, None)
         check_masks(key_padding_mask, None, B, self.num_heads, S, S, batched=True)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .. import functional as SF
 from ..problem import compute_dtype
-from .contract import check_own_options
+from .contract import check_key_position, check_own_options
 from .kmeans import spherical_kmeans
 from .masks import present_of
 
@@ -131,23 +131,24 @@ class ReferenceSet(nn.Module):
         num_iters: int, init: str, generator: torch.Generator | None,
     ) -> None:  # fmt: skip
         """Spherical k-means of key (and, for landmarks, value) [B, H, S, D]; key_padding_mask [B, S]."""
+        B, _, S, _ = key.shape
+        check_key_position(key_position, B, S, self.position_dim)
         if self.landmarks is not None and value is None:
             raise ValueError('value_map="rkhs" places landmarks on values: pass `value` as in forward')
         keep = None if key_padding_mask is None else present_of(key_padding_mask)
 
-        def tokens(x: Tensor) -> Tensor:  # [B, H, S, D] -> [H, n, D]
-            x = x.transpose(1, 2)
+        def chosen(x: Tensor) -> Tensor:  # [B, S, ...] -> [n, ...], computed in float32 or better
             x = x.flatten(0, 1) if keep is None else x[keep]
-            return x.transpose(0, 1).to(compute_dtype(x.dtype))
+            return x.to(compute_dtype(x.dtype))
 
         options: dict[str, Any] = {"num_iters": num_iters, "init": init, "generator": generator}
-        centres, labels = spherical_kmeans(tokens(key), self.num_references, **options)
+        keys = chosen(key.transpose(1, 2)).transpose(0, 1)  # [H, n, D]
+        centres, labels = spherical_kmeans(keys, self.num_references, **options)
         if self.landmarks is not None and value is not None:
-            self.landmarks.copy_(spherical_kmeans(tokens(value), self.landmarks.shape[1], **options)[0])
+            values = chosen(value.transpose(1, 2)).transpose(0, 1)
+            self.landmarks.copy_(spherical_kmeans(values, self.landmarks.shape[1], **options)[0])
         if self.reference_position is not None and key_position is not None:
-            B, _, S, _ = key.shape
-            position = key_position.expand(B, S, -1)
-            position = position.flatten(0, 1) if keep is None else position[keep]  # [n, P]
+            position = chosen(key_position.expand(B, S, -1))  # [n, P]
             member = F.one_hot(labels, self.num_references).to(position.dtype).mT  # [H, M, n]
             count = member.sum(-1, keepdim=True)
             mean = (member @ position / count.clamp_min(1)).to(self.reference_position.dtype)
