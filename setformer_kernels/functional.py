@@ -354,7 +354,13 @@ def _check_constants(hyper: tuple[Hyper, ...], heads: int, kernel: str, num_iter
     checks.kernel(kernel)
     checks.iterations(num_iters)
     checks.probability(dropout_p)
-    bounds = ((0.0, math.inf, True), (0.0, math.inf, True), (0.0, 1.0, False), (0.0, 1.0, False), (0.0, math.inf, False))
+    bounds = (
+        (0.0, math.inf, True),
+        (0.0, math.inf, True),
+        (0.0, 1.0, False),
+        (0.0, 1.0, False),
+        (0.0, math.inf, False),
+    )
     for name, value, (low, high, open_low) in zip(HYPER, hyper, bounds, strict=True):
         checks.hyperparameter(name, value, heads, low, high, open_low)
 

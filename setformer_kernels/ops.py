@@ -106,9 +106,7 @@ def _run_causal_backward(d_o: Tensor, *args: Any) -> Operands:
     return _backend("causal", x, opt).causal_backward(x, opt, d_o, args[-1])
 
 
-def _run_features(
-    x: Tensor, w: Tensor, bandwidth: Tensor | None, scalar: float, ridge: float, backend: str
-) -> Tensor:
+def _run_features(x: Tensor, w: Tensor, bandwidth: Tensor | None, scalar: float, ridge: float, backend: str) -> Tensor:
     return dispatch.implementation(features_problem(x, w), backend).features(x, w, bandwidth, scalar, ridge)
 
 

@@ -84,7 +84,9 @@ def _unfold(kind: str, t: Tensor, size: int) -> tuple[Tensor, int]:
     return (t.unflatten(0, (size, -1)), 0) if kind == HEAD else (t.unflatten(1, (size, -1)), 1)
 
 
-def _vmap(op: Any, tensors: dict[str, str], outputs: Sequence[str], info: Any, in_dims: Any, args: Sequence[Any]) -> Any:
+def _vmap(
+    op: Any, tensors: dict[str, str], outputs: Sequence[str], info: Any, in_dims: Any, args: Sequence[Any]
+) -> Any:
     """One call with V folded into H; one call per element where dropout counts elements."""
     n, size = len(tensors), info.batch_size
     if SEED in tensors and args[list(tensors).index(SEED)] is not None:
@@ -104,7 +106,9 @@ def _vmap_loop(op: Any, n: int, size: int, in_dims: Any, args: Sequence[Any]) ->
 
 
 def _refuse(what: str, name: str) -> RuntimeError:
-    return RuntimeError(f"{NAMESPACE}::{name} has no {what}: pass backend='reference', which differentiates to any order")
+    return RuntimeError(
+        f"{NAMESPACE}::{name} has no {what}: pass backend='reference', which differentiates to any order"
+    )
 
 
 def _make_functions(spec: Spec, op: Any, op_backward: Any) -> tuple[type, type]:

@@ -61,9 +61,7 @@ def attention(x: Operands, opt: Options) -> tuple[Tensor, Tensor, Tensor]:
     return empty_in_order(x.query, o.shape).copy_(o), z, c
 
 
-def attention_backward(
-    x: Operands, opt: Options, z: Tensor, c: Tensor, d_o: Tensor, needs: Sequence[bool]
-) -> Operands:
+def attention_backward(x: Operands, opt: Options, z: Tensor, c: Tensor, d_o: Tensor, needs: Sequence[bool]) -> Operands:
     return Operands(*_vjp(lambda *t: reference.attention(Operands(*t), opt), x, needs, [d_o]))
 
 

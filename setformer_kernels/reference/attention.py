@@ -115,9 +115,7 @@ def causal(x: Operands, opt: Options) -> Tensor:
         reference_mass(x),
         *(hyper(x, opt, n).squeeze(-1) for n in ("key_relaxation", "reference_relaxation")),
     )
-    l_k, l_q = (
-        token_logits(x, opt, t, p) for t, p in ((x.key, x.key_position), (x.query, x.query_position))
-    )
+    l_k, l_q = (token_logits(x, opt, t, p) for t, p in ((x.key, x.key_position), (x.query, x.query_position)))
     omega = log_weights(l_k, key_mass(x), log_b, opt.num_iters, lam_a)
     c, z = scan(omega, x.value)  # [B, H, L, M], [B, H, L, M, E]
     g = log_b.unsqueeze(-2) - opt.num_iters * lam_b.unsqueeze(-1) * torch.where(c > -INF, c, 0.0)
@@ -134,9 +132,7 @@ def dense(x: Operands, opt: Options, mask: Tensor) -> tuple[Tensor, Tensor]:
     x = widen(x._replace(log_a=torch.where(visible, 0.0, -INF).to(mask.dtype).expand(x.key.shape[:-1])))
     assert x.query is not None
     log_n, seen = normalise_masses(mask.expand(x.query.shape[:-1] + x.key.shape[-2:-1]))
-    l_k, l_q = (
-        token_logits(x, opt, t, p) for t, p in ((x.key, x.key_position), (x.query, x.query_position))
-    )
+    l_k, l_q = (token_logits(x, opt, t, p) for t, p in ((x.key, x.key_position), (x.query, x.query_position)))
     lam_a, lam_b = (hyper(x, opt, n) for n in ("key_relaxation", "reference_relaxation"))
     problem = DenseProblem(l_q, l_k, log_n, reference_mass(x).unsqueeze(-2), lam_a, lam_b, opt.num_iters)
     keep = dropout(torch.ones_like(l_q), opt.dropout_p, x.seed) if x.seed is not None else 1.0

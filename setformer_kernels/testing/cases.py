@@ -76,7 +76,9 @@ CASES = (
     Case("causal_t1", L=100, options={"causal": True, "num_iters": 1}),
     Case("causal_long", B=1, H=2, L=1000, S=1000, M=64, D=64, E=48, options={"causal": True, "num_iters": 1}),
     Case("causal_mask", L=100, mask="bool", options={"causal": True, "num_iters": 1}),
-    Case("causal_float_mask", L=100, mask="float", options={"causal": True, "num_iters": 1, "reference_relaxation": 0.5}),
+    Case(
+        "causal_float_mask", L=100, mask="float", options={"causal": True, "num_iters": 1, "reference_relaxation": 0.5}
+    ),
     Case("causal_no_key", L=100, mask="none", options={"causal": True, "num_iters": 1}),
     Case("causal_tensors", L=100, tensors=True, log_mass=True, P=2, options={"causal": True, "num_iters": 1}),
     Case("causal_small_epsilon", L=100, options={"causal": True, "num_iters": 1, "epsilon": 0.005}),
