@@ -1,0 +1,63 @@
+# make demo, make test: each makes a virtual environment if there is none, installs with pinned versions, and runs.
+PYTHON ?= python3
+VENV ?= .venv
+PYTEST_FLAGS ?= -q
+
+RUN := $(VENV)/bin/python
+PIP := $(RUN) -m pip
+CSRC := $(shell find csrc -name '*.cpp' -o -name '*.hpp' -o -name '*.h' -o -name '*.inc' 2>/dev/null)
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test bench lint types sanitize clean
+
+help:
+	@echo "make demo      train and compare on real input (3 minutes); results in demo_output/"
+	@echo "make test      the whole test suite"
+	@echo "make bench     the side-by-side benchmark table; results in benchmarks/results/"
+	@echo "make lint      ruff, import layers, clang-format"
+	@echo "make types     mypy on the package"
+	@echo "make sanitize  the C++ tests under AddressSanitizer and UBSan"
+	@echo "make clean     remove what was built and installed"
+	@echo "PYTHON=python3.12 picks the interpreter, VENV=dir the environment, PYTEST_FLAGS='-x -k name' what pytest gets"
+
+demo: $(VENV)/.installed
+	$(RUN) -m demo
+
+test: $(VENV)/.installed
+	$(RUN) -m setformer_kernels info
+	$(RUN) -m pytest $(PYTEST_FLAGS)
+
+bench: $(VENV)/.installed
+	$(RUN) -m benchmarks
+
+lint: $(VENV)/.lint
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(VENV)/bin/lint-imports
+	$(VENV)/bin/clang-format --dry-run --Werror $(CSRC)
+
+types: $(VENV)/.installed $(VENV)/.lint
+	$(RUN) -m mypy
+
+sanitize:
+	$(MAKE) -C csrc sanitize
+
+clean:
+	rm -rf $(VENV)/.installed $(VENV)/.lint build dist demo_output *.egg-info setformer_kernels/_C*.so
+	test ! -e csrc/Makefile || $(MAKE) -C csrc clean
+
+$(VENV)/.venv-ready: constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+		{ echo "$(PYTHON) is older than Python 3.10; choose another: make PYTHON=python3.12 ..." >&2; exit 1; }
+	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
+	$(PIP) install --quiet --disable-pip-version-check -c constraints.txt pip
+	@touch $@
+
+# The Python sources are installed in place (editable), so only these inputs ask for a new build of the extension.
+$(VENV)/.installed: $(VENV)/.venv-ready pyproject.toml $(wildcard setup.py) $(CSRC)
+	$(PIP) install -c constraints.txt --build-constraint constraints.txt -e '.[demo,test,bench]'
+	@touch $@
+
+$(VENV)/.lint: $(VENV)/.venv-ready pyproject.toml
+	$(PIP) install --quiet -c constraints.txt --group lint
+	@touch $@

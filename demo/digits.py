@@ -1,0 +1,54 @@
+"""(a) scikit-learn's handwritten digits: 8 x 8 pixels, one token a pixel, one small transformer, two attentions."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
+from torch import Tensor, nn
+
+from .models import SET, SOFTMAX, Attention, Classifier, build_pair, place_references
+from .training import Batch, Run, predict, train
+
+STEPS, BATCH, LEARNING_RATE, SEED = 400, 64, 3e-3, 0
+WIDTH, HEADS, DEPTH, REFERENCES = 64, 4, 2, 16
+PIXELS = 64
+
+
+def load() -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Training pixels [N,64,1] in [0,1] and labels [N], then the same for the quarter held out for the test."""
+    pixels, labels = load_digits(return_X_y=True)
+    parts = train_test_split(pixels / 16.0, labels, test_size=0.25, stratify=labels, random_state=SEED)
+    x, x_test, y, y_test = (torch.from_numpy(part) for part in parts)
+    return x.float().unsqueeze(-1), y.long(), x_test.float().unsqueeze(-1), y_test.long()
+
+
+def build(attention: Attention) -> Classifier:
+    embed = nn.Linear(1, WIDTH)
+    return Classifier(embed, PIXELS, 10, attention, width=WIDTH, heads=HEADS, depth=DEPTH)
+
+
+def fit(name: str, steps: int) -> tuple[Classifier, dict[str, Any]]:
+    """Train the model with attention `name`; accuracy on the held-out digits."""
+    x, y, x_test, y_test = load()
+    model = build_pair(build, name, REFERENCES, SEED)
+    generator = torch.Generator().manual_seed(SEED)
+    if name == SET:
+        place_references(model, x[:BATCH])
+
+    def batch() -> Batch:
+        rows = torch.randint(len(x), (BATCH,), generator=generator)
+        return x[rows], y[rows]
+
+    run = Run(name, steps)
+    train(model, batch, run, LEARNING_RATE)
+    run.accuracy = (predict(model, x_test, 256) == y_test).double().mean().item()
+    return model, run.summary() | {"test_images": len(y_test)}
+
+
+def compare(steps: int = STEPS) -> tuple[Classifier, list[dict[str, Any]]]:
+    """Both models, softmax first; the trained SeT model is kept for the picture of its transport plan."""
+    results = {name: fit(name, steps) for name in (SOFTMAX, SET)}
+    return results[SET][0], [row for _, row in results.values()]
