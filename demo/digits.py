@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,11 +11,11 @@ from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
 
 from .models import SET, SOFTMAX, Attention, Classifier, build_pair, place_references
-from .training import Batch, Run, predict, train
+from .training import Batch, Run, affordable_steps, predict, time_steps, train
 
 STEPS, BATCH, LEARNING_RATE, SEED = 400, 64, 3e-3, 0
 WIDTH, HEADS, DEPTH, REFERENCES = 64, 4, 2, 16
-PIXELS = 64
+PIXELS, PROBE_STEPS = 64, 5
 
 
 def load() -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -30,9 +31,9 @@ def build(attention: Attention) -> Classifier:
     return Classifier(embed, PIXELS, 10, attention, width=WIDTH, heads=HEADS, depth=DEPTH)
 
 
-def fit(name: str, steps: int) -> tuple[Classifier, dict[str, Any]]:
-    """Train the model with attention `name`; accuracy on the held-out digits."""
-    x, y, x_test, y_test = load()
+def prepare(name: str) -> tuple[Classifier, Callable[[], Batch]]:
+    """The model with attention `name`, and its training batches: the same for every name."""
+    x, y, _, _ = load()
     model = build_pair(build, name, REFERENCES, SEED)
     generator = torch.Generator().manual_seed(SEED)
     if name == SET:
@@ -42,13 +43,28 @@ def fit(name: str, steps: int) -> tuple[Classifier, dict[str, Any]]:
         rows = torch.randint(len(x), (BATCH,), generator=generator)
         return x[rows], y[rows]
 
+    return model, batch
+
+
+def fit(name: str, steps: int) -> tuple[Classifier, dict[str, Any]]:
+    """Train the model with attention `name`; accuracy on the held-out digits."""
+    model, batch = prepare(name)
     run = Run(name, steps)
     train(model, batch, run, LEARNING_RATE)
+    _, _, x_test, y_test = load()
     run.accuracy = (predict(model, x_test, 256) == y_test).double().mean().item()
-    return model, run.summary() | {"test_images": len(y_test)}
+    return model, run.summary()
 
 
-def compare(steps: int = STEPS) -> tuple[Classifier, list[dict[str, Any]]]:
-    """Both models, softmax first; the trained SeT model is kept for the picture of its transport plan."""
-    results = {name: fit(name, steps) for name in (SOFTMAX, SET)}
-    return results[SET][0], [row for _, row in results.values()]
+def compare(budget: float) -> tuple[Classifier, dict[str, Any]]:
+    """Both models for as many steps as fit `budget` seconds; the SeT model is kept for the picture of its plan."""
+    seconds = [time_steps(*prepare(name), PROBE_STEPS) for name in (SOFTMAX, SET)]
+    steps = affordable_steps(STEPS, seconds, budget)
+    (_, softmax), (model, ours) = (fit(name, steps) for name in (SOFTMAX, SET))
+    return model, {
+        "test_images": len(load()[3]),
+        "length": PIXELS,
+        "steps_wanted": STEPS,
+        "steps": steps,
+        "models": [softmax, ours],
+    }

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from .models import SET, SOFTMAX, Attention, Classifier, build_pair, place_references
 from .sources import LENGTH, Corpus, load
-from .training import Batch, Run, peak_memory, predict, time_steps, train
+from .training import Batch, Run, affordable_steps, peak_memory, predict, time_steps, train
 
 STEPS, BATCH, LEARNING_RATE, SEED = 160, 4, 3e-3, 0
 WIDTH, HEADS, DEPTH, REFERENCES = 64, 2, 2, 32
@@ -92,21 +92,13 @@ def in_own_process(task: str, name: str, steps: int = 0) -> dict[str, Any]:
     return json.loads(result.stdout)
 
 
-def affordable_steps(probes: list[dict[str, Any]], test_chunks: int, budget: float) -> int:
-    """Steps for both models so that training and testing both stay within `budget` seconds; `STEPS` at most.
-
-    A forward pass is taken as a third of a step.
-    """
-    both = sum(row["seconds_per_step"] for row in probes)
-    testing = both / 3 * test_chunks / BATCH
-    return max(10, min(STEPS, int((budget - testing) / both)))
-
-
 def compare(budget: float) -> dict[str, Any]:
     """Probe both models, agree on a number of steps that fits `budget` seconds, then train both for that many."""
     corpus = load()
     probes = [in_own_process("probe", name) for name in (SOFTMAX, SET)]
-    steps = affordable_steps(probes, len(corpus.test_labels), budget)
+    seconds = [row["seconds_per_step"] for row in probes]
+    testing = sum(seconds) / 3 * len(corpus.test_labels) / BATCH  # a forward pass is about a third of a step
+    steps = affordable_steps(STEPS, seconds, budget - testing)
     rows = [
         in_own_process("train", row["attention"], steps) | {"peak_step_bytes": row["peak_step_bytes"]} for row in probes
     ]
@@ -115,6 +107,7 @@ def compare(budget: float) -> dict[str, Any]:
         "files": {"train": corpus.files[0], "test": corpus.files[1]},
         "test_chunks": len(corpus.test_labels),
         "majority_share": torch.bincount(corpus.test_labels).max().item() / len(corpus.test_labels),
+        "length": LENGTH,
         "steps_wanted": STEPS,
         "steps": steps,
         "models": rows,

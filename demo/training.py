@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import resource
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
@@ -69,6 +71,14 @@ def time_steps(model: nn.Module, batch: Callable[[], Batch], count: int) -> floa
     return median(seconds[1:])
 
 
+def affordable_steps(wanted: int, seconds: Iterable[float], budget: float) -> int:
+    """Steps that every model can do when they share `budget` seconds; at most `wanted`, at least 10.
+
+    `seconds` holds one step of each model: all get the same number, so that the comparison stays fair.
+    """
+    return max(10, min(wanted, int(budget / sum(seconds))))
+
+
 @torch.no_grad()
 def predict(model: nn.Module, tokens: Tensor, batch_size: int) -> Tensor:
     """The predicted class of every row of `tokens`."""
@@ -85,7 +95,4 @@ def peak_memory() -> int:
     if status.exists():
         line = next(row for row in status.read_text().splitlines() if row.startswith("VmHWM"))
         return int(line.split()[1]) * 1024
-    import resource
-    import sys
-
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
