@@ -17,7 +17,7 @@ from torch import Tensor
 from .problem import empty_in_order
 
 NAMESPACE = "setformer_kernels"
-_library = torch.library.Library(NAMESPACE, "DEF")  # noqa: TOR901
+_library = torch.library.Library(NAMESPACE, "DEF")
 
 # How a tensor batches: TOKEN is [B, H, ...], HEAD is [H, ...] (or any leading group), SEED has neither.
 TOKEN, HEAD, SEED = "token", "head", "seed"
@@ -111,6 +111,12 @@ def _refuse(what: str, name: str) -> RuntimeError:
     )
 
 
+def _materialise(cotangents: Sequence[Tensor | None], shapes: Sequence[torch.Size]) -> list[Tensor]:
+    """Zeros for the outputs that no gradient reached; at least one was."""
+    some = next(c for c in cotangents if c is not None)
+    return [some.new_zeros(shape) if c is None else c for c, shape in zip(cotangents, shapes, strict=True)]
+
+
 def _make_functions(spec: Spec, op: Any, op_backward: Any) -> tuple[type, type]:
     """The autograd.Functions of `f` and `f_backward`."""
     n = len(spec.tensors)
@@ -127,11 +133,15 @@ def _make_functions(spec: Spec, op: Any, op_backward: Any) -> tuple[type, type]:
             outputs = as_tuple(output)
             ctx.save_for_backward(*inputs[:n], *(outputs[positions[name]] for name in spec.saved))
             ctx.constants = inputs[n:]
+            ctx.shapes = [outputs[positions[name]].shape for name in spec.differentiable]
+            ctx.set_materialize_grads(False)  # made by autograd, zero tangents trip functorch before jvp can refuse
             ctx.mark_non_differentiable(*(outputs[i] for o, i in positions.items() if o not in spec.differentiable))
 
         @staticmethod
-        def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
-            given = [cotangents[positions[name]] for name in spec.differentiable]
+        def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
+            if all(c is None for c in cotangents):
+                return (None,) * (n + len(ctx.constants))
+            given = _materialise([cotangents[positions[name]] for name in spec.differentiable], ctx.shapes)
             tensors, saved = ctx.saved_tensors[:n], ctx.saved_tensors[n:]
             needs = [bool(ctx.needs_input_grad[i]) and name in spec.graded for i, name in enumerate(spec.tensors)]
             found = iter(op_backward(*given, *saved, *tensors, *ctx.constants, needs))

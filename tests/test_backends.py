@@ -1,0 +1,173 @@
+"""Every backend behind the ops against the float64 reference, forward and every gradient, on the shared case list."""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import setformer_kernels.functional as SF
+from setformer_kernels.testing import CASES, Case, assert_within_budget, gradients, make, model_inputs
+from setformer_kernels.testing.budget import cast
+
+reference = functools.partial(SF.set_attention, backend="reference")
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def fits(case: Case, dtype: torch.dtype) -> bool:
+    """float16 holds no value above 65504 and none below 6e-8, bfloat16 and float32 no gradient of 1e-20-sized inputs."""
+    return dtype != torch.float16 or 1e-3 <= case.scale <= 10
+
+
+@functools.cache
+def expected(case_name: str, dtype: torch.dtype) -> tuple[dict[str, Any], Tensor, dict[str, Tensor], dict[str, Tensor]]:
+    case = next(c for c in CASES if c.name == case_name)
+    tokens, keywords = make(case)
+    inputs = tokens | keywords
+    cotangent = torch.randn(case.B, case.H, case.L, case.E, dtype=torch.float64)
+    return (inputs, cotangent, *model_inputs(reference, inputs, dtype, cotangent))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_output_and_every_gradient_within_the_error_budget(
+    case: Case, dtype: torch.dtype, native: str, poisoned_memory: None
+) -> None:
+    if not fits(case, dtype):
+        pytest.skip("out of float16's range")
+    inputs, cotangent, exact, model = expected(case.name, dtype)
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    fast = gradients(functools.partial(SF.set_attention, backend=native), cast(inputs, wide, dtype), cotangent)
+    assert_within_budget(fast, exact, model, case.name)
+
+
+def pool_of(backend: str) -> Any:
+    def pool(query: Tensor | None = None, query_position: Tensor | None = None, **kw: Any) -> Tensor:
+        return SF.set_pool(**{k: v for k, v in kw.items() if k not in ("dropout_p", "seed", "causal")}, backend=backend)
+
+    return pool
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("case", [c for c in CASES if not c.options.get("causal")], ids=lambda case: case.name)
+def test_pooling_within_the_error_budget(case: Case, dtype: torch.dtype, native: str) -> None:
+    tokens, keywords = make(case)
+    inputs = {k: v for k, v in (tokens | keywords).items() if not k.startswith("query")}
+    cotangent = torch.randn(case.B, case.H, case.M, case.E, dtype=torch.float64)
+    exact, model = model_inputs(pool_of("reference"), inputs, dtype, cotangent)
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    fast = gradients(pool_of(native), cast(inputs, wide, dtype), cotangent)
+    assert_within_budget(fast, exact, model, case.name)
+
+
+FEATURES = {"plain": (100, 7, 16), "square": (65, 64, 64), "one": (1, 1, 5), "wide": (33, 16, 256)}
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("tensor_bandwidth", [False, True])
+@pytest.mark.parametrize("name", FEATURES)
+def test_nystrom_features_within_the_error_budget(
+    name: str, tensor_bandwidth: bool, dtype: torch.dtype, native: str
+) -> None:
+    torch.manual_seed(1)  # the [H]-sized gradient of the bandwidth is three rounding errors: a draw, not an average
+    n, r, d = FEATURES[name]
+    x, w = torch.randn(2, 3, n, d, dtype=torch.float64), torch.randn(3, r, d, dtype=torch.float64)
+    x[0, 0, 0] = 0
+    inputs = {"key": x, "landmarks": w}  # "key" is cast to the token dtype
+    if tensor_bandwidth:
+        inputs["bandwidth"] = torch.tensor([0.7, 1.0, 1.5], dtype=torch.float64)
+
+    def features(key: Tensor, landmarks: Tensor, backend: str = "reference", **kw: Any) -> Tensor:
+        return SF.nystrom_features(key, landmarks, backend=backend, **kw)
+
+    cotangent = torch.randn(2, 3, n, r, dtype=torch.float64)
+    exact, model = model_inputs(features, inputs, dtype, cotangent)
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    fast = gradients(functools.partial(features, backend=native), cast(inputs, wide, dtype), cotangent)
+    assert_within_budget(fast, exact, model, name)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("T", [0, 1, 7])
+@pytest.mark.parametrize("kind", ["plain", "masses", "minus_infinity", "wide", "relaxed", "tolerance"])
+def test_sinkhorn_within_the_error_budget(kind: str, T: int, dtype: torch.dtype, native: str) -> None:
+    l = 2 * torch.randn(3, 2, 37, 21, dtype=torch.float64)
+    inputs: dict[str, Any] = {"log_kernel": l if kind != "wide" else 100 * l}
+    if kind == "wide" and T == 0:
+        pytest.skip("without an iteration exp(log_kernel) overflows")
+    keywords: dict[str, Any] = {"num_iters": T}
+    if kind in ("masses", "relaxed"):
+        inputs |= {
+            "log_a": torch.randn(3, 2, 37).double().log_softmax(-1),
+            "log_b": torch.randn(21).double().log_softmax(-1),
+        }
+    if kind == "relaxed":
+        inputs |= {"key_relaxation": torch.rand(3, 2).double(), "reference_relaxation": torch.rand(3, 1).double()}
+    if kind == "minus_infinity":
+        l[0, 0, 3], l[0, 1, :, 2], l[1, 0, 4, 5] = -math.inf, -math.inf, -math.inf
+    if kind == "tolerance":
+        keywords |= {"tol": 0.3}
+
+    def plan(log_kernel: Tensor, backend: str = "reference", **kw: Any) -> Tensor:
+        f, g = SF.sinkhorn(log_kernel, backend=backend, **kw, **keywords)
+        return (log_kernel + f.unsqueeze(-1) + g.unsqueeze(-2)).exp()
+
+    cotangent = torch.randn(l.shape, dtype=torch.float64)
+    exact, model = model_inputs(plan, inputs, dtype, cotangent)
+    assert_within_budget(
+        gradients(functools.partial(plan, backend=native), cast(inputs, dtype), cotangent), exact, model
+    )
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_masked_content_never_reaches_an_output_or_a_gradient(causal: bool, native: str) -> None:
+    q, k, v = (torch.randn(2, 3, 40, 16) for _ in range(3))
+    y, keep = torch.randn(3, 8, 16), torch.rand(2, 40) < 0.5
+    k[~keep[:, None].expand(2, 3, 40)], v[~keep[:, None].expand(2, 3, 40)] = math.nan, math.inf
+    leaves = [t.requires_grad_() for t in (q, k, v, y)]
+    o = SF.set_attention(*leaves, key_mask=keep, causal=causal, num_iters=1, backend=native)
+    assert o.isfinite().all()
+    assert all(g.isfinite().all() for g in torch.autograd.grad(o.sum(), leaves))
+
+
+def test_results_repeat_bit_for_bit(native: str) -> None:
+    leaves = [torch.randn(2, 3, 200, 32, requires_grad=True) for _ in range(3)] + [
+        torch.randn(3, 16, 32, requires_grad=True)
+    ]
+    runs = []
+    for _ in range(2):
+        o = SF.set_attention(*leaves, backend=native)
+        runs.append([o, *torch.autograd.grad(o.square().sum(), leaves)])
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2, 3), (0, 2, 1, 3), (2, 0, 1, 3), (1, 0, 2, 3)])
+def test_output_and_gradients_keep_the_memory_order_of_the_inputs(order: tuple[int, ...], native: str) -> None:
+    shape = (2, 3, 10, 16)
+    inverse = [order.index(i) for i in range(4)]
+
+    def token(e: int) -> Tensor:
+        return torch.randn(*(([*shape[:3], e])[i] for i in order)).permute(inverse).requires_grad_()
+
+    q, k, v, y = token(16), token(16), token(8), torch.randn(3, 5, 16)
+    o = SF.set_attention(q, k, v, y, backend=native)
+    grads = torch.autograd.grad(o.sum(), (q, k, v))
+    assert o.permute(order).is_contiguous()
+    assert all(g.stride() == t.stride() for g, t in zip(grads, (q, k, v), strict=True))
+
+
+@pytest.mark.parametrize(("B", "L"), [(0, 5), (2, 0), (0, 0)])
+@pytest.mark.parametrize("causal", [False, True])
+def test_empty_batches_and_queries(B: int, L: int, causal: bool, native: str) -> None:
+    s = L if causal else 4
+    if causal and L == 0:
+        pytest.skip("causal with no query has no key")
+    q, k, v = (torch.randn(B, 3, n, 8, requires_grad=True) for n in (L, s, s))
+    y = torch.randn(3, 5, 8, requires_grad=True)
+    o = SF.set_attention(q, k, v, y, causal=causal, num_iters=1, backend=native)
+    assert o.shape == (B, 3, L, 8)
+    assert all(g.isfinite().all() for g in torch.autograd.grad(o.sum(), (q, k, v, y)))
