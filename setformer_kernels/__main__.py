@@ -1,4 +1,4 @@
-"""`python -m setformer_kernels info`: versions, which backends can run, why the others cannot, and what `auto` takes."""
+"""`python -m setformer_kernels info`: versions, which backends can run, why others cannot, and what `auto` takes."""
 
 from __future__ import annotations
 
