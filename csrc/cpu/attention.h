@@ -1,0 +1,181 @@
+// set_attention and set_pool, forward: transport of the keys, then the read of every query.
+#pragma once
+#include "refs.h"
+#include "transport.h"
+
+namespace sfk {
+namespace {
+
+// Per-thread scratch beyond the tiles may take this share of the bytes of q, k, v, o, or this much where they are few.
+constexpr double kScratchShare = 0.2;
+constexpr int64_t kScratchFloor = 1 << 18;
+
+inline int64_t element_size(Dtype d) { return d == Dtype::f64 ? 8 : d == Dtype::f32 ? 4 : 2; }
+
+// Rows of [Mp] numbers a thread may keep.
+template <class F>
+int64_t cache_rows(const AttentionParams& p, int threads) {
+  const double tensors = static_cast<double>(p.B * p.H) * (p.S * (p.D + p.E) + p.L * (p.D + p.E));
+  const double share = kScratchShare * tensors * element_size(p.key.dtype) / threads;
+  return static_cast<int64_t>(std::max<double>(share, kScratchFloor) / (sizeof(F) * pad<F>(p.M)));
+}
+
+inline double attention_flops(const AttentionParams& p) {
+  return 2.0 * p.B * p.H * p.M * (p.D + p.E + 40.0) * static_cast<double>(p.S + p.L);
+}
+
+// This head's log masses of keys lo..hi (−log S each when none are given); false where no key of the head takes part.
+template <class F>
+bool load_log_mass(const AttentionParams& p, int64_t b, int64_t h, int64_t lo, int64_t hi, F* la) {
+  if (!p.log_a) {
+    fill(la, hi - lo, -std::log(static_cast<F>(p.S)));
+    return p.S > 0;
+  }
+  const F* src = static_cast<const F*>(p.log_a.data) + b * p.log_a.stride[0] + h * p.log_a.stride[1];
+  const int64_t stride = p.log_a.stride[2];
+  bool any = false;
+  for (int64_t s = lo; s < hi; ++s) any |= (la[s - lo] = src[s * stride]) != -kInf<F>;
+  for (int64_t s = 0; !any && s < p.S; ++s) any = src[s * stride] != -kInf<F>;
+  return any;
+}
+
+// Keys lo.. of one head as rows of logits, and their values.
+template <class F>
+struct KeySource {
+  const AttentionParams& p;
+  Refs<F>& refs;
+  const F* la = nullptr;
+  int64_t b = 0, h = 0, lo = 0;
+  int64_t Ep;
+  Buffer<F> x, inv, pos;
+
+  KeySource(const AttentionParams& p_, Refs<F>& refs_)
+      : p(p_), refs(refs_), Ep(pad<F>(p_.E)), x(tile_rows(refs_.Mp) * refs_.Dp), inv(tile_rows(refs_.Mp)),
+        pos(tile_rows(refs_.Mp) * refs_.P) {}
+  void load_keys(int64_t row0, int64_t n) {
+    load_rows<F>(p.key, b, h, lo + row0, n, la + row0, x, refs.Dp);
+    if (refs.rbf) inverse_norms<F>(x, n, refs.Dp, inv);
+    if (refs.P) load_rows<F>(p.key_pos, b, h, lo + row0, n, la + row0, pos, refs.P);
+  }
+  void logits(int64_t row0, int64_t n, F* tile) {
+    load_keys(row0, n);
+    kernel_tile<F>(refs, n, x, inv, tile);
+    logit_tile<F>(refs, n, tile, pos, tile);
+  }
+  void values(int64_t row0, int64_t n, F* tile) { load_rows<F>(p.value, b, h, lo + row0, n, la + row0, tile, Ep); }
+  static constexpr bool wants_f() { return false; }
+  void store_f(int64_t, int64_t, const F*) {}
+};
+
+// Row softmax of ℓ + g in place; a row that sees nothing becomes 0.
+template <class F>
+void softmax_rows(int64_t n, int64_t Mp, F* tile, const F* g) {
+  for (int64_t i = 0; i < n; ++i, tile += Mp) {
+    Vec<F> top = splat(-kInf<F>), sum{};
+    for (int64_t j = 0; j < Mp; j += kLanes<F>) {
+      const Vec<F> x = load(tile + j) + load(g + j);
+      store(tile + j, x);
+      top = vmax(top, x);
+    }
+    const F m = reduce_max<F>(top);
+    if (m == -kInf<F>) {
+      fill(tile, Mp, F(0));
+      continue;
+    }
+    for (int64_t j = 0; j < Mp; j += kLanes<F>) {
+      const Vec<F> w = vexp<F>(load(tile + j) - m);
+      store(tile + j, w);
+      sum += w;
+    }
+    const F inv = 1 / reduce_add<F>(sum);
+    for (int64_t j = 0; j < Mp; j += kLanes<F>) store(tile + j, load(tile + j) * inv);
+  }
+}
+
+// Multiplies rows row0.. of W^q (or of its gradient) by the dropout mask.
+template <class F>
+void drop(const AttentionParams& p, int64_t b, int64_t h, int64_t row0, int64_t n, int64_t Mp, F* tile) {
+  if (p.dropout_p <= 0) return;
+  const uint64_t threshold = static_cast<uint64_t>(p.dropout_p * 4294967296.0);
+  const F scale = p.dropout_p < 1 ? static_cast<F>(1 / (1 - p.dropout_p)) : F(0);
+  for (int64_t i = 0; i < n; ++i)
+    for (int64_t j = 0; j < p.M; ++j) {
+      const uint64_t at = static_cast<uint64_t>(((b * p.H + h) * p.L + row0 + i) * p.M + j);
+      tile[i * Mp + j] *= philox(p.seed, at) >= threshold ? scale : F(0);
+    }
+}
+
+template <class F>
+class ForwardWorker {
+ public:
+  ForwardWorker(const AttentionParams& p, int threads)
+      : p_(p), refs_(p), source_(p, refs_),
+        transport_(p.S, cache_rows<F>(p, threads), tile_rows(refs_.Mp), refs_.Mp, pad<F>(p.E), p.T),
+        weights_(tile_rows(refs_.Mp) * refs_.Mp), out_(tile_rows(refs_.Mp) * pad<F>(p.E)) {}
+  ColumnState<F>& shared() { return transport_.state; }
+
+  void run(int64_t item, const Team& team) {
+    const int64_t h = item / p_.B, b = item % p_.B;
+    refs_.pack(p_, h);
+    const auto [lo, hi] = team.share(p_.S, tile_rows(refs_.Mp));
+    source_.b = b, source_.h = h, source_.lo = lo, source_.la = transport_.la;
+    const Marginals<F> marg{p_.M, refs_.Mp, p_.T, refs_.lam_a, refs_.lam_b, refs_.log_b};
+    const bool any = load_log_mass<F>(p_, b, h, lo, hi, transport_.la);
+    if (any) {
+      transport_.run(source_, marg, hi - lo, -1, team);
+    } else {
+      fill(transport_.c + 0, std::max<int64_t>(p_.T, 1) * refs_.Mp, -kInf<F>);
+      fill(transport_.z + 0, refs_.Mp * pad<F>(p_.E), F(0));
+    }
+    if (team.rank == 0) store_state(b, h);
+    if (p_.o) read(b, h, team, any);
+  }
+
+ private:
+  void store_state(int64_t b, int64_t h) {
+    const Block<F> c(p_.c, b, h), z(p_.z, b, h);
+    for (int64_t t = 0; t < std::max<int64_t>(p_.T, 1); ++t)
+      for (int64_t j = 0; j < p_.M; ++j) c(t, j) = transport_.c[t * refs_.Mp + j];
+    for (int64_t j = 0; j < p_.M; ++j)
+      for (int64_t e = 0; e < p_.E; ++e) z(j, e) = transport_.z[j * pad<F>(p_.E) + e];
+  }
+
+  void read(int64_t b, int64_t h, const Team& team, bool any) {
+    const int64_t rows = tile_rows(refs_.Mp), Mp = refs_.Mp, Ep = pad<F>(p_.E);
+    const auto [lo, hi] = team.share(p_.L, rows);
+    for (int64_t row0 = lo; row0 < hi; row0 += rows) {
+      const int64_t n = std::min(rows, hi - row0);
+      if (any) {
+        load_rows<F>(p_.query, b, h, row0, n, nullptr, source_.x, refs_.Dp);
+        if (refs_.rbf) inverse_norms<F>(source_.x, n, refs_.Dp, source_.inv);
+        if (refs_.P) load_rows<F>(p_.query_pos, b, h, row0, n, nullptr, source_.pos, refs_.P);
+        kernel_tile<F>(refs_, n, source_.x, source_.inv, weights_);
+        logit_tile<F>(refs_, n, weights_, source_.pos, weights_);
+        softmax_rows<F>(n, Mp, weights_, transport_.g);
+        drop<F>(p_, b, h, row0, n, Mp, weights_);
+        gemm<F>(n, Ep, p_.M, weights_, Mp, 1, transport_.z, Ep, out_, Ep, false);
+      } else {
+        fill(out_ + 0, n * Ep, F(0));
+      }
+      store_rows<F>(p_.o, b, h, row0, n, out_ + 0, Ep, static_cast<const F*>(nullptr));
+    }
+  }
+
+  const AttentionParams& p_;
+  Refs<F> refs_;
+  KeySource<F> source_;
+  Transport<F, KeySource<F>> transport_;
+  Buffer<F> weights_, out_;
+};
+
+template <class F>
+void attention_forward(const AttentionParams& p) {
+  if (p.B * p.H == 0) return;
+  const int threads = useful_threads(p.threads, attention_flops(p));
+  std::vector<std::unique_ptr<ForwardWorker<F>>> workers;
+  for (int i = 0; i < threads; ++i) workers.push_back(std::make_unique<ForwardWorker<F>>(p, threads));
+  run_team(workers, p.B * p.H);
+}
+
+}  // namespace
+}  // namespace sfk

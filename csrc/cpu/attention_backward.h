@@ -1,0 +1,230 @@
+// set_attention and set_pool, backward: the queries give dz and dg^T, then the transport's backward runs over the keys.
+#pragma once
+#include "attention.h"
+#include "transport_backward.h"
+
+namespace sfk {
+namespace {
+
+// Keys of one head for TransportBackward: keeps κ of as many rows as the budget allows.
+template <class F>
+struct KeyGradSource {
+  KeySource<F> keys;
+  int64_t cached;
+  Buffer<F> cache, tile, d_x;
+  RefGrads<F>& grads;
+  const F* kappa = nullptr;  // of the block whose logits were asked for last
+  bool loaded = false;
+
+  KeyGradSource(const AttentionParams& p, Refs<F>& refs, RefGrads<F>& grads_, int64_t rows)
+      : keys(p, refs), cached(std::min(rows, p.S + tile_rows(refs.Mp))), cache(cached * refs.Mp),
+        tile(tile_rows(refs.Mp) * refs.Mp), d_x(tile_rows(refs.Mp) * refs.Dp), grads(grads_) {}
+  void begin(int64_t b, int64_t h, int64_t lo, const F* la) {
+    keys.b = b, keys.h = h, keys.lo = lo, keys.la = la;
+    known_ = 0;
+  }
+  void restart() { grads.clear(keys.refs); }
+  void logits(int64_t row0, int64_t n, F* out) {
+    const bool fits = row0 + n <= cached;
+    F* k = fits ? cache + row0 * keys.refs.Mp : tile + 0;
+    loaded = !fits || row0 >= known_;
+    if (loaded) {
+      keys.load_keys(row0, n);
+      kernel_tile<F>(keys.refs, n, keys.x, keys.inv, k);
+      if (fits) known_ = row0 + n;
+    } else if (keys.refs.P) {
+      load_rows<F>(keys.p.key_pos, keys.b, keys.h, keys.lo + row0, n, keys.la + row0, keys.pos, keys.refs.P);
+    }
+    kappa = k;
+    logit_tile<F>(keys.refs, n, k, keys.pos, out);
+  }
+  void values(int64_t row0, int64_t n, F* out) { keys.values(row0, n, out); }
+  void d_f(int64_t, int64_t, F*) {}
+  void store_dv(int64_t row0, int64_t n, F* dv) {
+    if (keys.p.d_value)
+      store_rows<F>(keys.p.d_value, keys.b, keys.h, keys.lo + row0, n, dv, keys.Ep, static_cast<const F*>(nullptr));
+  }
+  void accept(int64_t row0, int64_t n, F* dl) {
+    const Refs<F>& refs = keys.refs;
+    if (!loaded) keys.load_keys(row0, n);
+    logit_grads<F>(refs, n, kappa, keys.pos, dl, grads);
+    for (int64_t i = 0; i < n * refs.Mp; ++i) dl[i] *= refs.inv_eps;
+    kernel_grads<F>(refs, n, keys.x, keys.inv, kappa, dl, keys.p.d_key ? d_x + 0 : nullptr, grads);
+    if (keys.p.d_key)
+      store_rows<F>(keys.p.d_key, keys.b, keys.h, keys.lo + row0, n, d_x + 0, refs.Dp, static_cast<const F*>(nullptr));
+  }
+
+ private:
+  int64_t known_ = 0;
+};
+
+template <class F>
+class BackwardWorker {
+ public:
+  struct Shared {
+    Buffer<F> dz, dg;  // this thread's share of the queries
+    typename TransportBackward<F, KeyGradSource<F>>::Shared transport;
+    RefGrads<F>*query_grads, *key_grads;
+  };
+
+  BackwardWorker(const AttentionParams& p, int threads)
+      : p_(p), refs_(p), query_grads_(refs_, p.d_references.data, p.d_hyper.data), key_grads_(refs_, p.d_references.data, p.d_hyper.data),
+        source_(p, refs_, key_grads_, cache_rows<F>(p, threads)),
+        transport_(p.S, tile_rows(refs_.Mp), refs_.Mp, p.E, p.T), Ep_(pad<F>(p.E)), zt_(p.E * refs_.Mp), g_(refs_.Mp),
+        kappa_(tile_rows(refs_.Mp) * refs_.Mp), w_(tile_rows(refs_.Mp) * refs_.Mp), dp_(tile_rows(refs_.Mp) * refs_.Mp),
+        d_o_(tile_rows(refs_.Mp) * Ep_), d_x_(tile_rows(refs_.Mp) * refs_.Dp) {
+    shared_.dz.reset(refs_.Mp * Ep_);
+    shared_.dg.reset(refs_.Mp);
+    shared_.query_grads = &query_grads_;
+    shared_.key_grads = &key_grads_;
+  }
+  Shared& shared() { return shared_; }
+
+  void run(int64_t item, const Team& team) {
+    const int64_t h = item / p_.B, b = item % p_.B, Mp = refs_.Mp;
+    refs_.pack(p_, h);
+    const auto [lo, hi] = team.share(p_.S, tile_rows(Mp));
+    query_grads_.clear(refs_), key_grads_.clear(refs_);
+    if (!load_log_mass<F>(p_, b, h, lo, hi, transport_.la)) return store_zeros(b, h, lo, hi, team);
+    load_state(b, h);
+    fill(shared_.dz + 0, Mp * Ep_, F(0));
+    fill(shared_.dg + 0, Mp, F(0));
+    if (p_.d_o) queries(b, h, team);
+    team.sync();
+    merge_queries(b, h, team);
+    team.sync();
+    source_.begin(b, h, lo, transport_.la);
+    const Marginals<F> marg{p_.M, Mp, p_.T, refs_.lam_a, refs_.lam_b, refs_.log_b};
+    std::vector<const typename TransportBackward<F, KeyGradSource<F>>::Shared*> members;
+    for (int i = 0; i < team.size; ++i) members.push_back(&team.template member<Shared>(i).transport);
+    transport_.run(source_, marg, hi - lo, team, shared_.transport, members.data());
+    key_grads_.hyper[kLambdaA] += transport_.d_lam_a;
+    if (team.rank == 0) key_grads_.hyper[kLambdaB] += transport_.d_lam_b;
+    if (p_.d_log_a) {
+      F* out = static_cast<F*>(p_.d_log_a.data) + b * p_.d_log_a.stride[0] + h * p_.d_log_a.stride[1];
+      for (int64_t s = lo; s < hi; ++s) out[s * p_.d_log_a.stride[2]] = transport_.d_la[s - lo];
+    }
+    team.sync();
+    if (team.rank == 0) store_parameters(b, h, team);
+    team.sync();
+  }
+
+ private:
+  void load_state(int64_t b, int64_t h) {
+    const int64_t Mp = refs_.Mp, steps = std::max<int64_t>(p_.T, 1);
+    const Block<F> c(p_.c, b, h), z(p_.z, b, h), d_c(p_.d_c, b, h);
+    for (int64_t t = 0; t < steps; ++t)
+      for (int64_t j = 0; j < Mp; ++j) {
+        transport_.c[t * Mp + j] = j < p_.M ? c(t, j) : -kInf<F>;
+        transport_.d_c[t * Mp + j] = d_c && j < p_.M ? d_c(t, j) : F(0);
+      }
+    for (int64_t j = 0; j < Mp; ++j)
+      for (int64_t e = 0; e < Ep_; ++e) {
+        const F value = j < p_.M && e < p_.E ? z(j, e) : F(0);
+        transport_.z[j * Ep_ + e] = value;
+        if (e < p_.E) zt_[e * Mp + j] = value;
+      }
+    const F* last = transport_.c + (steps - 1) * Mp;
+    for (int64_t j = 0; j < Mp; ++j)
+      g_[j] = p_.T == 0 ? refs_.log_b[j] : last[j] == -kInf<F> ? last[j] : refs_.log_b[j] - refs_.lam_b * last[j];
+  }
+
+  void queries(int64_t b, int64_t h, const Team& team) {
+    const int64_t rows = tile_rows(refs_.Mp);
+    const auto [lo, hi] = team.share(p_.L, rows);
+    for (int64_t row0 = lo; row0 < hi; row0 += rows) query_block(b, h, row0, std::min(rows, hi - row0));
+  }
+
+  // W^q and dS of one block; dz += W^qᵀ dO, dg += Σ_i dS, dq.
+  void query_block(int64_t b, int64_t h, int64_t row0, int64_t n) {
+    const int64_t Mp = refs_.Mp;
+    F *x = source_.keys.x, *inv = source_.keys.inv, *pos = source_.keys.pos;
+    load_rows<F>(p_.query, b, h, row0, n, nullptr, x, refs_.Dp);
+    if (refs_.rbf) inverse_norms<F>(x, n, refs_.Dp, inv);
+    if (refs_.P) load_rows<F>(p_.query_pos, b, h, row0, n, nullptr, pos, refs_.P);
+    kernel_tile<F>(refs_, n, x, inv, kappa_);
+    logit_tile<F>(refs_, n, kappa_, pos, w_);
+    softmax_rows<F>(n, Mp, w_, g_);
+    load_rows<F>(p_.d_o, b, h, row0, n, nullptr, d_o_, Ep_);
+    gemm<F>(n, Mp, p_.E, d_o_, Ep_, 1, zt_, Mp, dp_, Mp, false);
+    drop<F>(p_, b, h, row0, n, Mp, dp_);
+    for (int64_t i = 0; i < n; ++i) {
+      Vec<F> dot{};
+      for (int64_t j = 0; j < Mp; j += kLanes<F>) dot += load(w_ + i * Mp + j) * load(dp_ + i * Mp + j);
+      const F mean = reduce_add<F>(dot);
+      for (int64_t j = 0; j < Mp; j += kLanes<F>) {
+        const Vec<F> ds = load(w_ + i * Mp + j) * (load(dp_ + i * Mp + j) - mean);
+        store(dp_ + i * Mp + j, ds);
+        store(shared_.dg + j, load(shared_.dg + j) + ds);
+      }
+    }
+    drop<F>(p_, b, h, row0, n, Mp, w_);
+    gemm<F>(p_.M, Ep_, n, w_, 1, Mp, d_o_, Ep_, shared_.dz, Ep_, true);
+    logit_grads<F>(refs_, n, kappa_, pos, dp_, query_grads_);
+    for (int64_t i = 0; i < n * Mp; ++i) dp_[i] *= refs_.inv_eps;
+    kernel_grads<F>(refs_, n, x, inv, kappa_, dp_, p_.d_query ? d_x_ + 0 : nullptr, query_grads_);
+    if (p_.d_query) store_rows<F>(p_.d_query, b, h, row0, n, d_x_ + 0, refs_.Dp, static_cast<const F*>(nullptr));
+  }
+
+  void merge_queries(int64_t b, int64_t h, const Team& team) {
+    const int64_t Mp = refs_.Mp;
+    const Block<F> d_z(p_.d_z, b, h);
+    for (int64_t j = 0; j < Mp; ++j)
+      for (int64_t e = 0; e < Ep_; ++e) transport_.dz[j * Ep_ + e] = d_z && j < p_.M && e < p_.E ? d_z(j, e) : F(0);
+    fill(transport_.dg + 0, Mp, F(0));
+    for (int i = 0; i < team.size; ++i) {
+      const Shared& s = team.template member<Shared>(i);
+      for (int64_t k = 0; k < Mp * Ep_; ++k) transport_.dz[k] += s.dz[k];
+      for (int64_t j = 0; j < Mp; ++j) transport_.dg[j] += s.dg[j];
+    }
+  }
+
+  void store_parameters(int64_t b, int64_t h, const Team& team) {
+    for (int i = 0; i < team.size; ++i) {
+      const Shared& s = team.template member<Shared>(i);
+      if (i > 0) query_grads_.add(refs_, *s.query_grads);
+      query_grads_.add(refs_, *s.key_grads);
+    }
+    store_ref_grads<F>(refs_, b, h, query_grads_, p_.d_references, p_.d_ref_pos);
+    const Block<F> d_log_b(p_.d_log_b, b, h), d_hyper(p_.d_hyper, b, h);
+    for (int64_t j = 0; d_log_b && j < p_.M; ++j) d_log_b(j, 0) = transport_.d_log_b[j];
+    for (int i = 0; d_hyper && i < kNumHyper; ++i) d_hyper(i, 0) = static_cast<F>(query_grads_.hyper[i]);
+  }
+
+  // No key of this head takes part: every gradient is 0.
+  void store_zeros(int64_t b, int64_t h, int64_t lo, int64_t hi, const Team& team) {
+    const auto [q_lo, q_hi] = team.share(p_.L, tile_rows(refs_.Mp));
+    std::vector<F> zeros(std::max({p_.D, p_.E, p_.P, int64_t(1)}), F(0));
+    const auto clear = [&](const View& v, int64_t from, int64_t to) {
+      for (int64_t i = from; v && i < to; ++i)
+        store_row<F>(v, b * v.stride[0] + h * v.stride[1] + i * v.stride[2], v.stride[3], v.size[3], zeros.data());
+    };
+    clear(p_.d_query, q_lo, q_hi), clear(p_.d_key, lo, hi), clear(p_.d_value, lo, hi);
+    for (int64_t s = lo; p_.d_log_a && s < hi; ++s)
+      static_cast<F*>(p_.d_log_a.data)[b * p_.d_log_a.stride[0] + h * p_.d_log_a.stride[1] + s * p_.d_log_a.stride[2]] = 0;
+    if (team.rank != 0) return;
+    clear(p_.d_references, 0, p_.M), clear(p_.d_log_b, 0, p_.M), clear(p_.d_hyper, 0, kNumHyper);
+    clear(p_.d_ref_pos, 0, p_.M);
+  }
+
+  const AttentionParams& p_;
+  Refs<F> refs_;
+  RefGrads<F> query_grads_, key_grads_;
+  KeyGradSource<F> source_;
+  TransportBackward<F, KeyGradSource<F>> transport_;
+  Shared shared_;
+  int64_t Ep_;
+  Buffer<F> zt_, g_, kappa_, w_, dp_, d_o_, d_x_;
+};
+
+template <class F>
+void attention_backward(const AttentionParams& p) {
+  if (p.B * p.H == 0) return;
+  const int threads = useful_threads(p.threads, 2.5 * attention_flops(p));
+  std::vector<std::unique_ptr<BackwardWorker<F>>> workers;
+  for (int i = 0; i < threads; ++i) workers.push_back(std::make_unique<BackwardWorker<F>>(p, threads));
+  run_team(workers, p.B * p.H);
+}
+
+}  // namespace
+}  // namespace sfk

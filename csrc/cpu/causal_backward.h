@@ -1,0 +1,171 @@
+// Backward of the causal scan, T <= 1: the scan again gives dS and dq; then a scan from the end gives dk and dv.
+//
+// With G_j = Σ_{i>=s} (W^q_ij/C_ij) dO_i and h_j = Σ_{i>=s} (d log C_ij)/C_ij, both kept scaled by C_sj:
+// t_sj = dω_sj = p_sj (⟨G_j, v_s⟩ + h_j), p_sj = e^{ω_sj}/C_sj;  dv_s = Σ_j p_sj G_j.
+#pragma once
+#include "causal.h"
+
+namespace sfk {
+namespace {
+
+template <class F>
+class CausalBackwardWorker {
+ public:
+  explicit CausalBackwardWorker(const AttentionParams& p)
+      : p_(p), refs_(p), grads_(refs_, p.d_references.data, p.d_hyper.data), source_(p, refs_),
+        rows_(tile_rows(refs_.Mp)), Mp_(refs_.Mp), Ep_(pad<F>(p.E)), scan_(p.M, Mp_, Ep_), la_(p.S), log_c_(p.S * Mp_),
+        weight_(p.S * Mp_), d_log_c_(p.S * Mp_), kappa_(rows_ * Mp_), tile_(rows_ * Mp_), ds_(rows_ * Mp_),
+        v_(rows_ * Ep_), d_o_(rows_ * Ep_), dv_(rows_ * Ep_), d_x_(rows_ * refs_.Dp), lse_(rows_), g_(Mp_), dp_(Mp_),
+        h_(Mp_), d_log_b_(Mp_), G_(Mp_ * Ep_), mask_(Mp_) {}
+
+  void run(int64_t item) {
+    const int64_t h = item / p_.B, b = item % p_.B;
+    refs_.pack(p_, h);
+    grads_.clear(refs_);
+    source_.b = b, source_.h = h, source_.lo = 0, source_.la = la_;
+    load_log_mass<F>(p_, b, h, 0, p_.S, la_);
+    fill(d_log_b_ + 0, Mp_, F(0));
+    scan_.reset();
+    for (int64_t row0 = 0; row0 < p_.S; row0 += rows_) forward_block(b, h, row0, std::min(rows_, p_.S - row0));
+    fill(G_ + 0, Mp_ * Ep_, F(0));
+    fill(h_ + 0, Mp_, F(0));
+    for (int64_t row0 = (p_.S - 1) / rows_ * rows_; p_.S && row0 >= 0; row0 -= rows_)
+      reverse_block(b, h, row0, std::min(rows_, p_.S - row0));
+    store_ref_grads<F>(refs_, b, h, grads_, p_.d_references, p_.d_ref_pos);
+    const Block<F> d_log_b(p_.d_log_b, b, h), d_hyper(p_.d_hyper, b, h);
+    for (int64_t j = 0; d_log_b && j < p_.M; ++j) d_log_b(j, 0) = d_log_b_[j];
+    for (int i = 0; d_hyper && i < kNumHyper; ++i) d_hyper(i, 0) = static_cast<F>(grads_.hyper[i]);
+  }
+
+ private:
+  // Scans a block: W^q, log C and d log C of every query, dS, dq.
+  void forward_block(int64_t b, int64_t h, int64_t row0, int64_t n) {
+    F *x = source_.x, *inv = source_.inv, *pos = source_.pos;
+    source_.logits(row0, n, tile_);
+    causal_weights<F>(refs_, p_.T, n, la_ + row0, tile_, lse_);
+    source_.values(row0, n, v_);
+    load_rows<F>(p_.d_o, b, h, row0, n, nullptr, d_o_, Ep_);
+    load_rows<F>(p_.query, b, h, row0, n, nullptr, x, refs_.Dp);
+    if (refs_.rbf) inverse_norms<F>(x, n, refs_.Dp, inv);
+    if (refs_.P) load_rows<F>(p_.query_pos, b, h, row0, n, nullptr, pos, refs_.P);
+    kernel_tile<F>(refs_, n, x, inv, kappa_);
+    logit_tile<F>(refs_, n, kappa_, pos, ds_);
+    for (int64_t i = 0; i < n; ++i) forward_step(b, h, row0, i);
+    logit_grads<F>(refs_, n, kappa_, pos, ds_, grads_);
+    for (int64_t k = 0; k < n * Mp_; ++k) ds_[k] *= refs_.inv_eps;
+    kernel_grads<F>(refs_, n, x, inv, kappa_, ds_, p_.d_query ? d_x_ + 0 : nullptr, grads_);
+    if (p_.d_query) store_rows<F>(p_.d_query, b, h, row0, n, d_x_ + 0, refs_.Dp, static_cast<const F*>(nullptr));
+  }
+
+  void forward_step(int64_t b, int64_t h, int64_t row0, int64_t i) {
+    const int64_t s = row0 + i;
+    F *w = weight_ + s * Mp_, *log_c = log_c_ + s * Mp_, *d_log_c = d_log_c_ + s * Mp_, *ds = ds_ + i * Mp_;
+    la_[s] == -kInf<F> ? scan_.stay() : scan_.advance(tile_ + i * Mp_);
+    scan_.log_sums(log_c);
+    if (!scan_.seen) {
+      for (F* p : {w, d_log_c, ds}) fill(p, Mp_, F(0));
+      return;
+    }
+    causal_read<F>(refs_, p_.T, log_c, ds, g_);
+    std::copy(ds, ds + Mp_, w);
+    fill(mask_ + 0, Mp_, F(1));
+    drop<F>(p_, b, h, s, 1, Mp_, mask_);
+    fill(dp_ + 0, Mp_, F(0));
+    F mean = 0;
+    for (int64_t j = 0; j < p_.M; ++j) {
+      Vec<F> acc{};
+      for (int64_t e = 0; e < Ep_; e += kLanes<F>) {
+        F* at = scan_.n + j * Ep_ + e;
+        const Vec<F> n = load(at) * scan_.scale[j] + load(v_ + i * Ep_ + e) * scan_.weight[j];
+        store(at, n);
+        acc += n * load(d_o_ + i * Ep_ + e);
+      }
+      dp_[j] = reduce_add<F>(acc) / scan_.sum[j] * mask_[j];
+      mean += dp_[j] * w[j];
+    }
+    for (int64_t j = 0; j < p_.M; ++j) {
+      ds[j] = w[j] * (dp_[j] - mean);
+      d_log_c[j] = -w[j] * dp_[j];
+      d_log_b_[j] += ds[j];
+      w[j] *= mask_[j];
+      if (p_.T == 0) continue;
+      d_log_c[j] -= refs_.lam_b * ds[j];
+      grads_.hyper[kLambdaB] -= static_cast<double>(ds[j]) * log_c[j];
+    }
+    for (int64_t j = p_.M; j < Mp_; ++j) ds[j] = w[j] = d_log_c[j] = 0;
+  }
+
+  void reverse_block(int64_t b, int64_t h, int64_t row0, int64_t n) {
+    source_.load_keys(row0, n);
+    kernel_tile<F>(refs_, n, source_.x, source_.inv, kappa_);
+    logit_tile<F>(refs_, n, kappa_, source_.pos, ds_);
+    std::copy(ds_ + 0, ds_ + n * Mp_, tile_ + 0);
+    causal_weights<F>(refs_, p_.T, n, la_ + row0, tile_, lse_);
+    source_.values(row0, n, v_);
+    load_rows<F>(p_.d_o, b, h, row0, n, nullptr, d_o_, Ep_);
+    for (int64_t i = n - 1; i >= 0; --i) reverse_step(b, h, row0, i);
+    if (p_.d_value) store_rows<F>(p_.d_value, b, h, row0, n, dv_ + 0, Ep_, static_cast<const F*>(nullptr));
+    logit_grads<F>(refs_, n, kappa_, source_.pos, ds_, grads_);
+    for (int64_t k = 0; k < n * Mp_; ++k) ds_[k] *= refs_.inv_eps;
+    kernel_grads<F>(refs_, n, source_.x, source_.inv, kappa_, ds_, p_.d_key ? d_x_ + 0 : nullptr, grads_);
+    if (p_.d_key) store_rows<F>(p_.d_key, b, h, row0, n, d_x_ + 0, refs_.Dp, static_cast<const F*>(nullptr));
+  }
+
+  // Brings G and h to token s; leaves dℓ_s in ds_ and dv_s in dv_.
+  void reverse_step(int64_t b, int64_t h, int64_t row0, int64_t i) {
+    const int64_t s = row0 + i;
+    const F *log_c = log_c_ + s * Mp_, *w = weight_ + s * Mp_, *omega = tile_ + i * Mp_;
+    F *dl = ds_ + i * Mp_, *dv = dv_ + i * Ep_;
+    const bool present = la_[s] != -kInf<F>, later = s + 1 < p_.S;
+    fill(dv, Ep_, F(0));
+    F df = 0;
+    for (int64_t j = 0; j < p_.M; ++j) {
+      const bool empty = log_c[j] == -kInf<F>;
+      const F ratio = later && !empty ? std::exp(log_c[j] - log_c[Mp_ + j]) : F(0);
+      const F p = present ? std::exp(omega[j] - log_c[j]) : F(0);
+      h_[j] = h_[j] * ratio + d_log_c_[s * Mp_ + j];
+      Vec<F> acc{};
+      for (int64_t e = 0; e < Ep_; e += kLanes<F>) {
+        F* at = G_ + j * Ep_ + e;
+        const Vec<F> next = load(at) * ratio + load(d_o_ + i * Ep_ + e) * w[j];
+        store(at, next);
+        acc += next * load(v_ + i * Ep_ + e);
+        store(dv + e, load(dv + e) + next * p);
+      }
+      dp_[j] = present ? p * (reduce_add<F>(acc) + h_[j]) : F(0);
+      df += dp_[j];
+    }
+    if (p_.T && present) grads_.hyper[kLambdaA] -= static_cast<double>(df) * lse_[i];
+    const F back = p_.T && present ? -refs_.lam_a * df : F(0);
+    for (int64_t j = 0; j < p_.M; ++j) {
+      const F through = back == 0 ? F(0) : back * std::exp(dl[j] + refs_.log_b[j] - lse_[i]);
+      d_log_b_[j] += through;
+      dl[j] = dp_[j] + through;
+    }
+    fill(dl + p_.M, Mp_ - p_.M, F(0));
+    if (p_.d_log_a)
+      static_cast<F*>(p_.d_log_a.data)[b * p_.d_log_a.stride[0] + h * p_.d_log_a.stride[1] + s * p_.d_log_a.stride[2]] = df;
+  }
+
+  const AttentionParams& p_;
+  Refs<F> refs_;
+  RefGrads<F> grads_;
+  KeySource<F> source_;
+  int64_t rows_, Mp_, Ep_;
+  Scan<F> scan_;
+  // log C, W^q (dropped) and d log C of every token of one head: what the reverse scan needs.
+  Buffer<F> la_, log_c_, weight_, d_log_c_, kappa_, tile_, ds_, v_, d_o_, dv_, d_x_, lse_, g_, dp_, h_, d_log_b_, G_;
+  Buffer<F> mask_;
+};
+
+template <class F>
+void causal_backward(const AttentionParams& p) {
+  if (p.B * p.H == 0) return;
+  const int threads = static_cast<int>(std::min<int64_t>(useful_threads(p.threads, attention_flops(p)), p.B * p.H));
+  std::vector<std::unique_ptr<CausalBackwardWorker<F>>> workers;
+  for (int i = 0; i < threads; ++i) workers.push_back(std::make_unique<CausalBackwardWorker<F>>(p));
+  run_each(workers, p.B * p.H);
+}
+
+}  // namespace
+}  // namespace sfk

@@ -1,0 +1,65 @@
+// The one matrix product: C[i,n] (+)= Σ_k A[i*ars + k*acs] B[k*ldb + n].  A is broadcast, B is read as vectors, so n is
+// a multiple of the vector width, and A may be read by rows or by columns at the same cost.
+#pragma once
+#include "vec.h"
+
+namespace sfk {
+namespace {
+
+// Register tile: kTileRows x kTileVecs accumulators, + kTileVecs of B, + 1 broadcast fit the vector registers.
+#if defined(__AVX512F__)
+constexpr int kTileRows = 6, kTileVecs = 4;  // 24 + 4 + 1 of 32
+#else
+constexpr int kTileRows = 6, kTileVecs = 2;  // 12 + 2 + 1 of 16
+#endif
+
+template <class F, int R, int N>
+SFK_INLINE void gemm_tile(int64_t K, const F* A, int64_t ars, int64_t acs, const F* B, int64_t ldb, F* C, int64_t ldc,
+                          bool accumulate) {
+  constexpr int W = kLanes<F>;
+  Vec<F> acc[R][N];
+  SFK_UNROLL
+  for (int r = 0; r < R; ++r) {
+    SFK_UNROLL
+    for (int n = 0; n < N; ++n) acc[r][n] = accumulate ? load(C + r * ldc + n * W) : Vec<F>{};
+  }
+  for (int64_t k = 0; k < K; ++k) {
+    Vec<F> b[N];
+    SFK_UNROLL
+    for (int n = 0; n < N; ++n) b[n] = load(B + k * ldb + n * W);
+    SFK_UNROLL
+    for (int r = 0; r < R; ++r) {
+      const Vec<F> a = splat<F>(A[r * ars + k * acs]);
+      SFK_UNROLL
+      for (int n = 0; n < N; ++n) acc[r][n] += a * b[n];
+    }
+  }
+  SFK_UNROLL
+  for (int r = 0; r < R; ++r) {
+    SFK_UNROLL
+    for (int n = 0; n < N; ++n) store(C + r * ldc + n * W, acc[r][n]);
+  }
+}
+
+template <class F, int N>
+void gemm_panel(int64_t m, int64_t K, const F* A, int64_t ars, int64_t acs, const F* B, int64_t ldb, F* C, int64_t ldc,
+                bool accumulate) {
+  int64_t i = 0;
+  for (; i + kTileRows <= m; i += kTileRows)
+    gemm_tile<F, kTileRows, N>(K, A + i * ars, ars, acs, B, ldb, C + i * ldc, ldc, accumulate);
+  for (; i + 2 <= m; i += 2) gemm_tile<F, 2, N>(K, A + i * ars, ars, acs, B, ldb, C + i * ldc, ldc, accumulate);
+  if (i < m) gemm_tile<F, 1, N>(K, A + i * ars, ars, acs, B, ldb, C + i * ldc, ldc, accumulate);
+}
+
+template <class F>
+void gemm(int64_t m, int64_t n, int64_t K, const F* A, int64_t ars, int64_t acs, const F* B, int64_t ldb, F* C,
+          int64_t ldc, bool accumulate) {
+  constexpr int W = kLanes<F>;
+  int64_t j = 0;
+  for (; j + kTileVecs * W <= n; j += kTileVecs * W)
+    gemm_panel<F, kTileVecs>(m, K, A, ars, acs, B + j, ldb, C + j, ldc, accumulate);
+  for (; j < n; j += W) gemm_panel<F, 1>(m, K, A, ars, acs, B + j, ldb, C + j, ldc, accumulate);
+}
+
+}  // namespace
+}  // namespace sfk

@@ -1,0 +1,3 @@
+#define SFK_TABLE kGenericTable
+#define SFK_ISA "generic"
+#include "kernels.inc"

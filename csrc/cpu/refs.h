@@ -1,0 +1,203 @@
+// One head's references, packed, and the tiles of kernel values and logits against them.
+#pragma once
+#include "gemm.h"
+#include "math.h"
+#include "tiles.h"
+
+namespace sfk {
+namespace {
+
+// Rows of a tile.  96 = 16 register tiles of 6 rows, so that packed X [96][64] and its tile [96][64] stay in L2 beside
+// the references; tiles wider than 256 references take 48 to stay there.
+inline int64_t tile_rows(int64_t Mp) { return Mp <= 256 ? 96 : 48; }
+
+template <class F>
+struct Refs {
+  int64_t M, Mp, D, Dp, P;
+  bool rbf;
+  F beta, eps, inv_eps, lam_a, lam_b, tau;
+  Buffer<F> yt;        // [D][Mp] ŷ transposed (raw y for "dot")
+  Buffer<F> y;         // [Mp][Dp] the same by rows
+  Buffer<F> inv_norm;  // [Mp]
+  Buffer<F> log_b;     // [Mp] padded with −inf
+  Buffer<F> pos_t;     // [P][Mp]
+  int64_t packed_head = -1;
+
+  explicit Refs(const AttentionParams& p)
+      : Refs(p.M, p.D, p.ref_pos ? p.P : 0, p.kernel == KernelKind::rbf) {}
+  Refs(int64_t M_, int64_t D_, int64_t P_, bool rbf_)
+      : M(M_), Mp(pad<F>(M_)), D(D_), Dp(pad<F>(D_)), P(P_), rbf(rbf_), yt(D_ * Mp), y(Mp * Dp), inv_norm(Mp),
+        log_b(Mp), pos_t(P_ * Mp) {}
+
+  void pack(const AttentionParams& p, int64_t h) {
+    if (h == packed_head) return;
+    packed_head = h;
+    const auto value = [&](int i) {
+      const View& v = p.hyper[i];
+      return v ? static_cast<const F*>(v.data)[h * v.stride[0]] : static_cast<F>(p.scalars[i]);
+    };
+    set_kernel(value(kBandwidth), value(kEpsilon));
+    lam_a = value(kLambdaA);
+    lam_b = value(kLambdaB);
+    tau = value(kPositionScale);
+    pack_points(p.references, h);
+    fill(log_b + 0, Mp, -kInf<F>);
+    const F uniform = -std::log(static_cast<F>(M));
+    for (int64_t j = 0; j < M; ++j)
+      log_b[j] = p.log_b ? static_cast<const F*>(p.log_b.data)[h * p.log_b.stride[0] + j * p.log_b.stride[1]] : uniform;
+    const Block<F> pos(p.ref_pos, h);
+    for (int64_t c = 0; c < P; ++c)
+      for (int64_t j = 0; j < Mp; ++j) pos_t[c * Mp + j] = j < M ? pos(j, c) : F(0);
+  }
+
+  void set_kernel(F bandwidth, F epsilon) {
+    beta = bandwidth;
+    eps = epsilon;
+    inv_eps = F(1) / epsilon;
+  }
+
+  void pack_points(const View& points, int64_t h) {
+    const Block<F> src(points, h);
+    fill(y + 0, Mp * Dp, F(0));
+    for (int64_t j = 0; j < M; ++j)
+      for (int64_t d = 0; d < D; ++d) y[j * Dp + d] = src(j, d);
+    if (rbf) {
+      inverse_norms<F>(y, Mp, Dp, inv_norm);
+      for (int64_t j = 0; j < M; ++j)
+        for (int64_t d = 0; d < D; ++d) y[j * Dp + d] *= inv_norm[j];
+    }
+    for (int64_t d = 0; d < D; ++d)
+      for (int64_t j = 0; j < Mp; ++j) yt[d * Mp + j] = y[j * Dp + d];
+  }
+};
+
+// κ(x_i, y_j) of the n rows x [n][Dp]; inv = 1/‖x_i‖ (rbf).
+template <class F>
+void kernel_tile(const Refs<F>& r, int64_t n, const F* x, const F* inv, F* kappa) {
+  const int64_t Mp = r.Mp;
+  gemm<F>(n, Mp, r.D, x, r.Dp, 1, r.yt, Mp, kappa, Mp, false);
+  if (!r.rbf) return;
+  for (int64_t i = 0; i < n; ++i) {
+    const F scale = r.beta * inv[i];
+    F* row = kappa + i * Mp;
+    for (int64_t j = 0; j < Mp; j += kLanes<F>) store(row + j, vexp<F>(load(row + j) * scale - r.beta));
+  }
+}
+
+// How many coordinates count for a token: all, or none where it has no position (NaN).
+template <class F>
+int64_t coordinates(const Refs<F>& r, const F* pos) {
+  for (int64_t c = 0; c < r.P; ++c)
+    if (std::isnan(pos[c])) return 0;
+  return r.P;
+}
+
+// ℓ = (κ − 1)/ε − τ²‖p − π‖² of the n rows with positions pos [n][P].  κ and ℓ may be the same tile.
+template <class F>
+void logit_tile(const Refs<F>& r, int64_t n, const F* kappa, const F* pos, F* logits) {
+  const int64_t Mp = r.Mp;
+  const F tau2 = r.tau * r.tau;
+  for (int64_t i = 0; i < n; ++i) {
+    const int64_t P = coordinates(r, pos + i * r.P);
+    for (int64_t j = 0; j < Mp; j += kLanes<F>) {
+      Vec<F> l = (load(kappa + i * Mp + j) - F(1)) * r.inv_eps;
+      for (int64_t c = 0; c < P; ++c) {
+        const Vec<F> d = pos[i * r.P + c] - load(r.pos_t + c * Mp + j);
+        l -= tau2 * d * d;
+      }
+      store(logits + i * Mp + j, l);
+    }
+  }
+}
+
+// What one thread collects for the gradients of one head's references and hyperparameters.
+template <class F>
+struct RefGrads {
+  Buffer<F> y;     // [Mp][Dp] with respect to ŷ (y for "dot")
+  Buffer<F> pos;   // [P][Mp]
+  double hyper[kNumHyper];
+  bool wants_points, wants_hyper;
+  RefGrads(const Refs<F>& r, bool points, bool hypers)
+      : y(r.Mp * r.Dp), pos(r.P * r.Mp), wants_points(points), wants_hyper(hypers) {}
+  void clear(const Refs<F>& r) {
+    fill(y + 0, r.Mp * r.Dp, F(0));
+    fill(pos + 0, r.P * r.Mp, F(0));
+    std::fill(hyper, hyper + kNumHyper, 0.0);
+  }
+  void add(const Refs<F>& r, const RefGrads& other) {
+    for (int64_t i = 0; i < r.Mp * r.Dp; ++i) y[i] += other.y[i];
+    for (int64_t i = 0; i < r.P * r.Mp; ++i) pos[i] += other.pos[i];
+    for (int i = 0; i < kNumHyper; ++i) hyper[i] += other.hyper[i];
+  }
+};
+
+// Sums over one tile of dℓ for ε, τ and π.
+template <class F>
+void logit_grads(const Refs<F>& r, int64_t n, const F* kappa, const F* pos, const F* d_logits, RefGrads<F>& out) {
+  const int64_t Mp = r.Mp;
+  if (!out.wants_hyper && r.P == 0) return;
+  Vec<F> d_eps{}, d_tau{};
+  for (int64_t i = 0; i < n; ++i) {
+    const int64_t P = coordinates(r, pos + i * r.P);
+    for (int64_t j = 0; j < Mp; j += kLanes<F>) {
+      const Vec<F> dl = load(d_logits + i * Mp + j);
+      d_eps += dl * (load(kappa + i * Mp + j) - F(1));
+      for (int64_t c = 0; c < P; ++c) {
+        const Vec<F> d = pos[i * r.P + c] - load(r.pos_t + c * Mp + j);
+        d_tau += dl * d * d;
+        store(out.pos + c * Mp + j, load(out.pos + c * Mp + j) + dl * d);
+      }
+    }
+  }
+  out.hyper[kEpsilon] -= static_cast<double>(reduce_add<F>(d_eps)) * r.inv_eps * r.inv_eps;
+  out.hyper[kPositionScale] -= 2.0 * r.tau * reduce_add<F>(d_tau);
+}
+
+// From dκ [n][Mp] (overwritten): adds to dŷ and dβ, and gives dx [n][Dp] where that is not null.
+template <class F>
+void kernel_grads(const Refs<F>& r, int64_t n, const F* x, const F* inv, const F* kappa, F* d_kappa, F* d_x,
+                  RefGrads<F>& out) {
+  const int64_t Mp = r.Mp, Dp = r.Dp;
+  if (r.rbf) {
+    Vec<F> d_beta{};
+    for (int64_t i = 0; i < n; ++i) {
+      const F scale = r.beta * inv[i];
+      for (int64_t j = 0; j < Mp; j += kLanes<F>) {
+        const Vec<F> k = load(kappa + i * Mp + j), g = load(d_kappa + i * Mp + j) * k;
+        // dκ/dβ = κ log κ / β; where κ underflowed, so did g.
+        if (out.wants_hyper) d_beta += g * vlog<F>(vmax(k, splat(std::numeric_limits<F>::min())));
+        store(d_kappa + i * Mp + j, g * scale);
+      }
+    }
+    out.hyper[kBandwidth] += static_cast<double>(reduce_add<F>(d_beta)) / r.beta;
+  }
+  if (out.wants_points) gemm<F>(r.M, Dp, n, d_kappa, 1, Mp, x, Dp, out.y, Dp, true);
+  if (!d_x) return;
+  gemm<F>(n, Dp, r.M, d_kappa, Mp, 1, r.y, Dp, d_x, Dp, false);
+  if (!r.rbf) return;
+  for (int64_t i = 0; i < n; ++i) {
+    Vec<F> acc{};
+    for (int64_t d = 0; d < Dp; d += kLanes<F>) acc += load(x + i * Dp + d) * inv[i] * load(d_x + i * Dp + d);
+    const F along = reduce_add<F>(acc);
+    for (int64_t d = 0; d < Dp; d += kLanes<F>)
+      store(d_x + i * Dp + d, load(d_x + i * Dp + d) - load(x + i * Dp + d) * inv[i] * along);
+  }
+}
+
+// dŷ -> dy, and the sums of logit_grads -> dπ; writes one (b, h) of the outputs that are asked for.
+template <class F>
+void store_ref_grads(const Refs<F>& r, int64_t b, int64_t h, RefGrads<F>& g, const View& d_points, const View& d_pos) {
+  const Block<F> out(d_points, b, h), out_pos(d_pos, b, h);
+  for (int64_t j = 0; out && j < r.M; ++j) {
+    F* row = g.y + j * r.Dp;
+    const F* y = r.y + j * r.Dp;
+    F along = 0;
+    for (int64_t d = 0; r.rbf && d < r.D; ++d) along += row[d] * y[d];
+    for (int64_t d = 0; d < r.D; ++d) out(j, d) = r.rbf ? (row[d] - y[d] * along) * r.inv_norm[j] : row[d];
+  }
+  for (int64_t j = 0; out_pos && j < r.M; ++j)
+    for (int64_t c = 0; c < r.P; ++c) out_pos(j, c) = 2 * r.tau * r.tau * g.pos[c * r.Mp + j];
+}
+
+}  // namespace
+}  // namespace sfk

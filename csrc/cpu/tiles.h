@@ -1,0 +1,203 @@
+// Moving rows between strided tensors of any dtype and packed tiles of F, and Philox.
+#pragma once
+#include <cstdlib>
+#include <new>
+#include <utility>
+
+#include "../params.h"
+#include "vec.h"
+
+namespace sfk {
+namespace {
+
+// 64-byte aligned scratch.  Not initialised: kernels write before they read.
+template <class F>
+class Buffer {
+ public:
+  Buffer() = default;
+  explicit Buffer(int64_t n) { reset(n); }
+  Buffer(Buffer&& other) noexcept : data_(std::exchange(other.data_, nullptr)) {}
+  Buffer& operator=(Buffer&& other) noexcept {
+    std::swap(data_, other.data_);
+    return *this;
+  }
+  ~Buffer() { ::operator delete[](data_, std::align_val_t(64)); }
+  void reset(int64_t n) {
+    ::operator delete[](data_, std::align_val_t(64));
+    data_ = nullptr;
+    data_ = static_cast<F*>(::operator new[](sizeof(F) * static_cast<size_t>(n > 0 ? n : 1), std::align_val_t(64)));
+  }
+  operator F*() const { return data_; }
+
+ private:
+  F* data_ = nullptr;
+};
+
+template <class F>
+void fill(F* p, int64_t n, F value) {
+  for (int64_t i = 0; i < n; ++i) p[i] = value;
+}
+
+struct Bf16 {
+  uint16_t bits;
+};
+struct F16 {
+  uint16_t bits;
+};
+
+inline float to_f32(float x) { return x; }
+inline double to_f32(double x) { return x; }
+inline float to_f32(Bf16 x) { return bit_cast<float>(static_cast<uint32_t>(x.bits) << 16); }
+inline float to_f32(F16 x) {
+  // Exponent and mantissa moved in place are the value times 2^-112, denormals included.
+  const uint32_t magnitude = static_cast<uint32_t>(x.bits & 0x7fff) << 13;
+  float f = bit_cast<float>(magnitude) * 0x1p112f;
+  if (magnitude >= 0x0f800000u) f = bit_cast<float>(magnitude | 0x7f800000u);
+  return bit_cast<float>(bit_cast<uint32_t>(f) | static_cast<uint32_t>(x.bits & 0x8000) << 16);
+}
+
+template <class To, class F>
+struct Narrow {
+  static To from(F x) { return static_cast<To>(x); }
+};
+template <class F>
+struct Narrow<Bf16, F> {
+  static Bf16 from(F value) {
+    const uint32_t u = bit_cast<uint32_t>(static_cast<float>(value));
+    if ((u & 0x7fffffff) > 0x7f800000) return {static_cast<uint16_t>((u >> 16) | 0x40)};
+    return {static_cast<uint16_t>((u + 0x7fff + ((u >> 16) & 1)) >> 16)};  // round to nearest, ties to even
+  }
+};
+template <class F>
+struct Narrow<F16, F> {
+  static F16 from(F value) {
+    const uint32_t u = bit_cast<uint32_t>(static_cast<float>(value));
+    const uint16_t sign = static_cast<uint16_t>((u >> 16) & 0x8000);
+    const uint32_t a = u & 0x7fffffff;
+    if (a > 0x7f800000) return {static_cast<uint16_t>(sign | 0x7e00)};
+    if (a >= 0x477ff000) return {static_cast<uint16_t>(sign | 0x7c00)};  // rounds to 65536: infinity
+    if (a < 0x38800000) {  // denormal half: adding 0.5 lets the float adder round at the right bit
+      const float r = bit_cast<float>(a) + 0.5f;
+      return {static_cast<uint16_t>(sign | (bit_cast<uint32_t>(r) - bit_cast<uint32_t>(0.5f)))};
+    }
+    return {static_cast<uint16_t>(sign | ((a - 0x38000000 + 0xfff + ((a >> 13) & 1)) >> 13))};
+  }
+};
+
+template <class Src, class F>
+void convert_row(const void* base, int64_t offset, int64_t stride, int64_t n, F* dst) {
+  const Src* src = static_cast<const Src*>(base) + offset;
+  if (stride == 1) {
+    for (int64_t i = 0; i < n; ++i) dst[i] = static_cast<F>(to_f32(src[i]));
+  } else {
+    for (int64_t i = 0; i < n; ++i) dst[i] = static_cast<F>(to_f32(src[i * stride]));
+  }
+}
+
+template <class F>
+void load_row(const View& v, int64_t offset, int64_t stride, int64_t n, F* dst) {
+  switch (v.dtype) {
+    case Dtype::f32: return convert_row<float>(v.data, offset, stride, n, dst);
+    case Dtype::f64: return convert_row<double>(v.data, offset, stride, n, dst);
+    case Dtype::bf16: return convert_row<Bf16>(v.data, offset, stride, n, dst);
+    case Dtype::f16: return convert_row<F16>(v.data, offset, stride, n, dst);
+  }
+}
+
+template <class Dst, class F>
+void narrow_row(void* base, int64_t offset, int64_t stride, int64_t n, const F* src) {
+  Dst* dst = static_cast<Dst*>(base) + offset;
+  if (stride == 1) {
+    for (int64_t i = 0; i < n; ++i) dst[i] = Narrow<Dst, F>::from(src[i]);
+  } else {
+    for (int64_t i = 0; i < n; ++i) dst[i * stride] = Narrow<Dst, F>::from(src[i]);
+  }
+}
+
+template <class F>
+void store_row(const View& v, int64_t offset, int64_t stride, int64_t n, const F* src) {
+  switch (v.dtype) {
+    case Dtype::f32: return narrow_row<float>(v.data, offset, stride, n, src);
+    case Dtype::f64: return narrow_row<double>(v.data, offset, stride, n, src);
+    case Dtype::bf16: return narrow_row<Bf16>(v.data, offset, stride, n, src);
+    case Dtype::f16: return narrow_row<F16>(v.data, offset, stride, n, src);
+  }
+}
+
+// Rows row0..row0+n of v [B,H,N,C] to dst [n][ld], padded with zeros.  Rows with skip = −inf are not read: zeros.
+template <class F>
+void load_rows(const View& v, int64_t b, int64_t h, int64_t row0, int64_t n, const F* skip, F* dst, int64_t ld) {
+  const int64_t C = v.size[3], base = b * v.stride[0] + h * v.stride[1];
+  for (int64_t i = 0; i < n; ++i, dst += ld) {
+    const bool absent = skip && skip[i] == -kInf<F>;
+    if (!absent) load_row(v, base + (row0 + i) * v.stride[2], v.stride[3], C, dst);
+    for (int64_t j = absent ? 0 : C; j < ld; ++j) dst[j] = 0;
+  }
+}
+
+// src [n][ld] times scale[i] (1 when null) to rows row0..row0+n of v [B,H,N,C].  Scales src in place.
+template <class F>
+void store_rows(const View& v, int64_t b, int64_t h, int64_t row0, int64_t n, F* src, int64_t ld, const F* scale) {
+  const int64_t C = v.size[3], base = b * v.stride[0] + h * v.stride[1];
+  for (int64_t i = 0; i < n; ++i, src += ld) {
+    if (scale)
+      for (int64_t j = 0; j < C; ++j) src[j] *= scale[i];
+    store_row(v, base + (row0 + i) * v.stride[2], v.stride[3], C, src);
+  }
+}
+
+// One head's [N][C] block of a tensor [H,N,C] or [B,H,N,C] of F, addressed by element.
+template <class F>
+struct Block {
+  F* data = nullptr;
+  int64_t row = 0, col = 0;
+  Block() = default;
+  Block(const View& v, int64_t h) : Block(v, 0, h) {}
+  Block(const View& v, int64_t b, int64_t h) {
+    if (!v) return;
+    const int lead = v.ndim - 2;
+    data = static_cast<F*>(v.data) + (lead == 2 ? b * v.stride[0] : 0) + h * v.stride[lead - 1];
+    row = v.stride[lead];
+    col = v.stride[lead + 1];
+  }
+  explicit operator bool() const { return data != nullptr; }
+  F& operator()(int64_t i, int64_t j) const { return data[i * row + j * col]; }
+};
+
+// 1/‖x_i‖ of the n rows of a tile [n][ld] (ld a multiple of the vector width), 0 where ‖x‖ <= 1e-12.
+template <class F>
+void inverse_norms(const F* x, int64_t n, int64_t ld, F* inv, F* norms = nullptr) {
+  for (int64_t i = 0; i < n; ++i, x += ld) {
+    Vec<F> acc{};
+    for (int64_t j = 0; j < ld; j += kLanes<F>) acc += load(x + j) * load(x + j);
+    F norm = std::sqrt(reduce_add<F>(acc));
+    if (norm == kInf<F>) {  // the squares overflowed: take the largest element out
+      F largest = 0, sum = 0;
+      for (int64_t j = 0; j < ld; ++j) largest = std::fmax(largest, std::fabs(x[j]));
+      for (int64_t j = 0; j < ld; ++j) sum += (x[j] / largest) * (x[j] / largest);
+      norm = largest * std::sqrt(sum);
+    }
+    inv[i] = norm <= F(1e-12) ? F(0) : F(1) / norm;
+    if (norms) norms[i] = norm <= F(1e-12) ? F(0) : norm;
+  }
+}
+
+// First word of Philox4x32-10 with counter (n_lo, n_hi, 0, 0).
+inline uint32_t philox(uint64_t seed, uint64_t n) {
+  uint32_t c0 = static_cast<uint32_t>(n), c1 = static_cast<uint32_t>(n >> 32), c2 = 0, c3 = 0;
+  uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
+  for (int round = 0; round < 10; ++round) {
+    const uint64_t p0 = 0xD2511F53ull * c0, p1 = 0xCD9E8D57ull * c2;
+    const uint32_t n0 = static_cast<uint32_t>(p1 >> 32) ^ c1 ^ k0, n2 = static_cast<uint32_t>(p0 >> 32) ^ c3 ^ k1;
+    c1 = static_cast<uint32_t>(p1);
+    c3 = static_cast<uint32_t>(p0);
+    c0 = n0;
+    c2 = n2;
+    k0 += 0x9E3779B9u;
+    k1 += 0xBB67AE85u;
+  }
+  return c0;
+}
+
+}  // namespace
+}  // namespace sfk

@@ -1,0 +1,287 @@
+// Transport of rows (keys) onto columns (references): log-domain Sinkhorn, one pass over the rows per iteration.
+//
+// Scaled mode keeps K = e^{ℓ − m}, m the row maximum, so that an iteration is a row dot, a logarithm and an exponential
+// per row, and a column sum: no exponentials of tiles.  It holds while K and e^g stay in the normal range.  Otherwise the
+// head is done again in log mode: row-wise and column-wise logsumexp of ℓ itself, at two exponentials per element.
+#pragma once
+#include "math.h"
+#include "team.h"
+
+namespace sfk {
+namespace {
+
+template <class F>
+struct Limits;
+template <>
+struct Limits<float> {
+  static constexpr float kRange = 80, kColumn = 1e-27f;  // e^-80 = 2e-35 leaves the row dots normal numbers
+};
+template <>
+struct Limits<double> {
+  static constexpr double kRange = 600, kColumn = 1e-240;
+};
+
+template <class F>
+struct Marginals {
+  int64_t M, Mp, T;
+  F lam_a, lam_b;
+  const F* log_b;  // [Mp]
+};
+
+// out[i] = Σ_j rows[i][j] v[j]
+template <class F>
+void row_dots(int64_t n, int64_t Mp, const F* rows, const F* v, F* out) {
+  for (int64_t i = 0; i < n; ++i, rows += Mp) {
+    Vec<F> acc{};
+    for (int64_t j = 0; j < Mp; j += kLanes<F>) acc += load(rows + j) * load(v + j);
+    out[i] = reduce_add<F>(acc);
+  }
+}
+
+// G = exp(g − max g); returns max g, and the spread of the finite g.
+template <class F>
+F exp_shifted(int64_t M, int64_t Mp, const F* g, F* G, F& spread) {
+  F top = -kInf<F>, low = kInf<F>;
+  for (int64_t j = 0; j < M; ++j) {
+    top = std::max(top, g[j]);
+    if (g[j] != -kInf<F>) low = std::min(low, g[j]);
+  }
+  spread = top == -kInf<F> ? kInf<F> : top - low;  // nothing to shift by: left to log mode
+  for (int64_t j = 0; j < Mp; j += kLanes<F>) store(G + j, vexp<F>(load(g + j) - top));
+  return top;
+}
+
+// ℓ -> e^{ℓ − m} in place; columns M.. become −inf first, rows that take no part (la = −inf) all equal.  Lowers `lowest`
+// to the smallest finite ℓ − m.
+template <class F>
+void scale_rows(int64_t n, int64_t M, int64_t Mp, F* tile, const F* la, F* m, F& lowest) {
+  Vec<F> low = splat(lowest);
+  for (int64_t i = 0; i < n; ++i, tile += Mp) {
+    if (la[i] == -kInf<F>) {
+      fill(tile, M, F(0));
+    }
+    for (int64_t j = M; j < Mp; ++j) tile[j] = -kInf<F>;
+    Vec<F> top = load(tile);
+    for (int64_t j = kLanes<F>; j < Mp; j += kLanes<F>) top = vmax(top, load(tile + j));
+    m[i] = reduce_max<F>(top);
+    for (int64_t j = 0; j < Mp; j += kLanes<F>) {
+      const Vec<F> x = load(tile + j) - m[i];
+      low = vmin(x == -kInf<F> ? Vec<F>{} : x, low);
+      store(tile + j, vexp<F>(x));
+    }
+  }
+  lowest = reduce_min<F>(low);
+}
+
+// Row i of `tile` + add[j]: its logsumexp.
+template <class F>
+F row_lse(int64_t Mp, const F* row, const F* add) {
+  Vec<F> top = splat(-kInf<F>), sum{};
+  for (int64_t j = 0; j < Mp; j += kLanes<F>) top = vmax(top, load(row + j) + load(add + j));
+  const F m = reduce_max<F>(top);
+  if (m == -kInf<F>) return m;
+  for (int64_t j = 0; j < Mp; j += kLanes<F>) sum += vexp<F>(load(row + j) + load(add + j) - m);
+  return m + std::log(reduce_add<F>(sum));
+}
+
+// What one thread knows of the columns: Σ_s exp(ℓ_sj + f_s) = sum_j exp(ref_j), and the same sum over the values.
+template <class F>
+struct ColumnState {
+  Buffer<F> ref, sum, z;  // [Mp] [Mp] [Mp][Ep]
+  F lowest;               // smallest ℓ − m seen
+};
+
+// Source: logits(row0, n, tile), values(row0, n, tile), wants_f(), store_f(row0, n, f); rows count from this thread's
+// first one.
+template <class F, class Source>
+class Transport {
+ public:
+  Transport(int64_t max_rows, int64_t cache_rows, int64_t block_rows, int64_t Mp, int64_t Ep, int64_t T)
+      : block_(block_rows), cache_rows_(std::min(cache_rows, max_rows + block_rows)), Mp_(Mp), Ep_(Ep),
+        la(max_rows + kLanes<F>), m_(max_rows + kLanes<F>), cache_(cache_rows_ * Mp), tile_(block_ * Mp),
+        values_(block_ * std::max<int64_t>(Ep, 1) + kLanes<F>), u_(block_ + kLanes<F>), G_(Mp), g(Mp), c(std::max<int64_t>(T, 1) * Mp), z(Mp * Ep) {
+    state.ref.reset(Mp);
+    state.sum.reset(Mp);
+    state.z.reset(Mp * Ep);
+  }
+
+  // la must hold the log masses of this thread's `rows` rows.  On return g, c (all T rows) and z are complete on every
+  // member of the team.  Returns the number of iterations that ran.
+  int64_t run(Source& src, const Marginals<F>& marg, int64_t rows, double tol, const Team& team) {
+    rows_ = rows;
+    for (int64_t i = rows; i < rows + kLanes<F>; ++i) la[i] = -kInf<F>, m_[i] = 0;
+    const int64_t iters = solve<false>(src, marg, tol, team);
+    return iters >= 0 ? iters : solve<true>(src, marg, tol, team);
+  }
+
+  template <bool kLog>
+  int64_t solve(Source& src, const Marginals<F>& marg, double tol, const Team& team);
+  template <bool kLog>
+  F* rows_tile(Source& src, int64_t row0, int64_t n, bool first, int64_t M);
+  void scaled_block(Source& src, int64_t row0, int64_t n, F* K, F lam, F shift, bool pool);
+  void log_block(Source& src, int64_t row0, int64_t n, const F* logits, F lam, bool pool);
+  bool merge(const Marginals<F>& marg, F shift, bool pool, bool check, F* c_t, const Team& team);
+
+ private:
+  int64_t block_, cache_rows_, Mp_, Ep_, rows_ = 0;
+
+ public:
+  Buffer<F> la;  // [rows] log masses
+ private:
+  Buffer<F> m_, cache_, tile_, values_, u_, G_;
+
+ public:
+  Buffer<F> g, c, z;  // [Mp] [max(T,1)][Mp] [Mp][Ep]
+  ColumnState<F> state;
+};
+
+template <class F, class Source>
+template <bool kLog>
+int64_t Transport<F, Source>::solve(Source& src, const Marginals<F>& marg, double tol, const Team& team) {
+  const int64_t passes = std::max<int64_t>(marg.T, 1);
+  const F lam = marg.T ? marg.lam_a : F(0);
+  std::copy(marg.log_b, marg.log_b + Mp_, g + 0);
+  state.lowest = 0;
+  for (int64_t t = 1; t <= passes; ++t) {
+    const bool pool = Ep_ > 0 && t == passes;
+    F shift = 0, spread = 0;
+    if (!kLog) shift = -lam * exp_shifted<F>(marg.M, Mp_, g, G_, spread);
+    fill(state.ref + 0, Mp_, -kInf<F>);
+    fill(state.sum + 0, Mp_, F(0));
+    if (pool) fill(state.z + 0, Mp_ * Ep_, F(0));
+    for (int64_t row0 = 0; row0 < rows_; row0 += block_) {
+      const int64_t n = std::min(block_, rows_ - row0);
+      F* tile = rows_tile<kLog>(src, row0, n, t == 1, marg.M);
+      if (!kLog && spread - state.lowest > Limits<F>::kRange) break;
+      if (kLog)
+        log_block(src, row0, n, tile, lam, pool);
+      else
+        scaled_block(src, row0, n, tile, lam, shift, pool);
+    }
+    F* c_t = c + (t - 1) * Mp_;
+    team.sync();
+    bool ok = merge(marg, shift, pool, !kLog, c_t, team);
+    for (int i = 0; !kLog && i < team.size; ++i)
+      ok = ok && spread - team.template member<ColumnState<F>>(i).lowest <= Limits<F>::kRange;
+    team.sync();
+    if (!ok) return -1;
+    if (marg.T == 0) return 0;
+    F change = 0;
+    for (int64_t j = 0; j < marg.M; ++j) {
+      const F next = c_t[j] == -kInf<F> ? -kInf<F> : marg.log_b[j] - marg.lam_b * c_t[j];
+      if (next != -kInf<F> || g[j] != -kInf<F>) change = std::max(change, std::fabs(next - g[j]));
+      g[j] = next;
+    }
+    if (tol >= 0 && change <= tol) return t;
+  }
+  return marg.T;
+}
+
+// The block's K (or ℓ in log mode): from the cache, or made anew.
+template <class F, class Source>
+template <bool kLog>
+F* Transport<F, Source>::rows_tile(Source& src, int64_t row0, int64_t n, bool first, int64_t M) {
+  const bool cached = row0 + n <= cache_rows_;
+  F* tile = cached ? cache_ + row0 * Mp_ : tile_ + 0;
+  if (cached && !first) return tile;
+  src.logits(row0, n, tile);
+  if (!kLog) {
+    scale_rows<F>(n, M, Mp_, tile, la + row0, m_ + row0, state.lowest);
+  } else {
+    for (int64_t i = 0; i < n; ++i) {
+      if (la[row0 + i] == -kInf<F>) fill(tile + i * Mp_, M, F(0));
+      for (int64_t j = M; j < Mp_; ++j) tile[i * Mp_ + j] = -kInf<F>;
+    }
+  }
+  return tile;
+}
+
+// f_s + m_s − shift = log a_s + (1 − λ_a) m_s − λ_a log (K G)_s, then the column sums with u = e^{that − ref}.
+template <class F, class Source>
+void Transport<F, Source>::scaled_block(Source& src, int64_t row0, int64_t n, F* K, F lam, F shift, bool pool) {
+  const F *la_s = la + row0, *m = m_ + row0;
+  row_dots<F>(n, Mp_, K, G_, u_);
+  for (int64_t i = n; i < pad<F>(n); ++i) u_[i] = 1;
+  Vec<F> top = splat(-kInf<F>);
+  for (int64_t i = 0; i < n; i += kLanes<F>) {
+    const Vec<F> mass = load(la_s + i), top_i = load(m + i), log_dot = vlog<F>(load(u_ + i));
+    store(u_ + i, mass + top_i * (1 - lam) - lam * log_dot);
+    if (src.wants_f()) store(values_ + i, mass - lam * (top_i + log_dot) + shift);
+  }
+  for (int64_t i = n; i < pad<F>(n); ++i) u_[i] = -kInf<F>;
+  for (int64_t i = 0; i < n; i += kLanes<F>) top = vmax(top, load(u_ + i));
+  if (src.wants_f()) src.store_f(row0, n, values_);
+  const F ref = std::max(state.ref[0], reduce_max<F>(top));
+  if (ref == -kInf<F>) return;
+  if (ref > state.ref[0]) {
+    const F scale = std::exp(state.ref[0] - ref);
+    for (int64_t j = 0; j < Mp_; ++j) state.sum[j] *= scale;
+    for (int64_t j = 0; pool && j < Mp_ * Ep_; ++j) state.z[j] *= scale;
+    fill(state.ref + 0, Mp_, ref);
+  }
+  for (int64_t i = 0; i < n; i += kLanes<F>) store(u_ + i, vexp<F>(load(u_ + i) - ref));
+  gemm<F>(1, Mp_, n, u_, 0, 1, K, Mp_, state.sum, Mp_, true);
+  if (!pool) return;
+  src.values(row0, n, values_);
+  for (int64_t i = 0; i < n; ++i)
+    for (int64_t e = 0; e < Ep_; e += kLanes<F>) store(values_ + i * Ep_ + e, load(values_ + i * Ep_ + e) * u_[i]);
+  gemm<F>(Mp_, Ep_, n, K, 1, Mp_, values_, Ep_, state.z, Ep_, true);
+}
+
+template <class F, class Source>
+void Transport<F, Source>::log_block(Source& src, int64_t row0, int64_t n, const F* logits, F lam, bool pool) {
+  for (int64_t i = 0; i < n; ++i) {
+    u_[i] = la[row0 + i];
+    if (lam == 0 || u_[i] == -kInf<F>) continue;
+    const F lse = row_lse<F>(Mp_, logits + i * Mp_, g);
+    u_[i] = lse == -kInf<F> ? lse : u_[i] - lam * lse;
+  }
+  if (src.wants_f()) src.store_f(row0, n, u_);
+  for (int64_t j = 0; j < Mp_; j += kLanes<F>) {
+    const Vec<F> old = load(state.ref + j);
+    Vec<F> top = old, sum{};
+    for (int64_t i = 0; i < n; ++i) top = vmax(top, load(logits + i * Mp_ + j) + u_[i]);
+    store(state.ref + j, top);
+    top = top == -kInf<F> ? Vec<F>{} : top;
+    const Vec<F> scale = vexp<F>(old - top);
+    for (int64_t i = 0; i < n; ++i) {
+      const Vec<F> w = vexp<F>(load(logits + i * Mp_ + j) + u_[i] - top);
+      sum += w;
+      store(tile_ + i * Mp_ + j, w);
+    }
+    store(state.sum + j, load(state.sum + j) * scale + sum);
+    store(G_ + j, scale);
+  }
+  if (!pool) return;
+  for (int64_t j = 0; j < Mp_; ++j)
+    for (int64_t e = 0; e < Ep_; e += kLanes<F>) store(state.z + j * Ep_ + e, load(state.z + j * Ep_ + e) * G_[j]);
+  src.values(row0, n, values_);
+  gemm<F>(Mp_, Ep_, n, tile_, 1, Mp_, values_, Ep_, state.z, Ep_, true);
+}
+
+// c_j = shift + log Σ over the team; z_j = Σ/Σ.  False where a column's sum underflowed (only asked in scaled mode).
+template <class F, class Source>
+bool Transport<F, Source>::merge(const Marginals<F>& marg, F shift, bool pool, bool check, F* c_t, const Team& team) {
+  bool ok = true;
+  if (pool) fill(z + 0, Mp_ * Ep_, F(0));
+  for (int64_t j = 0; j < Mp_; ++j) {
+    F ref = -kInf<F>, sum = 0;
+    for (int i = 0; i < team.size; ++i) ref = std::max(ref, team.template member<ColumnState<F>>(i).ref[j]);
+    for (int i = 0; i < team.size && ref != -kInf<F>; ++i) {
+      const auto& s = team.template member<ColumnState<F>>(i);
+      const F scale = std::exp(s.ref[j] - ref);
+      sum += s.sum[j] * scale;
+      if (!pool) continue;
+      for (int64_t e = 0; e < Ep_; e += kLanes<F>)
+        store(z + j * Ep_ + e, load(z + j * Ep_ + e) + load(s.z + j * Ep_ + e) * scale);
+    }
+    if (check && j < marg.M && !(sum > Limits<F>::kColumn)) ok = false;
+    c_t[j] = sum > 0 && j < marg.M ? shift + ref + std::log(sum) : -kInf<F>;
+    const F inv = sum > 0 ? 1 / sum : F(0);
+    for (int64_t e = 0; pool && e < Ep_; ++e) z[j * Ep_ + e] *= inv;
+  }
+  return ok;
+}
+
+}  // namespace
+}  // namespace sfk

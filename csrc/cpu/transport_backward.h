@@ -1,0 +1,299 @@
+// Backward of the transport, exact for the T iterations that ran: from dz, dg^T and dc to the gradients of every row.
+//
+// Per iteration t = T..1, one pass over the rows: f^t from g^{t−1}, df^t, and the column sums that give dg^{t−1}.  All the
+// products with exponential tiles are summed in the last pass, which is the pass of t = 1.  In scaled mode (see
+// transport.h) they are K times a matrix of rank 2T: R^t_sj = K_sj rowR_s G_j and Q^t_sj = K_sj rowQ_s e^{−c_j}.
+#pragma once
+#include "transport.h"
+
+namespace sfk {
+namespace {
+
+// Scaled mode multiplies gradients by factors up to e^range; half of the exponent range is left to the gradients.
+template <class F>
+constexpr F kBackwardRange = sizeof(F) == 4 ? F(40) : F(300);
+
+// Source: logits, values (as in Transport); d_f(row0, n, out) adds the gradient of f^T; store_dv(row0, n, dv);
+// accept(row0, n, dl) takes the finished dℓ of a block; restart() forgets what it accepted.
+template <class F, class Source>
+class TransportBackward {
+ public:
+  TransportBackward(int64_t max_rows, int64_t block_rows, int64_t Mp, int64_t E, int64_t T)
+      : block_(block_rows), Mp_(Mp), E_(E), Ep_(E ? pad<F>(E) : 0), steps_(std::max<int64_t>(T, 1)),
+        stride_(max_rows + kLanes<F>), la(stride_), d_la(stride_), c(steps_ * Mp), z(Mp * Ep_), dz(Mp * Ep_), dg(Mp),
+        d_c(steps_ * Mp), d_log_b(Mp), partial(Mp), m_(stride_), coefs_(2 * steps_ * stride_), lse_(steps_ * stride_),
+        df_(steps_ * stride_), basis_(2 * steps_ * Mp), cq_(steps_ * Mp), g_(steps_ * Mp), shift_(steps_), cref_(steps_),
+        zdz_(Mp), dcol_(Mp), dzq_(Mp * Ep_), dzt_(E * Mp), tile_(block_ * Mp), q_(block_ * Mp), r_(block_ * Mp),
+        acc_(block_ * Mp), v_(block_ * Ep_), dv_(block_ * Ep_), u_(block_ + kLanes<F>) {}
+
+  struct Shared {
+    const F* partial;
+    F lowest;
+  };
+
+  void run(Source& src, const Marginals<F>& marg, int64_t rows, const Team& team, Shared& shared,
+           const Shared* const* members) {
+    rows_ = rows;
+    steps_ = std::max<int64_t>(marg.T, 1);
+    for (int64_t i = rows; i < rows + kLanes<F>; ++i) la[i] = -kInf<F>, m_[i] = 0;
+    shared.partial = partial;
+    if (!solve<false>(src, marg, team, shared, members)) solve<true>(src, marg, team, shared, members);
+  }
+
+ private:
+  template <bool kLog>
+  bool solve(Source& src, const Marginals<F>& marg, const Team& team, Shared& shared, const Shared* const* members);
+  template <bool kLog>
+  bool prepare(const Marginals<F>& marg, F& spread);
+  template <bool kLog>
+  void set_columns(const Marginals<F>& marg, int64_t t);
+  template <bool kLog>
+  void row_factors(const Marginals<F>& marg, int64_t t, int64_t row0, int64_t n);
+  template <bool kLog>
+  void row_gradients(Source& src, const Marginals<F>& marg, int64_t t, int64_t row0, int64_t n);
+  template <bool kLog>
+  void finish_block(Source& src, const Marginals<F>& marg, int64_t row0, int64_t n);
+  void exp_tile(int64_t n, const F* row, const F* col, F* out);
+
+  F* row_q(int64_t t) { return coefs_ + t * stride_; }
+  F* row_r(int64_t t) { return coefs_ + (steps_ + t) * stride_; }
+  F* basis_q(int64_t t) { return basis_ + t * Mp_; }
+  F* basis_r(int64_t t) { return basis_ + (steps_ + t) * Mp_; }
+
+  int64_t block_, Mp_, E_, Ep_, steps_, stride_, rows_ = 0;
+
+ public:
+  // In: la [rows], c and d_c [max(T,1)][Mp], z and dz [Mp][Ep], dg = dg^T [Mp].  Out: d_la [rows], d_log_b [Mp], dλ.
+  // t below counts from 0: step t is iteration t+1 of the definition.
+  Buffer<F> la, d_la, c, z, dz, dg, d_c, d_log_b, partial;
+  double d_lam_a = 0, d_lam_b = 0;
+
+ private:
+  Buffer<F> m_, coefs_, lse_, df_, basis_, cq_, g_, shift_, cref_, zdz_, dcol_, dzq_, dzt_;
+  Buffer<F> tile_, q_, r_, acc_, v_, dv_, u_;
+};
+
+// out_ij = exp((tile_ij + first) + second): the larger term is cancelled first, as it was when the sums were formed.
+template <class F, class Source>
+void TransportBackward<F, Source>::exp_tile(int64_t n, const F* row, const F* col, F* out) {
+  for (int64_t i = 0; i < n; ++i)
+    for (int64_t j = 0; j < Mp_; j += kLanes<F>)
+      store(out + i * Mp_ + j, vexp<F>((load(tile_ + i * Mp_ + j) + row[i]) + load(col + j)));
+}
+
+// Column factors of every step; false where scaled mode cannot hold them.
+template <class F, class Source>
+template <bool kLog>
+bool TransportBackward<F, Source>::prepare(const Marginals<F>& marg, F& spread) {
+  bool ok = true;
+  spread = 0;
+  for (int64_t t = 0; t < steps_; ++t) {
+    F *g = g_ + t * Mp_, *cq = cq_ + t * Mp_, top = -kInf<F>, low = kInf<F>, spread_t = 0;
+    const F* c_t = c + t * Mp_;
+    for (int64_t j = 0; j < Mp_; ++j) {
+      const F before = t == 0 ? F(0) : c[(t - 1) * Mp_ + j];
+      g[j] = t == 0 ? marg.log_b[j] : before == -kInf<F> ? before : marg.log_b[j] - marg.lam_b * before;
+      if (c_t[j] == -kInf<F>) continue;
+      top = std::max(top, c_t[j]), low = std::min(low, c_t[j]);
+    }
+    cref_[t] = top == -kInf<F> ? F(0) : top;
+    if (kLog) {
+      for (int64_t j = 0; j < Mp_; ++j) cq[j] = c_t[j] == -kInf<F> ? c_t[j] : -c_t[j];
+      std::copy(g, g + Mp_, basis_r(t));
+      continue;
+    }
+    for (int64_t j = 0; j < Mp_; ++j) cq[j] = c_t[j] == -kInf<F> ? F(0) : std::exp(cref_[t] - c_t[j]);
+    shift_[t] = exp_shifted<F>(marg.M, Mp_, g, basis_r(t), spread_t);
+    spread = std::max(spread, spread_t);
+    ok = ok && top - low <= kBackwardRange<F> && spread <= kBackwardRange<F>;
+  }
+  for (int64_t j = 0; j < Mp_; ++j) {
+    zdz_[j] = 0;
+    for (int64_t e = 0; e < Ep_; ++e) zdz_[j] += z[j * Ep_ + e] * dz[j * Ep_ + e];
+    const F factor = kLog ? F(1) : cq_[(steps_ - 1) * Mp_ + j];
+    for (int64_t e = 0; e < Ep_; ++e) dzq_[j * Ep_ + e] = factor * dz[j * Ep_ + e];
+    for (int64_t e = 0; e < E_; ++e) dzt_[e * Mp_ + j] = dz[j * Ep_ + e];
+  }
+  return ok;
+}
+
+// From dg of this step: its part of d log b and dλ_b, and the column factors of Q's gradient.
+template <class F, class Source>
+template <bool kLog>
+void TransportBackward<F, Source>::set_columns(const Marginals<F>& marg, int64_t t) {
+  const F* c_t = c + t * Mp_;
+  for (int64_t j = 0; j < Mp_; ++j) {
+    const bool reached = marg.T == 0 || c_t[j] != -kInf<F>;
+    F d = d_c[t * Mp_ + j];
+    if (reached) d_log_b[j] += dg[j];
+    if (marg.T && reached) {
+      d -= marg.lam_b * dg[j];
+      d_lam_b -= static_cast<double>(dg[j]) * c_t[j];
+    }
+    dcol_[j] = (t == steps_ - 1 ? d - zdz_[j] : d);
+    basis_q(t)[j] = kLog ? dcol_[j] : dcol_[j] * cq_[t * Mp_ + j];
+  }
+}
+
+template <class F, class Source>
+template <bool kLog>
+bool TransportBackward<F, Source>::solve(Source& src, const Marginals<F>& marg, const Team& team, Shared& shared,
+                                         const Shared* const* members) {
+  F spread;
+  shared.lowest = 0;
+  if (!prepare<kLog>(marg, spread)) return false;
+  src.restart();
+  d_lam_a = d_lam_b = 0;
+  fill(d_la + 0, rows_, F(0));
+  fill(d_log_b + 0, Mp_, F(0));
+  Buffer<F> dg_first(Mp_);
+  std::copy(dg + 0, dg + Mp_, dg_first + 0);
+  for (int64_t t = steps_ - 1; t >= 0; --t) {
+    set_columns<kLog>(marg, t);
+    fill(partial + 0, Mp_, F(0));
+    for (int64_t row0 = 0; row0 < rows_; row0 += block_) {
+      const int64_t n = std::min(block_, rows_ - row0);
+      src.logits(row0, n, tile_);
+      for (int64_t i = 0; kLog && i < n; ++i) {
+        if (la[row0 + i] == -kInf<F>) fill(tile_ + i * Mp_, marg.M, F(0));
+        for (int64_t j = marg.M; j < Mp_; ++j) tile_[i * Mp_ + j] = -kInf<F>;
+      }
+      if (!kLog) scale_rows<F>(n, marg.M, Mp_, tile_, la + row0, m_ + row0, shared.lowest);
+      if (!kLog && spread - shared.lowest > kBackwardRange<F>) break;
+      row_factors<kLog>(marg, t, row0, n);
+      row_gradients<kLog>(src, marg, t, row0, n);
+      if (t == 0) finish_block<kLog>(src, marg, row0, n);
+    }
+    team.sync();
+    bool ok = true;
+    fill(dg + 0, Mp_, F(0));
+    for (int i = 0; i < team.size; ++i) {
+      ok = ok && (kLog || spread - members[i]->lowest <= kBackwardRange<F>);
+      for (int64_t j = 0; j < Mp_; ++j) dg[j] += members[i]->partial[j];
+    }
+    team.sync();
+    if (!ok) {
+      std::copy(dg_first + 0, dg_first + Mp_, dg + 0);
+      return false;
+    }
+    for (int64_t j = 0; !kLog && j < Mp_; ++j) dg[j] *= basis_r(t)[j];
+    if (marg.T == 0) return true;
+  }
+  for (int64_t j = 0; j < Mp_; ++j) d_log_b[j] += dg[j];
+  return true;
+}
+
+// f^t of the block, as the row factors of R and Q.
+template <class F, class Source>
+template <bool kLog>
+void TransportBackward<F, Source>::row_factors(const Marginals<F>& marg, int64_t t, int64_t row0, int64_t n) {
+  const F lam = marg.T ? marg.lam_a : F(0);
+  const F* mass = la + row0;
+  F *lse = lse_ + t * stride_ + row0, *q = row_q(t) + row0, *r = row_r(t) + row0;
+  if (kLog) {
+    for (int64_t i = 0; i < n; ++i) {
+      lse[i] = lam == 0 && marg.T == 0 ? F(0) : row_lse<F>(Mp_, tile_ + i * Mp_, g_ + t * Mp_);
+      r[i] = -lse[i];
+      q[i] = lse[i] == -kInf<F> || mass[i] == -kInf<F> ? -kInf<F> : mass[i] - lam * lse[i];
+    }
+    return;
+  }
+  row_dots<F>(n, Mp_, tile_, basis_r(t), u_);
+  for (int64_t i = n; i < pad<F>(n); ++i) u_[i] = 1;
+  const F* m = m_ + row0;
+  for (int64_t i = 0; i < n; i += kLanes<F>) {
+    // The rows past the end of the block are written again by the next one; the arrays end in a vector of slack.
+    const Vec<F> dot = load(u_ + i), log_dot = vlog<F>(dot), mi = load(m + i);
+    store(lse + i, mi + shift_[t] + log_dot);
+    store(r + i, F(1) / dot);
+    store(q + i, vexp<F>(load(mass + i) + mi * (1 - lam) - lam * (log_dot + shift_[t]) - cref_[t]));
+  }
+}
+
+// df^t of the block, and its part of dg^{t−1}, d log a and dλ_a; at the last step also dv.
+template <class F, class Source>
+template <bool kLog>
+void TransportBackward<F, Source>::row_gradients(Source& src, const Marginals<F>& marg, int64_t t, int64_t row0,
+                                                 int64_t n) {
+  const bool last = t == steps_ - 1;
+  F *q = row_q(t) + row0, *r = row_r(t) + row0, *lse = lse_ + t * stride_ + row0, *df = df_ + t * stride_ + row0;
+  const F* Q = tile_;
+  if (kLog) {
+    exp_tile(n, q, cq_ + t * Mp_, q_);
+    Q = q_;
+  }
+  row_dots<F>(n, Mp_, Q, basis_q(t), u_);
+  if (last && Ep_) {
+    src.values(row0, n, v_);
+    gemm<F>(n, Ep_, marg.M, Q, Mp_, 1, dzq_, Ep_, dv_, Ep_, false);
+    for (int64_t i = 0; i < n; ++i) {
+      Vec<F> dot{};
+      for (int64_t e = 0; e < Ep_; e += kLanes<F>) dot += load(v_ + i * Ep_ + e) * load(dv_ + i * Ep_ + e);
+      u_[i] += reduce_add<F>(dot);
+      for (int64_t e = 0; !kLog && e < Ep_; ++e) dv_[i * Ep_ + e] *= q[i];
+    }
+    src.store_dv(row0, n, dv_);
+  }
+  for (int64_t i = 0; i < n; ++i) df[i] = kLog ? u_[i] : u_[i] * q[i];
+  if (last) src.d_f(row0, n, df);
+  for (int64_t i = 0; i < n; ++i) {
+    const bool absent = la[row0 + i] == -kInf<F> || lse[i] == -kInf<F>;
+    if (absent) df[i] = 0;
+    d_la[row0 + i] += df[i];
+    if (marg.T && !absent) d_lam_a -= static_cast<double>(df[i]) * lse[i];
+    u_[i] = marg.T ? -marg.lam_a * df[i] : F(0);
+  }
+  if (marg.T == 0) return;
+  if (kLog) {
+    for (int64_t i = 0; i < n; ++i)
+      for (int64_t j = 0; j < Mp_; j += kLanes<F>) {
+        const Vec<F> w = vexp<F>((load(tile_ + i * Mp_ + j) + load(g_ + t * Mp_ + j)) + (u_[i] == 0 ? F(0) : r[i]));
+        store(partial + j, load(partial + j) + (u_[i] == 0 ? Vec<F>{} : w * u_[i]));
+      }
+    return;
+  }
+  for (int64_t i = 0; i < n; ++i) r[i] *= u_[i];
+  gemm<F>(1, Mp_, n, r, 0, 1, tile_, Mp_, partial, Mp_, true);
+}
+
+// The whole dℓ of the block, handed to the source.
+template <class F, class Source>
+template <bool kLog>
+void TransportBackward<F, Source>::finish_block(Source& src, const Marginals<F>& marg, int64_t row0, int64_t n) {
+  const int64_t top = steps_ - 1;
+  if (Ep_) {
+    if (top != 0) src.values(row0, n, v_);
+    gemm<F>(n, Mp_, E_, v_, Ep_, 1, dzt_, Mp_, acc_, Mp_, false);
+  }
+  if (!kLog) {
+    const int64_t rank = marg.T ? 2 * steps_ : 1;
+    gemm<F>(n, Mp_, rank, coefs_ + row0, 1, stride_, basis_, Mp_, r_, Mp_, false);
+    const F *q = row_q(top) + row0, *cq = cq_ + top * Mp_;
+    for (int64_t i = 0; i < n; ++i)
+      for (int64_t j = 0; j < Mp_; j += kLanes<F>) {
+        Vec<F> a = load(r_ + i * Mp_ + j);
+        if (Ep_) a += q[i] * load(cq + j) * load(acc_ + i * Mp_ + j);
+        store(acc_ + i * Mp_ + j, a * load(tile_ + i * Mp_ + j));
+      }
+    src.accept(row0, n, acc_);
+    return;
+  }
+  if (!Ep_) fill(acc_ + 0, n * Mp_, F(0));
+  for (int64_t t = top; t >= 0; --t) {
+    exp_tile(n, row_q(t) + row0, cq_ + t * Mp_, q_);
+    const F *r = row_r(t) + row0, *df = df_ + t * stride_ + row0, *g = g_ + t * Mp_;
+    for (int64_t i = 0; i < n; ++i) {
+      const F coef = marg.T ? -marg.lam_a * df[i] : F(0);
+      for (int64_t j = 0; j < Mp_; j += kLanes<F>) {
+        const Vec<F> before = load(acc_ + i * Mp_ + j), Q = load(q_ + i * Mp_ + j);
+        Vec<F> d = t == top ? Q * (before + load(basis_q(t) + j)) : before + Q * load(basis_q(t) + j);
+        if (coef != 0) d += coef * vexp<F>((load(tile_ + i * Mp_ + j) + load(g + j)) + r[i]);
+        store(acc_ + i * Mp_ + j, d);
+      }
+    }
+  }
+  src.accept(row0, n, acc_);
+}
+
+}  // namespace
+}  // namespace sfk

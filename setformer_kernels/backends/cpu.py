@@ -1,0 +1,272 @@
+"""The C++ CPU backend: hands tensors to `_C` as (pointer, sizes, strides, dtype code), and sums parameters over B.
+
+Called below autograd on real CPU tensors; any strides.  The kernels are in csrc/cpu.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..problem import HYPER, Operands, Options, Problem, compute_dtype, empty_in_order
+from ._extension import MODULE, REASON
+
+NAME = "cpu"
+_C: Any = MODULE
+DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3, torch.int64: 4}
+# A thread keeps an [M, E] state and [96, max(M, D, E)] tiles: beyond this they would leave the second-level cache.
+MAX_REFERENCES = 1024
+MAX_HEAD_DIM = 1024
+
+View = tuple[int, tuple[int, ...], tuple[int, ...], int]
+
+
+def unsupported_reasons(p: Problem) -> list[str]:
+    """Why this backend cannot run `p`; empty when it can."""
+    reasons = [REASON] if REASON else []
+    if p.device != "cpu":
+        reasons.append(f"runs on cpu tensors, not on {p.device}")
+    if p.dtype not in DTYPE_CODES:
+        reasons.append(f"has no kernels for {p.dtype}")
+    if p.op != "sinkhorn" and p.M > MAX_REFERENCES:
+        reasons.append(f"holds at most {MAX_REFERENCES} references, not {p.M}")
+    if max(p.D, p.E) > MAX_HEAD_DIM:
+        reasons.append(f"holds head dims of at most {MAX_HEAD_DIM}, not {max(p.D, p.E)}")
+    if p.op == "causal" and p.num_iters > 1:
+        reasons.append("the causal scan needs num_iters <= 1")
+    return reasons
+
+
+def _view(t: Tensor | None) -> View | None:
+    return None if t is None else (t.data_ptr(), t.shape, t.stride(), DTYPE_CODES[t.dtype])
+
+
+def _empty_like(t: Tensor, shape: tuple[int, ...] | torch.Size | None = None) -> Tensor:
+    shape = t.shape if shape is None else shape
+    return t.new_empty(shape) if t.is_contiguous() else empty_in_order(t, shape)
+
+
+def _common(x: Operands, opt: Options) -> tuple[Any, ...]:
+    """The arguments every attention kernel begins with."""
+    seed = 0 if x.seed is None else int(x.seed) & 0xFFFFFFFFFFFFFFFF
+    views = tuple([_view(t) for t in x[:-1]])
+    return views, opt.scalars, opt.kernel == "dot", opt.num_iters, opt.dropout_p, seed, torch.get_num_threads()
+
+
+def _new_state(x: Operands, opt: Options) -> tuple[Tensor, Tensor]:
+    """Empty z [B, H, M, E] and c [B, H, max(T, 1), M]."""
+    b, h, _, e = x.value.shape
+    m, dtype = x.references.shape[1], compute_dtype(x.key.dtype)
+    return x.key.new_empty((b, h, m, e), dtype=dtype), x.key.new_empty((b, h, max(opt.num_iters, 1), m), dtype=dtype)
+
+
+def attention(x: Operands, opt: Options) -> tuple[Tensor, Tensor, Tensor]:
+    """o [B, H, L, E], z [B, H, M, E], c [B, H, max(T, 1), M]."""
+    assert x.query is not None
+    o = _empty_like(x.query, (*x.query.shape[:-1], x.value.shape[-1]))
+    z, c = _new_state(x, opt)
+    _C.attention(*_common(x, opt), _view(o), _view(z), _view(c), False)
+    return o, z, c
+
+
+def pool(x: Operands, opt: Options) -> tuple[Tensor, Tensor]:
+    """z [B, H, M, E], c [B, H, max(T, 1), M]."""
+    x = x._replace(query=None, query_position=None)
+    z, c = _new_state(x, opt)
+    _C.attention(*_common(x, opt), None, _view(z), _view(c), False)
+    return z, c
+
+
+def causal(x: Operands, opt: Options) -> Tensor:
+    """o [B, H, L, E], for T <= 1."""
+    assert x.query is not None
+    o = _empty_like(x.query, (*x.query.shape[:-1], x.value.shape[-1]))
+    _C.attention(*_common(x, opt), _view(o), None, None, True)
+    return o
+
+
+def attention_backward(x: Operands, opt: Options, z: Tensor, c: Tensor, d_o: Tensor, needs: Sequence[bool]) -> Operands:
+    """Gradients in the order of `Operands`, None where not needed."""
+    return _backward(x, opt, (z, c), (d_o, None, None), needs, False)
+
+
+def pool_backward(
+    x: Operands, opt: Options, z: Tensor, c: Tensor, d_z: Tensor, d_c: Tensor | None, needs: Sequence[bool]
+) -> Operands:
+    """As `attention_backward`, from the gradients of z and (where given) c."""
+    return _backward(x._replace(query=None, query_position=None), opt, (z, c), (None, d_z, d_c), needs, False)
+
+
+def causal_backward(x: Operands, opt: Options, d_o: Tensor, needs: Sequence[bool]) -> Operands:
+    """As `attention_backward`, for the causal scan."""
+    return _backward(x, opt, (None, None), (d_o, None, None), needs, True)
+
+
+def _backward(
+    x: Operands,
+    opt: Options,
+    state: tuple[Tensor | None, Tensor | None],
+    incoming: tuple[Tensor | None, ...],
+    needs: Sequence[bool],
+    causal: bool,
+) -> Operands:
+    b, h, _, d = x.key.shape
+    m, wide = x.references.shape[1], compute_dtype(x.key.dtype)
+    need = Operands(*needs)
+
+    def per_batch(wanted: bool, *shape: int) -> Tensor | None:
+        return x.key.new_empty((b, h, *shape), dtype=wide) if wanted else None
+
+    tokens = [_empty_like(t) if n and t is not None else None for t, n in zip(x[:3], needs[:3], strict=True)]
+    d_log_a = _empty_like(x.log_a) if need.log_a and x.log_a is not None else None
+    d_references = per_batch(bool(need.references), m, d)
+    d_log_b = per_batch(bool(need.log_b) and x.log_b is not None, m, 1)
+    first = Operands._fields.index(HYPER[0])
+    d_hyper = per_batch(any(needs[first : first + len(HYPER)]), len(HYPER), 1)
+    d_position = None
+    if need.reference_position and x.reference_position is not None:
+        d_position = per_batch(True, m, x.reference_position.shape[-1])
+    outgoing = (*tokens, d_log_a, d_references, d_log_b, d_hyper, d_position)
+    grads = tuple([_view(t) for t in (*incoming, *outgoing)])
+    _C.attention_backward(*_common(x, opt), *map(_view, state), grads, causal)
+
+    hyper = _over_batch(d_hyper)
+    d_hypers = [
+        hyper[:, i, 0].contiguous() if hyper is not None and n and t is not None else None
+        for i, (t, n) in enumerate(zip(x[first : first + 5], needs[first : first + 5], strict=True))
+    ]
+    d_log_b = None if d_log_b is None else d_log_b.squeeze(-1)
+    d_parameters = _in_order(x.references, _over_batch(d_references)), _in_order(x.log_b, _over_batch(d_log_b))
+    d_position = _in_order(x.reference_position, _over_batch(d_position))
+    return Operands(*tokens, d_parameters[0], d_log_a, d_parameters[1], *d_hypers, None, None, d_position, None)
+
+
+def _over_batch(t: Tensor | None) -> Tensor | None:
+    """[B, ...] -> [...], in a fixed order."""
+    if t is None:
+        return None
+    return t.squeeze(0) if t.shape[0] == 1 else t.sum(0)
+
+
+def _in_order(like: Tensor | None, t: Tensor | None) -> Tensor | None:
+    """`t` in the memory order of `like`."""
+    if t is None or like is None:
+        return None
+    return t.contiguous() if like.is_contiguous() else empty_in_order(like, t.shape).copy_(t)
+
+
+class _Whitening:
+    """(K_ww + δI)^{-1/2} [H, R, R] in float64, and its backward."""
+
+    def __init__(self, landmarks: Tensor, bandwidth: Tensor | None, scalar: float, ridge: float) -> None:
+        w = landmarks.double()
+        norm = w.norm(dim=-1, keepdim=True)
+        self.inverse_norm = torch.where(norm > 1e-12, 1 / norm, 0.0)  # [H, R, 1]
+        self.w_hat = w * self.inverse_norm  # [H, R, D]
+        beta = w.new_full((w.shape[0],), scalar) if bandwidth is None else bandwidth.double()
+        self.beta = beta[:, None, None]
+        self.cosine = self.w_hat @ self.w_hat.mT
+        self.kernel = (self.beta * (self.cosine - 1)).exp()  # [H, R, R]
+        eye = torch.eye(w.shape[1], dtype=torch.float64)
+        self.values, self.vectors = torch.linalg.eigh(self.kernel + ridge * eye)
+        self.values = self.values.clamp_min(ridge)  # rounding may leave an eigenvalue of K_ww just below 0
+        self.matrix = (self.vectors * self.values.rsqrt().unsqueeze(-2)) @ self.vectors.mT
+
+    def backward(self, d_matrix: Tensor) -> tuple[Tensor, Tensor]:
+        """(dw [H, R, D], dβ [H]).  √A X + X √A = −W dW W, solved in the eigenbasis of A = K_ww + δI."""
+        u, root = self.vectors, self.values.sqrt()
+        rotated = u.mT @ d_matrix.double() @ u
+        pairs = root.unsqueeze(-1) * root.unsqueeze(-2) * (root.unsqueeze(-1) + root.unsqueeze(-2))
+        d_log = (u @ (-rotated / pairs) @ u.mT) * self.kernel
+        d_cosine = d_log * self.beta
+        d_hat = (d_cosine + d_cosine.mT) @ self.w_hat
+        along = (d_hat * self.w_hat).sum(-1, keepdim=True)
+        return (d_hat - self.w_hat * along) * self.inverse_norm, (d_log * (self.cosine - 1)).sum((-2, -1))
+
+
+def features(x: Tensor, landmarks: Tensor, bandwidth: Tensor | None, scalar: float, ridge: float) -> Tensor:
+    """x [B, H, N, D], landmarks [H, R, D] -> ψ [B, H, N, R]."""
+    whitening = _Whitening(landmarks, bandwidth, scalar, ridge).matrix.to(landmarks.dtype)
+    psi = _empty_like(x, (*x.shape[:-1], landmarks.shape[1]))
+    tensors = (x, landmarks, bandwidth, whitening, psi, None, None, None, None, None)
+    _C.features(tuple([_view(t) for t in tensors]), scalar, torch.get_num_threads(), False)
+    return psi
+
+
+def features_backward(
+    x: Tensor,
+    landmarks: Tensor,
+    bandwidth: Tensor | None,
+    scalar: float,
+    ridge: float,
+    d_psi: Tensor,
+    needs: Sequence[bool],
+) -> tuple[Tensor | None, ...]:
+    """(dx, d landmarks, d bandwidth), None where not needed."""
+    b, h, _, d = x.shape
+    r, wide = landmarks.shape[1], landmarks.dtype
+    whitening = _Whitening(landmarks, bandwidth, scalar, ridge)
+    d_x = _empty_like(x) if needs[0] else None
+    parameters = needs[1] or (needs[2] and bandwidth is not None)
+    d_w, d_beta, d_whitening = (
+        x.new_empty((b, h, *s), dtype=wide) if parameters else None for s in ((r, d), (1, 1), (r, r))
+    )
+    given = (x, landmarks, bandwidth, whitening.matrix.to(wide), None, d_psi)
+    tensors = (*given, d_x, d_w, d_beta, d_whitening)
+    _C.features(tuple([_view(t) for t in tensors]), scalar, torch.get_num_threads(), True)
+    if d_w is None or d_beta is None or d_whitening is None:
+        return d_x, None, None
+    from_w, from_beta = whitening.backward(d_whitening.double().sum(0))
+    d_landmarks = _in_order(landmarks, (d_w.double().sum(0) + from_w).to(wide)) if needs[1] else None
+    d_bandwidth = (d_beta.double().sum(0).flatten() + from_beta).to(wide) if needs[2] and bandwidth is not None else None
+    return d_x, d_landmarks, d_bandwidth
+
+
+def sinkhorn(
+    log_kernel: Tensor,
+    log_a: Tensor | None,
+    log_b: Tensor | None,
+    lam_a: Tensor | None,
+    lam_b: Tensor | None,
+    scalars: Sequence[float],
+    num_iters: int,
+    tol: float | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """f [G, N], g [G, M], c [G, max(T, 1), M], iters [G]."""
+    groups, n, m = log_kernel.shape
+    f, g = log_kernel.new_empty((groups, n)), log_kernel.new_empty((groups, m))
+    c = log_kernel.new_empty((groups, max(num_iters, 1), m))
+    iters = torch.empty(groups, dtype=torch.int64)
+    tensors = (log_kernel, log_a, log_b, lam_a, lam_b, f, g, c, iters, None, None, None, None, None, None)
+    limit = -1.0 if tol is None else tol
+    views = tuple([_view(t) for t in tensors])
+    _C.sinkhorn(views, tuple(scalars), num_iters, limit, torch.get_num_threads(), False)
+    return f, g, c, iters
+
+
+def sinkhorn_backward(
+    log_kernel: Tensor,
+    log_a: Tensor | None,
+    log_b: Tensor | None,
+    lam_a: Tensor | None,
+    lam_b: Tensor | None,
+    scalars: Sequence[float],
+    c: Tensor,
+    iters: Tensor,
+    d_f: Tensor,
+    d_g: Tensor,
+    needs: Sequence[bool],
+) -> tuple[Tensor | None, ...]:
+    """(d log_kernel, d log_a, d log_b, dλ_a, dλ_b), None where not needed."""
+    inputs = (log_kernel, log_a, log_b, lam_a, lam_b)
+    wanted = [n and t is not None for t, n in zip(inputs, needs, strict=True)]
+    grads = [_empty_like(t) if n and t is not None else None for t, n in zip(inputs[:3], wanted[:3], strict=True)]
+    d_lam = log_kernel.new_empty((log_kernel.shape[0], 2)) if any(wanted[3:]) else None
+    tensors = (*inputs, None, None, c, iters, d_f, d_g, *grads, d_lam)
+    views = tuple([_view(t) for t in tensors])
+    _C.sinkhorn(views, tuple(scalars), c.shape[1] if iters.any() else 0, -1.0, torch.get_num_threads(), True)
+    d_lams = [d_lam[:, i].contiguous() if d_lam is not None and wanted[3 + i] else None for i in range(2)]
+    return *grads, *d_lams
