@@ -1,4 +1,4 @@
-"""Every input check of the functional API: a ValueError or TypeError that names the argument, what it got, what it wants.
+"""Every input check of the functional API: ValueError or TypeError naming the argument, what it got, what it wants.
 
 Checks read shapes, dtypes, devices and Python numbers, never a tensor's values: that would stall a GPU.
 """

@@ -8,18 +8,15 @@ coordinates, T = num_iters.  x̂ = x/‖x‖, and 0 with zero gradient where ‖
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import checks, dispatch, ops, reference
-from .problem import HYPER, Operands, Options, compute_dtype
-from .reference.dense import normalise_masses
+from .arguments import Hyper, autocast, hyperparameters, normalise, query_mask
+from .problem import compute_dtype
 
 __all__ = ["nystrom_features", "set_attention", "set_attention_weights", "set_pool", "sinkhorn"]
-
-Hyper = float | Tensor
 
 
 def set_attention(
@@ -75,12 +72,12 @@ def set_attention(
         ValueError, TypeError: naming the argument, what it got and what it wants.
     """
     checks.tensor("query", query, "BHLD")
-    x, opt = _normalise(
+    x, opt = normalise(
         query, key, value, references, (bandwidth, epsilon, key_relaxation, reference_relaxation, position_scale),
         key_mask, reference_log_mass, query_position, key_position, reference_position,
         kernel=kernel, num_iters=num_iters, dropout_p=dropout_p, seed=seed, backend=backend,
     )  # fmt: skip
-    mask = _query_mask(x, attn_mask, causal, num_iters)
+    mask = query_mask(x, attn_mask, causal, num_iters)
     if mask is not None:
         dispatch.select(ops.attention_problem("dense", x, opt), _dense_backend(backend))
         return reference.dense(x, opt, mask)[0]
@@ -120,14 +117,14 @@ def set_attention_weights(
     """
     checks.tensor("query", query, "BHLD")
     checks.tensor("key", key, "BHSD")
-    x, opt = _normalise(
+    x, opt = normalise(
         query, key, key[..., :0], references,
         (bandwidth, epsilon, key_relaxation, reference_relaxation, position_scale),
         key_mask, reference_log_mass, query_position, key_position, reference_position,
         kernel=kernel, num_iters=num_iters, dropout_p=dropout_p, seed=seed, backend=backend,
     )  # fmt: skip
     dispatch.select(ops.attention_problem("weights", x, opt), _dense_backend(backend))
-    mask = _query_mask(x, attn_mask, causal, math.inf)
+    mask = query_mask(x, attn_mask, causal, math.inf)
     return reference.weights(x, opt) if mask is None else reference.dense(x, opt, mask)[1]
 
 
@@ -149,11 +146,12 @@ def set_pool(
     position_scale: Hyper = 1.0,
     backend: str = "auto",
 ) -> Tensor:
-    """The OTKE/SeT embedding of a set, M tokens from S: z_j = Σ_s W^k_sj v_s, [B,H,S,D], [B,H,S,E], [H,M,D] -> [B,H,M,E].
+    """The OTKE/SeT embedding of a set, M tokens from S: [B,H,S,D], [B,H,S,E], [H,M,D] -> [B,H,M,E].
 
+    z_j = Σ_s W^k_sj v_s, in the dtype of the values.
     The columns of W^k = exp(ℓ + f^T − c^T) sum to 1; z = 0 where no key takes part.  Arguments as in `set_attention`.
     """
-    x, opt = _normalise(
+    x, opt = normalise(
         None, key, value, references, (bandwidth, epsilon, key_relaxation, reference_relaxation, position_scale),
         key_mask, reference_log_mass, None, key_position, reference_position,
         kernel=kernel, num_iters=num_iters, dropout_p=0.0, seed=None, backend=backend,
@@ -181,9 +179,9 @@ def nystrom_features(
     checks.hyperparameter("ridge", ridge, h, 0.0, math.inf, open_low=True)
     if isinstance(ridge, Tensor):
         raise TypeError("ridge must be a float, got Tensor")
-    (x,) = _autocast(x)
+    (x,) = autocast(x)
     dtype = compute_dtype(x.dtype)
-    landmarks, (tensors, scalars) = landmarks.to(dtype), _hyper((bandwidth,), h, dtype)
+    landmarks, (tensors, scalars) = landmarks.to(dtype), hyperparameters((bandwidth,), h, dtype)
     if dispatch.select(ops.features_problem(x, landmarks), backend) != dispatch.REFERENCE:
         return ops.nystrom_features(x, landmarks, tensors[0], scalars[0], float(ridge), backend)
     beta = landmarks.new_full((h,), scalars[0]) if tensors[0] is None else tensors[0]
@@ -264,160 +262,3 @@ def _broadcast(name: str, value: Tensor, shape: tuple[int, ...], dtype: torch.dt
 def _dense_backend(backend: str) -> str:
     """The dense path is PyTorch on every backend: a native backend asked for by name stands for it too."""
     return "auto" if backend in dispatch.NATIVE else backend
-
-
-def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    device = tensors[0].device.type
-    if not torch.amp.autocast_mode.is_autocast_available(device) or not torch.is_autocast_enabled(device):
-        return tensors
-    dtype = torch.get_autocast_dtype(device)
-    return tuple(t if t.dtype == torch.float64 else t.to(dtype) for t in tensors)
-
-
-def _hyper(values: tuple[Hyper, ...], heads: int, dtype: torch.dtype) -> tuple[list[Tensor | None], list[float]]:
-    """Each hyperparameter as a tensor [H] or as a float: (tensors, scalars), with None or an unused 1.0 elsewhere."""
-    tensors = [v.to(dtype).expand(heads) if isinstance(v, Tensor) else None for v in values]
-    return tensors, [1.0 if isinstance(v, Tensor) else float(v) for v in values]
-
-
-def _normalise(
-    query: Tensor | None,
-    key: Tensor,
-    value: Tensor,
-    references: Tensor,
-    hyper: tuple[Hyper, ...],
-    key_mask: Tensor | None,
-    reference_log_mass: Tensor | None,
-    query_position: Tensor | None,
-    key_position: Tensor | None,
-    reference_position: Tensor | None,
-    *,
-    kernel: str,
-    num_iters: int,
-    dropout_p: float,
-    seed: Tensor | None,
-    backend: str,
-) -> tuple[Operands, Options]:
-    """Check everything, then bring it to the form of `Operands`."""
-    _check_tokens(query, key, value, references)
-    b, h, s, _ = key.shape
-    m = references.shape[1]
-    _check_constants(hyper, h, kernel, num_iters, dropout_p)
-    tokens: dict[str, Any] = {"key_position": (key_position, b, s)}
-    if query is not None:
-        tokens["query_position"] = (query_position, b, query.shape[2])
-    checks.positions(tokens, reference_position, h, m)
-    if key_mask is not None:
-        checks.mask("key_mask", key_mask, [(b, s)])
-    if reference_log_mass is not None:
-        checks.tensor("reference_log_mass", reference_log_mass, "HM")
-        checks.shape("reference_log_mass", reference_log_mass, (h, m), "H and M of the references")
-    others = {n: t for n, t in zip(HYPER, hyper, strict=True)} | {
-        "references": references, "key_mask": key_mask, "reference_log_mass": reference_log_mass,
-        "query_position": query_position, "key_position": key_position, "reference_position": reference_position,
-    }  # fmt: skip
-    checks.same_device("key", key, query=query, value=value, **others)
-    if query is None:
-        key, value = _autocast(key, value)
-    else:
-        query, key, value = _autocast(query, key, value)
-    dtype = compute_dtype(key.dtype)
-    tensors, scalars = _hyper(hyper, h, dtype)
-    operands = Operands(
-        query, key, value, references.to(dtype),
-        _log_mass(key_mask, dtype, (b, h, s)),
-        None if reference_log_mass is None else reference_log_mass.to(dtype).log_softmax(-1),
-        *tensors,
-        _token_position(query_position, b, h, dtype),
-        _token_position(key_position, b, h, dtype),
-        None if reference_position is None else reference_position.to(dtype),
-        _seed(seed, dropout_p, key.device),
-    )  # fmt: skip
-    return operands, Options(tuple(scalars), kernel, int(num_iters), float(dropout_p), backend)
-
-
-def _check_tokens(query: Tensor | None, key: Tensor, value: Tensor, references: Tensor) -> None:
-    for name, t, letters in (("key", key, "BHSD"), ("value", value, "BHSE"), ("references", references, "HMD")):
-        checks.tensor(name, t, letters)
-    b, h, s, d = key.shape
-    checks.nonempty("key", key, "HSD", (h, s, d))
-    checks.nonempty("references", references, "HMD", references.shape)
-    checks.shape("value", value, (b, h, s, None), "B, H and S of the key")
-    checks.shape("references", references, (h, None, d), "H and D of the key")
-    checks.same_dtype("key", key, "value", value)
-    if query is not None:
-        checks.shape("query", query, (b, h, None, d), "B, H and D of the key")
-        checks.same_dtype("key", key, "query", query)
-
-
-def _check_constants(hyper: tuple[Hyper, ...], heads: int, kernel: str, num_iters: int, dropout_p: float) -> None:
-    checks.kernel(kernel)
-    checks.iterations(num_iters)
-    checks.probability(dropout_p)
-    bounds = (
-        (0.0, math.inf, True),
-        (0.0, math.inf, True),
-        (0.0, 1.0, False),
-        (0.0, 1.0, False),
-        (0.0, math.inf, False),
-    )
-    for name, value, (low, high, open_low) in zip(HYPER, hyper, bounds, strict=True):
-        checks.hyperparameter(name, value, heads, low, high, open_low)
-
-
-def _log_mass(mask: Tensor | None, dtype: torch.dtype, shape: tuple[int, int, int]) -> Tensor | None:
-    """log a [B, H, S]: the log softmax of the mask over the keys that take part; −inf elsewhere."""
-    if mask is None:
-        return None
-    log_mass, seen = normalise_masses(_additive(mask, dtype))
-    return torch.where(seen, log_mass, -math.inf).unsqueeze(1).expand(shape)
-
-
-def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """A mask as unnormalised log masses."""
-    if mask.dtype != torch.bool:
-        return mask.to(dtype)
-    return torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, -math.inf)
-
-
-def _query_mask(x: Operands, attn_mask: Tensor | None, causal: bool, num_iters: float) -> Tensor | None:
-    """The query-dependent log masses [B or 1, H or 1, L, S] of the dense path; None where a linear path serves."""
-    checks.flag("causal", causal)
-    assert x.query is not None
-    b, h, length, _ = x.query.shape
-    s = x.key.shape[2]
-    if causal and length != s:
-        raise ValueError(f"causal needs as many queries as keys, got L = {length} and S = {s}")
-    if attn_mask is None and not (causal and num_iters > 1):
-        return None
-    dtype = compute_dtype(x.key.dtype)
-    mask = torch.zeros((), dtype=dtype, device=x.key.device).expand(1, 1, length, s)
-    if attn_mask is not None:
-        checks.mask("attn_mask", attn_mask, [(length, s), (b, length, s), (b, h, length, s)])
-        checks.same_device("key", x.key, attn_mask=attn_mask)
-        mask = _additive(attn_mask, dtype)
-        mask = mask[None, None] if mask.ndim == 2 else mask.unsqueeze(1) if mask.ndim == 3 else mask
-    if causal:
-        later = torch.ones(length, s, dtype=torch.bool, device=x.key.device).triu(1)
-        mask = mask.masked_fill(later, -math.inf)
-    return mask
-
-
-def _token_position(position: Tensor | None, b: int, h: int, dtype: torch.dtype) -> Tensor | None:
-    """[N, P] or [B, N, P] -> a view [B, H, N, P]."""
-    if position is None:
-        return None
-    position = position.to(dtype)
-    position = position[None, None] if position.ndim == 2 else position.unsqueeze(1)
-    return position.expand(b, h, -1, -1)
-
-
-def _seed(seed: Tensor | None, dropout_p: float, device: torch.device) -> Tensor | None:
-    """The dropout seed, an int64 scalar; drawn only when dropout needs one and none is given."""
-    if dropout_p == 0.0:
-        return None
-    if seed is None:
-        return torch.randint(2**62, (), dtype=torch.int64, device=device)
-    if not isinstance(seed, Tensor) or seed.dtype != torch.int64 or seed.ndim != 0:
-        raise TypeError("seed must be an int64 scalar Tensor")
-    return seed

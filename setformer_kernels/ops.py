@@ -64,7 +64,7 @@ def _run_attention(*args: Any) -> tuple[Tensor, ...]:
     return _backend("attention", x, opt).attention(x, opt)
 
 
-def _run_attention_backward(d_o: Tensor, z: Tensor, c: Tensor, *args: Any) -> Operands:
+def _run_attention_backward(d_o: Tensor, z: Tensor, c: Tensor, *args: Any) -> Sequence[Tensor | None]:
     x, opt = _split(args[:-1])
     return _backend("attention", x, opt).attention_backward(x, opt, z, c, d_o, args[-1])
 
@@ -91,7 +91,7 @@ def _run_pool(*args: Any) -> tuple[Tensor, ...]:
     return _backend("pool", x, opt).pool(x, opt)
 
 
-def _run_pool_backward(d_z: Tensor, z: Tensor, c: Tensor, *args: Any) -> Operands:
+def _run_pool_backward(d_z: Tensor, z: Tensor, c: Tensor, *args: Any) -> Sequence[Tensor | None]:
     x, opt = _split(args[:-1])
     return _backend("pool", x, opt).pool_backward(x, opt, z, c, d_z, None, args[-1])
 
@@ -101,7 +101,7 @@ def _run_causal(*args: Any) -> Tensor:
     return _backend("causal", x, opt).causal(x, opt)
 
 
-def _run_causal_backward(d_o: Tensor, *args: Any) -> Operands:
+def _run_causal_backward(d_o: Tensor, *args: Any) -> Sequence[Tensor | None]:
     x, opt = _split(args[:-1])
     return _backend("causal", x, opt).causal_backward(x, opt, d_o, args[-1])
 

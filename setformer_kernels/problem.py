@@ -77,5 +77,5 @@ class Problem:
 
 def empty_in_order(like: Tensor, shape: tuple[int, ...] | torch.Size) -> Tensor:
     """An empty dense tensor of `shape` whose dimensions lie in memory in the order of those of `like`."""
-    order = sorted(range(like.ndim), key=lambda d: -like.stride(d))
+    order = sorted(range(like.ndim), key=lambda d: -like.stride()[d])
     return torch.empty_permuted(tuple(shape), order, dtype=like.dtype, device=like.device)

@@ -1,8 +1,8 @@
 """How an op is registered with torch.library: schema, fake kernel and ONE autograd registration for all backends.
 
-Each op `f` of `ops.py` comes with `f_backward`; an autograd.Function with `setup_context` and a vmap rule stands behind the Autograd key of both, so
-that eager autograd, torch.compile, torch.export, torch.func.grad and vmap (and their compositions) take one path.
-Differentiating a backward, and forward AD, raise: the reference backend does both.
+Each op `f` of `ops.py` comes with `f_backward`; an autograd.Function with `setup_context` and a vmap rule stands
+behind the Autograd key of both, so that eager autograd, torch.compile, torch.export, torch.func.grad and vmap (and
+their compositions) take one path.  Differentiating a backward, and forward AD, raise: the reference backend does both.
 """
 
 from __future__ import annotations

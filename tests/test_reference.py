@@ -12,6 +12,7 @@ from torch import Tensor
 
 import setformer_kernels.functional as SF
 from setformer_kernels import reference
+from setformer_kernels.arguments import normalise
 
 ot = pytest.importorskip("ot")
 
@@ -107,7 +108,7 @@ def test_self_transport_at_convergence_is_symmetric_and_doubly_stochastic() -> N
 
 def plan_of(k: Tensor, y: Tensor, log_a: Tensor, log_b: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
     """(cost/ε [S, M], plan [S, M]) of head 0."""
-    x, opt = SF._normalise(
+    x, opt = normalise(
         None, k, k, y, (1.0, options["epsilon"], options["lam_a"], options["lam_b"], 1.0), log_a, log_b, None, None,
         None, kernel="rbf", num_iters=options["T"], dropout_p=0.0, seed=None, backend="reference",
     )  # fmt: skip
@@ -248,13 +249,13 @@ def test_positions_move_the_logits_and_a_token_without_position_has_no_term() ->
     kappa = reference.kernel_matrix(k, y, torch.ones(()), "rbf")
     distance = torch.cdist(kp.unsqueeze(1), rp).square()
     l = (kappa - 1) / 0.05 - 0.25 * distance
-    x, opt = SF._normalise(
+    x, opt = normalise(
         q, k, v, y, (1.0, 0.05, 1.0, 1.0, 0.5), None, None, qp, kp, rp, kernel="rbf", num_iters=3, dropout_p=0.0,
         seed=None, backend="reference",
     )  # fmt: skip
     close(reference.plan(x, opt)[0], l, 1e-12)
     kp[:, 0] = math.nan
-    x, opt = SF._normalise(
+    x, opt = normalise(
         q, k, v, y, (1.0, 0.05, 1.0, 1.0, 0.5), None, None, qp, kp, rp, kernel="rbf", num_iters=3, dropout_p=0.0,
         seed=None, backend="reference",
     )  # fmt: skip

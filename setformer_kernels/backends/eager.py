@@ -19,6 +19,7 @@ from ..problem import Operands, Options, compute_dtype, empty_in_order
 from ..reference.attention import attention_with_state, pool_with_state
 
 NAME = "eager"
+Gradients = Sequence[Tensor | None]  # in the order of the op's tensors, None where none is needed
 
 
 @contextmanager
@@ -42,8 +43,8 @@ def _vjp(
     with _autograd():
         leaves = [t.detach().requires_grad_(n) if t is not None else None for t, n in zip(tensors, needs, strict=True)]
         outputs = function(*leaves)
-        pairs = zip(outputs if isinstance(outputs, tuple) else (outputs,), cotangents, strict=True)
-        pairs = [(o, g) for o, g in pairs if g is not None and o.requires_grad]
+        results = outputs if isinstance(outputs, tuple) else (outputs,)
+        pairs = [(o, g) for o, g in zip(results, cotangents, strict=True) if g is not None and o.requires_grad]
         wanted = [t for t, n in zip(leaves, needs, strict=True) if n and t is not None]
         found = torch.autograd.grad(
             [o for o, _ in pairs], wanted, [g for _, g in pairs], allow_unused=True, materialize_grads=True
@@ -61,8 +62,10 @@ def attention(x: Operands, opt: Options) -> tuple[Tensor, Tensor, Tensor]:
     return empty_in_order(x.query, o.shape).copy_(o), z, c
 
 
-def attention_backward(x: Operands, opt: Options, z: Tensor, c: Tensor, d_o: Tensor, needs: Sequence[bool]) -> Operands:
-    return Operands(*_vjp(lambda *t: reference.attention(Operands(*t), opt), x, needs, [d_o]))
+def attention_backward(
+    x: Operands, opt: Options, z: Tensor, c: Tensor, d_o: Tensor, needs: Sequence[bool]
+) -> Gradients:
+    return _vjp(lambda *t: reference.attention(Operands(*t), opt), x, needs, [d_o])
 
 
 def pool(x: Operands, opt: Options) -> tuple[Tensor, Tensor]:
@@ -71,8 +74,8 @@ def pool(x: Operands, opt: Options) -> tuple[Tensor, Tensor]:
 
 def pool_backward(
     x: Operands, opt: Options, z: Tensor, c: Tensor, d_z: Tensor, d_c: Tensor | None, needs: Sequence[bool]
-) -> Operands:
-    return Operands(*_vjp(lambda *t: pool_with_state(Operands(*t), opt), x, needs, [d_z, d_c]))
+) -> Gradients:
+    return _vjp(lambda *t: pool_with_state(Operands(*t), opt), x, needs, [d_z, d_c])
 
 
 def causal(x: Operands, opt: Options) -> Tensor:
@@ -81,8 +84,8 @@ def causal(x: Operands, opt: Options) -> Tensor:
     return empty_in_order(x.query, o.shape).copy_(o)
 
 
-def causal_backward(x: Operands, opt: Options, d_o: Tensor, needs: Sequence[bool]) -> Operands:
-    return Operands(*_vjp(lambda *t: reference.causal(Operands(*t), opt), x, needs, [d_o]))
+def causal_backward(x: Operands, opt: Options, d_o: Tensor, needs: Sequence[bool]) -> Gradients:
+    return _vjp(lambda *t: reference.causal(Operands(*t), opt), x, needs, [d_o])
 
 
 def features(x: Tensor, landmarks: Tensor, bandwidth: Tensor | None, scalar: float, ridge: float) -> Tensor:
@@ -104,9 +107,9 @@ def features_backward(
     ridge: float,
     d_psi: Tensor,
     needs: Sequence[bool],
-) -> tuple[Tensor | None, ...]:
+) -> Gradients:
     tensors = (x, landmarks, bandwidth)
-    return tuple(_vjp(lambda *t: _features(*t, scalar, ridge), tensors, needs, [d_psi]))
+    return _vjp(lambda x, w, beta: _features(x, w, beta, scalar, ridge), tensors, needs, [d_psi])
 
 
 def _uniform(log_mass: Tensor | None, like: Tensor) -> Tensor:
@@ -155,7 +158,7 @@ def sinkhorn_backward(
 
     def replay(*tensors: Tensor | None) -> tuple[Tensor, Tensor]:
         plans = [
-            _sinkhorn(*(t if t is None else t[rows] for t in tensors), scalars, n, None)  # type: ignore[arg-type]
+            _sinkhorn(*(t if t is None else t[rows] for t in tensors), scalars, n, None)  # type: ignore[arg-type, call-arg]
             for n, rows in groups
         ]
         return torch.cat([p[0] for p in plans]), torch.cat([p[1] for p in plans])

@@ -1,4 +1,4 @@
-"""The specification: SeT attention as plain PyTorch, differentiable by plain autograd to any order, exact in float64."""
+"""The specification: SeT attention as plain PyTorch, differentiable by plain autograd to any order."""
 
 from .attention import attention, causal, dense, plan, pool, weights
 from .features import inverse_sqrt, nystrom_features

@@ -41,7 +41,7 @@ def _scan_chunk(omega: Tensor, v: Tensor, c: Tensor, z: Tensor) -> tuple[Tensor,
     n = omega.shape[-2]
     later = torch.ones(n, n, dtype=torch.bool, device=omega.device).triu(1)
     past = torch.where(later.unsqueeze(-1), -INF, omega.unsqueeze(-3))  # [..., n (i), n (s), M]
-    c_all = lse(torch.cat((past, c[..., None, None, :].expand(past.shape[:-2] + (1, -1))), -2), -2)  # [..., n, M]
+    c_all = lse(torch.cat((past, c[..., None, None, :].expand(*past.shape[:-2], 1, -1)), -2), -2)  # [..., n, M]
     finite = torch.where(c_all > -INF, c_all, 0.0)
     weights = (past - finite.unsqueeze(-2)).exp()  # [..., n, n, M]
     carried = (c.unsqueeze(-2) - finite).exp()  # [..., n, M]

@@ -68,7 +68,7 @@ def dense_weights(p: DenseProblem, keep: Tensor | float, logit_range: float) -> 
     if logit_range <= SAFE_RANGE[dtype]:
         return weights_by_products(p, keep)
     if logit_range <= SAFE_RANGE[torch.float64]:
-        wide = DenseProblem(*(t.double() for t in p[:-1]), p.num_iters)
+        wide = p._replace(**{name: getattr(p, name).double() for name in p._fields if name != "num_iters"})
         return weights_by_products(wide, keep).to(dtype)
     return _by_chunks(p, keep)
 

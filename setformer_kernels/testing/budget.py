@@ -75,7 +75,7 @@ def gradients(function: Callable[..., Tensor], tensors: dict[str, Any], cotangen
 def model_inputs(
     function: Callable[..., Tensor], inputs: dict[str, Any], dtype: torch.dtype, cotangent: Tensor
 ) -> tuple[Tensors, Tensors]:
-    """(f64, model): the float64 reference and the float32 model on inputs rounded to `dtype` (parameters to float32)."""
+    """(f64, model): the float64 reference and the float32 model, on tokens in `dtype` and parameters in float32."""
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     rounded = cast(cast(inputs, wide, dtype), torch.float64)
     exact = gradients(function, rounded, cotangent)

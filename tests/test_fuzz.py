@@ -1,0 +1,103 @@
+"""Random shapes, strides, masks and dtypes on every backend against the reference: finite, right, in bounds."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+import setformer_kernels.functional as SF
+
+SETTINGS = settings(
+    max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-3, torch.bfloat16: 0.1, torch.float16: 0.05}
+
+
+@st.composite
+def strided(draw: Any, shape: tuple[int, ...], dtype: torch.dtype, generator: torch.Generator) -> Tensor:
+    """A tensor of `shape` cut out of a larger one: permuted, stepped over, offset, or expanded along a dimension."""
+    order = draw(st.permutations(range(len(shape))))
+    steps = [draw(st.integers(1, 2)) for _ in shape]
+    kept = [1 if s > 0 and draw(st.integers(0, 7)) == 0 else s for s in shape]
+    large = [kept[d] * steps[d] + draw(st.integers(0, 1)) for d in order]
+    base = torch.randn(*large, generator=generator, dtype=torch.float64).to(dtype)
+    t = base.permute([order.index(d) for d in range(len(shape))])
+    t = t[tuple(slice(t.shape[d] - kept[d] * steps[d], None, steps[d]) for d in range(len(shape)))]
+    return t.expand(shape)
+
+
+@st.composite
+def calls(draw: Any) -> tuple[dict[str, Any], torch.dtype]:
+    g = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    dtype = draw(st.sampled_from(list(TOLERANCE)))
+    b, h, m = draw(st.integers(0, 3)), draw(st.integers(1, 3)), draw(st.sampled_from([1, 2, 7, 16, 33, 130]))
+    d, e = draw(st.sampled_from([1, 3, 16, 40])), draw(st.sampled_from([1, 5, 16, 40]))
+    s = draw(st.sampled_from([1, 2, 17, 64, 65, 150]))
+    causal = draw(st.booleans())
+    length = s if causal else draw(st.sampled_from([0, 1, 5, 64, 97]))
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    call: dict[str, Any] = {
+        "query": draw(strided((b, h, length, d), dtype, g)),
+        "key": draw(strided((b, h, s, d), dtype, g)),
+        "value": draw(strided((b, h, s, e), dtype, g)),
+        "references": draw(strided((h, m, d), wide, g)),
+        "num_iters": draw(st.integers(0, 1 if causal else 4)),
+        "causal": causal,
+        "epsilon": draw(st.sampled_from([0.02, 0.05, 1.0])),
+        "key_relaxation": draw(st.sampled_from([0.0, 0.5, 1.0])),
+        "reference_relaxation": draw(st.sampled_from([0.0, 0.5, 1.0])),
+    }
+    mask = draw(st.sampled_from(["none", "bool", "float"]))
+    if mask == "bool":
+        call["key_mask"] = draw(strided((b, s), torch.float32, g)) > 0
+    if mask == "float":
+        call["key_mask"] = draw(strided((b, s), wide, g))
+    if draw(st.booleans()):
+        p = draw(st.integers(1, 3))
+        call |= {
+            "query_position": draw(strided((length, p), wide, g)),
+            "key_position": draw(strided((b, s, p), wide, g)),
+        }
+        call |= {"reference_position": draw(strided((h, m, p), wide, g)), "position_scale": 0.5}
+    return call, dtype
+
+
+def run(call: dict[str, Any], names: list[str], backend: str, cotangent: Tensor) -> list[Tensor]:
+    leaves = {n: call[n].detach().requires_grad_() for n in names}
+    o = SF.set_attention(**call | leaves, backend=backend)
+    return [o.detach(), *torch.autograd.grad(o, list(leaves.values()), cotangent.to(o.dtype))]
+
+
+@SETTINGS
+@given(drawn=calls())
+def test_random_calls_match_the_reference(native: str, drawn: tuple[dict[str, Any], torch.dtype]) -> None:
+    call, dtype = drawn
+    names = ["query", "key", "value", "references"]
+    cotangent = torch.randn(*call["query"].shape[:3], call["value"].shape[3])
+    exact = {n: v.double() if isinstance(v, Tensor) and v.is_floating_point() else v for n, v in call.items()}
+    for found, wanted in zip(
+        run(call, names, native, cotangent), run(exact, names, "reference", cotangent), strict=True
+    ):
+        assert found.isfinite().all()
+        if wanted.numel():
+            scale = max(1.0, wanted.abs().max().item())
+            assert (found.double() - wanted).abs().max().item() <= TOLERANCE[dtype] * scale
+
+
+@pytest.mark.parametrize("scale", [1e-20, 1e-12, 1e-6, 1e6, 1e15])
+@pytest.mark.parametrize("kernel", ["rbf", "dot"])
+@pytest.mark.parametrize("causal", [False, True])
+def test_extreme_scales_stay_finite(scale: float, kernel: str, causal: bool, native: str) -> None:
+    q, k, v = (torch.randn(2, 2, 50, 16) * scale for _ in range(3))
+    q[:, :, 0], k[:, :, 3] = 0, 0
+    y = torch.randn(2, 9, 16) * scale
+    leaves = [t.requires_grad_() for t in (q, k, v, y)]
+    for epsilon in (0.005, 0.5):
+        o = SF.set_attention(*leaves, kernel=kernel, causal=causal, num_iters=1, epsilon=epsilon, backend=native)
+        assert o.isfinite().all()
+        assert all(g.isfinite().all() for g in torch.autograd.grad(o.mean() / scale, leaves))
