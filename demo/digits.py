@@ -27,8 +27,8 @@ def load() -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def build(attention: Attention) -> Classifier:
-    embed = nn.Linear(1, WIDTH)
-    return Classifier(embed, PIXELS, 10, attention, width=WIDTH, heads=HEADS, depth=DEPTH)
+    position = 0.5 * torch.randn(PIXELS, WIDTH)  # as large as an embedded pixel: a digit is where its ink is
+    return Classifier(nn.Linear(1, WIDTH), position, 10, attention, heads=HEADS, depth=DEPTH)
 
 
 def prepare(name: str) -> tuple[Classifier, Callable[[], Batch]]:

@@ -118,10 +118,10 @@ def plot_plan(model: Classifier, path: Path) -> None:
     shown = sharpest(plans)[:SHOWN]
     figure, axes = plt.subplots(len(digits), 2 + SHOWN, figsize=(1.25 * (2 + SHOWN), 5.6), constrained_layout=True)
     for row, (image, plan) in zip(axes, zip(images[digits], plans, strict=True), strict=True):
-        row[0].imshow(image.view(SIDE, SIDE), cmap="gray_r")
-        row[1].imshow(plan.argmax(-1).view(SIDE, SIDE), cmap="tab20", vmin=0, vmax=REFERENCES - 1)
+        row[0].imshow(image.view(SIDE, SIDE).numpy(), cmap="gray_r")
+        row[1].imshow(plan.argmax(-1).view(SIDE, SIDE).numpy(), cmap="tab20", vmin=0, vmax=REFERENCES - 1)
         for axis, reference in zip(row[2:], shown, strict=True):
-            axis.imshow(plan[:, reference].view(SIDE, SIDE), cmap="viridis", vmin=0)
+            axis.imshow(plan[:, reference].view(SIDE, SIDE).numpy(), cmap="viridis", vmin=0)
     titles = ["digit", "main reference", *(f"to reference {int(reference)}" for reference in shown)]
     for axis, title in zip(axes[0], titles, strict=True):
         axis.set_title(title, fontsize=8)

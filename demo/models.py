@@ -40,11 +40,12 @@ class Classifier(nn.Module):
     """Embed tokens, add learned positions, run the blocks, average over the tokens, normalise, classify."""
 
     def __init__(
-        self, embed: nn.Module, length: int, classes: int, attention: Attention, *, width: int, heads: int, depth: int
+        self, embed: nn.Module, position: Tensor, classes: int, attention: Attention, *, heads: int, depth: int
     ) -> None:
         super().__init__()
+        width = position.shape[1]
         self.embed = embed  # tokens of any kind -> [B, length, width]
-        self.position = nn.Parameter(0.5 * torch.randn(length, width))
+        self.position = nn.Parameter(position)  # [length, width]
         self.blocks = nn.Sequential(*(Block(width, heads, attention) for _ in range(depth)))
         self.norm = nn.LayerNorm(width)
         self.head = nn.Linear(width, classes)

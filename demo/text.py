@@ -24,6 +24,7 @@ STEPS, BATCH, LEARNING_RATE, SEED = 160, 4, 3e-3, 0
 WIDTH, HEADS, DEPTH, REFERENCES = 64, 2, 2, 32
 BUCKETS, GRAMS = 8192, (2, 3, 4, 6)
 PROBE_STEPS = 2
+STD = 0.02  # of embeddings and positions at the start, as in GPT-2
 
 
 class ByteEmbedding(nn.Module):
@@ -33,6 +34,8 @@ class ByteEmbedding(nn.Module):
         super().__init__()
         self.byte = nn.Embedding(256, WIDTH)
         self.grams = nn.ModuleDict({str(n): nn.Embedding(BUCKETS, WIDTH) for n in GRAMS})
+        for table in (self.byte, *self.grams.values()):
+            nn.init.normal_(table.weight, std=STD)
 
     def forward(self, tokens: Tensor) -> Tensor:
         x = self.byte(tokens)
@@ -55,8 +58,8 @@ def prepare(name: str) -> tuple[Corpus, Classifier, Callable[[], Batch]]:
     corpus = load()
 
     def build(attention: Attention) -> Classifier:
-        classes = len(corpus.packages)
-        return Classifier(ByteEmbedding(), LENGTH, classes, attention, width=WIDTH, heads=HEADS, depth=DEPTH)
+        position = STD * torch.randn(LENGTH, WIDTH)
+        return Classifier(ByteEmbedding(), position, len(corpus.packages), attention, heads=HEADS, depth=DEPTH)
 
     rng = np.random.default_rng(SEED)
     model = build_pair(build, name, REFERENCES, SEED)

@@ -43,7 +43,8 @@ def train(model: nn.Module, batch: Callable[[], Batch], run: Run, learning_rate:
     """`run.steps` steps of AdamW, linear warm-up over a tenth of them, then a cosine down to zero."""
     model.train()
     optimizer = torch.optim.AdamW(model.parameters(), learning_rate, weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=run.steps, pct_start=0.1)
+    warm_up = max(0.1, 2 / run.steps)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=run.steps, pct_start=warm_up)
     progress = tqdm(range(run.steps), desc=f"  {run.name:<22}", unit="step", mininterval=0.5)
     for _ in progress:
         tokens, labels = batch()
