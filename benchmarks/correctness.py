@@ -104,19 +104,29 @@ def _check_other(entry: Entry, L: int) -> float:
     return max(errors)
 
 
+def _sinkhorn_results(solver: implementations.Sinkhorn, log_kernel: Tensor, T: int) -> list[Tensor]:
+    """The plan, and the gradient the timed call computes if it computes one."""
+    results = [solver.plan(log_kernel, T).detach()]
+    if log_kernel.requires_grad:
+        (gradient,) = torch.autograd.grad(sum(p.sum() for p in solver.solve(log_kernel, T)), log_kernel)
+        results.append(gradient)
+    return results
+
+
 def _check_sinkhorn(case: SinkhornCase) -> dict[str, float]:
-    """Relative error of every solver's plan after T iterations, against the recursion in float64."""
-    log_kernel = sinkhorn_log_kernel(case).detach()
-    plain = implementations.SINKHORN["plain"]
-    exact = plain.plan(log_kernel.double(), case.T)
+    """Relative error of every solver after T iterations, against the recursion in float64."""
+    log_kernel = sinkhorn_log_kernel(case)
+    wide = log_kernel.detach().double().requires_grad_(log_kernel.requires_grad)
+    exact = _sinkhorn_results(implementations.SINKHORN["plain"], wide, case.T)
     errors = {}
     for impl in case.entries:
         if implementations.missing(impl):
             continue
-        errors[impl] = relative_error(implementations.SINKHORN[impl].plan(log_kernel, case.T), exact)
+        values = _sinkhorn_results(implementations.SINKHORN[impl], log_kernel, case.T)
+        errors[impl] = max(relative_error(value, true) for value, true in zip(values, exact, strict=True))
         allowed = LOOSE.get(impl, SANITY)
         if not errors[impl] <= allowed:
-            raise Wrong(f"sinkhorn by {impl}: plan off by {errors[impl]:.3g} (relative, allowed {allowed:g})")
+            raise Wrong(f"sinkhorn by {impl}, {case.mode}: off by {errors[impl]:.3g} (relative, allowed {allowed:g})")
     return errors
 
 
@@ -135,7 +145,7 @@ def check(plan: Plan, log: Callable[[str], None] = print) -> dict[str, float]:
         found[f"{entry} L={length} (relative error)"] = _check_other(entry, length)
     for case in plan.sinkhorn:
         for impl, error in _check_sinkhorn(case).items():
-            found[f"sinkhorn {impl} {case.G}x{case.N}x{case.M} (relative error)"] = error
+            found[f"sinkhorn {impl} {case.G}x{case.N}x{case.M} {case.mode} (relative error)"] = error
     for name, value in found.items():
         log(f"correct: {name}: {value:.3g}")
     return {name: float(f"{value:.3g}") for name, value in found.items()}

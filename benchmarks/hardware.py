@@ -16,6 +16,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("torch", "numpy", "POT", "geomloss", "setformer-kernels", "triton")
 SIMD_FLAGS = ("sse2", "avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_bf16", "asimd")
+COPY_BYTES = 2**26  # of one thread's buffer: beyond any last-level cache share
 
 
 class Unavailable(Exception):
@@ -91,7 +92,7 @@ def environment(threads: int) -> dict[str, object]:
 
 
 def probe(name: str, seconds: float, threads: int) -> Callable[[], float]:
-    """A machine limit measured by a hand-written loop of the extension: FLOP/s, exps/s or bytes/s.
+    """A machine limit measured by a hand-written loop of the extension: FLOP/s, exps/s, or bytes read and written/s.
 
     `name` is `fma_peak`, `exp_rate` or `copy_bandwidth`.  Raises Unavailable where the extension is not built.
     """
@@ -99,7 +100,5 @@ def probe(name: str, seconds: float, threads: int) -> Callable[[], float]:
         from setformer_kernels import _C
     except ImportError as error:
         raise Unavailable("the extension is not built") from error
-    if not hasattr(_C, name):
-        raise Unavailable(f"the extension has no probe {name!r}")
-    function = getattr(_C, name)
-    return lambda: float(function(seconds, threads))
+    size = (COPY_BYTES,) if name == "copy_bandwidth" else ()
+    return lambda: float(getattr(_C, name)(seconds, threads, *size))

@@ -28,6 +28,7 @@ from benchmarks.implementations import attention, has_references
 
 CHILD_ENV = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
 WARM_UP_LENGTH = 64
+NO_HIGH_WATER = 3  # exit status of a child on a system without a resettable high-water mark
 
 
 def _resident(field: str) -> int:
@@ -65,14 +66,17 @@ def peak_extra(entry: Entry, L: int) -> int:
 
 
 def measure(case: MemoryCase, threads: int) -> int:
-    """`peak_extra` in a fresh process."""
+    """`peak_extra` in a fresh process; RuntimeError with the child's error where the call itself failed."""
     command = [sys.executable, "-m", "benchmarks.memory", case.entry.impl, str(case.entry.T or 0), str(case.L)]
     environment = {**os.environ, **CHILD_ENV, "OMP_NUM_THREADS": str(threads)}
     done = subprocess.run(
         [*command, str(threads)], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
     )
+    if done.returncode == NO_HIGH_WATER:
+        raise Unavailable(done.stderr.strip())
     if done.returncode:
-        raise Unavailable(done.stderr.strip().splitlines()[-1] if done.stderr.strip() else "no output")
+        errors = re.findall(r"^\w+(?:\.\w+)*(?:Error|Exception)\b.*$", done.stderr, re.MULTILINE)
+        raise RuntimeError(errors[-1] if errors else f"exit status {done.returncode}")
     return int(json.loads(done.stdout.splitlines()[-1])["peak_extra"])
 
 
@@ -86,7 +90,11 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     T = None if arguments.impl in ("sdpa", "elu") else arguments.T
-    print(json.dumps({"peak_extra": peak_extra(Entry(arguments.impl, T), arguments.L)}))
+    try:
+        print(json.dumps({"peak_extra": peak_extra(Entry(arguments.impl, T), arguments.L)}))
+    except Unavailable as reason:
+        print(reason, file=sys.stderr)
+        sys.exit(NO_HIGH_WATER)
 
 
 if __name__ == "__main__":

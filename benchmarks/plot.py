@@ -85,7 +85,8 @@ def draw(rows: Sequence[Row], stamp: dict[str, str], path: Path) -> None:
         ax.xaxis.set_major_formatter(pyplot.FuncFormatter(lambda length, _: f"{length:.0f}"))
         ax.set_xlabel("length L = S")
         ax.grid(True, which="major", alpha=0.3)
-    axes[0].legend(fontsize=8)
+    if axes[0].lines:
+        axes[0].legend(fontsize=8)
     figure.suptitle(
         f"B1 H8 D64 M64 float32, {stamp['cpu']}, {stamp['threads']} threads, torch {stamp['torch']}, {stamp['commit']}",
         fontsize=9,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 
@@ -151,8 +152,10 @@ class Run:
             return replace(row, status=SKIPPED, note=NO_COMPILE)
         try:
             extra = float(memory.measure(case, self.threads))
-        except (Unavailable, OSError) as reason:
+        except Unavailable as reason:
             return replace(row, status=UNAVAILABLE, note=str(reason))
+        except (RuntimeError, subprocess.TimeoutExpired) as error:
+            return replace(row, status=FAILED, note=str(error))
         self.log(f"memory: {case.entry}, L = {case.L}: {extra / size:.3g} x (q, k, v, o)")
         return _filled(row, [extra])
 

@@ -182,6 +182,16 @@ def headline(rows: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
+def solvers(rows: Sequence[Row]) -> str:
+    """Every sinkhorn solver, also those no target names: medians with quartiles, and their ratio to SeT's."""
+    lines = ["| `sinkhorn` | problems | iterations | mode | time | against SeT |", "|---|---|---|---|---|---|"]
+    for row in rows:
+        if row.case == "sinkhorn":
+            time, ratio = (_time(row), f"{row.ratio:.3g}×") if row.status == OK else (row.status, "–")
+            lines.append(f"| {row.impl} | {row.B} of {row.L}×{row.M} | {row.T} | {row.mode} | {time} | {ratio} |")
+    return "\n".join(lines)
+
+
 def floor(rows: Sequence[Row]) -> str:
     """What this machine could do at best for the headline forward, from its own measured limits."""
     times = _headline(rows, FORWARD, "set", 3)
@@ -208,4 +218,4 @@ def render(rows: Sequence[Row], stamp: Mapping[str, str]) -> str:
         f"commit {stamp['commit']}, {stamp['date']}."
     )
     lines = [*head, *(target.line(rows) for target in TARGETS)]
-    return "\n".join([*lines, "", where, "", floor(rows), "", headline(rows)])
+    return "\n".join([*lines, "", where, "", floor(rows), "", headline(rows), "", solvers(rows)])

@@ -12,8 +12,8 @@ import torch
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # benchmarks/ is not installed
 
 from benchmarks import __main__ as command
-from benchmarks import correctness, implementations
-from benchmarks.cases import Entry, quick_plan
+from benchmarks import correctness, implementations, memory
+from benchmarks.cases import Entry, MemoryCase, quick_plan
 from benchmarks.hardware import ROOT
 from benchmarks.results import COLUMNS, OK
 
@@ -100,6 +100,11 @@ def test_a_wrong_package_result_is_found(monkeypatch):
     monkeypatch.setattr(correctness.SF, "set_attention", off)
     with pytest.raises(correctness.Wrong, match="budget"):
         correctness.check(quick_plan(), log=lambda text: None)
+
+
+def test_a_failing_memory_child_is_reported():
+    with pytest.raises(RuntimeError, match="KeyError"):
+        memory.measure(MemoryCase(Entry("nonsense", 3), 64), threads=1)
 
 
 def test_elu_is_linear_attention():
