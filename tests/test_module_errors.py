@@ -239,8 +239,9 @@ def test_nested_calls_refuse_by_name():
 
 
 REFERENCE_CALLS = {
-    "few tokens": (torch.zeros(M - 1, E), {}, "clusters need at least as many tokens"),
-    "all masked": (torch.zeros(S, E), {"key_padding_mask": torch.ones(S, dtype=torch.bool)}, "at least as many tokens"),
+    "few tokens": (torch.randn(M - 1, E), {}, "clusters need at least as many tokens that are not zero, got 4"),
+    "zeros": (torch.zeros(S, E), {}, "that are not zero, got 0"),
+    "all masked": (torch.randn(S, E), {"key_padding_mask": torch.ones(S, dtype=torch.bool)}, "at least as many tokens"),
     "width": (torch.zeros(S, E + 1), {}, "embedding dimension of 16, but got 17 in tokens"),
     "init": (torch.zeros(S, E), {"init": "grid"}, "init must be one of"),
     "mask": (torch.zeros(S, E), {"key_padding_mask": torch.zeros(S + 1)}, "key_padded_mask"),

@@ -19,18 +19,20 @@ def spherical_kmeans(
     O(H·n·K) memory.
 
     Raises:
-        ValueError: fewer tokens than clusters, or an unknown init.
+        ValueError: fewer tokens (zero ones not counted) than clusters, or an unknown init.
     """
     if init not in INITS:
         raise ValueError(f"init must be one of {', '.join(INITS)}, got {init!r}")
-    if x.shape[1] < num_clusters:
-        raise ValueError(f"{num_clusters} clusters need at least as many tokens, got {x.shape[1]}")
     x = F.normalize(x, dim=-1)
+    alive = x.norm(dim=-1) > 0.5  # [H, n]: zero tokens have no direction, and are never a centre
+    fewest = min([*alive.sum(1).tolist(), x.shape[1]])
+    if fewest < num_clusters:
+        raise ValueError(f"{num_clusters} clusters need at least as many tokens that are not zero, got {fewest}")
     seeds = _seeds_plus_plus if init == "k-means++" else _seeds_random
-    centres = _rows(x, seeds(x, num_clusters, generator))
+    centres = _rows(x, seeds(x, alive, num_clusters, generator))
     labels = (x @ centres.mT).argmax(-1)
     for _ in range(num_iters):
-        centres = _update(x, centres, labels)
+        centres = _update(x, alive, centres, labels)
         labels = (x @ centres.mT).argmax(-1)
     return centres, labels
 
@@ -40,28 +42,28 @@ def _rows(x: Tensor, index: Tensor) -> Tensor:
     return x.gather(1, index[..., None].expand(-1, -1, x.shape[-1]))
 
 
-def _seeds_random(x: Tensor, num_clusters: int, generator: torch.Generator | None) -> Tensor:
+def _seeds_random(x: Tensor, alive: Tensor, num_clusters: int, generator: torch.Generator | None) -> Tensor:
     """Indices [H, K] of distinct tokens, drawn uniformly."""
-    return torch.multinomial(x.new_ones(x.shape[:2]), num_clusters, generator=generator)
+    return torch.multinomial(alive.to(x.dtype), num_clusters, generator=generator)
 
 
-def _seeds_plus_plus(x: Tensor, num_clusters: int, generator: torch.Generator | None) -> Tensor:
+def _seeds_plus_plus(x: Tensor, alive: Tensor, num_clusters: int, generator: torch.Generator | None) -> Tensor:
     """Indices [H, K]: each next one drawn with probability ∝ 1 − max_j⟨x̂, seed_j⟩, half the squared distance."""
-    index = [_seeds_random(x, 1, generator)]
+    index = [_seeds_random(x, alive, 1, generator)]
     gap = x.new_full(x.shape[:2], torch.inf)
     while len(index) < num_clusters:
         similarity = (x @ _rows(x, index[-1]).mT).squeeze(-1)  # [H, n]
         # the floor keeps a draw possible when every token coincides with a seed
         gap = torch.minimum(gap, 1.0 - similarity).clamp_min(1e-12)
-        index.append(torch.multinomial(gap, 1, generator=generator))
+        index.append(torch.multinomial(gap * alive, 1, generator=generator))
     return torch.cat(index, dim=1)
 
 
-def _update(x: Tensor, centres: Tensor, labels: Tensor) -> Tensor:
+def _update(x: Tensor, alive: Tensor, centres: Tensor, labels: Tensor) -> Tensor:
     """One Lloyd step: mean directions [H, K, D]; sums by matmul, which is deterministic on every device."""
     member = F.one_hot(labels, centres.shape[1]).to(x.dtype)  # [H, n, K]
     empty = member.sum(1) == 0  # [H, K]
-    fit = (x * _rows(centres, labels)).sum(-1)  # [H, n]
+    fit = (x * _rows(centres, labels)).sum(-1).masked_fill(~alive, torch.inf)  # [H, n]
     worst = fit.topk(centres.shape[1], largest=False).indices  # [H, K]
     spare = _rows(x, worst.gather(1, (empty.cumsum(1) - 1).clamp_min(0)))
     return torch.where(empty[..., None], spare, F.normalize(member.mT @ x, dim=-1))
