@@ -223,6 +223,16 @@ def test_causal_equals_one_call_per_query_and_never_looks_ahead(T: int) -> None:
     close(attention(q, k, v, y, causal=True, num_iters=T, key_mask=key_mask)[:, :, :20], o[:, :, :20])
 
 
+def test_dense_products_and_logs_agree_where_the_bound_is_read_off_or_unknown() -> None:
+    q, k, v, y = tokens()
+    mask = torch.randn(L, S, dtype=torch.float64)
+    options: dict[str, Any] = {"attn_mask": mask, "epsilon": torch.full((H,), 0.05, dtype=torch.float64)}
+    read = attention(q, k, v, y, **options)
+    unknown = torch.vmap(lambda q: attention(q, k, v, y, **options))(q[None])[0]
+    close(read, unknown, 1e-12)
+    close(read, attention(q, k, v, y, attn_mask=mask, epsilon=0.05), 1e-12)
+
+
 def test_an_all_zero_mask_equals_no_mask() -> None:
     q, k, v, y = tokens()
     o = attention(q, k, v, y)

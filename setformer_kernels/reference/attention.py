@@ -136,13 +136,20 @@ def dense(x: Operands, opt: Options, mask: Tensor) -> tuple[Tensor, Tensor]:
     lam_a, lam_b = (hyper(x, opt, n) for n in ("key_relaxation", "reference_relaxation"))
     problem = DenseProblem(l_q, l_k, log_n, reference_mass(x).unsqueeze(-2), lam_a, lam_b, opt.num_iters)
     keep = dropout(torch.ones_like(l_q), opt.dropout_p, x.seed) if x.seed is not None else 1.0
-    a = torch.where(seen, dense_weights(problem, keep, _logit_range(x, opt)), 0.0)
+    a = torch.where(seen, dense_weights(problem, keep, _logit_bound(x, opt, l_k)), 0.0)
     return (a @ x.value).to(dtype), a.to(dtype)
 
 
-def _logit_range(x: Operands, opt: Options) -> float:
-    """A bound on max ℓ − min ℓ known without reading a value: (1 − e^{−2β})/ε for the Gaussian kernel, else ∞."""
+def _logit_bound(x: Operands, opt: Options, l_k: Tensor) -> float:
+    """max |ℓ| of the keys: (1 − e^{−2β})/ε where that is known statically, else read off, else ∞.
+
+    It is read on the CPU only, where reading does not stall a device, and outside of tracing and functorch.
+    """
     bandwidth, epsilon = opt.scalars[:2]
-    if opt.kernel != "rbf" or x.reference_position is not None or x.bandwidth is not None or x.epsilon is not None:
+    learned = x.bandwidth is not None or x.epsilon is not None
+    if opt.kernel == "rbf" and x.reference_position is None and not learned:
+        return (1 - math.exp(-2 * bandwidth)) / epsilon
+    traced = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    if traced or type(l_k) is not Tensor or l_k.device.type != "cpu" or l_k.numel() == 0:
         return INF
-    return (1 - math.exp(-2 * bandwidth)) / epsilon
+    return float(l_k.detach().abs().max())

@@ -3,7 +3,7 @@
 Ex = e^ℓ [S, M];  U = N, V = b;  T times U = N·(V Exᵀ)^{−λ_a}, V = b·(U Ex)^{−λ_b};  then Cn = U Ex,
 W^q = softmax_j(ℓ_q + log V), A = U ⊙ ((W^q/Cn) Exᵀ), o = A v.  O(T·L·S·M) time: the one path that is not linear.
 
-The products hold while e^{±3·range(ℓ)} fits the dtype; where that is not known the same recursion runs in the log
+The products hold while e^{±3·max|ℓ|} fits the dtype; where that is not known the same recursion runs in the log
 domain on [L, S, M] logits, in chunks of queries that are recomputed in the backward pass.
 """
 
@@ -17,8 +17,8 @@ from torch.utils.checkpoint import checkpoint
 
 from .transport import INF, lse, potential
 
-# range(ℓ) up to which e^{±3·range} stays inside the dtype, from log(max) = 88 and 709.
-SAFE_RANGE = {torch.float32: 25.0, torch.float64: 200.0}
+# max |ℓ| up to which e^{±3·|ℓ|} stays inside the dtype, from log(max) = 88 and 709.
+SAFE_BOUND = {torch.float32: 25.0, torch.float64: 200.0}
 CHUNK_ELEMENTS = 1 << 22  # logits of one chunk of queries in the log domain
 
 
@@ -62,12 +62,12 @@ def weights_by_logs(p: DenseProblem, keep: Tensor | float) -> Tensor:
     return (w_k @ w_q.unsqueeze(-1)).squeeze(-1)
 
 
-def dense_weights(p: DenseProblem, keep: Tensor | float, logit_range: float) -> Tensor:
-    """A [B, H, L, S]; `logit_range` bounds max ℓ − min ℓ, ∞ where nothing is known."""
+def dense_weights(p: DenseProblem, keep: Tensor | float, logit_bound: float) -> Tensor:
+    """A [B, H, L, S]; `logit_bound` bounds max |ℓ| of the keys, ∞ where nothing is known."""
     dtype = p.l_k.dtype
-    if logit_range <= SAFE_RANGE[dtype]:
+    if logit_bound <= SAFE_BOUND[dtype]:
         return weights_by_products(p, keep)
-    if logit_range <= SAFE_RANGE[torch.float64]:
+    if logit_bound <= SAFE_BOUND[torch.float64]:
         wide = p._replace(**{name: getattr(p, name).double() for name in p._fields if name != "num_iters"})
         return weights_by_products(wide, keep).to(dtype)
     return _by_chunks(p, keep)
