@@ -7,6 +7,7 @@ import os
 import platform
 import re
 import subprocess
+import time
 from collections.abc import Callable
 from datetime import datetime, timezone
 from pathlib import Path
@@ -91,11 +92,22 @@ def environment(threads: int) -> dict[str, object]:
     }
 
 
+def _matmul_rate() -> float:
+    """FLOP/s of a float32 product of two 1024 x 1024 matrices."""
+    a = torch.ones(1024, 1024)
+    start = time.perf_counter()
+    a @ a
+    return 2 * 1024**3 / (time.perf_counter() - start)
+
+
 def probe(name: str, seconds: float, threads: int) -> Callable[[], float]:
     """A machine limit measured by a hand-written loop of the extension: FLOP/s, exps/s, or bytes read and written/s.
 
-    `name` is `fma_peak`, `exp_rate` or `copy_bandwidth`.  Raises Unavailable where the extension is not built.
+    `name` is `fma_peak`, `exp_rate` or `copy_bandwidth`, which raise Unavailable where the extension is not built, or
+    `matmul`: torch's own float32 product, a peak no FMA loop may fall below.
     """
+    if name == "matmul":
+        return _matmul_rate
     try:
         from setformer_kernels import _C
     except ImportError as error:

@@ -24,12 +24,13 @@ from benchmarks.cases import (
 from benchmarks.hardware import Unavailable, probe
 from benchmarks.measure import CLOCKS, Clock, interleave, paired_ratio, quartiles
 from benchmarks.results import FAILED, OK, SKIPPED, UNAVAILABLE, Row
+from benchmarks.table import FMA_PEAK
 from setformer_kernels import dispatch
 from setformer_kernels.problem import Problem
 
-PEAK = Entry("fma peak", None)
-PROBES = {"fma_peak": "FLOP/s", "exp_rate": "exp/s", "copy_bandwidth": "bytes/s"}
-PROBE_SAMPLES = 5
+PEAK = Entry(FMA_PEAK, None)
+PROBES = {"fma_peak": "FLOP/s", "matmul": "FLOP/s", "exp_rate": "exp/s", "copy_bandwidth": "bytes/s"}
+PROBE_SAMPLES = 9
 NO_COMPILE = "compiling is left out of --quick"
 GROWTH = {"sdpa": 2}  # power of L the time of one call grows with; 1 for all others
 

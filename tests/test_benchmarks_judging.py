@@ -84,11 +84,20 @@ def test_skipped_rows_and_other_lengths_judge_nothing():
     assert set(verdicts(rows).values()) == {table.UNMEASURED}
 
 
+def rate(impl, q75, case="probe"):
+    return Row(case, impl, "", "rate", "FLOP/s", OK, q75=q75, runs=9)
+
+
 def test_share_of_peak():
-    rows = [timed("set", T=3, median=0.01, work=2e9), timed("fma peak", median=400e9)]
-    measured = table.peak_share(rows)
-    assert measured is not None
-    assert measured.value == pytest.approx(50)
+    rows = [timed("set", T=3, median=0.01, work=2e9), rate("fma peak", 300e9), rate("fma peak", 400e9, "headline")]
+    assert table.peak_share(rows).value == pytest.approx(50)
+    assert table.peak_share([*rows, rate("matmul", 500e9)]).value == pytest.approx(40), "a matmul is FMAs too"
+    assert table.peak_share([rows[0], rate("matmul", 500e9)]) is None
+
+
+def test_a_share_above_the_peak_is_no_measurement():
+    rows = [timed("set", T=3, median=0.01, work=2e9), rate("fma peak", 100e9)]
+    assert verdicts(rows)["share of the FMA peak measured in the same run, forward"] == table.UNMEASURED
 
 
 def test_memory_is_judged_by_its_worst_case():
