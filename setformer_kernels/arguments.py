@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from . import checks
@@ -79,7 +80,20 @@ def normalise(
         reference_position=None if reference_position is None else reference_position.to(dtype),
         seed=_seed(seed, dropout_p, key.device),
     )
+    if s == 0:
+        operands = _with_an_absent_key(operands)
     return operands, Options(tuple(scalars), kernel, int(num_iters), float(dropout_p), backend)
+
+
+def _with_an_absent_key(x: Operands) -> Operands:
+    """No key at all is one key without mass: zeros out, and zero gradients for everything."""
+    position = x.key_position
+    return x._replace(
+        key=F.pad(x.key, (0, 0, 0, 1)),
+        value=F.pad(x.value, (0, 0, 0, 1)),
+        log_a=x.references.new_full((*x.key.shape[:2], 1), -math.inf),
+        key_position=None if position is None else F.pad(position, (0, 0, 0, 1), value=math.nan),
+    )
 
 
 def _check_masses(
@@ -96,7 +110,7 @@ def _check_tokens(query: Tensor | None, key: Tensor, value: Tensor, references: 
     for name, t, letters in (("key", key, "BHSD"), ("value", value, "BHSE"), ("references", references, "HMD")):
         checks.tensor(name, t, letters)
     b, h, s, d = key.shape
-    checks.nonempty("key", key, "HSD", (h, s, d))
+    checks.nonempty("key", key, "HD", (h, d))
     checks.nonempty("references", references, "HMD", references.shape)
     checks.shape("value", value, (b, h, s, None), "B, H and S of the key")
     checks.shape("references", references, (h, None, d), "H and D of the key")
@@ -136,21 +150,21 @@ def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, -math.inf)
 
 
-def query_mask(x: Operands, attn_mask: Tensor | None, causal: bool, num_iters: float) -> Tensor | None:
+def query_mask(x: Operands, s: int, attn_mask: Tensor | None, causal: bool, num_iters: float) -> Tensor | None:
     """The query-dependent log masses [B or 1, H or 1, L, S] of the dense path; None where a linear path serves."""
     checks.flag("causal", causal)
     assert x.query is not None
     b, h, length, _ = x.query.shape
-    s = x.key.shape[2]
     if causal and length != s:
         raise ValueError(f"causal needs as many queries as keys, got L = {length} and S = {s}")
-    if attn_mask is None and not (causal and num_iters > 1):
+    if attn_mask is not None:
+        checks.mask("attn_mask", attn_mask, [(length, s), (b, length, s), (b, h, length, s)])
+        checks.same_device("key", x.key, attn_mask=attn_mask)
+    if s == 0 or (attn_mask is None and not (causal and num_iters > 1)):
         return None
     dtype = compute_dtype(x.key.dtype)
     mask = torch.zeros((), dtype=dtype, device=x.key.device).expand(1, 1, length, s)
     if attn_mask is not None:
-        checks.mask("attn_mask", attn_mask, [(length, s), (b, length, s), (b, h, length, s)])
-        checks.same_device("key", x.key, attn_mask=attn_mask)
         mask = _additive(attn_mask, dtype)
         mask = mask[None, None] if mask.ndim == 2 else mask.unsqueeze(1) if mask.ndim == 3 else mask
     if causal:

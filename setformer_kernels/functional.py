@@ -77,10 +77,11 @@ def set_attention(
         key_mask, reference_log_mass, query_position, key_position, reference_position,
         kernel=kernel, num_iters=num_iters, dropout_p=dropout_p, seed=seed, backend=backend,
     )  # fmt: skip
-    mask = query_mask(x, attn_mask, causal, num_iters)
+    mask = query_mask(x, key.shape[2], attn_mask, causal, num_iters)
     if mask is not None:
         dispatch.select(ops.attention_problem("dense", x, opt), _dense_backend(backend))
         return reference.dense(x, opt, mask)[0]
+    causal = causal and key.shape[2] > 0
     name = "causal" if causal else "attention"
     if dispatch.select(ops.attention_problem(name, x, opt), backend) == dispatch.REFERENCE:
         return reference.causal(x, opt) if causal else reference.attention(x, opt)
@@ -124,8 +125,9 @@ def set_attention_weights(
         kernel=kernel, num_iters=num_iters, dropout_p=dropout_p, seed=seed, backend=backend,
     )  # fmt: skip
     dispatch.select(ops.attention_problem("weights", x, opt), _dense_backend(backend))
-    mask = query_mask(x, attn_mask, causal, math.inf)
-    return reference.weights(x, opt) if mask is None else reference.dense(x, opt, mask)[1]
+    mask = query_mask(x, key.shape[2], attn_mask, causal, math.inf)
+    a = reference.weights(x, opt) if mask is None else reference.dense(x, opt, mask)[1]
+    return a[..., : key.shape[2]]
 
 
 def set_pool(

@@ -160,14 +160,14 @@ def test_output_and_gradients_keep_the_memory_order_of_the_inputs(order: tuple[i
     assert all(g.stride() == t.stride() for g, t in zip(grads, (q, k, v), strict=True))
 
 
-@pytest.mark.parametrize(("B", "L"), [(0, 5), (2, 0), (0, 0)])
+@pytest.mark.parametrize(("B", "L", "S"), [(0, 5, 5), (2, 0, 4), (0, 0, 3), (2, 3, 0), (2, 0, 0)])
 @pytest.mark.parametrize("causal", [False, True])
-def test_empty_batches_and_queries(B: int, L: int, causal: bool, native: str) -> None:
-    s = L if causal else 4
-    if causal and L == 0:
-        pytest.skip("causal with no query has no key")
+def test_empty_batches_queries_and_keys(B: int, L: int, S: int, causal: bool, native: str) -> None:
+    s = L if causal else S
     q, k, v = (torch.randn(B, 3, n, 8, requires_grad=True) for n in (L, s, s))
     y = torch.randn(3, 5, 8, requires_grad=True)
     o = SF.set_attention(q, k, v, y, causal=causal, num_iters=1, backend=native)
     assert o.shape == (B, 3, L, 8)
+    assert s > 0 or (o == 0).all()
+    assert SF.set_attention_weights(q, k, y, causal=causal).shape == (B, 3, L, s)
     assert all(g.isfinite().all() for g in torch.autograd.grad(o.sum(), (q, k, v, y)))

@@ -32,7 +32,7 @@ BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "query_batch": ({"query": torch.randn(1, H, L, D)}, ValueError, "query must have shape"),
     "key_dtype": ({"key": torch.randn(B, H, S, D).double()}, TypeError, "value must have the dtype of key"),
     "query_dtype": ({"query": torch.randn(B, H, L, D).double()}, TypeError, "query must have the dtype of key"),
-    "no_key": ({"key": torch.randn(B, H, 0, D), "value": torch.randn(B, H, 0, E)}, ValueError, "key must have S > 0"),
+    "no_width": ({"key": torch.randn(B, H, S, 0)}, ValueError, "key must have D > 0"),
     "value_length": ({"value": torch.randn(B, H, S + 1, E)}, ValueError, r"value must have shape \[2, 3, 6, \*\]"),
     "references_ndim": ({"references": torch.randn(M, D)}, ValueError, r"references must have shape \[H, M, D\]"),
     "references_heads": ({"references": torch.randn(1, M, D)}, ValueError, "references must have shape"),
