@@ -87,8 +87,8 @@ void softmax_rows(int64_t n, int64_t Mp, F* tile, const F* g) {
       store(tile + j, w);
       sum += w;
     }
-    const F inv = 1 / reduce_add<F>(sum);
-    for (int64_t j = 0; j < Mp; j += kLanes<F>) store(tile + j, load(tile + j) * inv);
+    const F total = reduce_add<F>(sum);
+    for (int64_t j = 0; j < Mp; j += kLanes<F>) store(tile + j, load(tile + j) / total);
   }
 }
 

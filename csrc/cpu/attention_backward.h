@@ -149,9 +149,14 @@ class BackwardWorker {
     gemm<F>(n, Mp, p_.E, d_o_, Ep_, 1, zt_, Mp, dp_, Mp, false);
     drop<F>(p_, b, h, row0, n, Mp, dp_);
     for (int64_t i = 0; i < n; ++i) {
-      Vec<F> dot{};
-      for (int64_t j = 0; j < Mp; j += kLanes<F>) dot += load(w_ + i * Mp + j) * load(dp_ + i * Mp + j);
-      const F mean = reduce_add<F>(dot);
+      Vec<F> dot{}, sum{};
+      for (int64_t j = 0; j < Mp; j += kLanes<F>) {
+        const Vec<F> w = load(w_ + i * Mp + j);
+        dot += w * load(dp_ + i * Mp + j);
+        sum += w;
+      }
+      const F total = reduce_add<F>(sum);  // 1 to rounding; divided by, so that the row of dS sums to 0 much closer
+      const F mean = total > 0 ? reduce_add<F>(dot) / total : F(0);
       for (int64_t j = 0; j < Mp; j += kLanes<F>) {
         const Vec<F> ds = load(w_ + i * Mp + j) * (load(dp_ + i * Mp + j) - mean);
         store(dp_ + i * Mp + j, ds);

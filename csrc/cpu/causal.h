@@ -43,16 +43,18 @@ struct Scan {
   }
 };
 
-// ℓ of a block of keys -> ω in place, −inf throughout for keys that take no part; lse [n] = LSE_j(ℓ_sj + log b_j).
+// ℓ of a block of keys -> ω in place, −inf throughout for keys that take no part; lse [n] = LSE_j(ℓ_sj + log b_j), and
+// its parts where they are asked for.
 template <class F>
-void causal_weights(const Refs<F>& r, int64_t T, int64_t n, const F* la, F* tile, F* lse) {
+void causal_weights(const Refs<F>& r, int64_t T, int64_t n, const F* la, F* tile, F* lse, F* top = nullptr,
+                    F* sum = nullptr) {
   for (int64_t i = 0; i < n; ++i, tile += r.Mp) {
     if (la[i] == -kInf<F>) {
       fill(tile, r.Mp, -kInf<F>);
       lse[i] = 0;
       continue;
     }
-    lse[i] = T ? row_lse<F>(r.Mp, tile, r.log_b) : F(0);
+    lse[i] = T ? row_lse<F>(r.Mp, tile, r.log_b, top ? top + i : nullptr, sum ? sum + i : nullptr) : F(0);
     const F f = la[i] - (T ? r.lam_a * lse[i] : F(0));
     for (int64_t j = 0; j < r.Mp; ++j) tile[j] = j < r.M ? tile[j] + f : -kInf<F>;
   }

@@ -13,9 +13,10 @@ class CausalBackwardWorker {
  public:
   explicit CausalBackwardWorker(const AttentionParams& p)
       : p_(p), refs_(p), grads_(refs_, p.d_references.data, p.d_hyper.data), source_(p, refs_),
-        rows_(tile_rows(refs_.Mp)), Mp_(refs_.Mp), Ep_(pad<F>(p.E)), scan_(p.M, Mp_, Ep_), la_(p.S), log_c_(p.S * Mp_),
-        weight_(p.S * Mp_), d_log_c_(p.S * Mp_), kappa_(rows_ * Mp_), tile_(rows_ * Mp_), ds_(rows_ * Mp_),
-        v_(rows_ * Ep_), d_o_(rows_ * Ep_), dv_(rows_ * Ep_), d_x_(rows_ * refs_.Dp), lse_(rows_), g_(Mp_), dp_(Mp_),
+        rows_(tile_rows(refs_.Mp)), Mp_(refs_.Mp), Ep_(pad<F>(p.E)), scan_(p.M, Mp_, Ep_), la_(p.S), top_(p.S * Mp_),
+        sum_(p.S * Mp_), weight_(p.S * Mp_), log_c_(Mp_), d_log_c_(p.S * Mp_), kappa_(rows_ * Mp_), tile_(rows_ * Mp_), ds_(rows_ * Mp_),
+        v_(rows_ * Ep_), d_o_(rows_ * Ep_), dv_(rows_ * Ep_), d_x_(rows_ * refs_.Dp), lse_(rows_),
+        row_top_(rows_), row_sum_(rows_), g_(Mp_), dp_(Mp_),
         h_(Mp_), d_log_b_(Mp_), G_(Mp_ * Ep_), mask_(Mp_) {}
 
   void run(int64_t item) {
@@ -59,19 +60,21 @@ class CausalBackwardWorker {
 
   void forward_step(int64_t b, int64_t h, int64_t row0, int64_t i) {
     const int64_t s = row0 + i;
-    F *w = weight_ + s * Mp_, *log_c = log_c_ + s * Mp_, *d_log_c = d_log_c_ + s * Mp_, *ds = ds_ + i * Mp_;
+    F *w = weight_ + s * Mp_, *d_log_c = d_log_c_ + s * Mp_, *ds = ds_ + i * Mp_;
     la_[s] == -kInf<F> ? scan_.stay() : scan_.advance(tile_ + i * Mp_);
-    scan_.log_sums(log_c);
+    std::copy(scan_.top + 0, scan_.top + Mp_, top_ + s * Mp_);
+    std::copy(scan_.sum + 0, scan_.sum + Mp_, sum_ + s * Mp_);
     if (!scan_.seen) {
       for (F* p : {w, d_log_c, ds}) fill(p, Mp_, F(0));
       return;
     }
-    causal_read<F>(refs_, p_.T, log_c, ds, g_);
+    scan_.log_sums(log_c_);
+    causal_read<F>(refs_, p_.T, log_c_, ds, g_);
     std::copy(ds, ds + Mp_, w);
     fill(mask_ + 0, Mp_, F(1));
     drop<F>(p_, b, h, s, 1, Mp_, mask_);
     fill(dp_ + 0, Mp_, F(0));
-    F mean = 0;
+    F mean = 0, total = 0;
     for (int64_t j = 0; j < p_.M; ++j) {
       Vec<F> acc{};
       for (int64_t e = 0; e < Ep_; e += kLanes<F>) {
@@ -82,7 +85,9 @@ class CausalBackwardWorker {
       }
       dp_[j] = reduce_add<F>(acc) / scan_.sum[j] * mask_[j];
       mean += dp_[j] * w[j];
+      total += w[j];
     }
+    mean = total > 0 ? mean / total : F(0);
     for (int64_t j = 0; j < p_.M; ++j) {
       ds[j] = w[j] * (dp_[j] - mean);
       d_log_c[j] = -w[j] * dp_[j];
@@ -90,7 +95,7 @@ class CausalBackwardWorker {
       w[j] *= mask_[j];
       if (p_.T == 0) continue;
       d_log_c[j] -= refs_.lam_b * ds[j];
-      grads_.hyper[kLambdaB] -= static_cast<double>(ds[j]) * log_c[j];
+      grads_.hyper[kLambdaB] -= static_cast<double>(ds[j]) * log_c_[j];
     }
     for (int64_t j = p_.M; j < Mp_; ++j) ds[j] = w[j] = d_log_c[j] = 0;
   }
@@ -100,7 +105,7 @@ class CausalBackwardWorker {
     kernel_tile<F>(refs_, n, source_.x, source_.inv, kappa_);
     logit_tile<F>(refs_, n, kappa_, source_.pos, ds_);
     std::copy(ds_ + 0, ds_ + n * Mp_, tile_ + 0);
-    causal_weights<F>(refs_, p_.T, n, la_ + row0, tile_, lse_);
+    causal_weights<F>(refs_, p_.T, n, la_ + row0, tile_, lse_, row_top_, row_sum_);
     source_.values(row0, n, v_);
     load_rows<F>(p_.d_o, b, h, row0, n, nullptr, d_o_, Ep_);
     for (int64_t i = n - 1; i >= 0; --i) reverse_step(b, h, row0, i);
@@ -114,15 +119,15 @@ class CausalBackwardWorker {
   // Brings G and h to token s; leaves dℓ_s in ds_ and dv_s in dv_.
   void reverse_step(int64_t b, int64_t h, int64_t row0, int64_t i) {
     const int64_t s = row0 + i;
-    const F *log_c = log_c_ + s * Mp_, *w = weight_ + s * Mp_, *omega = tile_ + i * Mp_;
+    const F *top = top_ + s * Mp_, *sum = sum_ + s * Mp_, *w = weight_ + s * Mp_, *omega = tile_ + i * Mp_;
     F *dl = ds_ + i * Mp_, *dv = dv_ + i * Ep_;
     const bool present = la_[s] != -kInf<F>, later = s + 1 < p_.S;
     fill(dv, Ep_, F(0));
     F df = 0;
     for (int64_t j = 0; j < p_.M; ++j) {
-      const bool empty = log_c[j] == -kInf<F>;
-      const F ratio = later && !empty ? std::exp(log_c[j] - log_c[Mp_ + j]) : F(0);
-      const F p = present ? std::exp(omega[j] - log_c[j]) : F(0);
+      // C_sj/C_{s+1,j} and e^{ω_sj}/C_sj; sums start at the first key, and none comes before it.
+      const F ratio = later && top[j] != -kInf<F> ? std::exp(top[j] - top[Mp_ + j]) * sum[j] / sum[Mp_ + j] : F(0);
+      const F p = present ? std::exp(omega[j] - top[j]) / sum[j] : F(0);
       h_[j] = h_[j] * ratio + d_log_c_[s * Mp_ + j];
       Vec<F> acc{};
       for (int64_t e = 0; e < Ep_; e += kLanes<F>) {
@@ -138,7 +143,7 @@ class CausalBackwardWorker {
     if (p_.T && present) grads_.hyper[kLambdaA] -= static_cast<double>(df) * lse_[i];
     const F back = p_.T && present ? -refs_.lam_a * df : F(0);
     for (int64_t j = 0; j < p_.M; ++j) {
-      const F through = back == 0 ? F(0) : back * std::exp(dl[j] + refs_.log_b[j] - lse_[i]);
+      const F through = back == 0 ? F(0) : back * std::exp(dl[j] + refs_.log_b[j] - row_top_[i]) / row_sum_[i];
       d_log_b_[j] += through;
       dl[j] = dp_[j] + through;
     }
@@ -153,8 +158,8 @@ class CausalBackwardWorker {
   KeySource<F> source_;
   int64_t rows_, Mp_, Ep_;
   Scan<F> scan_;
-  // log C, W^q (dropped) and d log C of every token of one head: what the reverse scan needs.
-  Buffer<F> la_, log_c_, weight_, d_log_c_, kappa_, tile_, ds_, v_, d_o_, dv_, d_x_, lse_, g_, dp_, h_, d_log_b_, G_;
+  // Column maxima and sums, W^q (dropped) and d log C of every token of one head: what the reverse scan needs.
+  Buffer<F> la_, top_, sum_, weight_, log_c_, d_log_c_, kappa_, tile_, ds_, v_, d_o_, dv_, d_x_, lse_, row_top_, row_sum_, g_, dp_, h_, d_log_b_, G_;
   Buffer<F> mask_;
 };
 

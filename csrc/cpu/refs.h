@@ -15,7 +15,7 @@ template <class F>
 struct Refs {
   int64_t M, Mp, D, Dp, P;
   bool rbf;
-  F beta, eps, inv_eps, lam_a, lam_b, tau;
+  F beta, inv_eps, inv_eps_low, lam_a, lam_b, tau;  // 1/ε = inv_eps + inv_eps_low to twice the precision of F
   Buffer<F> yt;        // [D][Mp] ŷ transposed (raw y for "dot")
   Buffer<F> y;         // [Mp][Dp] the same by rows
   Buffer<F> inv_norm;  // [Mp]
@@ -36,7 +36,7 @@ struct Refs {
       const View& v = p.hyper[i];
       return v ? static_cast<const F*>(v.data)[h * v.stride[0]] : static_cast<F>(p.scalars[i]);
     };
-    set_kernel(value(kBandwidth), value(kEpsilon));
+    set_kernel(value(kBandwidth), p.hyper[kEpsilon] ? static_cast<double>(value(kEpsilon)) : p.scalars[kEpsilon]);
     lam_a = value(kLambdaA);
     lam_b = value(kLambdaB);
     tau = value(kPositionScale);
@@ -50,10 +50,10 @@ struct Refs {
       for (int64_t j = 0; j < Mp; ++j) pos_t[c * Mp + j] = j < M ? pos(j, c) : F(0);
   }
 
-  void set_kernel(F bandwidth, F epsilon) {
+  void set_kernel(F bandwidth, double epsilon) {
     beta = bandwidth;
-    eps = epsilon;
-    inv_eps = F(1) / epsilon;
+    inv_eps = static_cast<F>(1 / epsilon);
+    inv_eps_low = static_cast<F>(1 / epsilon - static_cast<double>(inv_eps));
   }
 
   void pack_points(const View& points, int64_t h) {
@@ -61,10 +61,12 @@ struct Refs {
     fill(y + 0, Mp * Dp, F(0));
     for (int64_t j = 0; j < M; ++j)
       for (int64_t d = 0; d < D; ++d) y[j * Dp + d] = src(j, d);
-    if (rbf) {
-      inverse_norms<F>(y, Mp, Dp, inv_norm);
-      for (int64_t j = 0; j < M; ++j)
-        for (int64_t d = 0; d < D; ++d) y[j * Dp + d] *= inv_norm[j];
+    for (int64_t j = 0; rbf && j < M; ++j) {  // in double: an error of ŷ's length would be the same for every token
+      double sum = 0;
+      for (int64_t d = 0; d < D; ++d) sum += static_cast<double>(y[j * Dp + d]) * y[j * Dp + d];
+      const double inv = sum <= 1e-24 ? 0 : 1 / std::sqrt(sum);
+      inv_norm[j] = static_cast<F>(inv);
+      for (int64_t d = 0; d < D; ++d) y[j * Dp + d] = static_cast<F>(y[j * Dp + d] * inv);
     }
     for (int64_t d = 0; d < D; ++d)
       for (int64_t j = 0; j < Mp; ++j) yt[d * Mp + j] = y[j * Dp + d];
@@ -100,10 +102,11 @@ void logit_tile(const Refs<F>& r, int64_t n, const F* kappa, const F* pos, F* lo
   for (int64_t i = 0; i < n; ++i) {
     const int64_t P = coordinates(r, pos + i * r.P);
     for (int64_t j = 0; j < Mp; j += kLanes<F>) {
-      Vec<F> l = (load(kappa + i * Mp + j) - F(1)) * r.inv_eps;
+      const Vec<F> d = load(kappa + i * Mp + j) - F(1);
+      Vec<F> l = d * r.inv_eps + d * r.inv_eps_low;
       for (int64_t c = 0; c < P; ++c) {
-        const Vec<F> d = pos[i * r.P + c] - load(r.pos_t + c * Mp + j);
-        l -= tau2 * d * d;
+        const Vec<F> away = pos[i * r.P + c] - load(r.pos_t + c * Mp + j);
+        l -= tau2 * (away * away);
       }
       store(logits + i * Mp + j, l);
     }
@@ -136,8 +139,9 @@ template <class F>
 void logit_grads(const Refs<F>& r, int64_t n, const F* kappa, const F* pos, const F* d_logits, RefGrads<F>& out) {
   const int64_t Mp = r.Mp;
   if (!out.wants_hyper && r.P == 0) return;
-  Vec<F> d_eps{}, d_tau{};
+  double d_eps_sum = 0, d_tau_sum = 0;
   for (int64_t i = 0; i < n; ++i) {
+    Vec<F> d_eps{}, d_tau{};
     const int64_t P = coordinates(r, pos + i * r.P);
     for (int64_t j = 0; j < Mp; j += kLanes<F>) {
       const Vec<F> dl = load(d_logits + i * Mp + j);
@@ -148,9 +152,11 @@ void logit_grads(const Refs<F>& r, int64_t n, const F* kappa, const F* pos, cons
         store(out.pos + c * Mp + j, load(out.pos + c * Mp + j) + dl * d);
       }
     }
+    d_eps_sum += reduce_add<F>(d_eps);
+    d_tau_sum += reduce_add<F>(d_tau);
   }
-  out.hyper[kEpsilon] -= static_cast<double>(reduce_add<F>(d_eps)) * r.inv_eps * r.inv_eps;
-  out.hyper[kPositionScale] -= 2.0 * r.tau * reduce_add<F>(d_tau);
+  out.hyper[kEpsilon] -= d_eps_sum * r.inv_eps * r.inv_eps;
+  out.hyper[kPositionScale] -= 2.0 * r.tau * d_tau_sum;
 }
 
 // From dκ [n][Mp] (overwritten): adds to dŷ and dβ, and gives dx [n][Dp] where that is not null.
@@ -159,8 +165,9 @@ void kernel_grads(const Refs<F>& r, int64_t n, const F* x, const F* inv, const F
                   RefGrads<F>& out) {
   const int64_t Mp = r.Mp, Dp = r.Dp;
   if (r.rbf) {
-    Vec<F> d_beta{};
+    double d_beta_sum = 0;
     for (int64_t i = 0; i < n; ++i) {
+      Vec<F> d_beta{};
       const F scale = r.beta * inv[i];
       for (int64_t j = 0; j < Mp; j += kLanes<F>) {
         const Vec<F> k = load(kappa + i * Mp + j), g = load(d_kappa + i * Mp + j) * k;
@@ -168,8 +175,9 @@ void kernel_grads(const Refs<F>& r, int64_t n, const F* x, const F* inv, const F
         if (out.wants_hyper) d_beta += g * vlog<F>(vmax(k, splat(std::numeric_limits<F>::min())));
         store(d_kappa + i * Mp + j, g * scale);
       }
+      if (out.wants_hyper) d_beta_sum += reduce_add<F>(d_beta);
     }
-    out.hyper[kBandwidth] += static_cast<double>(reduce_add<F>(d_beta)) / r.beta;
+    out.hyper[kBandwidth] += d_beta_sum / r.beta;
   }
   if (out.wants_points) gemm<F>(r.M, Dp, n, d_kappa, 1, Mp, x, Dp, out.y, Dp, true);
   if (!d_x) return;

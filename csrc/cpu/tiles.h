@@ -170,15 +170,15 @@ void inverse_norms(const F* x, int64_t n, int64_t ld, F* inv, F* norms = nullptr
   for (int64_t i = 0; i < n; ++i, x += ld) {
     Vec<F> acc{};
     for (int64_t j = 0; j < ld; j += kLanes<F>) acc += load(x + j) * load(x + j);
-    F norm = std::sqrt(reduce_add<F>(acc));
-    if (norm == kInf<F>) {  // the squares overflowed: take the largest element out
+    double norm = std::sqrt(static_cast<double>(reduce_add<F>(acc)));
+    if (norm == kInf<double>) {  // the squares overflowed: take the largest element out
       F largest = 0, sum = 0;
       for (int64_t j = 0; j < ld; ++j) largest = std::fmax(largest, std::fabs(x[j]));
       for (int64_t j = 0; j < ld; ++j) sum += (x[j] / largest) * (x[j] / largest);
-      norm = largest * std::sqrt(sum);
+      norm = largest * std::sqrt(static_cast<double>(sum));
     }
-    inv[i] = norm <= F(1e-12) ? F(0) : F(1) / norm;
-    if (norms) norms[i] = norm <= F(1e-12) ? F(0) : norm;
+    inv[i] = norm <= 1e-12 ? F(0) : static_cast<F>(1 / norm);
+    if (norms) norms[i] = norm <= 1e-12 ? F(0) : static_cast<F>(norm);
   }
 }
 

@@ -73,15 +73,17 @@ void scale_rows(int64_t n, int64_t M, int64_t Mp, F* tile, const F* la, F* m, F&
   lowest = reduce_min<F>(low);
 }
 
-// Row i of `tile` + add[j]: its logsumexp.
+// logsumexp of a row of ℓ + add; also its parts: the maximum, and the sum of exponentials below it.
 template <class F>
-F row_lse(int64_t Mp, const F* row, const F* add) {
+F row_lse(int64_t Mp, const F* row, const F* add, F* top_out = nullptr, F* sum_out = nullptr) {
   Vec<F> top = splat(-kInf<F>), sum{};
   for (int64_t j = 0; j < Mp; j += kLanes<F>) top = vmax(top, load(row + j) + load(add + j));
   const F m = reduce_max<F>(top);
   if (m == -kInf<F>) return m;
   for (int64_t j = 0; j < Mp; j += kLanes<F>) sum += vexp<F>(load(row + j) + load(add + j) - m);
-  return m + std::log(reduce_add<F>(sum));
+  const F total = reduce_add<F>(sum);
+  if (top_out) *top_out = m, *sum_out = total;
+  return static_cast<F>(m + std::log(static_cast<double>(total)));
 }
 
 // What one thread knows of the columns: Σ_s exp(ℓ_sj + f_s) = sum_j exp(ref_j), and the same sum over the values.
@@ -276,7 +278,7 @@ bool Transport<F, Source>::merge(const Marginals<F>& marg, F shift, bool pool, b
         store(z + j * Ep_ + e, load(z + j * Ep_ + e) + load(s.z + j * Ep_ + e) * scale);
     }
     if (check && j < marg.M && !(sum > Limits<F>::kColumn)) ok = false;
-    c_t[j] = sum > 0 && j < marg.M ? shift + ref + std::log(sum) : -kInf<F>;
+    c_t[j] = sum > 0 && j < marg.M ? static_cast<F>(std::log(static_cast<double>(sum)) + ref + shift) : -kInf<F>;
     const F inv = sum > 0 ? 1 / sum : F(0);
     for (int64_t e = 0; pool && e < Ep_; ++e) z[j * Ep_ + e] *= inv;
   }

@@ -21,7 +21,7 @@ class TransportBackward {
   TransportBackward(int64_t max_rows, int64_t block_rows, int64_t Mp, int64_t E, int64_t T)
       : block_(block_rows), Mp_(Mp), E_(E), Ep_(E ? pad<F>(E) : 0), steps_(std::max<int64_t>(T, 1)),
         stride_(max_rows + kLanes<F>), la(stride_), d_la(stride_), c(steps_ * Mp), z(Mp * Ep_), dz(Mp * Ep_), dg(Mp),
-        d_c(steps_ * Mp), d_log_b(Mp), partial(Mp), m_(stride_), coefs_(2 * steps_ * stride_), lse_(steps_ * stride_),
+        d_c(steps_ * Mp), d_log_b(Mp), partial(Mp), m_(stride_), coefs_(2 * steps_ * stride_), lse_(steps_ * stride_), top_(steps_ * stride_),
         df_(steps_ * stride_), basis_(2 * steps_ * Mp), cq_(steps_ * Mp), g_(steps_ * Mp), shift_(steps_), cref_(steps_),
         zdz_(Mp), dcol_(Mp), dzq_(Mp * Ep_), dzt_(E * Mp), tile_(block_ * Mp), q_(block_ * Mp), r_(block_ * Mp),
         acc_(block_ * Mp), v_(block_ * Ep_), dv_(block_ * Ep_), u_(block_ + kLanes<F>) {}
@@ -52,6 +52,8 @@ class TransportBackward {
   template <bool kLog>
   void row_gradients(Source& src, const Marginals<F>& marg, int64_t t, int64_t row0, int64_t n);
   template <bool kLog>
+  void settle_rows(const Marginals<F>& marg, int64_t row0, int64_t n);
+  template <bool kLog>
   void finish_block(Source& src, const Marginals<F>& marg, int64_t row0, int64_t n);
   void exp_tile(int64_t n, const F* row, const F* col, F* out);
 
@@ -64,12 +66,12 @@ class TransportBackward {
 
  public:
   // In: la [rows], c and d_c [max(T,1)][Mp], z and dz [Mp][Ep], dg = dg^T [Mp].  Out: d_la [rows], d_log_b [Mp], dλ.
-  // t below counts from 0: step t is iteration t+1 of the definition.
+  // t counts from 0: step t is iteration t+1 of the definition.  top_ holds the row maxima of ℓ + g (log mode) or 1/(K G).
   Buffer<F> la, d_la, c, z, dz, dg, d_c, d_log_b, partial;
   double d_lam_a = 0, d_lam_b = 0;
 
  private:
-  Buffer<F> m_, coefs_, lse_, df_, basis_, cq_, g_, shift_, cref_, zdz_, dcol_, dzq_, dzt_;
+  Buffer<F> m_, coefs_, lse_, top_, df_, basis_, cq_, g_, shift_, cref_, zdz_, dcol_, dzq_, dzt_;
   Buffer<F> tile_, q_, r_, acc_, v_, dv_, u_;
 };
 
@@ -192,21 +194,24 @@ void TransportBackward<F, Source>::row_factors(const Marginals<F>& marg, int64_t
   F *lse = lse_ + t * stride_ + row0, *q = row_q(t) + row0, *r = row_r(t) + row0;
   if (kLog) {
     for (int64_t i = 0; i < n; ++i) {
-      lse[i] = lam == 0 && marg.T == 0 ? F(0) : row_lse<F>(Mp_, tile_ + i * Mp_, g_ + t * Mp_);
-      r[i] = -lse[i];
+      F sum = 1, *top = top_ + t * stride_ + row0 + i;
+      *top = 0;
+      lse[i] = marg.T == 0 ? F(0) : row_lse<F>(Mp_, tile_ + i * Mp_, g_ + t * Mp_, top, &sum);
+      r[i] = 1 / sum;  // R = e^{ℓ + g − top}/sum: exact to rounding however large ℓ is
       q[i] = lse[i] == -kInf<F> || mass[i] == -kInf<F> ? -kInf<F> : mass[i] - lam * lse[i];
     }
     return;
   }
   row_dots<F>(n, Mp_, tile_, basis_r(t), u_);
   for (int64_t i = n; i < pad<F>(n); ++i) u_[i] = 1;
-  const F* m = m_ + row0;
+  const F *m = m_ + row0, offset = static_cast<F>(-static_cast<double>(lam) * shift_[t] - cref_[t]);
   for (int64_t i = 0; i < n; i += kLanes<F>) {
     // The rows past the end of the block are written again by the next one; the arrays end in a vector of slack.
     const Vec<F> dot = load(u_ + i), log_dot = vlog<F>(dot), mi = load(m + i);
     store(lse + i, mi + shift_[t] + log_dot);
     store(r + i, F(1) / dot);
-    store(q + i, vexp<F>(load(mass + i) + mi * (1 - lam) - lam * (log_dot + shift_[t]) - cref_[t]));
+    store(top_ + t * stride_ + row0 + i, F(1) / dot);
+    store(q + i, vexp<F>((load(mass + i) + offset) + mi * (1 - lam) - lam * log_dot));
   }
 }
 
@@ -247,8 +252,8 @@ void TransportBackward<F, Source>::row_gradients(Source& src, const Marginals<F>
   if (kLog) {
     for (int64_t i = 0; i < n; ++i)
       for (int64_t j = 0; j < Mp_; j += kLanes<F>) {
-        const Vec<F> w = vexp<F>((load(tile_ + i * Mp_ + j) + load(g_ + t * Mp_ + j)) + (u_[i] == 0 ? F(0) : r[i]));
-        store(partial + j, load(partial + j) + (u_[i] == 0 ? Vec<F>{} : w * u_[i]));
+        const Vec<F> w = vexp<F>((load(tile_ + i * Mp_ + j) + load(g_ + t * Mp_ + j)) - top_[t * stride_ + row0 + i]);
+        store(partial + j, load(partial + j) + w * (u_[i] * r[i]));
       }
     return;
   }
@@ -256,19 +261,45 @@ void TransportBackward<F, Source>::row_gradients(Source& src, const Marginals<F>
   gemm<F>(1, Mp_, n, r, 0, 1, tile_, Mp_, partial, Mp_, true);
 }
 
+// Σ_j of the pooling's dℓ as it stands in acc_, in place of the df^T that ⟨v, dv⟩ gave: equal but for rounding, and what
+// the R term must take away exactly where the two nearly cancel.
+template <class F, class Source>
+template <bool kLog>
+void TransportBackward<F, Source>::settle_rows(const Marginals<F>& marg, int64_t row0, int64_t n) {
+  const int64_t t = steps_ - 1;
+  const F *q = row_q(t) + row0, *cq = cq_ + t * Mp_, *qd = basis_q(t), *lse = lse_ + t * stride_ + row0;
+  F *df = df_ + t * stride_ + row0, *r = row_r(t) + row0, *inv = top_ + t * stride_ + row0;
+  if (kLog) exp_tile(n, q, cq, q_);
+  for (int64_t i = 0; i < n; ++i) {
+    if (la[row0 + i] == -kInf<F> || lse[i] == -kInf<F>) continue;
+    Vec<F> sum{};
+    for (int64_t j = 0; j < Mp_; j += kLanes<F>) {
+      const Vec<F> vdz = load(acc_ + i * Mp_ + j);
+      sum += kLog ? load(q_ + i * Mp_ + j) * (vdz + load(qd + j))
+                  : load(tile_ + i * Mp_ + j) * (vdz * load(cq + j) + load(qd + j));
+    }
+    const F settled = kLog ? reduce_add<F>(sum) : reduce_add<F>(sum) * q[i];
+    d_la[row0 + i] += settled - df[i];
+    if (marg.T) d_lam_a -= static_cast<double>(settled - df[i]) * lse[i];
+    df[i] = settled;
+    if (!kLog) r[i] = -marg.lam_a * settled * inv[i];
+  }
+}
+
 // The whole dℓ of the block, handed to the source.
 template <class F, class Source>
 template <bool kLog>
 void TransportBackward<F, Source>::finish_block(Source& src, const Marginals<F>& marg, int64_t row0, int64_t n) {
-  const int64_t top = steps_ - 1;
+  const int64_t last = steps_ - 1;
   if (Ep_) {
-    if (top != 0) src.values(row0, n, v_);
+    if (last != 0) src.values(row0, n, v_);
     gemm<F>(n, Mp_, E_, v_, Ep_, 1, dzt_, Mp_, acc_, Mp_, false);
+    settle_rows<kLog>(marg, row0, n);
   }
   if (!kLog) {
     const int64_t rank = marg.T ? 2 * steps_ : 1;
     gemm<F>(n, Mp_, rank, coefs_ + row0, 1, stride_, basis_, Mp_, r_, Mp_, false);
-    const F *q = row_q(top) + row0, *cq = cq_ + top * Mp_;
+    const F *q = row_q(last) + row0, *cq = cq_ + last * Mp_;
     for (int64_t i = 0; i < n; ++i)
       for (int64_t j = 0; j < Mp_; j += kLanes<F>) {
         Vec<F> a = load(r_ + i * Mp_ + j);
@@ -279,15 +310,15 @@ void TransportBackward<F, Source>::finish_block(Source& src, const Marginals<F>&
     return;
   }
   if (!Ep_) fill(acc_ + 0, n * Mp_, F(0));
-  for (int64_t t = top; t >= 0; --t) {
+  for (int64_t t = last; t >= 0; --t) {
     exp_tile(n, row_q(t) + row0, cq_ + t * Mp_, q_);
-    const F *r = row_r(t) + row0, *df = df_ + t * stride_ + row0, *g = g_ + t * Mp_;
+    const F *r = row_r(t) + row0, *df = df_ + t * stride_ + row0, *g = g_ + t * Mp_, *top = top_ + t * stride_ + row0;
     for (int64_t i = 0; i < n; ++i) {
-      const F coef = marg.T ? -marg.lam_a * df[i] : F(0);
+      const F coef = marg.T ? -marg.lam_a * df[i] * r[i] : F(0);
       for (int64_t j = 0; j < Mp_; j += kLanes<F>) {
         const Vec<F> before = load(acc_ + i * Mp_ + j), Q = load(q_ + i * Mp_ + j);
-        Vec<F> d = t == top ? Q * (before + load(basis_q(t) + j)) : before + Q * load(basis_q(t) + j);
-        if (coef != 0) d += coef * vexp<F>((load(tile_ + i * Mp_ + j) + load(g + j)) + r[i]);
+        Vec<F> d = t == last ? Q * (before + load(basis_q(t) + j)) : before + Q * load(basis_q(t) + j);
+        if (coef != 0) d += coef * vexp<F>((load(tile_ + i * Mp_ + j) + load(g + j)) - top[i]);
         store(acc_ + i * Mp_ + j, d);
       }
     }

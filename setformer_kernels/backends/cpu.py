@@ -53,7 +53,7 @@ def _common(x: Operands, opt: Options) -> tuple[Any, ...]:
     """The arguments every attention kernel begins with."""
     seed = 0 if x.seed is None else int(x.seed) & 0xFFFFFFFFFFFFFFFF
     views = tuple([_view(t) for t in x[:-1]])
-    return views, opt.scalars, opt.kernel == "dot", opt.num_iters, opt.dropout_p, seed, torch.get_num_threads()
+    return views, tuple(opt.scalars), opt.kernel == "dot", opt.num_iters, opt.dropout_p, seed, torch.get_num_threads()
 
 
 def _new_state(x: Operands, opt: Options) -> tuple[Tensor, Tensor]:
