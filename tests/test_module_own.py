@@ -191,6 +191,14 @@ def test_kmeans_on_identical_tokens_and_as_many_clusters_as_tokens():
     torch.testing.assert_close(centres[0, labels[0]], F.normalize(x[0], dim=-1))
 
 
+def test_kmeans_restarts_empty_clusters():
+    """Random seeds that are copies of one token leave clusters empty: these must go where the fit is worst."""
+    x = torch.cat([torch.eye(3)[:1].expand(97, 3), torch.eye(3)[1:]])[None]
+    for seed in range(3):
+        centres, _ = spherical_kmeans(x, 3, init="random", generator=torch.Generator().manual_seed(seed))
+        torch.testing.assert_close((centres[0] @ torch.eye(3)).amax(0), torch.ones(3))
+
+
 @pytest.mark.parametrize("batch_first", [True, False])
 def test_references_move_to_the_projected_keys(batch_first):
     torch.manual_seed(0)
