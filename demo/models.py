@@ -8,7 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from setformer_kernels.nn import SeTAttention
+from setformer_kernels import SeTAttention
 
 Attention = Callable[..., nn.MultiheadAttention]
 

@@ -20,8 +20,8 @@ from .models import SET, SOFTMAX, Attention, Classifier, build_pair, place_refer
 from .sources import LENGTH, Corpus, load
 from .training import Batch, Run, affordable_steps, peak_memory, predict, time_steps, train
 
-STEPS, BATCH, LEARNING_RATE, SEED = 160, 4, 3e-3, 0
-WIDTH, HEADS, DEPTH, REFERENCES = 64, 2, 2, 32
+STEPS, BATCH, LEARNING_RATE, SEED = 300, 4, 3e-3, 0
+WIDTH, HEADS, DEPTH, REFERENCES = 64, 2, 1, 32
 BUCKETS, GRAMS = 8192, (2, 3, 4, 6)
 PROBE_STEPS = 2
 STD = 0.02  # of embeddings and positions at the start, as in GPT-2

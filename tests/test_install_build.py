@@ -15,8 +15,10 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 INPUTS = ("pyproject.toml", "setup.py", "MANIFEST.in", "README.md", "LICENSE", "csrc", "setformer_kernels")
 BUILT = shutil.ignore_patterns("*.so", "*.o", "__pycache__", "build")
-NO_COMPILER = {name: "/nonexistent/compiler" for name in ("CC", "CXX", "LDSHARED")}
+NO_COMPILER = dict.fromkeys(("CC", "CXX", "LDSHARED"), "/nonexistent/compiler")
+# An editable install of this package would otherwise lend its own extension to the wheel's copy.
 USE = """
+import sys; sys.meta_path = [finder for finder in sys.meta_path if "Editable" not in repr(finder)]
 import torch, setformer_kernels as sk
 assert sk.__file__.startswith({site!r}), sk.__file__
 x = torch.randn(2, 6, 16)
@@ -31,7 +33,9 @@ def build(hook: str, source: Path, out: Path, **environment: str) -> Path:
     """Run a hook of the build backend in `source`, as pip does; the path of the file it made."""
     code = f"import setuptools.build_meta as b; print(b.{hook}({str(out)!r}))"
     command = [sys.executable, "-c", code]
-    done = subprocess.run(command, cwd=source, env=os.environ | environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        command, cwd=source, env=os.environ | environment, capture_output=True, text=True, timeout=300
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     return out / done.stdout.splitlines()[-1]
 

@@ -21,7 +21,9 @@ o = SF.set_attention(q, k, v, torch.randn(3, 4, 8))
 o.sum().backward()
 assert o.shape == (2, 3, 5, 8) and all(x.grad.isfinite().all() for x in (q, k, v))
 """
-INFO = "import runpy; sys.argv = ['setformer_kernels', 'info']; runpy.run_module('setformer_kernels', run_name='__main__')"
+INFO = (
+    "import runpy; sys.argv = ['setformer_kernels', 'info']; runpy.run_module('setformer_kernels', run_name='__main__')"
+)
 
 
 def run(*arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
@@ -50,7 +52,9 @@ def test_import_adds_nothing_heavy_to_torch() -> None:
 
 
 def test_import_takes_less_than_two_seconds_of_cpu_beyond_torch() -> None:
-    code = "import time, torch; start = time.process_time(); import setformer_kernels; print(time.process_time() - start)"
+    code = (
+        "import time, torch; start = time.process_time(); import setformer_kernels; print(time.process_time() - start)"
+    )
     assert float(run("-c", code).stdout) < 2.0
 
 
