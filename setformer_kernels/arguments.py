@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import checks
-from .problem import HYPER, Operands, Options, compute_dtype
+from .problem import HYPER, Operands, Options, compute_dtype, replaced
 from .reference.dense import normalise_masses
 
 Hyper = float | Tensor
@@ -18,7 +18,7 @@ Hyper = float | Tensor
 
 def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     device = tensors[0].device.type
-    if not torch.amp.autocast_mode.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+    if device == "meta" or not torch.is_autocast_enabled(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
     return tuple(t if t.dtype == torch.float64 else t.to(dtype) for t in tensors)
@@ -88,7 +88,8 @@ def normalise(
 def _with_an_absent_key(x: Operands) -> Operands:
     """No key at all is one key without mass: zeros out, and zero gradients for everything."""
     position = x.key_position
-    return x._replace(
+    return replaced(
+        x,
         key=F.pad(x.key, (0, 0, 0, 1)),
         value=F.pad(x.value, (0, 0, 0, 1)),
         log_a=x.references.new_full((*x.key.shape[:2], 1), -math.inf),

@@ -111,7 +111,7 @@ def mask(name: str, value: Any, allowed: Sequence[Sequence[int]]) -> None:
 
 def positions(tokens: dict[str, tuple[Any, int, int]], reference: Any, heads: int, m: int) -> None:
     """`tokens`: name -> (value, B, N), each [N, P] or [B, N, P]; `reference` [H, M, P]; all given or none."""
-    given = {name: value for name, (value, _, _) in tokens.items()} | {"reference_position": reference}
+    given = {**{name: value for name, (value, _, _) in tokens.items()}, "reference_position": reference}
     missing = [name for name, value in given.items() if value is None]
     if len(missing) == len(given):
         return

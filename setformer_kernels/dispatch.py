@@ -31,7 +31,8 @@ def select(problem: Problem, requested: str = "auto") -> str:
     """The backend that runs `problem`; ValueError if the requested one is unknown or cannot, with its reasons."""
     names = [*NATIVE, REFERENCE]
     if requested == "auto":
-        return next((name for name in NATIVE if not NATIVE[name].unsupported_reasons(problem)), REFERENCE)
+        able = [name for name in NATIVE if not NATIVE[name].unsupported_reasons(problem)]
+        return able[0] if able else REFERENCE
     if requested not in names:
         raise ValueError(f"backend must be one of auto, {', '.join(names)}, got {requested!r}")
     reasons = [] if requested == REFERENCE else NATIVE[requested].unsupported_reasons(problem)

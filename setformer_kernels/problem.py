@@ -8,12 +8,13 @@ of `Operands`; it stands here and nowhere else.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 KERNELS = ("rbf", "dot")
+Fields = TypeVar("Fields", bound=NamedTuple)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -52,6 +53,12 @@ class Options(NamedTuple):
     num_iters: int = 3
     dropout_p: float = 0.0
     backend: str = "auto"
+
+
+def replaced(x: Fields, **changes: Any) -> Fields:
+    """`x._replace(**changes)`, in a form that torch.compile traces on every supported release."""
+    kind = type(x)
+    return kind(*[changes.get(name, getattr(x, name)) for name in kind._fields])
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:

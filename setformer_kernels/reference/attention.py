@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor
 
-from ..problem import HYPER, Operands, Options, compute_dtype
+from ..problem import HYPER, Operands, Options, compute_dtype, replaced
 from .causal import log_weights, scan
 from .dense import DenseProblem, dense_weights, normalise_masses
 from .dropout import dropout
@@ -55,7 +55,7 @@ def widen(x: Operands) -> Operands:
     if x.log_a is not None:
         present = (x.log_a > -INF).unsqueeze(-1)  # [B, H, S, 1]
         key, value = torch.where(present, key, 0.0), torch.where(present, value, 0.0)
-    return x._replace(query=query, key=key, value=value)
+    return replaced(x, query=query, key=key, value=value)
 
 
 def plan(x: Operands, opt: Options) -> tuple[Tensor, Plan]:
@@ -129,7 +129,7 @@ def dense(x: Operands, opt: Options, mask: Tensor) -> tuple[Tensor, Tensor]:
     if x.log_a is not None:
         mask = mask + x.log_a.unsqueeze(-2)
     visible = (mask > -INF).any(-2)  # [B, H, S]: a key no query sees is never read
-    x = widen(x._replace(log_a=torch.where(visible, 0.0, -INF).to(mask.dtype).expand(x.key.shape[:-1])))
+    x = widen(replaced(x, log_a=torch.where(visible, 0.0, -INF).to(mask.dtype).expand(x.key.shape[:-1])))
     assert x.query is not None
     log_n, seen = normalise_masses(mask.expand(x.query.shape[:-1] + x.key.shape[-2:-1]))
     l_k, l_q = (token_logits(x, opt, t, p) for t, p in ((x.key, x.key_position), (x.query, x.query_position)))

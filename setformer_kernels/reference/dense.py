@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from ..problem import replaced
 from .transport import INF, lse, potential
 
 # max |ℓ| up to which e^{±3·|ℓ|} stays inside the dtype, from log(max) = 88 and 709.
@@ -68,7 +69,7 @@ def dense_weights(p: DenseProblem, keep: Tensor | float, logit_bound: float) -> 
     if logit_bound <= SAFE_BOUND[dtype]:
         return weights_by_products(p, keep)
     if logit_bound <= SAFE_BOUND[torch.float64]:
-        wide = p._replace(**{name: getattr(p, name).double() for name in p._fields if name != "num_iters"})
+        wide = replaced(p, **{name: getattr(p, name).double() for name in p._fields if name != "num_iters"})
         return weights_by_products(wide, keep).to(dtype)
     return _by_chunks(p, keep)
 
@@ -78,7 +79,7 @@ def _by_chunks(p: DenseProblem, keep: Tensor | float) -> Tensor:
     rows = max(1, CHUNK_ELEMENTS // max(1, b * h * p.l_k.shape[-2] * m))
     chunks = []
     for start in range(0, length, rows):
-        part = p._replace(l_q=p.l_q[:, :, start : start + rows], log_n=p.log_n[:, :, start : start + rows])
+        part = replaced(p, l_q=p.l_q[:, :, start : start + rows], log_n=p.log_n[:, :, start : start + rows])
         kept = keep[:, :, start : start + rows] if isinstance(keep, Tensor) else keep
         chunks.append(_recomputed(part, kept))
     return torch.cat(chunks, -2) if chunks else p.log_n
