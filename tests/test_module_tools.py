@@ -12,6 +12,7 @@ from nn_helpers import CONSTRUCTIONS, B, E, H, L, M, S, tokens, trainable, twins
 from torch.func import functional_call, grad, jvp, stack_module_state, vmap
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
 from setformer_kernels.nn import SeTAttention
 
@@ -175,6 +176,29 @@ def test_per_sample_gradients(batched, padded):
         mask = PAD[b : b + 1] if padded else None
         want = gradients(module, module(*(y[b : b + 1] for y in x), key_padding_mask=mask, need_weights=False)[0])
         agree({name: g[b] for name, g in got.items()}, want)
+
+
+@pytest.mark.parametrize(("randomness", "equal"), [("same", True), ("different", False)])
+def test_dropout_in_an_ensemble(randomness, equal):
+    module = twins(dropout=0.5)[0]
+    x = tokens(module)
+    copies = {name: p.detach().expand(2, *p.shape) for name, p in module.named_parameters()}
+    outputs = vmap(lambda p: functional_call(module, p, x)[0], randomness=randomness)(copies)
+    assert torch.allclose(outputs[0], outputs[1]) == equal
+
+
+@pytest.mark.parametrize("call", ["self", "padding", "causal"])
+def test_work_grows_linearly_with_length(call):
+    module = SeTAttention(E, H, num_references=M, num_iters=1 if call == "causal" else 3, batch_first=True)
+
+    def flops(length: int) -> int:
+        x = torch.randn(2, length, E, requires_grad=True)
+        pad = torch.arange(length).expand(2, -1) > length - 3 if call == "padding" else None
+        with FlopCounterMode(display=False) as counter:
+            module(x, x, x, pad, need_weights=False, is_causal=call == "causal")[0].sum().backward()
+        return counter.get_total_flops()
+
+    assert flops(512) - flops(256) == 2 * (flops(256) - flops(128)) > 0
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
