@@ -88,7 +88,11 @@ def test_nystrom_features_within_the_error_budget(
     exact, model = model_inputs(features, inputs, dtype, cotangent)
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     fast = gradients(functools.partial(features, backend=native), cast(inputs, wide, dtype), cotangent)
-    assert_within_budget(fast, exact, model, name)
+    if dtype == torch.float64:  # both whiten in float64, two algorithms at condition (R + δ)/δ: no model of one's error
+        for key, found in fast.items():
+            torch.testing.assert_close(found, exact[key], rtol=1e-9, atol=1e-11 * exact[key].abs().max().item())
+    else:
+        assert_within_budget(fast, exact, model, name)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
