@@ -17,7 +17,7 @@ class CausalBackwardWorker {
         sum_(p.S * Mp_), weight_(p.S * Mp_), log_c_(Mp_), d_log_c_(p.S * Mp_), kappa_(rows_ * Mp_), tile_(rows_ * Mp_), ds_(rows_ * Mp_),
         v_(rows_ * Ep_), d_o_(rows_ * Ep_), dv_(rows_ * Ep_), d_x_(rows_ * refs_.Dp), lse_(rows_),
         row_top_(rows_), row_sum_(rows_), g_(Mp_), dp_(Mp_),
-        h_(Mp_), d_log_b_(Mp_), G_(Mp_ * Ep_), mask_(Mp_) {}
+        d_log_b_(Mp_), G_(Mp_ * Ep_), mask_(Mp_), h_(Mp_) {}
 
   void run(int64_t item) {
     const int64_t h = item / p_.B, b = item % p_.B;
@@ -29,7 +29,7 @@ class CausalBackwardWorker {
     scan_.reset();
     for (int64_t row0 = 0; row0 < p_.S; row0 += rows_) forward_block(b, h, row0, std::min(rows_, p_.S - row0));
     fill(G_ + 0, Mp_ * Ep_, F(0));
-    fill(h_ + 0, Mp_, F(0));
+    fill(h_ + 0, Mp_, 0.0);
     for (int64_t row0 = (p_.S - 1) / rows_ * rows_; p_.S && row0 >= 0; row0 -= rows_)
       reverse_block(b, h, row0, std::min(rows_, p_.S - row0));
     store_ref_grads<F>(refs_, b, h, grads_, p_.d_references, p_.d_ref_pos);
@@ -137,7 +137,7 @@ class CausalBackwardWorker {
         acc += next * load(v_ + i * Ep_ + e);
         store(dv + e, load(dv + e) + next * p);
       }
-      dp_[j] = present ? p * (reduce_add<F>(acc) + h_[j]) : F(0);
+      dp_[j] = present ? static_cast<F>(p * (reduce_add<F>(acc) + h_[j])) : F(0);
       df += dp_[j];
     }
     if (p_.T && present) grads_.hyper[kLambdaA] -= static_cast<double>(df) * lse_[i];
@@ -159,8 +159,9 @@ class CausalBackwardWorker {
   int64_t rows_, Mp_, Ep_;
   Scan<F> scan_;
   // Column maxima and sums, W^q (dropped) and d log C of every token of one head: what the reverse scan needs.
-  Buffer<F> la_, top_, sum_, weight_, log_c_, d_log_c_, kappa_, tile_, ds_, v_, d_o_, dv_, d_x_, lse_, row_top_, row_sum_, g_, dp_, h_, d_log_b_, G_;
+  Buffer<F> la_, top_, sum_, weight_, log_c_, d_log_c_, kappa_, tile_, ds_, v_, d_o_, dv_, d_x_, lse_, row_top_, row_sum_, g_, dp_, d_log_b_, G_;
   Buffer<F> mask_;
+  Buffer<double> h_;  // a long sum that cancels against ⟨G, v⟩
 };
 
 template <class F>

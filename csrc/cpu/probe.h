@@ -2,7 +2,7 @@
 #pragma once
 #include <chrono>
 
-#include "math.h"
+#include "explog.h"
 
 namespace sfk {
 namespace {
@@ -23,18 +23,21 @@ double rate(double seconds, double per_call, Body body) {
 // Independent chains of fused multiply-adds held in registers; float32.
 double fma_rate(double seconds) {
   constexpr int kChains = 12, kSteps = 4096;
-  Vec<float> acc[kChains] = {};
-  Vec<float> a = splat(0.999f), b = splat(1e-3f);
+  Vec<float> total{};
   const double result = rate(seconds, 2.0 * kChains * kSteps * kLanes<float>, [&] {
+    Vec<float> acc[kChains];  // local, so that the chains live in registers; different, so that they stay apart
+    for (int c = 0; c < kChains; ++c) acc[c] = splat(static_cast<float>(c));
+    const Vec<float> a = splat(0.999f), b = splat(1e-3f);
     for (int i = 0; i < kSteps; ++i) {
-      SFK_UNROLL
-      for (int c = 0; c < 8; ++c) acc[c] = acc[c] * a + b;
-      SFK_UNROLL
-      for (int c = 8; c < kChains; ++c) acc[c] = acc[c] * a + b;
+#if defined(__GNUC__)
+#pragma GCC unroll 16
+#endif
+      for (int c = 0; c < kChains; ++c) acc[c] = acc[c] * a + b;
     }
+    for (int c = 0; c < kChains; ++c) total += acc[c];
   });
-  volatile float sink = 0;
-  for (int c = 0; c < kChains; ++c) sink = sink + reduce_add<float>(acc[c]);
+  volatile float sink = reduce_add<float>(total);
+  (void)sink;
   return result;
 }
 

@@ -1,7 +1,7 @@
 // One head's references, packed, and the tiles of kernel values and logits against them.
 #pragma once
 #include "gemm.h"
-#include "math.h"
+#include "explog.h"
 #include "tiles.h"
 
 namespace sfk {
