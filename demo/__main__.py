@@ -44,7 +44,7 @@ def run_parts(start: float) -> dict[str, Any]:
 
     print("\n(a) handwritten digits, one token a pixel", flush=True)
     model, digits_result = digits.compare(left(DIGITS_SECONDS, 0.0))
-    report.print_task(digits_result, digits_result["test_images"])
+    report.print_task(digits_result)
     print("\n(b) which standard-library package does this chunk of source come from, one token a byte", flush=True)
     text_result = text.compare(left(TEXT_SECONDS, LENGTHS_SECONDS))
     report.print_text(text_result)

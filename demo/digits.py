@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,11 +10,11 @@ from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
 
 from .models import SET, SOFTMAX, Attention, Classifier, build_pair, place_references
-from .training import Batch, Run, affordable_steps, predict, time_steps, train
+from .training import Batch, Trainer, predict, train_together
 
 STEPS, BATCH, LEARNING_RATE, SEED = 400, 64, 3e-3, 0
 WIDTH, HEADS, DEPTH, REFERENCES = 64, 4, 2, 16
-PIXELS, PROBE_STEPS = 64, 5
+PIXELS = 64
 
 
 def load() -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -31,7 +30,7 @@ def build(attention: Attention) -> Classifier:
     return Classifier(nn.Linear(1, WIDTH), position, 10, attention, heads=HEADS, depth=DEPTH)
 
 
-def prepare(name: str) -> tuple[Classifier, Callable[[], Batch]]:
+def trainer(name: str) -> Trainer:
     """The model with attention `name`, and its training batches: the same for every name."""
     x, y, _, _ = load()
     model = build_pair(build, name, REFERENCES, SEED)
@@ -43,28 +42,16 @@ def prepare(name: str) -> tuple[Classifier, Callable[[], Batch]]:
         rows = torch.randint(len(x), (BATCH,), generator=generator)
         return x[rows], y[rows]
 
-    return model, batch
-
-
-def fit(name: str, steps: int) -> tuple[Classifier, dict[str, Any]]:
-    """Train the model with attention `name`; accuracy on the held-out digits."""
-    model, batch = prepare(name)
-    run = Run(name, steps)
-    train(model, batch, run, LEARNING_RATE)
-    _, _, x_test, y_test = load()
-    run.accuracy = (predict(model, x_test, 256) == y_test).double().mean().item()
-    return model, run.summary()
+    return Trainer(model, batch)
 
 
 def compare(budget: float) -> tuple[Classifier, dict[str, Any]]:
     """Both models for as many steps as fit `budget` seconds; the SeT model is kept for the picture of its plan."""
-    seconds = [time_steps(*prepare(name), PROBE_STEPS) for name in (SOFTMAX, SET)]
-    steps = affordable_steps(STEPS, seconds, budget)
-    (_, softmax), (model, ours) = (fit(name, steps) for name in (SOFTMAX, SET))
-    return model, {
-        "test_images": len(load()[3]),
-        "length": PIXELS,
-        "steps_wanted": STEPS,
-        "steps": steps,
-        "models": [softmax, ours],
-    }
+    trainers = {name: trainer(name) for name in (SOFTMAX, SET)}
+    runs = train_together({name: t.step for name, t in trainers.items()}, STEPS, budget, LEARNING_RATE)
+    _, _, x_test, y_test = load()
+    for run in runs:
+        predicted = predict(trainers[run.attention].model, x_test, 256)
+        run.accuracy = (predicted == y_test).double().mean().item()
+    result = {"length": PIXELS, "test_samples": len(y_test), "steps_wanted": STEPS, "steps": len(runs[0].losses)}
+    return trainers[SET].model, result | {"models": [run.summary() for run in runs]}

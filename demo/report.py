@@ -36,8 +36,9 @@ def ratio_verdict(title: str, softmax: float, ours: float, more: str, less: str)
     return f"{title}: {SET} {ratio:.2f}x {less if ours < softmax else more}"
 
 
-def print_task(result: dict[str, Any], samples: int) -> None:
+def print_task(result: dict[str, Any]) -> None:
     """One row a model, then who wins what."""
+    samples = result["test_samples"]
     softmax, ours = result["models"]
     columns = [column for column in COLUMNS if column[1] in softmax]
     print(f"  {result['steps']} steps each, {samples} test samples, sequence length {result['length']}")
@@ -58,7 +59,7 @@ def print_text(result: dict[str, Any]) -> None:
     print(f"  packages: {', '.join(result['packages'])}")
     print(f"  {files['train']} files to train on, {files['test']} others to test on", end="; ")
     print(f"always the commonest package would score {100 * result['majority_share']:.1f} %")
-    print_task(result, result["test_chunks"])
+    print_task(result)
 
 
 def print_lengths(rows: list[dict[str, Any]]) -> None:

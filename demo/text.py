@@ -1,6 +1,6 @@
 """(b) byte-level text classification.  Each model runs in a process of its own, so that its peak memory is its own.
 
-`python -m demo.text probe|train ATTENTION STEPS` prints one line of JSON; `compare` starts these processes.
+`compare` starts both processes (`python -m demo.text ATTENTION`) and asks each for one step in turn.
 """
 
 from __future__ import annotations
@@ -9,8 +9,7 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Callable
-from typing import Any
+from typing import Any, TextIO
 
 import numpy as np
 import torch
@@ -18,12 +17,11 @@ from torch import Tensor, nn
 
 from .models import SET, SOFTMAX, Attention, Classifier, build_pair, place_references
 from .sources import LENGTH, Corpus, load
-from .training import Batch, Run, affordable_steps, peak_memory, predict, time_steps, train
+from .training import Trainer, peak_memory, predict, train_together
 
 STEPS, BATCH, LEARNING_RATE, SEED = 300, 4, 3e-3, 0
 WIDTH, HEADS, DEPTH, REFERENCES = 64, 2, 1, 32
 BUCKETS, GRAMS = 8192, (2, 3, 4, 6)
-PROBE_STEPS = 2
 STD = 0.02  # of embeddings and positions at the start, as in GPT-2
 
 
@@ -53,9 +51,8 @@ def hashed_grams(tokens: Tensor, n: int) -> Tensor:
     return code % BUCKETS
 
 
-def prepare(name: str) -> tuple[Corpus, Classifier, Callable[[], Batch]]:
-    """The data, the model with attention `name`, and its training batches: the same for every name."""
-    corpus = load()
+def trainer(name: str, corpus: Corpus) -> Trainer:
+    """The model with attention `name`, and its training batches: the same for every name."""
 
     def build(attention: Attention) -> Classifier:
         position = STD * torch.randn(LENGTH, WIDTH)
@@ -65,58 +62,80 @@ def prepare(name: str) -> tuple[Corpus, Classifier, Callable[[], Batch]]:
     model = build_pair(build, name, REFERENCES, SEED)
     if name == SET:
         place_references(model, corpus.sample(BATCH, np.random.default_rng(SEED + 1))[0])
-    return corpus, model, lambda: corpus.sample(BATCH, rng)
+    return Trainer(model, lambda: corpus.sample(BATCH, rng))
 
 
-def probe(name: str) -> dict[str, Any]:
-    """Seconds of a step, and the memory that steps add to what the process holds before the first one."""
-    _, model, batch = prepare(name)
+def serve(name: str, requests: TextIO, answers: TextIO) -> None:
+    """The process of one model: a line with a learning rate asks for a step; the end of the input asks for the test.
+
+    `peak_step_bytes` is what training added to the memory that the process held before its first step.
+    """
+
+    def answer(value: Any) -> None:
+        print(json.dumps(value), file=answers, flush=True)
+
+    corpus = load()
+    model = trainer(name, corpus)
     before = peak_memory()
-    seconds = time_steps(model, batch, PROBE_STEPS)
-    return {"attention": name, "seconds_per_step": seconds, "peak_step_bytes": peak_memory() - before}
-
-
-def fit(name: str, steps: int) -> dict[str, Any]:
-    """Train for `steps` steps, then classify the chunks of the test files."""
-    corpus, model, batch = prepare(name)
-    run = Run(name, steps)
-    train(model, batch, run, LEARNING_RATE)
+    answer("ready")
+    for line in requests:
+        answer(model.step(float(line)))
+    added = peak_memory() - before
     start = time.perf_counter()
-    predicted = predict(model, corpus.test_tokens, BATCH)
+    predicted = predict(model.model, corpus.test_tokens, BATCH)
     seconds = (time.perf_counter() - start) / len(predicted)
-    run.accuracy = (predicted == corpus.test_labels).double().mean().item()
-    return run.summary() | {"inference_seconds_per_chunk": seconds}
+    accuracy = (predicted == corpus.test_labels).double().mean().item()
+    answer({"accuracy": accuracy, "peak_step_bytes": added, "inference_seconds_per_chunk": seconds})
 
 
-def in_own_process(task: str, name: str, steps: int = 0) -> dict[str, Any]:
-    """Run `task` in a fresh Python; its progress goes to this terminal, its result comes back as JSON."""
-    command = [sys.executable, "-m", "demo.text", task, name, str(steps)]
-    result = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-    return json.loads(result.stdout)
+class Worker:
+    """A fresh Python that runs `serve`, so that a model's peak memory is its own."""
+
+    def __init__(self, name: str) -> None:
+        command = [sys.executable, "-m", "demo.text", name]
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self._answer()
+
+    def _answer(self) -> Any:
+        line = self.process.stdout.readline()
+        if not line:
+            raise RuntimeError(f"the process of a model ended with status {self._close()}; its error is above")
+        return json.loads(line)
+
+    def step(self, learning_rate: float) -> tuple[float, float]:
+        print(learning_rate, file=self.process.stdin, flush=True)
+        return tuple(self._answer())
+
+    def finish(self) -> dict[str, float]:
+        """Test the model and end the process."""
+        self.process.stdin.close()
+        result = self._answer()
+        self._close()
+        return result
+
+    def _close(self) -> int:
+        self.process.stdin.close()
+        self.process.stdout.close()
+        return self.process.wait()
 
 
 def compare(budget: float) -> dict[str, Any]:
-    """Probe both models, agree on a number of steps that fits `budget` seconds, then train both for that many."""
+    """Both models, each in its own process, for as many steps as fit `budget` seconds, then on the test files."""
     corpus = load()
-    probes = [in_own_process("probe", name) for name in (SOFTMAX, SET)]
-    seconds = [row["seconds_per_step"] for row in probes]
-    testing = sum(seconds) / 3 * len(corpus.test_labels) / BATCH  # a forward pass is about a third of a step
-    steps = affordable_steps(STEPS, seconds, budget - testing)
-    rows = [
-        in_own_process("train", row["attention"], steps) | {"peak_step_bytes": row["peak_step_bytes"]} for row in probes
-    ]
+    workers = {name: Worker(name) for name in (SOFTMAX, SET)}
+    runs = train_together({name: worker.step for name, worker in workers.items()}, STEPS, budget, LEARNING_RATE)
+    rows = [run.summary() | workers[run.attention].finish() for run in runs]
     return {
+        "length": LENGTH,
         "packages": corpus.packages,
         "files": {"train": corpus.files[0], "test": corpus.files[1]},
-        "test_chunks": len(corpus.test_labels),
+        "test_samples": len(corpus.test_labels),
         "majority_share": torch.bincount(corpus.test_labels).max().item() / len(corpus.test_labels),
-        "length": LENGTH,
         "steps_wanted": STEPS,
-        "steps": steps,
+        "steps": len(runs[0].losses),
         "models": rows,
     }
 
 
 if __name__ == "__main__":
-    task, name, steps = sys.argv[1:]
-    print(json.dumps(probe(name) if task == "probe" else fit(name, int(steps))))
+    serve(sys.argv[1], sys.stdin, sys.stdout)

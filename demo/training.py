@@ -1,11 +1,12 @@
-"""Training and measuring one classifier; the same steps, batches and learning rates for whatever attention it has."""
+"""Training and measuring classifiers: the same steps, batches and learning rates for whatever attention they have."""
 
 from __future__ import annotations
 
+import math
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
@@ -15,23 +16,25 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
+MIN_STEPS = 10
+
 Batch = tuple[Tensor, Tensor]
+Step = Callable[[float], tuple[float, float]]  # learning rate -> (loss, seconds)
 
 
 @dataclass
 class Run:
-    """What one training run measured."""
+    """What training one model measured."""
 
-    name: str
-    steps: int
+    attention: str
     accuracy: float = 0.0
     losses: list[float] = field(default_factory=list)
     step_seconds: list[float] = field(default_factory=list)
 
     def summary(self) -> dict[str, float | int | str]:
         return {
-            "attention": self.name,
-            "steps": self.steps,
+            "attention": self.attention,
+            "steps": len(self.losses),
             "accuracy": self.accuracy,
             "final_loss": sum(self.losses[-10:]) / len(self.losses[-10:]),
             "train_seconds": sum(self.step_seconds),
@@ -39,45 +42,52 @@ class Run:
         }
 
 
-def train(model: nn.Module, batch: Callable[[], Batch], run: Run, learning_rate: float) -> None:
-    """`run.steps` steps of AdamW, linear warm-up over a tenth of them, then a cosine down to zero."""
-    model.train()
-    optimizer = torch.optim.AdamW(model.parameters(), learning_rate, weight_decay=0.01)
-    warm_up = max(0.1, 2 / run.steps)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=run.steps, pct_start=warm_up)
-    progress = tqdm(range(run.steps), desc=f"  {run.name:<22}", unit="step", mininterval=0.5)
-    for _ in progress:
-        tokens, labels = batch()
+class Trainer:
+    """One model, its AdamW and its stream of batches."""
+
+    def __init__(self, model: nn.Module, batch: Callable[[], Batch]) -> None:
+        self.model, self.batch = model, batch
+        self.optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.01)
+
+    def step(self, learning_rate: float) -> tuple[float, float]:
+        """One optimizer step: its loss and its seconds, those of preparing the batch left out."""
+        self.model.train()
+        tokens, labels = self.batch()
+        self.optimizer.param_groups[0]["lr"] = learning_rate
         start = time.perf_counter()
-        loss = F.cross_entropy(model(tokens), labels, label_smoothing=0.05)
-        optimizer.zero_grad()
+        loss = F.cross_entropy(self.model(tokens), labels, label_smoothing=0.05)
+        self.optimizer.zero_grad()
         loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        run.step_seconds.append(time.perf_counter() - start)
-        run.losses.append(loss.item())
-        schedule.step()
-        progress.set_postfix(loss=f"{run.losses[-1]:.3f}", refresh=False)
+        nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+        return loss.item(), time.perf_counter() - start
 
 
-def time_steps(model: nn.Module, batch: Callable[[], Batch], count: int) -> float:
-    """Median seconds of `count` forward and backward passes after one to warm up; the weights stay as they are."""
-    seconds = []
-    for _ in range(count + 1):
-        tokens, labels = batch()
-        start = time.perf_counter()
-        F.cross_entropy(model(tokens), labels).backward()
-        seconds.append(time.perf_counter() - start)
-    model.zero_grad(set_to_none=True)
-    return median(seconds[1:])
+def rate(progress: float) -> float:
+    """Share of the peak learning rate at `progress` in [0, 1]: a tenth of it warms up, then a cosine down to zero."""
+    return min(1.0, progress / 0.1) * (1 + math.cos(math.pi * progress)) / 2
 
 
-def affordable_steps(wanted: int, seconds: Iterable[float], budget: float) -> int:
-    """Steps that every model can do when they share `budget` seconds; at most `wanted`, at least 10.
+def train_together(steps: dict[str, Step], wanted: int, budget: float, learning_rate: float) -> list[Run]:
+    """Train all models step by step in turn, so that all do the same steps and noise hits all alike.
 
-    `seconds` holds one step of each model: all get the same number, so that the comparison stays fair.
+    Where `budget` seconds are too few for the `wanted` steps, the schedule runs faster and ends when they are over
+    (not before `MIN_STEPS`): for all models at the same step.
     """
-    return max(10, min(wanted, int(budget / sum(seconds))))
+    runs = {name: Run(name) for name in steps}
+    start = time.perf_counter()
+    bar = tqdm(range(wanted), desc="  training both", unit="step", mininterval=0.5)
+    for i in bar:
+        progress = max((i + 0.5) / wanted, (time.perf_counter() - start) / max(budget, 1.0))
+        if progress >= 1 and i >= MIN_STEPS:
+            break
+        for name, step in steps.items():
+            loss, seconds = step(learning_rate * rate(min(progress, 1.0)))
+            runs[name].losses.append(loss)
+            runs[name].step_seconds.append(seconds)
+        bar.set_postfix_str(", ".join(f"{run.losses[-1]:.2f}" for run in runs.values()), refresh=False)
+    bar.close()
+    return list(runs.values())
 
 
 @torch.no_grad()
