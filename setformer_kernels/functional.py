@@ -228,9 +228,7 @@ def sinkhorn(
     checks.same_device("log_kernel", log_kernel, log_a=log_a, log_b=log_b, key_relaxation=lam[0],
                        reference_relaxation=lam[1])  # fmt: skip
     if dispatch.select(ops.sinkhorn_problem(l), backend) == dispatch.REFERENCE:
-        masses = [
-            l.new_full((), -math.log(k)).expand(groups, k) if t is None else t for t, k in ((log_a, n), (log_b, m))
-        ]
+        masses = [reference.uniform_mass(l, k) if t is None else t for t, k in ((log_a, n), (log_b, m))]
         rates = [l.new_full((1, 1), s) if t is None else t.unsqueeze(-1) for t, s in zip(lam, scalars, strict=True)]
         f, g = reference.sinkhorn(l, masses[0], masses[1], num_iters, rates[0], rates[1], tol)[:2]
     else:

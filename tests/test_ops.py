@@ -125,6 +125,19 @@ def test_one_graph_serves_every_length(native: str) -> None:
     assert counter.frame_count == 1
 
 
+@pytest.mark.parametrize("causal", [False, True])
+def test_the_reference_does_not_specialise_on_the_length(causal: bool) -> None:
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounter()
+    f = torch.compile(
+        lambda q, k, v, y: SF.set_attention(q, k, v, y, backend="reference", causal=causal), fullgraph=True,
+        dynamic=True, backend=counter,
+    )  # fmt: skip
+    for n in (11, 16, 33):
+        f(*(t.detach() for t in tokens(torch.float32, n, n)))
+    assert counter.frame_count == 1
+
+
 @pytest.mark.parametrize("strict", [False, True])
 def test_export_with_a_dynamic_length(strict: bool, native: str) -> None:
     class Module(torch.nn.Module):

@@ -6,7 +6,6 @@ another machine, and lets every property of the ops be tested without a compiler
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -112,11 +111,6 @@ def features_backward(
     return _vjp(lambda x, w, beta: _features(x, w, beta, scalar, ridge), tensors, needs, [d_psi])
 
 
-def _uniform(log_mass: Tensor | None, like: Tensor) -> Tensor:
-    """`log_mass`, or −log N for masses [..., N] shaped like `like`."""
-    return torch.full_like(like, -math.log(max(like.shape[-1], 1))) if log_mass is None else log_mass
-
-
 def _sinkhorn(
     log_kernel: Tensor,
     log_a: Tensor | None,
@@ -131,7 +125,9 @@ def _sinkhorn(
         log_kernel.new_full((1, 1), scalar) if lam is None else lam.unsqueeze(-1)
         for lam, scalar in zip((lam_a, lam_b), scalars, strict=True)
     )
-    log_a, log_b = _uniform(log_a, log_kernel[..., 0]), _uniform(log_b, log_kernel[..., 0, :])
+    n, m = log_kernel.shape[-2:]
+    log_a = reference.uniform_mass(log_kernel, n) if log_a is None else log_a
+    log_b = reference.uniform_mass(log_kernel, m) if log_b is None else log_b
     return reference.sinkhorn(log_kernel, log_a, log_b, num_iters, lam_a, lam_b, tol)
 
 

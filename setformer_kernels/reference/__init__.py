@@ -1,6 +1,6 @@
 """The specification: SeT attention as plain PyTorch, differentiable by plain autograd to any order."""
 
-from .attention import attention, causal, dense, plan, pool, weights
+from .attention import attention, causal, dense, plan, pool, uniform_mass, weights
 from .features import inverse_sqrt, nystrom_features
 from .logits import kernel_matrix, logits, normalise, squared_distance
 from .transport import Plan, lse, pool_weights, potential, read_weights, sinkhorn
@@ -26,5 +26,6 @@ __all__ = [
     "read_weights",
     "sinkhorn",
     "squared_distance",
+    "uniform_mass",
     "weights",
 ]

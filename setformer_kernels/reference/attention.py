@@ -29,16 +29,21 @@ def hyper(x: Operands, opt: Options, name: str) -> Tensor:
     return value[:, None, None]
 
 
+def uniform_mass(like: Tensor, n: int) -> Tensor:
+    """−log n [n]; counted by a sum, so that a graph traced once serves every length."""
+    return -like.new_ones(n).sum().log().expand(n)
+
+
 def reference_mass(x: Operands) -> Tensor:
     """log b [H, M]."""
     h, m, _ = x.references.shape
-    return x.references.new_full((h, m), -math.log(m)) if x.log_b is None else x.log_b
+    return uniform_mass(x.references, m).expand(h, m) if x.log_b is None else x.log_b
 
 
 def key_mass(x: Operands) -> Tensor:
     """log a [B, H, S]."""
     b, h, s, _ = x.key.shape
-    return x.references.new_full((b, h, s), -math.log(max(s, 1))) if x.log_a is None else x.log_a
+    return uniform_mass(x.references, s).expand(b, h, s) if x.log_a is None else x.log_a
 
 
 def token_logits(x: Operands, opt: Options, tokens: Tensor, position: Tensor | None) -> Tensor:

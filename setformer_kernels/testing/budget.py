@@ -92,11 +92,13 @@ def model_inputs(
 def assert_within_budget(fast: Tensors, exact: Tensors, model: Tensors, what: str = "") -> None:
     """Every entry of `fast` is finite and within twice the model's error, plus 4u of the exact norm."""
     for name, result in fast.items():
-        assert result.isfinite().all(), f"{what} {name}: not finite"
+        if not result.isfinite().all():
+            raise AssertionError(f"{what} {name}: not finite")
         reference, unit = exact[name].double(), rounding_unit(result.dtype)
         error = (result.double() - reference).norm().item()
         modelled = (model[name].double() - reference).norm().item()
         if result.dtype == torch.float64:
             modelled *= unit / rounding_unit(torch.float32)
         allowed = 2 * modelled + 4 * unit * reference.norm().item()
-        assert error <= allowed, f"{what} {name}: error {error:.3e}, budget {allowed:.3e}"
+        if error > allowed:
+            raise AssertionError(f"{what} {name}: error {error:.3e}, budget {allowed:.3e}")
