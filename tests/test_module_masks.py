@@ -107,7 +107,12 @@ def test_padding_content_and_length_never_matter(construction, how, need_weights
 
     want = call(key, value, pad)
     garbage = [torch.where(at[..., None], 1e4 * torch.randn_like(y), y) for y in (key, value)]
-    torch.testing.assert_close(call(*garbage, pad), want, rtol=1e-5, atol=1e-6)
+    got = call(*garbage, pad)
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
+    parameters = list(module.parameters())
+    wanted = torch.autograd.grad(want.square().sum(), parameters, retain_graph=True)
+    for g, w in zip(torch.autograd.grad(got.square().sum(), parameters), wanted, strict=True):
+        torch.testing.assert_close(g, w, rtol=1e-4, atol=1e-4 * w.abs().max().item())
     length_dim = 1 if module.batch_first else 0
     longer = [torch.cat([y, 7 * torch.randn_like(y)], length_dim) for y in (key, value)]
     torch.testing.assert_close(call(*longer, F.pad(pad, (0, S), value=True)), want, rtol=1e-5, atol=1e-6)

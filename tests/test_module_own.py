@@ -125,6 +125,16 @@ def test_shared_and_batched_positions_agree_and_unit_changes_with_scale():
     torch.testing.assert_close(alone, metres[0])
 
 
+def test_integer_positions_are_numbers_too():
+    module = SeTAttention(E, H, 0.0, True, True, num_references=M, position_dim=1)
+    x = tokens(module)
+    p, r = torch.arange(L)[:, None], torch.arange(S)[:, None]
+    want = module(*x, query_position=p.float(), key_position=r.float())[0]
+    torch.testing.assert_close(module(*x, query_position=p, key_position=r)[0], want)
+    module.initialize_references(x[1], key_position=r)
+    assert ((module.reference_position >= 0) & (module.reference_position < S)).all()
+
+
 def test_padding_keeps_positions_and_outputs():
     """Padding to another length changes nothing, positions included: none is derived from the length."""
     module = SeTAttention(E, H, num_references=M, position_dim=1, batch_first=True)
@@ -228,6 +238,7 @@ def test_landmarks_and_reference_positions_are_placed_too():
     module = SeTAttention(E, H, num_references=M, value_map="rkhs", position_dim=2, kdim=10, vdim=12)
     before = copy.deepcopy(module)
     corner = 100 + torch.rand(30, B, 2)
+    corner[:3] = torch.nan  # tokens without a position
     module.initialize_references(
         torch.randn(30, B, 10), value=torch.randn(30, B, 12), key_position=corner.transpose(0, 1)
     )

@@ -152,9 +152,9 @@ def check_masks(
 
 def check_key_position(position: Any, B: int, S: int, P: int) -> None:
     """None, or a tensor [S, P] or [B, S, P] where P > 0."""
+    check_tensors({}, {"key_position": position})
     if position is None:
         return
-    check_tensors({"key_position": position}, {})
     if P == 0:
         raise ValueError("key_position given, but the module was built with position_dim=0")
     if tuple(position.shape) not in ((S, P), (B, S, P)):

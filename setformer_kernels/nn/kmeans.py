@@ -67,3 +67,14 @@ def _update(x: Tensor, alive: Tensor, centres: Tensor, labels: Tensor) -> Tensor
     worst = fit.topk(centres.shape[1], largest=False).indices  # [H, K]
     spare = _rows(x, worst.gather(1, (empty.cumsum(1) - 1).clamp_min(0)))
     return torch.where(empty[..., None], spare, F.normalize(member.mT @ x, dim=-1))
+
+
+def cluster_means(x: Tensor, labels: Tensor, fallback: Tensor) -> Tensor:
+    """Mean [H, K, P] of the rows of x [n, P] in each cluster of labels [H, n]; fallback [H, K, P] where there is none.
+
+    Rows that hold a NaN (tokens without a position) do not count.
+    """
+    known = ~x.isnan().any(-1)  # [n]
+    member = F.one_hot(labels[:, known], fallback.shape[1]).to(x.dtype).mT  # [H, K, n]
+    count = member.sum(-1, keepdim=True)
+    return torch.where(count > 0, (member @ x[known]) / count.clamp_min(1), fallback.to(x.dtype))

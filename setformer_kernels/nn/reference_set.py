@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from .. import functional as SF
 from ..problem import compute_dtype
 from .contract import check_key_position, check_own_options
-from .kmeans import spherical_kmeans
+from .kmeans import cluster_means, spherical_kmeans
 from .masks import present_of
 
 
@@ -115,7 +115,8 @@ class ReferenceSet(nn.Module):
         if slots:
             position = token_positions["key_position"]
             assert position is not None
-            # a row of NaN has no position, and so no position term
+            # a row of NaN has no position, and so no position term; integers hold no NaN
+            position = position if position.is_floating_point() else position.float()
             options["key_position"] = F.pad(position, (0, 0, 0, slots), value=math.nan)
         return options
 
@@ -148,9 +149,6 @@ class ReferenceSet(nn.Module):
             values = chosen(value.transpose(1, 2)).transpose(0, 1)
             self.landmarks.copy_(spherical_kmeans(values, self.landmarks.shape[1], **options)[0])
         if self.reference_position is not None and key_position is not None:
-            position = chosen(key_position.expand(B, S, -1))  # [n, P]
-            member = F.one_hot(labels, self.num_references).to(position.dtype).mT  # [H, M, n]
-            count = member.sum(-1, keepdim=True)
-            mean = (member @ position / count.clamp_min(1)).to(self.reference_position.dtype)
-            self.reference_position.copy_(torch.where(count > 0, mean, self.reference_position))
+            mean = cluster_means(chosen(key_position.expand(B, S, -1)), labels, self.reference_position)
+            self.reference_position.copy_(mean)
         self.references.copy_(centres)
