@@ -81,7 +81,7 @@ def plot_lengths(rows: list[dict[str, Any]], path: Path) -> None:
     axes.set_xticks(lengths, [str(length) for length in lengths])
     axes.set_xlabel("sequence length")
     axes.set_ylabel("forward, ms (median)")
-    axes.set_title(f"Self-attention module, width {WIDTH}, {HEADS} heads, {torch.get_num_threads()} threads, float32")
+    axes.set_title(f"Self-attention module, width {WIDTH}, {HEADS} heads, float32, threads: {torch.get_num_threads()}")
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(path, dpi=130)
@@ -90,13 +90,13 @@ def plot_lengths(rows: list[dict[str, Any]], path: Path) -> None:
 
 @torch.no_grad()
 def transport_plans(model: Classifier, pixels: Tensor) -> Tensor:
-    """The plan of the first layer for digits [N,64,1]: [N,H,64,M], the mass of each pixel that goes to each reference.
+    """The plan of the last layer for digits [N,64,1]: [N,H,64,M], the mass of each pixel that goes to each reference.
 
     It is exp(ℓ + f + g) after the layer's own number of Sinkhorn iterations, so its columns sum to b = 1/M.
     """
-    block = model.blocks[0]
-    attention = block.attention
-    tokens = block.norm1(model.embed(pixels) + model.position)
+    *before, last = model.blocks
+    attention = last.attention
+    tokens = last.norm1(nn.Sequential(*before)(model.embed(pixels) + model.position))
     weight, bias = attention.in_proj_weight.chunk(3)[1], attention.in_proj_bias.chunk(3)[1]
     keys = nn.functional.linear(tokens, weight, bias).unflatten(-1, (attention.num_heads, -1)).transpose(1, 2)
     cosines = nn.functional.normalize(keys, dim=-1) @ nn.functional.normalize(attention.references, dim=-1).mT
@@ -129,6 +129,6 @@ def plot_plan(model: Classifier, path: Path) -> None:
     for axis in axes.flat:
         axis.set_xticks([])
         axis.set_yticks([])
-    figure.suptitle("Transport plan of the first layer, head 0: which pixels go to which reference", fontsize=11)
+    figure.suptitle("Transport plan of the last layer, head 0: which pixels go to which reference", fontsize=11)
     figure.savefig(path, dpi=130)
     plt.close(figure)
