@@ -22,7 +22,14 @@ COMMON = ["bindings.cpp", "cpu/dispatch.cpp", "cpu/probe_threads.cpp", "cpu/kern
 # Source file -> flags of its instruction set; only that file may use it.
 ISA_FLAGS = {
     "cpu/kernels_avx2.cpp": ["-mavx2", "-mfma"],
-    "cpu/kernels_avx512.cpp": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mprefer-vector-width=512"],
+    "cpu/kernels_avx512.cpp": [
+        "-mavx512f",
+        "-mavx512bw",
+        "-mavx512dq",
+        "-mavx512vl",
+        "-mfma",
+        "-mprefer-vector-width=512",
+    ],
 }
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..problem import HYPER, Operands, Options, Problem, compute_dtype, empty_in_order
+from ..problem import DTYPES, HYPER, Operands, Options, Problem, compute_dtype, empty_in_order
 from ._extension import MODULE, REASON
 
 NAME = "cpu"
@@ -29,7 +29,7 @@ def unsupported_reasons(p: Problem) -> list[str]:
     reasons = [REASON] if REASON else []
     if p.device != "cpu":
         reasons.append(f"runs on cpu tensors, not on {p.device}")
-    if p.dtype not in DTYPE_CODES:
+    if p.dtype not in DTYPES:
         reasons.append(f"has no kernels for {p.dtype}")
     if p.op != "sinkhorn" and p.M > MAX_REFERENCES:
         reasons.append(f"holds at most {MAX_REFERENCES} references, not {p.M}")
@@ -221,7 +221,9 @@ def features_backward(
         return d_x, None, None
     from_w, from_beta = whitening.backward(d_whitening.double().sum(0))
     d_landmarks = _in_order(landmarks, (d_w.double().sum(0) + from_w).to(wide)) if needs[1] else None
-    d_bandwidth = (d_beta.double().sum(0).flatten() + from_beta).to(wide) if needs[2] and bandwidth is not None else None
+    d_bandwidth = (
+        (d_beta.double().sum(0).flatten() + from_beta).to(wide) if needs[2] and bandwidth is not None else None
+    )
     return d_x, d_landmarks, d_bandwidth
 
 
