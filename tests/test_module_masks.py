@@ -126,19 +126,29 @@ def test_padding_content_and_length_never_matter(construction, how, need_weights
 
 
 @pytest.mark.parametrize("how", BANS[:2], ids=str)
-def test_not_even_nan_in_the_padding_matters(how):
-    module = twins(batch_first=True)[0]
+@pytest.mark.parametrize(
+    ("construction", "shared"),
+    # key and value of different widths are never one tensor
+    [(c, s) for c in CONSTRUCTIONS for s in (True, False) if not (s and "vdim" in c)],
+    ids=str,
+)
+def test_not_even_nan_in_the_padding_matters(construction, shared, how):
+    """Nor in any gradient, those of the projection weights included."""
+    module = twins(**({"vdim": construction["kdim"]} if "kdim" in construction else {}) | construction)[0]
     query, key, value = (y.requires_grad_() for y in tokens(module))
-    pad = padding()
-    spoilt = [torch.where(pad[..., None], torch.nan, y.detach()).requires_grad_() for y in (key, value)]
-    want, want_weights = module(query, key, value, key_padding_mask=ban(pad, how))
-    got, got_weights = module(query, *spoilt, key_padding_mask=ban(pad, how))
-    torch.testing.assert_close(got, want)
-    torch.testing.assert_close(got_weights, want_weights)
-    grads = torch.autograd.grad(got.square().sum(), [query, *spoilt])
-    wanted = torch.autograd.grad(want.square().sum(), [query, key, value])
-    for g, w in zip(grads, wanted, strict=True):
+    at = (padding() if module.batch_first else padding().T)[..., None]
+    mask, parameters = ban(padding(), how), list(module.parameters())
+
+    def run(k: Tensor, v: Tensor) -> list[Tensor]:
+        output, weights = module(query, k, k if shared else v, key_padding_mask=mask)
+        return [output, weights, *torch.autograd.grad(output.square().sum(), [query, k, *parameters])]
+
+    want = run(key, value)
+    got = run(*(torch.where(at, torch.nan, y.detach()).requires_grad_() for y in (key, value)))
+    for g, w in zip(got, want, strict=True):
         torch.testing.assert_close(g, w)
+    with torch.no_grad():
+        torch.testing.assert_close(module(query, key, key if shared else value, key_padding_mask=mask)[0], want[0])
 
 
 @pytest.mark.parametrize("how", BANS, ids=str)

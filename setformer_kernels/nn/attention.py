@@ -19,7 +19,7 @@ from .contract import (
     check_tensors,
     check_width,
 )  # fmt: skip
-from .masks import attention_mask_of, key_mask_of
+from .masks import attention_mask_of, blank_padding, key_mask_of
 from .nested import nest_like, pad_all
 from .reference_set import ReferenceSet
 
@@ -145,6 +145,8 @@ class SeTAttention(ReferenceSet, nn.MultiheadAttention):
             )  # fmt: skip
             return nest_like(output, query), weights
         batched, B = self._check_call(query, key, value, key_padding_mask, attn_mask)
+        if key_padding_mask is not None and key is not query and torch.is_grad_enabled():
+            key, value = blank_padding(key, value, key_padding_mask, self.batch_first)
         q, k, v = (self._heads(x, batched) for x in self._project(query, key, value))
         if not batched and key_padding_mask is not None:
             key_padding_mask = key_padding_mask.unsqueeze(0)

@@ -25,6 +25,19 @@ def present_of(key_padding_mask: Tensor) -> Tensor:
     return mask if mask.dtype == torch.bool else mask.float().exp() > 0.0
 
 
+def blank_padding(key: Tensor, value: Tensor, key_padding_mask: Tensor, batch_first: bool) -> tuple[Tensor, Tensor]:
+    """key and value [B, S, ·] (batch_first), [S, B, ·] or [S, ·] with zeros where the mask forbids (bool, or −inf).
+
+    The kernels never read these rows, but the gradient of a projection weight is a sum over all of them, in which
+    0 · NaN would be NaN.  One tensor given twice stays one tensor.
+    """
+    mask = takes_part(key_padding_mask)
+    present = mask if mask.dtype == torch.bool else mask > -torch.inf
+    present = (present if batch_first or present.dim() == 1 else present.T).unsqueeze(-1)
+    blank = torch.where(present, key, 0.0)
+    return blank, blank if value is key else torch.where(present, value, 0.0)
+
+
 def attention_mask_of(
     attn_mask: Tensor | None, is_causal: bool, slots: int, B: int, H: int, L: int, S: int, device: torch.device
 ) -> tuple[Tensor | None, bool]:
