@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._functorch.utils import unwrap_dead_wrappers
+from torch.autograd import forward_ad
 
 from .problem import empty_in_order
 
@@ -185,15 +187,27 @@ def _make_functions(spec: Spec, op: Any, op_backward: Any) -> tuple[type, type]:
 def _through(function: type, op: Any) -> Callable[..., Any]:
     """The kernel of the Autograd and FuncTorchBatched keys."""
     front = torch._C.DispatchKey.FuncTorchDynamicLayerFrontMode
+    # Function.apply binds its arguments through inspect.signature at every call, which costs more than the rest of
+    # this path; below it is the same entry without that.
+    apply = super(torch.autograd.Function, function).apply  # type: ignore[misc]
 
     def kernel(*args: Any) -> Any:
         if torch._C._are_functorch_transforms_active():
             # The dispatcher has switched functorch's front key off on the way here; apply() needs it to find its level.
             with torch._C._SetExcludeDispatchKeyGuard(front, False), torch._C._IncludeDispatchKeyGuard(front):
                 return function.apply(*args)  # type: ignore[attr-defined]
-        return function.apply(*args)  # type: ignore[attr-defined]
+        if not _differentiated(args):
+            return _below_autograd(op, args)
+        return apply(*unwrap_dead_wrappers(args))
 
     return kernel
+
+
+def _differentiated(args: Sequence[Any]) -> bool:
+    """Whether autograd, or a level of forward AD, has to see this call."""
+    if forward_ad._current_level >= 0:
+        return True
+    return torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args)
 
 
 def _fake_backward(spec: Spec) -> Callable[..., tuple[Tensor, ...]]:
