@@ -19,17 +19,11 @@ from setuptools.command.build_ext import build_ext
 
 X86 = platform.machine().lower() in ("x86_64", "amd64")
 COMMON = ["bindings.cpp", "cpu/dispatch.cpp", "cpu/probe_threads.cpp", "cpu/kernels_generic.cpp"]
+WIDE = ["-mprefer-vector-width=512"]  # gcc and clang prefer 256 bits on some targets
 # Source file -> flags of its instruction set; only that file may use it.
 ISA_FLAGS = {
     "cpu/kernels_avx2.cpp": ["-mavx2", "-mfma"],
-    "cpu/kernels_avx512.cpp": [
-        "-mavx512f",
-        "-mavx512bw",
-        "-mavx512dq",
-        "-mavx512vl",
-        "-mfma",
-        "-mprefer-vector-width=512",
-    ],
+    "cpu/kernels_avx512.cpp": [*(f"-mavx512{part}" for part in ("f", "bw", "dq", "vl")), "-mfma", *WIDE],
 }
 
 

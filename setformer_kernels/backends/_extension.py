@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from types import ModuleType
 
 # torch brings its own OpenMP runtime; loaded first, it is the one the extension's threads come from.
@@ -10,10 +11,9 @@ import torch  # noqa: F401
 
 def _load() -> tuple[ModuleType | None, str]:
     try:
-        from setformer_kernels import _C
+        return importlib.import_module("setformer_kernels._C"), ""
     except ImportError as error:
         return None, f"the C++ extension cannot be loaded ({error})"
-    return _C, ""
 
 
 MODULE, REASON = _load()

@@ -115,19 +115,19 @@ def _backward(
 ) -> Operands:
     b, h, _, d = x.key.shape
     m, wide = x.references.shape[1], compute_dtype(x.key.dtype)
-    need = Operands(*needs)
+    need = dict(zip(Operands._fields, needs, strict=True))
 
     def per_batch(wanted: bool, *shape: int) -> Tensor | None:
         return x.key.new_empty((b, h, *shape), dtype=wide) if wanted else None
 
     tokens = [_empty_like(t) if n and t is not None else None for t, n in zip(x[:3], needs[:3], strict=True)]
-    d_log_a = _empty_like(x.log_a) if need.log_a and x.log_a is not None else None
-    d_references = per_batch(bool(need.references), m, d)
-    d_log_b = per_batch(bool(need.log_b) and x.log_b is not None, m, 1)
+    d_log_a = _empty_like(x.log_a) if need["log_a"] and x.log_a is not None else None
+    d_references = per_batch(bool(need["references"]), m, d)
+    d_log_b = per_batch(bool(need["log_b"]) and x.log_b is not None, m, 1)
     first = Operands._fields.index(HYPER[0])
     d_hyper = per_batch(any(needs[first : first + len(HYPER)]), len(HYPER), 1)
     d_position = None
-    if need.reference_position and x.reference_position is not None:
+    if need["reference_position"] and x.reference_position is not None:
         d_position = per_batch(True, m, x.reference_position.shape[-1])
     outgoing = (*tokens, d_log_a, d_references, d_log_b, d_hyper, d_position)
     grads = tuple([_view(t) for t in (*incoming, *outgoing)])
@@ -141,7 +141,7 @@ def _backward(
     d_log_b = None if d_log_b is None else d_log_b.squeeze(-1)
     d_parameters = _in_order(x.references, _over_batch(d_references)), _in_order(x.log_b, _over_batch(d_log_b))
     d_position = _in_order(x.reference_position, _over_batch(d_position))
-    return Operands(*tokens, d_parameters[0], d_log_a, d_parameters[1], *d_hypers, None, None, d_position, None)
+    return Operands._make((*tokens, d_parameters[0], d_log_a, d_parameters[1], *d_hypers, None, None, d_position, None))
 
 
 def _over_batch(t: Tensor | None) -> Tensor | None:
