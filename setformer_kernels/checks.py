@@ -29,6 +29,8 @@ def tensor(name: str, value: Any, letters: str) -> Tensor:
     """`value` is a floating-point tensor with one dimension a letter: 'BHLD' wants four."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a Tensor [{', '.join(letters)}], got {type(value).__name__}")
+    if value.layout != torch.strided or value.is_nested:
+        raise TypeError(f"{name} must be a dense Tensor [{', '.join(letters)}], got layout {value.layout}")
     if value.ndim != len(letters):
         raise ValueError(f"{name} must have shape [{', '.join(letters)}], got {value.ndim}-D {list(value.shape)}")
     if value.dtype not in DTYPES:

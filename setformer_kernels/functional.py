@@ -77,6 +77,7 @@ def set_attention(
         key_mask, reference_log_mass, query_position, key_position, reference_position,
         kernel=kernel, num_iters=num_iters, dropout_p=dropout_p, seed=seed, backend=backend,
     )  # fmt: skip
+    checks.nonempty("value", value, "E", value.shape[3:])
     mask = query_mask(x, key.shape[2], attn_mask, causal, num_iters)
     if mask is not None:
         dispatch.select(ops.attention_problem("dense", x, opt), _dense_backend(backend))
@@ -158,6 +159,7 @@ def set_pool(
         key_mask, reference_log_mass, None, key_position, reference_position,
         kernel=kernel, num_iters=num_iters, dropout_p=0.0, seed=None, backend=backend,
     )  # fmt: skip
+    checks.nonempty("value", value, "E", value.shape[3:])
     if dispatch.select(ops.attention_problem("pool", x, opt), backend) == dispatch.REFERENCE:
         return reference.pool(x, opt)
     return ops.set_pool(*x, *opt)[0].to(x.value.dtype)

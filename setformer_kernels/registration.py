@@ -144,7 +144,8 @@ def _make_functions(spec: Spec, op: Any, op_backward: Any) -> tuple[type, type]:
             if all(c is None for c in cotangents):
                 return (None,) * (n + len(ctx.constants))
             given = _materialise([cotangents[positions[name]] for name in spec.differentiable], ctx.shapes)
-            tensors, saved = ctx.saved_tensors[:n], ctx.saved_tensors[n:]
+            kept = ctx.saved_tensors  # read once: non-reentrant checkpointing recomputes at each read
+            tensors, saved = kept[:n], kept[n:]
             needs = [bool(ctx.needs_input_grad[i]) and name in spec.graded for i, name in enumerate(spec.tensors)]
             found = iter(op_backward(*given, *saved, *tensors, *ctx.constants, needs))
             grads = [next(found) if name in spec.graded else None for name in spec.tensors]

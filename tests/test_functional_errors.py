@@ -33,6 +33,8 @@ BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "key_dtype": ({"key": torch.randn(B, H, S, D).double()}, TypeError, "value must have the dtype of key"),
     "query_dtype": ({"query": torch.randn(B, H, L, D).double()}, TypeError, "query must have the dtype of key"),
     "no_width": ({"key": torch.randn(B, H, S, 0)}, ValueError, "key must have D > 0"),
+    "value_width": ({"value": torch.randn(B, H, S, 0)}, ValueError, "value must have E > 0"),
+    "sparse": ({"query": torch.zeros(B, H, L, D).to_sparse()}, TypeError, "query must be a dense Tensor"),
     "value_length": ({"value": torch.randn(B, H, S + 1, E)}, ValueError, r"value must have shape \[2, 3, 6, \*\]"),
     "references_ndim": ({"references": torch.randn(M, D)}, ValueError, r"references must have shape \[H, M, D\]"),
     "references_heads": ({"references": torch.randn(1, M, D)}, ValueError, "references must have shape"),
