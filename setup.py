@@ -18,7 +18,7 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 X86 = platform.machine().lower() in ("x86_64", "amd64")
-COMMON = ["bindings.cpp", "cpu/dispatch.cpp", "cpu/probe_threads.cpp", "cpu/kernels_generic.cpp"]
+COMMON = ["bindings.cpp", "cpu/dispatch.cpp", "cpu/scratch.cpp", "cpu/probe_threads.cpp", "cpu/kernels_generic.cpp"]
 WIDE = ["-mprefer-vector-width=512"]  # gcc and clang prefer 256 bits on some targets
 # Source file -> flags of its instruction set; only that file may use it.
 ISA_FLAGS = {

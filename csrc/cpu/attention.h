@@ -67,9 +67,10 @@ struct KeySource {
   void store_f(int64_t, int64_t, const F*) {}
 };
 
-// Row softmax of ℓ + g in place; a row that sees nothing becomes 0.
+// Row softmax of ℓ + g in place, up to the factor scale[i] = 1/Σ_j that the caller applies; a row that sees nothing
+// becomes 0.
 template <class F>
-void softmax_rows(int64_t n, int64_t Mp, F* tile, const F* g) {
+void exp_rows(int64_t n, int64_t Mp, F* tile, const F* g, F* scale) {
   for (int64_t i = 0; i < n; ++i, tile += Mp) {
     Vec<F> top = splat(-kInf<F>), sum{};
     for (int64_t j = 0; j < Mp; j += kLanes<F>) {
@@ -78,6 +79,7 @@ void softmax_rows(int64_t n, int64_t Mp, F* tile, const F* g) {
       top = vmax(top, x);
     }
     const F m = reduce_max<F>(top);
+    scale[i] = 0;
     if (m == -kInf<F>) {
       fill(tile, Mp, F(0));
       continue;
@@ -87,8 +89,7 @@ void softmax_rows(int64_t n, int64_t Mp, F* tile, const F* g) {
       store(tile + j, w);
       sum += w;
     }
-    const F total = reduce_add<F>(sum);
-    for (int64_t j = 0; j < Mp; j += kLanes<F>) store(tile + j, load(tile + j) / total);
+    scale[i] = 1 / reduce_add<F>(sum);
   }
 }
 
@@ -111,7 +112,8 @@ class ForwardWorker {
   ForwardWorker(const AttentionParams& p, int threads)
       : p_(p), refs_(p), source_(p, refs_),
         transport_(p.S, cache_rows<F>(p, threads), tile_rows(refs_.Mp), refs_.Mp, pad<F>(p.E), p.T),
-        weights_(tile_rows(refs_.Mp) * refs_.Mp), out_(tile_rows(refs_.Mp) * pad<F>(p.E)) {}
+        weights_(tile_rows(refs_.Mp) * refs_.Mp), out_(tile_rows(refs_.Mp) * pad<F>(p.E)),
+        scale_(tile_rows(refs_.Mp)) {}
   ColumnState<F>& shared() { return transport_.state; }
 
   void run(int64_t item, const Team& team) {
@@ -151,13 +153,13 @@ class ForwardWorker {
         if (refs_.P) load_rows<F>(p_.query_pos, b, h, row0, n, nullptr, source_.pos, refs_.P);
         kernel_tile<F>(refs_, n, source_.x, source_.inv, weights_);
         logit_tile<F>(refs_, n, weights_, source_.pos, weights_);
-        softmax_rows<F>(n, Mp, weights_, transport_.g);
+        exp_rows<F>(n, Mp, weights_, transport_.g, scale_);
         drop<F>(p_, b, h, row0, n, Mp, weights_);
         gemm<F>(n, Ep, p_.M, weights_, Mp, 1, transport_.z, Ep, out_, Ep, false);
       } else {
         fill(out_ + 0, n * Ep, F(0));
       }
-      store_rows<F>(p_.o, b, h, row0, n, out_ + 0, Ep, static_cast<const F*>(nullptr));
+      store_rows<F>(p_.o, b, h, row0, n, out_ + 0, Ep, any ? scale_ + 0 : nullptr);
     }
   }
 
@@ -165,7 +167,7 @@ class ForwardWorker {
   Refs<F> refs_;
   KeySource<F> source_;
   Transport<F, KeySource<F>> transport_;
-  Buffer<F> weights_, out_;
+  Buffer<F> weights_, out_, scale_;
 };
 
 template <class F>

@@ -72,7 +72,8 @@ class BackwardWorker {
         source_(p, refs_, key_grads_, cache_rows<F>(p, threads)),
         transport_(p.S, tile_rows(refs_.Mp), refs_.Mp, p.E, p.T), Ep_(pad<F>(p.E)), zt_(p.E * refs_.Mp), g_(refs_.Mp),
         kappa_(tile_rows(refs_.Mp) * refs_.Mp), w_(tile_rows(refs_.Mp) * refs_.Mp), dp_(tile_rows(refs_.Mp) * refs_.Mp),
-        d_o_(tile_rows(refs_.Mp) * Ep_), d_x_(tile_rows(refs_.Mp) * refs_.Dp) {
+        d_o_(tile_rows(refs_.Mp) * Ep_), d_x_(tile_rows(refs_.Mp) * refs_.Dp),
+        scale_(tile_rows(refs_.Mp)) {
     shared_.dz.reset(refs_.Mp * Ep_);
     shared_.dg.reset(refs_.Mp);
     shared_.query_grads = &query_grads_;
@@ -144,21 +145,18 @@ class BackwardWorker {
     if (refs_.P) load_rows<F>(p_.query_pos, b, h, row0, n, nullptr, pos, refs_.P);
     kernel_tile<F>(refs_, n, x, inv, kappa_);
     logit_tile<F>(refs_, n, kappa_, pos, w_);
-    softmax_rows<F>(n, Mp, w_, g_);
+    exp_rows<F>(n, Mp, w_, g_, scale_);
     load_rows<F>(p_.d_o, b, h, row0, n, nullptr, d_o_, Ep_);
     gemm<F>(n, Mp, p_.E, d_o_, Ep_, 1, zt_, Mp, dp_, Mp, false);
     drop<F>(p_, b, h, row0, n, Mp, dp_);
     for (int64_t i = 0; i < n; ++i) {
-      Vec<F> dot{}, sum{};
+      Vec<F> dot{};
+      for (int64_t j = 0; j < Mp; j += kLanes<F>) dot += load(w_ + i * Mp + j) * load(dp_ + i * Mp + j);
+      // The same factor normalises W and the mean, so that a row of dS sums to 0 to rounding of its own terms.
+      const F mean = reduce_add<F>(dot) * scale_[i];
       for (int64_t j = 0; j < Mp; j += kLanes<F>) {
-        const Vec<F> w = load(w_ + i * Mp + j);
-        dot += w * load(dp_ + i * Mp + j);
-        sum += w;
-      }
-      const F total = reduce_add<F>(sum);  // 1 to rounding; divided by, so that the row of dS sums to 0 much closer
-      const F mean = total > 0 ? reduce_add<F>(dot) / total : F(0);
-      for (int64_t j = 0; j < Mp; j += kLanes<F>) {
-        const Vec<F> ds = load(w_ + i * Mp + j) * (load(dp_ + i * Mp + j) - mean);
+        const Vec<F> w = load(w_ + i * Mp + j) * scale_[i], ds = w * (load(dp_ + i * Mp + j) - mean);
+        store(w_ + i * Mp + j, w);
         store(dp_ + i * Mp + j, ds);
         store(shared_.dg + j, load(shared_.dg + j) + ds);
       }
@@ -219,7 +217,7 @@ class BackwardWorker {
   TransportBackward<F, KeyGradSource<F>> transport_;
   Shared shared_;
   int64_t Ep_;
-  Buffer<F> zt_, g_, kappa_, w_, dp_, d_o_, d_x_;
+  Buffer<F> zt_, g_, kappa_, w_, dp_, d_o_, d_x_, scale_;
 };
 
 template <class F>

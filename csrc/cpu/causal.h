@@ -65,7 +65,9 @@ template <class F>
 void causal_read(const Refs<F>& r, int64_t T, const F* log_sums, F* row, F* g) {
   for (int64_t j = 0; j < r.Mp; ++j) g[j] = r.log_b[j];
   for (int64_t j = 0; T && j < r.M; ++j) g[j] -= r.lam_b * log_sums[j];
-  softmax_rows<F>(1, r.Mp, row, g);
+  F scale;
+  exp_rows<F>(1, r.Mp, row, g, &scale);
+  for (int64_t j = 0; j < r.Mp; j += kLanes<F>) store(row + j, load(row + j) * scale);
 }
 
 template <class F>

@@ -1,10 +1,9 @@
 // Moving rows between strided tensors of any dtype and packed tiles of F, and Philox.
 #pragma once
-#include <cstdlib>
-#include <new>
 #include <utility>
 
 #include "../params.h"
+#include "scratch.h"
 #include "vec.h"
 
 namespace sfk {
@@ -16,21 +15,27 @@ class Buffer {
  public:
   Buffer() = default;
   explicit Buffer(int64_t n) { reset(n); }
-  Buffer(Buffer&& other) noexcept : data_(std::exchange(other.data_, nullptr)) {}
+  Buffer(Buffer&& other) noexcept : data_(std::exchange(other.data_, nullptr)), bytes_(other.bytes_) {}
   Buffer& operator=(Buffer&& other) noexcept {
     std::swap(data_, other.data_);
+    std::swap(bytes_, other.bytes_);
     return *this;
   }
-  ~Buffer() { ::operator delete[](data_, std::align_val_t(64)); }
+  ~Buffer() { release(); }
   void reset(int64_t n) {
-    ::operator delete[](data_, std::align_val_t(64));
-    data_ = nullptr;
-    data_ = static_cast<F*>(::operator new[](sizeof(F) * static_cast<size_t>(n > 0 ? n : 1), std::align_val_t(64)));
+    release();
+    bytes_ = sizeof(F) * static_cast<size_t>(n > 0 ? n : 1);
+    data_ = static_cast<F*>(take_scratch(bytes_));
   }
   operator F*() const { return data_; }
 
  private:
+  void release() {
+    if (data_) give_scratch(data_, bytes_);
+    data_ = nullptr;
+  }
   F* data_ = nullptr;
+  size_t bytes_ = 0;
 };
 
 template <class F>
