@@ -43,7 +43,7 @@ sanitize:
 	$(MAKE) -C csrc sanitize
 
 clean:
-	rm -rf $(VENV)/.installed $(VENV)/.lint build csrc/build dist demo_output *.egg-info setformer_kernels/_C*.so
+	rm -rf $(VENV)/.installed $(VENV)/.lint build dist demo_output *.egg-info setformer_kernels/_C*.so
 
 $(VENV)/.venv-ready: constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
