@@ -49,7 +49,7 @@ class Build(build_ext):
 
     def set_unix_flags(self, ext: Extension) -> None:
         compiler = list(self.compiler.compiler_cxx)
-        base = ["-std=c++17", "-O3", "-ffp-contract=fast", "-fvisibility=hidden", "-Wall"]
+        base = ["-std=c++17", "-O3", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden", "-Wall"]
         base += [flag for flag in ("-Wno-psabi", "-Wno-unknown-pragmas") if compiles(compiler, [flag])]
         if compiles(compiler, ["-fopenmp"]):
             base.append("-fopenmp")

@@ -10,8 +10,6 @@ namespace {
 constexpr double kScratchShare = 0.2;
 constexpr int64_t kScratchFloor = 1 << 18;
 
-inline int64_t element_size(Dtype d) { return d == Dtype::f64 ? 8 : d == Dtype::f32 ? 4 : 2; }
-
 // Rows of [Mp] numbers a thread may keep.
 template <class F>
 int64_t cache_rows(const AttentionParams& p, int threads) {
@@ -59,8 +57,7 @@ struct KeySource {
   }
   void logits(int64_t row0, int64_t n, F* tile) {
     load_keys(row0, n);
-    kernel_tile<F>(refs, n, x, inv, tile);
-    logit_tile<F>(refs, n, tile, pos, tile);
+    logits_of<F>(refs, n, x, inv, pos, tile);
   }
   void values(int64_t row0, int64_t n, F* tile) { load_rows<F>(p.value, b, h, lo + row0, n, la + row0, tile, Ep); }
   static constexpr bool wants_f() { return false; }
@@ -151,8 +148,7 @@ class ForwardWorker {
         load_rows<F>(p_.query, b, h, row0, n, nullptr, source_.x, refs_.Dp);
         if (refs_.rbf) inverse_norms<F>(source_.x, n, refs_.Dp, source_.inv);
         if (refs_.P) load_rows<F>(p_.query_pos, b, h, row0, n, nullptr, source_.pos, refs_.P);
-        kernel_tile<F>(refs_, n, source_.x, source_.inv, weights_);
-        logit_tile<F>(refs_, n, weights_, source_.pos, weights_);
+        logits_of<F>(refs_, n, source_.x, source_.inv, source_.pos, weights_);
         exp_rows<F>(n, Mp, weights_, transport_.g, scale_);
         drop<F>(p_, b, h, row0, n, Mp, weights_);
         gemm<F>(n, Ep, p_.M, weights_, Mp, 1, transport_.z, Ep, out_, Ep, false);

@@ -92,8 +92,7 @@ class CausalWorker {
       load_rows<F>(p_.query, b, h, row0, n, nullptr, source_.x, refs_.Dp);
       if (refs_.rbf) inverse_norms<F>(source_.x, n, refs_.Dp, source_.inv);
       if (refs_.P) load_rows<F>(p_.query_pos, b, h, row0, n, nullptr, source_.pos, refs_.P);
-      kernel_tile<F>(refs_, n, source_.x, source_.inv, w_);
-      logit_tile<F>(refs_, n, w_, source_.pos, w_);
+      logits_of<F>(refs_, n, source_.x, source_.inv, source_.pos, w_);
       for (int64_t i = 0; i < n; ++i) step(b, h, row0, i);
       store_rows<F>(p_.o, b, h, row0, n, o_ + 0, Ep_, static_cast<const F*>(nullptr));
     }

@@ -113,6 +113,23 @@ void logit_tile(const Refs<F>& r, int64_t n, const F* kappa, const F* pos, F* lo
   }
 }
 
+// Logits where κ is not needed again: both steps in one sweep over the tile.
+template <class F>
+void logits_of(const Refs<F>& r, int64_t n, const F* x, const F* inv, const F* pos, F* tile) {
+  if (!r.rbf || r.P) {
+    kernel_tile<F>(r, n, x, inv, tile);
+    return logit_tile<F>(r, n, tile, pos, tile);
+  }
+  gemm<F>(n, r.Mp, r.D, x, r.Dp, 1, r.yt, r.Mp, tile, r.Mp, false);
+  for (int64_t i = 0; i < n; ++i, tile += r.Mp) {
+    const F scale = r.beta * inv[i];
+    for (int64_t j = 0; j < r.Mp; j += kLanes<F>) {
+      const Vec<F> d = vexp<F>(load(tile + j) * scale - r.beta) - F(1);
+      store(tile + j, d * r.inv_eps + d * r.inv_eps_low);
+    }
+  }
+}
+
 // What one thread collects for the gradients of one head's references and hyperparameters.
 template <class F>
 struct RefGrads {

@@ -1,5 +1,6 @@
 // Moving rows between strided tensors of any dtype and packed tiles of F, and Philox.
 #pragma once
+#include <algorithm>
 #include <utility>
 
 #include "../params.h"
@@ -37,6 +38,8 @@ class Buffer {
   F* data_ = nullptr;
   size_t bytes_ = 0;
 };
+
+inline int64_t element_size(Dtype d) { return d == Dtype::f64 ? 8 : d == Dtype::f32 ? 4 : 2; }
 
 template <class F>
 void fill(F* p, int64_t n, F value) {
@@ -169,21 +172,35 @@ struct Block {
   F& operator()(int64_t i, int64_t j) const { return data[i * row + j * col]; }
 };
 
+// ‖x‖ of a row whose squares overflowed: the largest element is taken out.
+template <class F>
+double large_norm(const F* x, int64_t ld) {
+  double largest = 0, sum = 0;
+  for (int64_t j = 0; j < ld; ++j) largest = std::fmax(largest, std::fabs(static_cast<double>(x[j])));
+  for (int64_t j = 0; j < ld; ++j) sum += (x[j] / largest) * (x[j] / largest);
+  return largest * std::sqrt(sum);
+}
+
 // 1/‖x_i‖ of the n rows of a tile [n][ld] (ld a multiple of the vector width), 0 where ‖x‖ <= 1e-12.
 template <class F>
 void inverse_norms(const F* x, int64_t n, int64_t ld, F* inv, F* norms = nullptr) {
-  for (int64_t i = 0; i < n; ++i, x += ld) {
-    Vec<F> acc{};
-    for (int64_t j = 0; j < ld; j += kLanes<F>) acc += load(x + j) * load(x + j);
-    double norm = std::sqrt(static_cast<double>(reduce_add<F>(acc)));
-    if (norm == kInf<double>) {  // the squares overflowed: take the largest element out
-      F largest = 0, sum = 0;
-      for (int64_t j = 0; j < ld; ++j) largest = std::fmax(largest, std::fabs(x[j]));
-      for (int64_t j = 0; j < ld; ++j) sum += (x[j] / largest) * (x[j] / largest);
-      norm = largest * std::sqrt(static_cast<double>(sum));
+  constexpr int64_t kGroup = 16;  // rows whose roots are taken together
+  double square[kGroup], norm[kGroup];
+  for (int64_t first = 0; first < n; first += kGroup) {
+    const int64_t rows = std::min(kGroup, n - first);
+    for (int64_t i = 0; i < kGroup; ++i) square[i] = 1;
+    for (int64_t i = 0; i < rows; ++i) {
+      const F* row = x + (first + i) * ld;
+      Vec<F> acc{};
+      for (int64_t j = 0; j < ld; j += kLanes<F>) acc += load(row + j) * load(row + j);
+      square[i] = reduce_add<F>(acc);
     }
-    inv[i] = norm <= 1e-12 ? F(0) : static_cast<F>(1 / norm);
-    if (norms) norms[i] = norm <= 1e-12 ? F(0) : static_cast<F>(norm);
+    for (int64_t i = 0; i < kGroup; ++i) norm[i] = std::sqrt(square[i]);
+    for (int64_t i = 0; i < rows; ++i)
+      if (norm[i] == kInf<double>) norm[i] = large_norm(x + (first + i) * ld, ld);
+    for (int64_t i = 0; i < kGroup; ++i) square[i] = norm[i] <= 1e-12 ? 0.0 : 1 / norm[i];
+    for (int64_t i = 0; i < rows; ++i) inv[first + i] = static_cast<F>(square[i]);
+    for (int64_t i = 0; norms && i < rows; ++i) norms[first + i] = norm[i] <= 1e-12 ? F(0) : static_cast<F>(norm[i]);
   }
 }
 
