@@ -49,8 +49,21 @@ class Build(build_ext):
 
     def set_unix_flags(self, ext: Extension) -> None:
         compiler = list(self.compiler.compiler_cxx)
-        base = ["-std=c++17", "-O3", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden", "-Wall"]
-        base += [flag for flag in ("-Wno-psabi", "-Wno-unknown-pragmas") if compiles(compiler, [flag])]
+        base = [
+            "-std=c++17",
+            "-O3",
+            "-ffp-contract=fast",
+            "-fno-math-errno",
+            "-fno-trapping-math",
+            "-fvisibility=hidden",
+            "-Wall",
+        ]
+        # The last two: gcc 12 warns about its own AVX-512 header.
+        base += [
+            flag
+            for flag in ("-Wno-psabi", "-Wno-unknown-pragmas", "-Wno-maybe-uninitialized", "-Wno-uninitialized")
+            if compiles(compiler, [flag])
+        ]
         if compiles(compiler, ["-fopenmp"]):
             base.append("-fopenmp")
             ext.extra_link_args.append("-fopenmp")

@@ -1,5 +1,5 @@
-// Python's view of the kernels: tensors come as tuples (pointer, sizes, strides, dtype code).  Every size a kernel relies
-// on is checked here, so that no kernel reads outside what the sizes and strides describe.
+// Python's view of the kernels: tensors come as tuples (pointer, sizes, strides, dtype code).  Every size a kernel
+// relies on is checked here, so that no kernel reads outside what the sizes and strides describe.
 #include <pybind11/pybind11.h>
 
 #include <stdexcept>
@@ -37,8 +37,8 @@ View view(py::handle o, const char* name, std::initializer_list<int64_t> sizes) 
     v.size[i] = integer(PyTuple_GET_ITEM(size, i));
     v.stride[i] = integer(PyTuple_GET_ITEM(stride, i));
     if (v.size[i] != sizes.begin()[i])
-      throw std::invalid_argument(who + "dimension " + std::to_string(i) + " is " + std::to_string(v.size[i]) + ", not " +
-                                  std::to_string(sizes.begin()[i]));
+      throw std::invalid_argument(who + "dimension " + std::to_string(i) + " is " + std::to_string(v.size[i]) +
+                                  ", not " + std::to_string(sizes.begin()[i]));
     count *= v.size[i];
   }
   v.dtype = static_cast<Dtype>(integer(PyTuple_GET_ITEM(t, 3)));
@@ -58,7 +58,8 @@ void same_dtype(const View& v, Dtype d, const char* name) {
 int64_t size_of(py::handle o, int dim) {
   if (!PyTuple_Check(o.ptr()) || PyTuple_GET_SIZE(o.ptr()) != 4) throw std::invalid_argument("not a tensor tuple");
   PyObject* size = PyTuple_GET_ITEM(o.ptr(), 1);
-  if (!PyTuple_Check(size) || PyTuple_GET_SIZE(size) <= dim) throw std::invalid_argument("tensor has too few dimensions");
+  if (!PyTuple_Check(size) || PyTuple_GET_SIZE(size) <= dim)
+    throw std::invalid_argument("tensor has too few dimensions");
   return integer(PyTuple_GET_ITEM(size, dim));
 }
 
@@ -71,7 +72,8 @@ AttentionParams attention_params(const py::tuple& x, const py::tuple& scalars, b
   p.E = size_of(x[2], 3), p.M = size_of(x[3], 1), p.T = T;
   p.L = x[0].is_none() ? 0 : size_of(x[0], 2);
   p.P = x[13].is_none() ? 0 : size_of(x[13], 2);
-  if (p.M < 1 || p.D < 1 || p.E < 1 || T < 0) throw std::invalid_argument("M, D and E must be positive, T not negative");
+  if (p.M < 1 || p.D < 1 || p.E < 1 || T < 0)
+    throw std::invalid_argument("M, D and E must be positive, T not negative");
   p.kernel = dot ? KernelKind::dot : KernelKind::rbf;
   p.dropout_p = dropout_p, p.seed = seed, p.threads = threads < 1 ? 1 : threads;
   p.query = view(x[0], "query", {p.B, p.H, p.L, p.D});
@@ -95,8 +97,8 @@ AttentionParams attention_params(const py::tuple& x, const py::tuple& scalars, b
   p.f64 = p.key.dtype == Dtype::f64;
   const Dtype compute = p.f64 ? Dtype::f64 : Dtype::f32;
   same_dtype(p.query, p.key.dtype, "query"), same_dtype(p.value, p.key.dtype, "value");
-  for (const View* v : {&p.references, &p.log_a, &p.log_b, &p.query_pos, &p.key_pos, &p.ref_pos, &p.hyper[0], &p.hyper[1],
-                        &p.hyper[2], &p.hyper[3], &p.hyper[4]})
+  for (const View* v : {&p.references, &p.log_a, &p.log_b, &p.query_pos, &p.key_pos, &p.ref_pos, &p.hyper[0],
+                        &p.hyper[1], &p.hyper[2], &p.hyper[3], &p.hyper[4]})
     same_dtype(*v, compute, "parameter");
   return p;
 }

@@ -31,17 +31,17 @@ struct AttentionParams {
   int32_t threads = 1;
   bool f64 = false;
 
-  View query, key, value;                // [B,H,L,D] [B,H,S,D] [B,H,S,E] in one dtype
-  View references;                       // [H,M,D] F
-  View log_a, log_b;                     // [B,H,S] [H,M] F
-  View hyper[kNumHyper];                 // [H] F
-  View query_pos, key_pos, ref_pos;      // [B,H,L,P] [B,H,S,P] [H,M,P] F
-  View o;                                // [B,H,L,E] in the dtype of the query
-  View z, c;                             // [B,H,M,E] [B,H,max(T,1),M] F
+  View query, key, value;            // [B,H,L,D] [B,H,S,D] [B,H,S,E] in one dtype
+  View references;                   // [H,M,D] F
+  View log_a, log_b;                 // [B,H,S] [H,M] F
+  View hyper[kNumHyper];             // [H] F
+  View query_pos, key_pos, ref_pos;  // [B,H,L,P] [B,H,S,P] [H,M,P] F
+  View o;                            // [B,H,L,E] in the dtype of the query
+  View z, c;                         // [B,H,M,E] [B,H,max(T,1),M] F
 
-  View d_o, d_z, d_c;                    // incoming gradients, shaped as o, z, c
-  View d_query, d_key, d_value;          // outgoing, in the dtype of q, k, v
-  View d_log_a;                          // [B,H,S] F
+  View d_o, d_z, d_c;                              // incoming gradients, shaped as o, z, c
+  View d_query, d_key, d_value;                    // outgoing, in the dtype of q, k, v
+  View d_log_a;                                    // [B,H,S] F
   View d_references, d_log_b, d_hyper, d_ref_pos;  // [B,H,M,D] [B,H,M] [B,H,5] [B,H,M,P] F: not yet summed over B
 };
 
@@ -51,25 +51,25 @@ struct FeatureParams {
   double bandwidth = 1;
   int32_t threads = 1;
   bool f64 = false;
-  View x, landmarks, bandwidths, whitening;   // [B,H,N,D] [H,R,D] F [H] F [H,R,R] F
-  View psi;                                   // [B,H,N,R] in the dtype of x
-  View d_psi, d_x;                            // as psi, as x
+  View x, landmarks, bandwidths, whitening;    // [B,H,N,D] [H,R,D] F [H] F [H,R,R] F
+  View psi;                                    // [B,H,N,R] in the dtype of x
+  View d_psi, d_x;                             // as psi, as x
   View d_landmarks, d_bandwidth, d_whitening;  // [B,H,R,D] [B,H,1] [B,H,R,R] F: not yet summed over B
 };
 
 struct SinkhornParams {
   int64_t G = 0, N = 0, M = 0, T = 0;
-  double scalars[2] = {1, 1};            // λ_a, λ_b
-  double tol = -1;                       // negative: run all T iterations
+  double scalars[2] = {1, 1};  // λ_a, λ_b
+  double tol = -1;             // negative: run all T iterations
   int32_t threads = 1;
   bool f64 = false;
-  View log_kernel, log_a, log_b;         // [G,N,M] [G,N] [G,M] F
-  View lam_a, lam_b;                     // [G] F
-  View f, g, c;                          // [G,N] [G,M] [G,max(T,1),M] F
-  int64_t* iters = nullptr;              // [G]
-  View d_f, d_g;                         // [G,N] [G,M]
-  View d_log_kernel, d_log_a, d_log_b;   // [G,N,M] [G,N] [G,M]
-  View d_lam;                            // [G,2]
+  View log_kernel, log_a, log_b;        // [G,N,M] [G,N] [G,M] F
+  View lam_a, lam_b;                    // [G] F
+  View f, g, c;                         // [G,N] [G,M] [G,max(T,1),M] F
+  int64_t* iters = nullptr;             // [G]
+  View d_f, d_g;                        // [G,N] [G,M]
+  View d_log_kernel, d_log_a, d_log_b;  // [G,N,M] [G,N] [G,M]
+  View d_lam;                           // [G,2]
 };
 
 }  // namespace sfk

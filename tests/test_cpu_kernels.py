@@ -50,20 +50,20 @@ def check(case: Case, dtype: torch.dtype) -> None:
     fast = gradients(native, cast(inputs, wide, dtype), cotangent)
     if dtype == torch.float64:  # the model is the oracle itself here
         for name, result in fast.items():
-            allowed = 1e-11 * max(exact[name].norm().item(), 1e-2)  # some gradients are exactly 0
+            allowed = 1e-11 * exact[name].norm().item() + 1e-12  # some gradients are exactly 0
             assert (result - exact[name]).norm().item() <= allowed, name
     else:
         assert_within_budget(fast, exact, model, case.name)
 
 
-# Many heads: the [H] gradients of hyperparameters are single rounding errors, which only on average stay in a budget.
+# Many heads for the positions: the [H] gradient of their scale is one rounding error a head.
 ISA_CASES = (
     *(
         ALL_CASES[name]
         for name in ("odd_sizes", "length_63", "many_references", "small_epsilon_wide", "causal_t1", "t0")
     ),
     dataclasses.replace(ALL_CASES["positions"], B=1, H=24),
-    dataclasses.replace(ALL_CASES["tensors"], B=1, H=24),
+    ALL_CASES["tensors"],
 )
 
 

@@ -48,7 +48,11 @@ struct KeySource {
   Buffer<F> x, inv, pos;
 
   KeySource(const AttentionParams& p_, Refs<F>& refs_)
-      : p(p_), refs(refs_), Ep(pad<F>(p_.E)), x(tile_rows(refs_.Mp) * refs_.Dp), inv(tile_rows(refs_.Mp)),
+      : p(p_),
+        refs(refs_),
+        Ep(pad<F>(p_.E)),
+        x(tile_rows(refs_.Mp) * refs_.Dp),
+        inv(tile_rows(refs_.Mp)),
         pos(tile_rows(refs_.Mp) * refs_.P) {}
   void load_keys(int64_t row0, int64_t n) {
     load_rows<F>(p.key, b, h, lo + row0, n, la + row0, x, refs.Dp);
@@ -57,9 +61,11 @@ struct KeySource {
   }
   void logits(int64_t row0, int64_t n, F* tile) {
     load_keys(row0, n);
-    logits_of<F>(refs, n, x, inv, pos, tile);
+    Ahead ahead = ahead_of(p.key, b, h, lo + row0, n);
+    logits_of<F>(refs, n, x, inv, pos, tile, &ahead);
   }
   void values(int64_t row0, int64_t n, F* tile) { load_rows<F>(p.value, b, h, lo + row0, n, la + row0, tile, Ep); }
+  Ahead values_ahead(int64_t row0, int64_t n) const { return ahead_of(p.value, b, h, lo + row0, n); }
   static constexpr bool wants_f() { return false; }
   void store_f(int64_t, int64_t, const F*) {}
 };
@@ -107,9 +113,12 @@ template <class F>
 class ForwardWorker {
  public:
   ForwardWorker(const AttentionParams& p, int threads)
-      : p_(p), refs_(p), source_(p, refs_),
+      : p_(p),
+        refs_(p),
+        source_(p, refs_),
         transport_(p.S, cache_rows<F>(p, threads), tile_rows(refs_.Mp), refs_.Mp, pad<F>(p.E), p.T),
-        weights_(tile_rows(refs_.Mp) * refs_.Mp), out_(tile_rows(refs_.Mp) * pad<F>(p.E)),
+        weights_(tile_rows(refs_.Mp) * refs_.Mp),
+        out_(tile_rows(refs_.Mp) * pad<F>(p.E)),
         scale_(tile_rows(refs_.Mp)) {}
   ColumnState<F>& shared() { return transport_.state; }
 
@@ -148,10 +157,11 @@ class ForwardWorker {
         load_rows<F>(p_.query, b, h, row0, n, nullptr, source_.x, refs_.Dp);
         if (refs_.rbf) inverse_norms<F>(source_.x, n, refs_.Dp, source_.inv);
         if (refs_.P) load_rows<F>(p_.query_pos, b, h, row0, n, nullptr, source_.pos, refs_.P);
-        logits_of<F>(refs_, n, source_.x, source_.inv, source_.pos, weights_);
+        Ahead ahead = ahead_of(p_.query, b, h, row0, n), ahead_o = ahead_of(p_.o, b, h, row0, n);
+        logits_of<F>(refs_, n, source_.x, source_.inv, source_.pos, weights_, &ahead);
         exp_rows<F>(n, Mp, weights_, transport_.g, scale_);
         drop<F>(p_, b, h, row0, n, Mp, weights_);
-        gemm<F>(n, Ep, p_.M, weights_, Mp, 1, transport_.z, Ep, out_, Ep, false);
+        gemm<F>(n, Ep, p_.M, weights_, Mp, 1, transport_.z, Ep, out_, Ep, false, &ahead_o);
       } else {
         fill(out_ + 0, n * Ep, F(0));
       }

@@ -17,8 +17,12 @@ struct KeyGradSource {
   bool loaded = false;
 
   KeyGradSource(const AttentionParams& p, Refs<F>& refs, RefGrads<F>& grads_, int64_t rows)
-      : keys(p, refs), cached(std::min(rows, p.S + tile_rows(refs.Mp))), cache(cached * refs.Mp),
-        tile(tile_rows(refs.Mp) * refs.Mp), d_x(tile_rows(refs.Mp) * refs.Dp), grads(grads_) {}
+      : keys(p, refs),
+        cached(std::min(rows, p.S + tile_rows(refs.Mp))),
+        cache(cached * refs.Mp),
+        tile(tile_rows(refs.Mp) * refs.Mp),
+        d_x(tile_rows(refs.Mp) * refs.Dp),
+        grads(grads_) {}
   void begin(int64_t b, int64_t h, int64_t lo, const F* la) {
     keys.b = b, keys.h = h, keys.lo = lo, keys.la = la;
     known_ = 0;
@@ -30,7 +34,8 @@ struct KeyGradSource {
     loaded = !fits || row0 >= known_;
     if (loaded) {
       keys.load_keys(row0, n);
-      kernel_tile<F>(keys.refs, n, keys.x, keys.inv, k);
+      Ahead ahead = ahead_of(keys.p.key, keys.b, keys.h, keys.lo + row0, n);
+      kernel_tile<F>(keys.refs, n, keys.x, keys.inv, k, &ahead);
       if (fits) known_ = row0 + n;
     } else if (keys.refs.P) {
       load_rows<F>(keys.p.key_pos, keys.b, keys.h, keys.lo + row0, n, keys.la + row0, keys.pos, keys.refs.P);
@@ -39,6 +44,7 @@ struct KeyGradSource {
     logit_tile<F>(keys.refs, n, k, keys.pos, out);
   }
   void values(int64_t row0, int64_t n, F* out) { keys.values(row0, n, out); }
+  Ahead values_ahead(int64_t row0, int64_t n) const { return keys.values_ahead(row0, n); }
   void d_f(int64_t, int64_t, F*) {}
   void store_dv(int64_t row0, int64_t n, F* dv) {
     if (keys.p.d_value)
@@ -68,11 +74,20 @@ class BackwardWorker {
   };
 
   BackwardWorker(const AttentionParams& p, int threads)
-      : p_(p), refs_(p), query_grads_(refs_, p.d_references.data, p.d_hyper.data), key_grads_(refs_, p.d_references.data, p.d_hyper.data),
+      : p_(p),
+        refs_(p),
+        query_grads_(refs_, p.d_references.data, p.d_hyper.data),
+        key_grads_(refs_, p.d_references.data, p.d_hyper.data),
         source_(p, refs_, key_grads_, cache_rows<F>(p, threads)),
-        transport_(p.S, tile_rows(refs_.Mp), refs_.Mp, p.E, p.T), Ep_(pad<F>(p.E)), zt_(p.E * refs_.Mp), g_(refs_.Mp),
-        kappa_(tile_rows(refs_.Mp) * refs_.Mp), w_(tile_rows(refs_.Mp) * refs_.Mp), dp_(tile_rows(refs_.Mp) * refs_.Mp),
-        d_o_(tile_rows(refs_.Mp) * Ep_), d_x_(tile_rows(refs_.Mp) * refs_.Dp),
+        transport_(p.S, tile_rows(refs_.Mp), refs_.Mp, p.E, p.T),
+        Ep_(pad<F>(p.E)),
+        zt_(p.E * refs_.Mp),
+        g_(refs_.Mp),
+        kappa_(tile_rows(refs_.Mp) * refs_.Mp),
+        w_(tile_rows(refs_.Mp) * refs_.Mp),
+        dp_(tile_rows(refs_.Mp) * refs_.Mp),
+        d_o_(tile_rows(refs_.Mp) * Ep_),
+        d_x_(tile_rows(refs_.Mp) * refs_.Dp),
         scale_(tile_rows(refs_.Mp)) {
     shared_.dz.reset(refs_.Mp * Ep_);
     shared_.dg.reset(refs_.Mp);
@@ -143,11 +158,12 @@ class BackwardWorker {
     load_rows<F>(p_.query, b, h, row0, n, nullptr, x, refs_.Dp);
     if (refs_.rbf) inverse_norms<F>(x, n, refs_.Dp, inv);
     if (refs_.P) load_rows<F>(p_.query_pos, b, h, row0, n, nullptr, pos, refs_.P);
-    kernel_tile<F>(refs_, n, x, inv, kappa_);
+    Ahead ahead = ahead_of(p_.query, b, h, row0, n), ahead_o = ahead_of(p_.d_o, b, h, row0, n);
+    kernel_tile<F>(refs_, n, x, inv, kappa_, &ahead);
     logit_tile<F>(refs_, n, kappa_, pos, w_);
     exp_rows<F>(n, Mp, w_, g_, scale_);
     load_rows<F>(p_.d_o, b, h, row0, n, nullptr, d_o_, Ep_);
-    gemm<F>(n, Mp, p_.E, d_o_, Ep_, 1, zt_, Mp, dp_, Mp, false);
+    gemm<F>(n, Mp, p_.E, d_o_, Ep_, 1, zt_, Mp, dp_, Mp, false, &ahead_o);
     drop<F>(p_, b, h, row0, n, Mp, dp_);
     for (int64_t i = 0; i < n; ++i) {
       Vec<F> dot{};
@@ -204,7 +220,8 @@ class BackwardWorker {
     };
     clear(p_.d_query, q_lo, q_hi), clear(p_.d_key, lo, hi), clear(p_.d_value, lo, hi);
     for (int64_t s = lo; p_.d_log_a && s < hi; ++s)
-      static_cast<F*>(p_.d_log_a.data)[b * p_.d_log_a.stride[0] + h * p_.d_log_a.stride[1] + s * p_.d_log_a.stride[2]] = 0;
+      static_cast<F*>(p_.d_log_a.data)[b * p_.d_log_a.stride[0] + h * p_.d_log_a.stride[1] + s * p_.d_log_a.stride[2]] =
+          0;
     if (team.rank != 0) return;
     clear(p_.d_references, 0, p_.M), clear(p_.d_log_b, 0, p_.M), clear(p_.d_hyper, 0, kNumHyper);
     clear(p_.d_ref_pos, 0, p_.M);

@@ -74,9 +74,20 @@ template <class F>
 class CausalWorker {
  public:
   explicit CausalWorker(const AttentionParams& p)
-      : p_(p), refs_(p), source_(p, refs_), rows_(tile_rows(refs_.Mp)), Ep_(pad<F>(p.E)), scan_(p.M, refs_.Mp, Ep_),
-        la_(p.S), omega_(rows_ * refs_.Mp), w_(rows_ * refs_.Mp), v_(rows_ * Ep_), o_(rows_ * Ep_), lse_(rows_),
-        log_c_(refs_.Mp), g_(refs_.Mp) {}
+      : p_(p),
+        refs_(p),
+        source_(p, refs_),
+        rows_(tile_rows(refs_.Mp)),
+        Ep_(pad<F>(p.E)),
+        scan_(p.M, refs_.Mp, Ep_),
+        la_(p.S),
+        omega_(rows_ * refs_.Mp),
+        w_(rows_ * refs_.Mp),
+        v_(rows_ * Ep_),
+        o_(rows_ * Ep_),
+        lse_(rows_),
+        log_c_(refs_.Mp),
+        g_(refs_.Mp) {}
 
   void run(int64_t item) {
     const int64_t h = item / p_.B, b = item % p_.B;

@@ -12,12 +12,36 @@ template <class F>
 class CausalBackwardWorker {
  public:
   explicit CausalBackwardWorker(const AttentionParams& p)
-      : p_(p), refs_(p), grads_(refs_, p.d_references.data, p.d_hyper.data), source_(p, refs_),
-        rows_(tile_rows(refs_.Mp)), Mp_(refs_.Mp), Ep_(pad<F>(p.E)), scan_(p.M, Mp_, Ep_), la_(p.S), top_(p.S * Mp_),
-        sum_(p.S * Mp_), weight_(p.S * Mp_), log_c_(Mp_), d_log_c_(p.S * Mp_), kappa_(rows_ * Mp_), tile_(rows_ * Mp_), ds_(rows_ * Mp_),
-        v_(rows_ * Ep_), d_o_(rows_ * Ep_), dv_(rows_ * Ep_), d_x_(rows_ * refs_.Dp), lse_(rows_),
-        row_top_(rows_), row_sum_(rows_), g_(Mp_), dp_(Mp_),
-        d_log_b_(Mp_), G_(Mp_ * Ep_), mask_(Mp_), h_(Mp_) {}
+      : p_(p),
+        refs_(p),
+        grads_(refs_, p.d_references.data, p.d_hyper.data),
+        source_(p, refs_),
+        rows_(tile_rows(refs_.Mp)),
+        Mp_(refs_.Mp),
+        Ep_(pad<F>(p.E)),
+        scan_(p.M, Mp_, Ep_),
+        la_(p.S),
+        top_(p.S * Mp_),
+        sum_(p.S * Mp_),
+        weight_(p.S * Mp_),
+        log_c_(Mp_),
+        d_log_c_(p.S * Mp_),
+        kappa_(rows_ * Mp_),
+        tile_(rows_ * Mp_),
+        ds_(rows_ * Mp_),
+        v_(rows_ * Ep_),
+        d_o_(rows_ * Ep_),
+        dv_(rows_ * Ep_),
+        d_x_(rows_ * refs_.Dp),
+        lse_(rows_),
+        row_top_(rows_),
+        row_sum_(rows_),
+        g_(Mp_),
+        dp_(Mp_),
+        d_log_b_(Mp_),
+        G_(Mp_ * Ep_),
+        mask_(Mp_),
+        h_(Mp_) {}
 
   void run(int64_t item) {
     const int64_t h = item / p_.B, b = item % p_.B;
@@ -149,7 +173,8 @@ class CausalBackwardWorker {
     }
     fill(dl + p_.M, Mp_ - p_.M, F(0));
     if (p_.d_log_a)
-      static_cast<F*>(p_.d_log_a.data)[b * p_.d_log_a.stride[0] + h * p_.d_log_a.stride[1] + s * p_.d_log_a.stride[2]] = df;
+      static_cast<F*>(p_.d_log_a.data)[b * p_.d_log_a.stride[0] + h * p_.d_log_a.stride[1] + s * p_.d_log_a.stride[2]] =
+          df;
   }
 
   const AttentionParams& p_;
@@ -159,7 +184,8 @@ class CausalBackwardWorker {
   int64_t rows_, Mp_, Ep_;
   Scan<F> scan_;
   // Column maxima and sums, W^q (dropped) and d log C of every token of one head: what the reverse scan needs.
-  Buffer<F> la_, top_, sum_, weight_, log_c_, d_log_c_, kappa_, tile_, ds_, v_, d_o_, dv_, d_x_, lse_, row_top_, row_sum_, g_, dp_, d_log_b_, G_;
+  Buffer<F> la_, top_, sum_, weight_, log_c_, d_log_c_, kappa_, tile_, ds_, v_, d_o_, dv_, d_x_, lse_, row_top_,
+      row_sum_, g_, dp_, d_log_b_, G_;
   Buffer<F> mask_;
   Buffer<double> h_;  // a long sum that cancels against ⟨G, v⟩
 };

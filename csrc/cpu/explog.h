@@ -32,13 +32,16 @@ struct ExpTable<double> {
 
 #if defined(__AVX512F__)
 // p · 2^n, 0 and infinity included: one instruction.
-SFK_INLINE Vec<float> scale_by_power(Vec<float> p, Vec<float> n) { return (Vec<float>)_mm512_scalef_ps((__m512)p, (__m512)n); }
+SFK_INLINE Vec<float> scale_by_power(Vec<float> p, Vec<float> n) {
+  return (Vec<float>)_mm512_scalef_ps((__m512)p, (__m512)n);
+}
 SFK_INLINE Vec<double> scale_by_power(Vec<double> p, Vec<double> n) {
   return (Vec<double>)_mm512_scalef_pd((__m512d)p, (__m512d)n);
 }
 #endif
 
-// exp(x); 0 below the normal range (so exp(−inf) = 0; AVX-512 goes on into the denormals), finite above it, NaN for NaN.
+// exp(x); 0 below the normal range (so exp(−inf) = 0; AVX-512 goes on into the denormals), finite above it, NaN for
+// NaN.
 template <class F>
 SFK_INLINE Vec<F> vexp(Vec<F> x) {
   using C = ExpTable<F>;

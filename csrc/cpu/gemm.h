@@ -13,6 +13,21 @@ constexpr int kTileRows = 6, kTileVecs = 4;  // 24 + 4 + 1 of 32
 constexpr int kTileRows = 6, kTileVecs = 2;  // 12 + 2 + 1 of 16
 #endif
 
+// Rows of memory that the next tile will read.  A product asks for them bit by bit, so that they arrive while it runs;
+// asked for all at once they would fill the core's miss buffers, and it would wait as if it had read them.
+struct Ahead {
+  const char* row = nullptr;
+  int64_t stride = 0, bytes = 0, rows = 0;
+
+  void fetch(int64_t count) {
+    for (; count > 0 && rows > 0; --count, --rows, row += stride) {
+#if defined(__GNUC__)
+      for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(row + at, 0, 2);
+#endif
+    }
+  }
+};
+
 template <class F, int R, int N>
 SFK_INLINE void gemm_tile(int64_t K, const F* A, int64_t ars, int64_t acs, const F* B, int64_t ldb, F* C, int64_t ldc,
                           bool accumulate) {
@@ -43,22 +58,25 @@ SFK_INLINE void gemm_tile(int64_t K, const F* A, int64_t ars, int64_t acs, const
 
 template <class F, int N>
 void gemm_panel(int64_t m, int64_t K, const F* A, int64_t ars, int64_t acs, const F* B, int64_t ldb, F* C, int64_t ldc,
-                bool accumulate) {
+                bool accumulate, Ahead* ahead) {
   int64_t i = 0;
-  for (; i + kTileRows <= m; i += kTileRows)
+  const int64_t share = ahead ? (ahead->rows * kTileRows + m - 1) / m : 0;
+  for (; i + kTileRows <= m; i += kTileRows) {
+    if (ahead) ahead->fetch(share);
     gemm_tile<F, kTileRows, N>(K, A + i * ars, ars, acs, B, ldb, C + i * ldc, ldc, accumulate);
+  }
   for (; i + 2 <= m; i += 2) gemm_tile<F, 2, N>(K, A + i * ars, ars, acs, B, ldb, C + i * ldc, ldc, accumulate);
   if (i < m) gemm_tile<F, 1, N>(K, A + i * ars, ars, acs, B, ldb, C + i * ldc, ldc, accumulate);
 }
 
 template <class F>
 void gemm(int64_t m, int64_t n, int64_t K, const F* A, int64_t ars, int64_t acs, const F* B, int64_t ldb, F* C,
-          int64_t ldc, bool accumulate) {
+          int64_t ldc, bool accumulate, Ahead* ahead = nullptr) {
   constexpr int W = kLanes<F>;
   int64_t j = 0;
   for (; j + kTileVecs * W <= n; j += kTileVecs * W)
-    gemm_panel<F, kTileVecs>(m, K, A, ars, acs, B + j, ldb, C + j, ldc, accumulate);
-  for (; j < n; j += W) gemm_panel<F, 1>(m, K, A, ars, acs, B + j, ldb, C + j, ldc, accumulate);
+    gemm_panel<F, kTileVecs>(m, K, A, ars, acs, B + j, ldb, C + j, ldc, accumulate, ahead);
+  for (; j < n; j += W) gemm_panel<F, 1>(m, K, A, ars, acs, B + j, ldb, C + j, ldc, accumulate, ahead);
 }
 
 }  // namespace

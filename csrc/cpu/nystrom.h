@@ -15,9 +15,19 @@ class FeatureWorker {
   };
 
   FeatureWorker(const FeatureParams& p, int)
-      : p_(p), refs_(p.R, p.D, 0, true), grads_(refs_, true, true), rows_(tile_rows(refs_.Mp)),
-        whitening_(p.R * refs_.Mp), whitening_t_(p.R * refs_.Mp), x_(rows_ * refs_.Dp), d_x_(rows_ * refs_.Dp),
-        inv_(rows_), norm_(rows_), along_(rows_), kappa_(rows_ * refs_.Mp), psi_(rows_ * refs_.Mp),
+      : p_(p),
+        refs_(p.R, p.D, 0, true),
+        grads_(refs_, true, true),
+        rows_(tile_rows(refs_.Mp)),
+        whitening_(p.R * refs_.Mp),
+        whitening_t_(p.R * refs_.Mp),
+        x_(rows_ * refs_.Dp),
+        d_x_(rows_ * refs_.Dp),
+        inv_(rows_),
+        norm_(rows_),
+        along_(rows_),
+        kappa_(rows_ * refs_.Mp),
+        psi_(rows_ * refs_.Mp),
         d_kappa_(rows_ * refs_.Mp) {
     shared_.grads = &grads_;
     shared_.d_whitening.reset(p.R * refs_.Mp);

@@ -1,7 +1,7 @@
 // One head's references, packed, and the tiles of kernel values and logits against them.
 #pragma once
-#include "gemm.h"
 #include "explog.h"
+#include "gemm.h"
 #include "tiles.h"
 
 namespace sfk {
@@ -16,18 +16,26 @@ struct Refs {
   int64_t M, Mp, D, Dp, P;
   bool rbf;
   F beta, inv_eps, inv_eps_low, lam_a, lam_b, tau;  // 1/ε = inv_eps + inv_eps_low to twice the precision of F
-  Buffer<F> yt;        // [D][Mp] ŷ transposed (raw y for "dot")
-  Buffer<F> y;         // [Mp][Dp] the same by rows
-  Buffer<F> inv_norm;  // [Mp]
-  Buffer<F> log_b;     // [Mp] padded with −inf
-  Buffer<F> pos_t;     // [P][Mp]
+  Buffer<F> yt;                                     // [D][Mp] ŷ transposed (raw y for "dot")
+  Buffer<F> y;                                      // [Mp][Dp] the same by rows
+  Buffer<F> inv_norm;                               // [Mp]
+  Buffer<F> log_b;                                  // [Mp] padded with −inf
+  Buffer<F> pos_t;                                  // [P][Mp]
   int64_t packed_head = -1;
 
-  explicit Refs(const AttentionParams& p)
-      : Refs(p.M, p.D, p.ref_pos ? p.P : 0, p.kernel == KernelKind::rbf) {}
+  explicit Refs(const AttentionParams& p) : Refs(p.M, p.D, p.ref_pos ? p.P : 0, p.kernel == KernelKind::rbf) {}
   Refs(int64_t M_, int64_t D_, int64_t P_, bool rbf_)
-      : M(M_), Mp(pad<F>(M_)), D(D_), Dp(pad<F>(D_)), P(P_), rbf(rbf_), yt(D_ * Mp), y(Mp * Dp), inv_norm(Mp),
-        log_b(Mp), pos_t(P_ * Mp) {}
+      : M(M_),
+        Mp(pad<F>(M_)),
+        D(D_),
+        Dp(pad<F>(D_)),
+        P(P_),
+        rbf(rbf_),
+        yt(D_ * Mp),
+        y(Mp * Dp),
+        inv_norm(Mp),
+        log_b(Mp),
+        pos_t(P_ * Mp) {}
 
   void pack(const AttentionParams& p, int64_t h) {
     if (h == packed_head) return;
@@ -75,9 +83,9 @@ struct Refs {
 
 // κ(x_i, y_j) of the n rows x [n][Dp]; inv = 1/‖x_i‖ (rbf).
 template <class F>
-void kernel_tile(const Refs<F>& r, int64_t n, const F* x, const F* inv, F* kappa) {
+void kernel_tile(const Refs<F>& r, int64_t n, const F* x, const F* inv, F* kappa, Ahead* ahead = nullptr) {
   const int64_t Mp = r.Mp;
-  gemm<F>(n, Mp, r.D, x, r.Dp, 1, r.yt, Mp, kappa, Mp, false);
+  gemm<F>(n, Mp, r.D, x, r.Dp, 1, r.yt, Mp, kappa, Mp, false, ahead);
   if (!r.rbf) return;
   for (int64_t i = 0; i < n; ++i) {
     const F scale = r.beta * inv[i];
@@ -115,12 +123,12 @@ void logit_tile(const Refs<F>& r, int64_t n, const F* kappa, const F* pos, F* lo
 
 // Logits where κ is not needed again: both steps in one sweep over the tile.
 template <class F>
-void logits_of(const Refs<F>& r, int64_t n, const F* x, const F* inv, const F* pos, F* tile) {
+void logits_of(const Refs<F>& r, int64_t n, const F* x, const F* inv, const F* pos, F* tile, Ahead* ahead = nullptr) {
   if (!r.rbf || r.P) {
-    kernel_tile<F>(r, n, x, inv, tile);
+    kernel_tile<F>(r, n, x, inv, tile, ahead);
     return logit_tile<F>(r, n, tile, pos, tile);
   }
-  gemm<F>(n, r.Mp, r.D, x, r.Dp, 1, r.yt, r.Mp, tile, r.Mp, false);
+  gemm<F>(n, r.Mp, r.D, x, r.Dp, 1, r.yt, r.Mp, tile, r.Mp, false, ahead);
   for (int64_t i = 0; i < n; ++i, tile += r.Mp) {
     const F scale = r.beta * inv[i];
     for (int64_t j = 0; j < r.Mp; j += kLanes<F>) {
@@ -133,8 +141,8 @@ void logits_of(const Refs<F>& r, int64_t n, const F* x, const F* inv, const F* p
 // What one thread collects for the gradients of one head's references and hyperparameters.
 template <class F>
 struct RefGrads {
-  Buffer<F> y;     // [Mp][Dp] with respect to ŷ (y for "dot")
-  Buffer<F> pos;   // [P][Mp]
+  Buffer<F> y;    // [Mp][Dp] with respect to ŷ (y for "dot")
+  Buffer<F> pos;  // [P][Mp]
   double hyper[kNumHyper];
   bool wants_points, wants_hyper;
   RefGrads(const Refs<F>& r, bool points, bool hypers)

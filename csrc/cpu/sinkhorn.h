@@ -36,6 +36,7 @@ struct MatrixSource {
     }
   }
   void values(int64_t, int64_t, F*) {}
+  Ahead values_ahead(int64_t, int64_t) const { return {}; }
   bool wants_f() const { return bool(p.f); }
   void store_f(int64_t row0, int64_t n, const F* f) {
     F* out = static_cast<F*>(p.f.data) + g * p.f.stride[0];
@@ -74,7 +75,10 @@ template <class F>
 class SinkhornWorker {
  public:
   SinkhornWorker(const SinkhornParams& p, int threads)
-      : p_(p), source_(p), masses_(p), rows_(sinkhorn_rows(pad<F>(p.M))),
+      : p_(p),
+        source_(p),
+        masses_(p),
+        rows_(sinkhorn_rows(pad<F>(p.M))),
         transport_(p.N, p.G < threads ? p.N / threads + 2 * rows_ : p.N + rows_, rows_, pad<F>(p.M), 0, p.T) {}
   ColumnState<F>& shared() { return transport_.state; }
 
@@ -112,7 +116,10 @@ class SinkhornBackwardWorker {
   };
 
   SinkhornBackwardWorker(const SinkhornParams& p, int)
-      : p_(p), source_(p), masses_(p), rows_(sinkhorn_rows(pad<F>(p.M))),
+      : p_(p),
+        source_(p),
+        masses_(p),
+        rows_(sinkhorn_rows(pad<F>(p.M))),
         transport_(p.N, rows_, pad<F>(p.M), 0, p.c.size[1]) {}
   Shared& shared() { return shared_; }
 

@@ -20,8 +20,8 @@ struct KernelTable {
 
 extern const KernelTable kGenericTable, kAvx2Table, kAvx512Table;
 
-// The widest instruction set this machine and this build have, or the one named by SETFORMER_KERNELS_CPU_ISA, or the one
-// set by set_isa.
+// The widest instruction set this machine and this build have, or the one named by SETFORMER_KERNELS_CPU_ISA, or the
+// one set by set_isa.
 const KernelTable& kernels();
 // False where the machine or the build lacks it; "" returns to the default.
 bool set_isa(const char* isa);

@@ -35,8 +35,8 @@ struct Team {
   }
 };
 
-// Runs worker.run(item, team) for items 0..count, each worker on its own thread.  Whole rounds give every thread its own
-// item; what is left over is shared by all threads, so that no result depends on which thread came first.
+// Runs worker.run(item, team) for items 0..count, each worker on its own thread.  Whole rounds give every thread its
+// own item; what is left over is shared by all threads, so that no result depends on which thread came first.
 template <class Worker>
 void run_team(std::vector<std::unique_ptr<Worker>>& workers, int64_t count) {
   const int threads = static_cast<int>(workers.size());

@@ -4,8 +4,8 @@
 #include <utility>
 
 #include "../params.h"
+#include "gemm.h"
 #include "scratch.h"
-#include "vec.h"
 
 namespace sfk {
 namespace {
@@ -105,10 +105,14 @@ void convert_row(const void* base, int64_t offset, int64_t stride, int64_t n, F*
 template <class F>
 void load_row(const View& v, int64_t offset, int64_t stride, int64_t n, F* dst) {
   switch (v.dtype) {
-    case Dtype::f32: return convert_row<float>(v.data, offset, stride, n, dst);
-    case Dtype::f64: return convert_row<double>(v.data, offset, stride, n, dst);
-    case Dtype::bf16: return convert_row<Bf16>(v.data, offset, stride, n, dst);
-    case Dtype::f16: return convert_row<F16>(v.data, offset, stride, n, dst);
+    case Dtype::f32:
+      return convert_row<float>(v.data, offset, stride, n, dst);
+    case Dtype::f64:
+      return convert_row<double>(v.data, offset, stride, n, dst);
+    case Dtype::bf16:
+      return convert_row<Bf16>(v.data, offset, stride, n, dst);
+    case Dtype::f16:
+      return convert_row<F16>(v.data, offset, stride, n, dst);
   }
 }
 
@@ -125,11 +129,23 @@ void narrow_row(void* base, int64_t offset, int64_t stride, int64_t n, const F* 
 template <class F>
 void store_row(const View& v, int64_t offset, int64_t stride, int64_t n, const F* src) {
   switch (v.dtype) {
-    case Dtype::f32: return narrow_row<float>(v.data, offset, stride, n, src);
-    case Dtype::f64: return narrow_row<double>(v.data, offset, stride, n, src);
-    case Dtype::bf16: return narrow_row<Bf16>(v.data, offset, stride, n, src);
-    case Dtype::f16: return narrow_row<F16>(v.data, offset, stride, n, src);
+    case Dtype::f32:
+      return narrow_row<float>(v.data, offset, stride, n, src);
+    case Dtype::f64:
+      return narrow_row<double>(v.data, offset, stride, n, src);
+    case Dtype::bf16:
+      return narrow_row<Bf16>(v.data, offset, stride, n, src);
+    case Dtype::f16:
+      return narrow_row<F16>(v.data, offset, stride, n, src);
   }
+}
+
+// The n rows of v that follow row0..row0+n.
+inline Ahead ahead_of(const View& v, int64_t b, int64_t h, int64_t row0, int64_t n) {
+  const int64_t bytes = element_size(v.dtype), rows = std::min(n, v.size[2] - row0 - n);
+  if (!v || v.stride[3] != 1 || rows <= 0) return {};
+  const int64_t first = b * v.stride[0] + h * v.stride[1] + (row0 + n) * v.stride[2];
+  return {static_cast<const char*>(v.data) + first * bytes, v.stride[2] * bytes, v.size[3] * bytes, rows};
 }
 
 // Rows row0..row0+n of v [B,H,N,C] to dst [n][ld], padded with zeros.  Rows with skip = −inf are not read: zeros.

@@ -1,8 +1,8 @@
 // Transport of rows (keys) onto columns (references): log-domain Sinkhorn, one pass over the rows per iteration.
 //
 // Scaled mode keeps K = e^{ℓ − m}, m the row maximum, so that an iteration is a row dot, a logarithm and an exponential
-// per row, and a column sum: no exponentials of tiles.  It holds while K and e^g stay in the normal range.  Otherwise the
-// head is done again in log mode: row-wise and column-wise logsumexp of ℓ itself, at two exponentials per element.
+// per row, and a column sum: no exponentials of tiles.  It holds while K and e^g stay in the normal range.  Otherwise
+// the head is done again in log mode: row-wise and column-wise logsumexp of ℓ itself, at two exponentials per element.
 #pragma once
 #include "explog.h"
 #include "team.h"
@@ -51,8 +51,8 @@ F exp_shifted(int64_t M, int64_t Mp, const F* g, F* G, F& spread) {
   return top;
 }
 
-// ℓ -> e^{ℓ − m} in place; columns M.. become −inf first, rows that take no part (la = −inf) all equal.  Lowers `lowest`
-// to the smallest finite ℓ − m.
+// ℓ -> e^{ℓ − m} in place; columns M.. become −inf first, rows that take no part (la = −inf) all equal.  Lowers
+// `lowest` to the smallest finite ℓ − m.
 template <class F>
 void scale_rows(int64_t n, int64_t M, int64_t Mp, F* tile, const F* la, F* m, F& lowest) {
   Vec<F> low = splat(lowest);
@@ -93,15 +93,26 @@ struct ColumnState {
   F lowest;               // smallest ℓ − m seen
 };
 
-// Source: logits(row0, n, tile), values(row0, n, tile), wants_f(), store_f(row0, n, f); rows count from this thread's
-// first one.
+// Source: logits(row0, n, tile), values(row0, n, tile), values_ahead(row0, n), wants_f(), store_f(row0, n, f); rows
+// count from this thread's first one.
 template <class F, class Source>
 class Transport {
  public:
   Transport(int64_t max_rows, int64_t cache_rows, int64_t block_rows, int64_t Mp, int64_t Ep, int64_t T)
-      : block_(block_rows), cache_rows_(std::min(cache_rows, max_rows + block_rows)), Mp_(Mp), Ep_(Ep),
-        la(max_rows + kLanes<F>), m_(max_rows + kLanes<F>), cache_(cache_rows_ * Mp), tile_(block_ * Mp),
-        values_(block_ * std::max<int64_t>(Ep, 1) + kLanes<F>), u_(block_ + kLanes<F>), G_(Mp), g(Mp), c(std::max<int64_t>(T, 1) * Mp), z(Mp * Ep) {
+      : block_(block_rows),
+        cache_rows_(std::min(cache_rows, max_rows + block_rows)),
+        Mp_(Mp),
+        Ep_(Ep),
+        la(max_rows + kLanes<F>),
+        m_(max_rows + kLanes<F>),
+        cache_(cache_rows_ * Mp),
+        tile_(block_ * Mp),
+        values_(block_ * std::max<int64_t>(Ep, 1) + kLanes<F>),
+        u_(block_ + kLanes<F>),
+        G_(Mp),
+        g(Mp),
+        c(std::max<int64_t>(T, 1) * Mp),
+        z(Mp * Ep) {
     state.ref.reset(Mp);
     state.sum.reset(Mp);
     state.z.reset(Mp * Ep);
@@ -227,7 +238,8 @@ void Transport<F, Source>::scaled_block(Source& src, int64_t row0, int64_t n, F*
   src.values(row0, n, values_);
   for (int64_t i = 0; i < n; ++i)
     for (int64_t e = 0; e < Ep_; e += kLanes<F>) store(values_ + i * Ep_ + e, load(values_ + i * Ep_ + e) * u_[i]);
-  gemm<F>(Mp_, Ep_, n, K, 1, Mp_, values_, Ep_, state.z, Ep_, true);
+  Ahead ahead = src.values_ahead(row0, n);
+  gemm<F>(Mp_, Ep_, n, K, 1, Mp_, values_, Ep_, state.z, Ep_, true, &ahead);
 }
 
 template <class F, class Source>

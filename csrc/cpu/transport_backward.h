@@ -1,7 +1,7 @@
 // Backward of the transport, exact for the T iterations that ran: from dz, dg^T and dc to the gradients of every row.
 //
-// Per iteration t = T..1, one pass over the rows: f^t from g^{t−1}, df^t, and the column sums that give dg^{t−1}.  All the
-// products with exponential tiles are summed in the last pass, which is the pass of t = 1.  In scaled mode (see
+// Per iteration t = T..1, one pass over the rows: f^t from g^{t−1}, df^t, and the column sums that give dg^{t−1}.  All
+// the products with exponential tiles are summed in the last pass, which is the pass of t = 1.  In scaled mode (see
 // transport.h) they are K times a matrix of rank 2T: R^t_sj = K_sj rowR_s G_j and Q^t_sj = K_sj rowQ_s e^{−c_j}.
 #pragma once
 #include "transport.h"
@@ -13,18 +13,48 @@ namespace {
 template <class F>
 constexpr F kBackwardRange = sizeof(F) == 4 ? F(40) : F(300);
 
-// Source: logits, values (as in Transport); d_f(row0, n, out) adds the gradient of f^T; store_dv(row0, n, dv);
-// accept(row0, n, dl) takes the finished dℓ of a block; restart() forgets what it accepted.
+// Source: logits, values, values_ahead (as in Transport); d_f(row0, n, out) adds the gradient of f^T; store_dv(row0, n,
+// dv); accept(row0, n, dl) takes the finished dℓ of a block; restart() forgets what it accepted.
 template <class F, class Source>
 class TransportBackward {
  public:
   TransportBackward(int64_t max_rows, int64_t block_rows, int64_t Mp, int64_t E, int64_t T)
-      : block_(block_rows), Mp_(Mp), E_(E), Ep_(E ? pad<F>(E) : 0), steps_(std::max<int64_t>(T, 1)),
-        stride_(max_rows + kLanes<F>), la(stride_), d_la(stride_), c(steps_ * Mp), z(Mp * Ep_), dz(Mp * Ep_), dg(Mp),
-        d_c(steps_ * Mp), d_log_b(Mp), partial(Mp), m_(stride_), coefs_(2 * steps_ * stride_), lse_(steps_ * stride_), top_(steps_ * stride_),
-        df_(steps_ * stride_), basis_(2 * steps_ * Mp), cq_(steps_ * Mp), g_(steps_ * Mp), shift_(steps_), cref_(steps_),
-        zdz_(Mp), dcol_(Mp), dzq_(Mp * Ep_), dzt_(E * Mp), tile_(block_ * Mp), q_(block_ * Mp), r_(block_ * Mp),
-        acc_(block_ * Mp), v_(block_ * Ep_), dv_(block_ * Ep_), u_(block_ + kLanes<F>) {}
+      : block_(block_rows),
+        Mp_(Mp),
+        E_(E),
+        Ep_(E ? pad<F>(E) : 0),
+        steps_(std::max<int64_t>(T, 1)),
+        stride_(max_rows + kLanes<F>),
+        la(stride_),
+        d_la(stride_),
+        c(steps_ * Mp),
+        z(Mp * Ep_),
+        dz(Mp * Ep_),
+        dg(Mp),
+        d_c(steps_ * Mp),
+        d_log_b(Mp),
+        partial(Mp),
+        m_(stride_),
+        coefs_(2 * steps_ * stride_),
+        lse_(steps_ * stride_),
+        top_(steps_ * stride_),
+        df_(steps_ * stride_),
+        basis_(2 * steps_ * Mp),
+        cq_(steps_ * Mp),
+        g_(steps_ * Mp),
+        shift_(steps_),
+        cref_(steps_),
+        zdz_(Mp),
+        dcol_(Mp),
+        dzq_(Mp * Ep_),
+        dzt_(E * Mp),
+        tile_(block_ * Mp),
+        q_(block_ * Mp),
+        r_(block_ * Mp),
+        acc_(block_ * Mp),
+        v_(block_ * Ep_),
+        dv_(block_ * Ep_),
+        u_(block_ + kLanes<F>) {}
 
   struct Shared {
     const F* partial;
@@ -66,7 +96,8 @@ class TransportBackward {
 
  public:
   // In: la [rows], c and d_c [max(T,1)][Mp], z and dz [Mp][Ep], dg = dg^T [Mp].  Out: d_la [rows], d_log_b [Mp], dλ.
-  // t counts from 0: step t is iteration t+1 of the definition.  top_ holds the row maxima of ℓ + g (log mode) or 1/(K G).
+  // t counts from 0: step t is iteration t+1 of the definition.  top_ holds the row maxima of ℓ + g (log mode) or 1/(K
+  // G).
   Buffer<F> la, d_la, c, z, dz, dg, d_c, d_log_b, partial;
   double d_lam_a = 0, d_lam_b = 0;
 
@@ -230,7 +261,8 @@ void TransportBackward<F, Source>::row_gradients(Source& src, const Marginals<F>
   row_dots<F>(n, Mp_, Q, basis_q(t), u_);
   if (last && Ep_) {
     src.values(row0, n, v_);
-    gemm<F>(n, Ep_, marg.M, Q, Mp_, 1, dzq_, Ep_, dv_, Ep_, false);
+    Ahead ahead = src.values_ahead(row0, n);
+    gemm<F>(n, Ep_, marg.M, Q, Mp_, 1, dzq_, Ep_, dv_, Ep_, false, &ahead);
     for (int64_t i = 0; i < n; ++i) {
       Vec<F> dot{};
       for (int64_t e = 0; e < Ep_; e += kLanes<F>) dot += load(v_ + i * Ep_ + e) * load(dv_ + i * Ep_ + e);
@@ -261,8 +293,8 @@ void TransportBackward<F, Source>::row_gradients(Source& src, const Marginals<F>
   gemm<F>(1, Mp_, n, r, 0, 1, tile_, Mp_, partial, Mp_, true);
 }
 
-// Σ_j of the pooling's dℓ as it stands in acc_, in place of the df^T that ⟨v, dv⟩ gave: equal but for rounding, and what
-// the R term must take away exactly where the two nearly cancel.
+// Σ_j of the pooling's dℓ as it stands in acc_, in place of the df^T that ⟨v, dv⟩ gave: equal but for rounding, and
+// what the R term must take away exactly where the two nearly cancel.
 template <class F, class Source>
 template <bool kLog>
 void TransportBackward<F, Source>::settle_rows(const Marginals<F>& marg, int64_t row0, int64_t n) {
@@ -293,7 +325,8 @@ void TransportBackward<F, Source>::finish_block(Source& src, const Marginals<F>&
   const int64_t last = steps_ - 1;
   if (Ep_) {
     if (last != 0) src.values(row0, n, v_);
-    gemm<F>(n, Mp_, E_, v_, Ep_, 1, dzt_, Mp_, acc_, Mp_, false);
+    Ahead ahead = src.values_ahead(row0, n);
+    gemm<F>(n, Mp_, E_, v_, Ep_, 1, dzt_, Mp_, acc_, Mp_, false, &ahead);
     settle_rows<kLog>(marg, row0, n);
   }
   if (!kLog) {

@@ -115,35 +115,42 @@ SFK_INLINE F lane(Vec<F> v, int i) {
   return v[i];
 }
 // Folds a vector to one number by halves, so that the order of the additions is fixed.
-template <class F, int Bytes, class Op>
-SFK_INLINE F fold(const F* p, Op op) {
-  if constexpr (Bytes == 16) {
-    F r = op(p[0], p[1]);
-    if constexpr (sizeof(F) == 4) r = op(r, op(p[2], p[3]));
-    return r;
-  } else {
-    typedef F Half __attribute__((vector_size(Bytes / 2)));
-    Half lo, hi;
-    std::memcpy(&lo, p, sizeof(Half));
-    std::memcpy(&hi, p + Bytes / 2 / sizeof(F), sizeof(Half));
-    Half r = op(lo, hi);
-    F out[Bytes / 2 / sizeof(F)];
-    std::memcpy(out, &r, sizeof(Half));
-    return fold<F, Bytes / 2>(out, op);
-  }
-}
+#if defined(__AVX512F__)
 template <class F>
 SFK_INLINE F reduce_add(Vec<F> v) {
-  F a[kLanes<F>];
-  std::memcpy(a, &v, sizeof(v));
-  return fold<F, SFK_VBYTES>(a, [](auto x, auto y) __attribute__((always_inline)) { return x + y; });
+  if constexpr (sizeof(F) == 4)
+    return _mm512_reduce_add_ps((__m512)v);
+  else
+    return _mm512_reduce_add_pd((__m512d)v);
 }
 template <class F>
 SFK_INLINE F reduce_max(Vec<F> v) {
-  F a[kLanes<F>];
-  std::memcpy(a, &v, sizeof(v));
-  return fold<F, SFK_VBYTES>(a, [](auto x, auto y) __attribute__((always_inline)) { return x > y ? x : y; });
+  if constexpr (sizeof(F) == 4)
+    return _mm512_reduce_max_ps((__m512)v);
+  else
+    return _mm512_reduce_max_pd((__m512d)v);
 }
+#else
+template <class F, class Op>
+SFK_INLINE F fold(Vec<F> v, Op op) {
+  typedef F Half __attribute__((vector_size(16)));
+  constexpr int kParts = SFK_VBYTES / 16;
+  Half part[kParts];
+  std::memcpy(part, &v, sizeof(v));
+  for (int i = 1; i < kParts; ++i) part[0] = op(part[0], part[i]);
+  const F r = op(part[0][0], part[0][1]);
+  if constexpr (sizeof(F) == 4) return op(r, op(part[0][2], part[0][3]));
+  return r;
+}
+template <class F>
+SFK_INLINE F reduce_add(Vec<F> v) {
+  return fold<F>(v, [](auto x, auto y) __attribute__((always_inline)) { return x + y; });
+}
+template <class F>
+SFK_INLINE F reduce_max(Vec<F> v) {
+  return fold<F>(v, [](auto x, auto y) __attribute__((always_inline)) { return x > y ? x : y; });
+}
+#endif
 #else
 template <class F>
 SFK_INLINE F lane(F v, int) {

@@ -1,6 +1,6 @@
 // Runs every kernel of every instruction set over ragged sizes and odd strides, in buffers of exactly the size that the
-// strides reach, so that a sanitizer sees any access outside; compares results with plain loops in double, and gradients
-// with central differences of those loops.
+// strides reach, so that a sanitizer sees any access outside; compares results with plain loops in double, and
+// gradients with central differences of those loops.
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
@@ -84,11 +84,30 @@ struct Case {
   KernelKind kind;
 
   static int layout() { return static_cast<int>(rng() % 4); }
-  Case(bool causal_, int64_t B_, int64_t H_, int64_t L_, int64_t S_, int64_t M_, int64_t D_, int64_t E_, int64_t P_, int64_t T_)
-      : B(B_), H(H_), L(L_), S(S_), M(M_), D(D_), E(E_), P(P_), T(T_), causal(causal_), q({B, H, L, D}, layout()),
-        k({B, H, S, D}, layout()), v({B, H, S, E}, layout()), y({H, M, D}, layout()), log_a({B, H, S}, layout()),
-        log_b({H, M}, layout()), q_pos({B, H, L, P}, layout()), k_pos({B, H, S, P}, layout()), y_pos({H, M, P}, layout()),
-        w({B, H, L, E}, layout()), eps(pick({1, 10, 100}) * 0.005), kind(rng() % 4 ? KernelKind::rbf : KernelKind::dot) {
+  Case(bool causal_, int64_t B_, int64_t H_, int64_t L_, int64_t S_, int64_t M_, int64_t D_, int64_t E_, int64_t P_,
+       int64_t T_)
+      : B(B_),
+        H(H_),
+        L(L_),
+        S(S_),
+        M(M_),
+        D(D_),
+        E(E_),
+        P(P_),
+        T(T_),
+        causal(causal_),
+        q({B, H, L, D}, layout()),
+        k({B, H, S, D}, layout()),
+        v({B, H, S, E}, layout()),
+        y({H, M, D}, layout()),
+        log_a({B, H, S}, layout()),
+        log_b({H, M}, layout()),
+        q_pos({B, H, L, P}, layout()),
+        k_pos({B, H, S, P}, layout()),
+        y_pos({H, M, P}, layout()),
+        w({B, H, L, E}, layout()),
+        eps(pick({1, 10, 100}) * 0.005),
+        kind(rng() % 4 ? KernelKind::rbf : KernelKind::dot) {
     q.random(kind == KernelKind::dot ? 0.2 : 1), k.random(kind == KernelKind::dot ? 0.2 : 1);
     v.random(), y.random(), w.random(), log_b.random(0.5), log_a.random();
     q_pos.random(), k_pos.random(), y_pos.random();
@@ -204,8 +223,8 @@ void check_gradient(C& c, Tensor<F>& x, Tensor<F>& grad, const char* what) {
 template <class F>
 void attention_case(const KernelTable& kernels, bool causal) {
   const int64_t L = pick({1, 5, 60, 100}), S = causal ? L : pick({1, 7, 97});
-  Case<F> c(causal, pick({1, 2}), pick({1, 3}), L, S, pick({1, 7, 18, 33}), pick({1, 5, 18}), pick({1, 3, 17}), pick({0, 2}),
-            causal ? pick({0, 1}) : pick({0, 1, 3}));
+  Case<F> c(causal, pick({1, 2}), pick({1, 3}), L, S, pick({1, 7, 18, 33}), pick({1, 5, 18}), pick({1, 3, 17}),
+            pick({0, 2}), causal ? pick({0, 1}) : pick({0, 1, 3}));
   const int threads = static_cast<int>(pick({1, 2, 5}));
   AttentionParams p = c.params(threads);
   Tensor<F> o({c.B, c.H, c.L, c.E}, Case<F>::layout()), z({c.B, c.H, c.M, c.E}, 0),
@@ -249,8 +268,15 @@ struct Features {
   int64_t B, H, N, D, R;
   Tensor<F> x, landmarks, whitening, w;
   Features(int64_t B_, int64_t H_, int64_t N_, int64_t D_, int64_t R_)
-      : B(B_), H(H_), N(N_), D(D_), R(R_), x({B, H, N, D}, Case<F>::layout()), landmarks({H, R, D}, Case<F>::layout()),
-        whitening({H, R, R}, 0), w({B, H, N, R}, Case<F>::layout()) {
+      : B(B_),
+        H(H_),
+        N(N_),
+        D(D_),
+        R(R_),
+        x({B, H, N, D}, Case<F>::layout()),
+        landmarks({H, R, D}, Case<F>::layout()),
+        whitening({H, R, R}, 0),
+        w({B, H, N, R}, Case<F>::layout()) {
     x.random(), landmarks.random(), whitening.random(), w.random();
   }
   double psi(int64_t b, int64_t h, int64_t i, int64_t r) {
@@ -303,8 +329,15 @@ struct Sinkhorn {
   int64_t G, N, M, T;
   Tensor<F> l, log_a, log_b, w_f, w_g;
   Sinkhorn(int64_t G_, int64_t N_, int64_t M_, int64_t T_)
-      : G(G_), N(N_), M(M_), T(T_), l({G, N, M}, Case<F>::layout()), log_a({G, N}, Case<F>::layout()),
-        log_b({G, M}, Case<F>::layout()), w_f({G, N}, 0), w_g({G, M}, 0) {
+      : G(G_),
+        N(N_),
+        M(M_),
+        T(T_),
+        l({G, N, M}, Case<F>::layout()),
+        log_a({G, N}, Case<F>::layout()),
+        log_b({G, M}, Case<F>::layout()),
+        w_f({G, N}, 0),
+        w_g({G, M}, 0) {
     l.random(static_cast<double>(pick({1, 60}))), log_a.random(), log_b.random(), w_f.random(), w_g.random();
   }
   void solve(int64_t at, std::vector<double>& f, std::vector<double>& g) {
@@ -353,9 +386,11 @@ void sinkhorn_case(const KernelTable& kernels) {
   for (int64_t at = 0; at < c.G; ++at) {
     c.solve(at, want_f, want_g);
     for (int64_t i = 0; i < c.N; ++i)
-      expect(std::fabs(f(at, i) - want_f[i]) <= tolerance * (1 + std::fabs(want_f[i])), "sinkhorn f", f(at, i), want_f[i]);
+      expect(std::fabs(f(at, i) - want_f[i]) <= tolerance * (1 + std::fabs(want_f[i])), "sinkhorn f", f(at, i),
+             want_f[i]);
     for (int64_t j = 0; j < c.M; ++j)
-      expect(std::fabs(g(at, j) - want_g[j]) <= tolerance * (1 + std::fabs(want_g[j])), "sinkhorn g", g(at, j), want_g[j]);
+      expect(std::fabs(g(at, j) - want_g[j]) <= tolerance * (1 + std::fabs(want_g[j])), "sinkhorn g", g(at, j),
+             want_g[j]);
   }
   p.f = View{}, p.g = View{};
   p.d_f = c.w_f.view, p.d_g = c.w_g.view, p.d_log_kernel = d_l.view, p.d_log_a = d_a.view, p.d_log_b = d_b.view;
