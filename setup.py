@@ -52,6 +52,7 @@ class Build(build_ext):
         base = [
             "-std=c++17",
             "-O3",
+            "-g0",
             "-ffp-contract=fast",
             "-fno-math-errno",
             "-fno-trapping-math",
