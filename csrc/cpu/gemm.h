@@ -36,7 +36,7 @@ SFK_INLINE void gemm_tile(int64_t K, const F* A, int64_t ars, int64_t acs, const
   SFK_UNROLL
   for (int r = 0; r < R; ++r) {
     SFK_UNROLL
-    for (int n = 0; n < N; ++n) acc[r][n] = accumulate ? load(C + r * ldc + n * W) : Vec<F>{};
+    for (int n = 0; n < N; ++n) acc[r][n] = Vec<F>{};
   }
   for (int64_t k = 0; k < K; ++k) {
     Vec<F> b[N];
@@ -52,7 +52,11 @@ SFK_INLINE void gemm_tile(int64_t K, const F* A, int64_t ars, int64_t acs, const
   SFK_UNROLL
   for (int r = 0; r < R; ++r) {
     SFK_UNROLL
-    for (int n = 0; n < N; ++n) store(C + r * ldc + n * W, acc[r][n]);
+    for (int n = 0; n < N; ++n) {
+      F* out = C + r * ldc + n * W;
+      // Added last: a sum over many calls then has the rounding of two short sums, not of one long one.
+      store(out, accumulate ? load(out) + acc[r][n] : acc[r][n]);
+    }
   }
 }
 

@@ -86,11 +86,21 @@ F row_lse(int64_t Mp, const F* row, const F* add, F* top_out = nullptr, F* sum_o
   return static_cast<F>(m + std::log(static_cast<double>(total)));
 }
 
+// Whether one row of a head that is not shared by threads takes part.  Every weight of pooling is then 1 and constant;
+// computed as such, its output and gradients are exact instead of near.
+template <class F>
+bool is_lone(const F* la, int64_t rows, const Team& team) {
+  int64_t present = 0;
+  for (int64_t i = 0; i < rows; ++i) present += la[i] != -kInf<F>;
+  return team.size == 1 && present == 1;
+}
+
 // What one thread knows of the columns: Σ_s exp(ℓ_sj + f_s) = sum_j exp(ref_j), and the same sum over the values.
 template <class F>
 struct ColumnState {
   Buffer<F> ref, sum, z;  // [Mp] [Mp] [Mp][Ep]
   F lowest;               // smallest ℓ − m seen
+  bool lone;              // one row takes part in the head, and it is here: it is pooled with weight 1 exactly
 };
 
 // Source: logits(row0, n, tile), values(row0, n, tile), values_ahead(row0, n), wants_f(), store_f(row0, n, f); rows
@@ -123,6 +133,7 @@ class Transport {
   int64_t run(Source& src, const Marginals<F>& marg, int64_t rows, double tol, const Team& team) {
     rows_ = rows;
     for (int64_t i = rows; i < rows + kLanes<F>; ++i) la[i] = -kInf<F>, m_[i] = 0;
+    state.lone = is_lone<F>(la, rows, team);
     const int64_t iters = solve<false>(src, marg, tol, team);
     return iters >= 0 ? iters : solve<true>(src, marg, tol, team);
   }
@@ -133,6 +144,7 @@ class Transport {
   F* rows_tile(Source& src, int64_t row0, int64_t n, bool first, int64_t M);
   void scaled_block(Source& src, int64_t row0, int64_t n, F* K, F lam, F shift, bool pool);
   void log_block(Source& src, int64_t row0, int64_t n, const F* logits, F lam, bool pool);
+  void pool_lone(int64_t n, const F* present);
   bool merge(const Marginals<F>& marg, F shift, bool pool, bool check, F* c_t, const Team& team);
 
  private:
@@ -236,6 +248,7 @@ void Transport<F, Source>::scaled_block(Source& src, int64_t row0, int64_t n, F*
   gemm<F>(1, Mp_, n, u_, 0, 1, K, Mp_, state.sum, Mp_, true);
   if (!pool) return;
   src.values(row0, n, values_);
+  if (state.lone) return pool_lone(n, u_);
   for (int64_t i = 0; i < n; ++i)
     for (int64_t e = 0; e < Ep_; e += kLanes<F>) store(values_ + i * Ep_ + e, load(values_ + i * Ep_ + e) * u_[i]);
   Ahead ahead = src.values_ahead(row0, n);
@@ -267,10 +280,21 @@ void Transport<F, Source>::log_block(Source& src, int64_t row0, int64_t n, const
     store(G_ + j, scale);
   }
   if (!pool) return;
+  src.values(row0, n, values_);
+  for (int64_t i = 0; state.lone && i < n; ++i) u_[i] = u_[i] != -kInf<F>;
+  if (state.lone) return pool_lone(n, u_);
   for (int64_t j = 0; j < Mp_; ++j)
     for (int64_t e = 0; e < Ep_; e += kLanes<F>) store(state.z + j * Ep_ + e, load(state.z + j * Ep_ + e) * G_[j]);
-  src.values(row0, n, values_);
   gemm<F>(Mp_, Ep_, n, tile_, 1, Mp_, values_, Ep_, state.z, Ep_, true);
+}
+
+// z_j = v of the row whose `present` is not 0, for every column.
+template <class F, class Source>
+void Transport<F, Source>::pool_lone(int64_t n, const F* present) {
+  for (int64_t i = 0; i < n; ++i) {
+    if (present[i] == 0) continue;
+    for (int64_t j = 0; j < Mp_; ++j) std::copy(values_ + i * Ep_, values_ + (i + 1) * Ep_, state.z + j * Ep_);
+  }
 }
 
 // c_j = shift + log Σ over the team; z_j = Σ/Σ.  False where a column's sum underflowed (only asked in scaled mode).
@@ -291,7 +315,7 @@ bool Transport<F, Source>::merge(const Marginals<F>& marg, F shift, bool pool, b
     }
     if (check && j < marg.M && !(sum > Limits<F>::kColumn)) ok = false;
     c_t[j] = sum > 0 && j < marg.M ? static_cast<F>(std::log(static_cast<double>(sum)) + ref + shift) : -kInf<F>;
-    const F inv = sum > 0 ? 1 / sum : F(0);
+    const F inv = state.lone ? F(sum > 0) : sum > 0 ? 1 / sum : F(0);
     for (int64_t e = 0; pool && e < Ep_; ++e) z[j * Ep_ + e] *= inv;
   }
   return ok;

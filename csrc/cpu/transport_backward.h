@@ -65,6 +65,7 @@ class TransportBackward {
            const Shared* const* members) {
     rows_ = rows;
     steps_ = std::max<int64_t>(marg.T, 1);
+    lone_ = is_lone<F>(la, rows, team);
     for (int64_t i = rows; i < rows + kLanes<F>; ++i) la[i] = -kInf<F>, m_[i] = 0;
     shared.partial = partial;
     if (!solve<false>(src, marg, team, shared, members)) solve<true>(src, marg, team, shared, members);
@@ -85,6 +86,7 @@ class TransportBackward {
   void settle_rows(const Marginals<F>& marg, int64_t row0, int64_t n);
   template <bool kLog>
   void finish_block(Source& src, const Marginals<F>& marg, int64_t row0, int64_t n);
+  void finish_one_column(Source& src, const Marginals<F>& marg, int64_t row0, int64_t n);
   void exp_tile(int64_t n, const F* row, const F* col, F* out);
 
   F* row_q(int64_t t) { return coefs_ + t * stride_; }
@@ -93,6 +95,7 @@ class TransportBackward {
   F* basis_r(int64_t t) { return basis_ + (steps_ + t) * Mp_; }
 
   int64_t block_, Mp_, E_, Ep_, steps_, stride_, rows_ = 0;
+  bool lone_ = false;  // see is_lone: the pooling's weights are constant
 
  public:
   // In: la [rows], c and d_c [max(T,1)][Mp], z and dz [Mp][Ep], dg = dg^T [Mp].  Out: d_la [rows], d_log_b [Mp], dλ.
@@ -163,7 +166,7 @@ void TransportBackward<F, Source>::set_columns(const Marginals<F>& marg, int64_t
       d -= marg.lam_b * dg[j];
       d_lam_b -= static_cast<double>(dg[j]) * c_t[j];
     }
-    dcol_[j] = (t == steps_ - 1 ? d - zdz_[j] : d);
+    dcol_[j] = (t == steps_ - 1 && !lone_ ? d - zdz_[j] : d);
     basis_q(t)[j] = kLog ? dcol_[j] : dcol_[j] * cq_[t * Mp_ + j];
   }
 }
@@ -266,7 +269,7 @@ void TransportBackward<F, Source>::row_gradients(Source& src, const Marginals<F>
     for (int64_t i = 0; i < n; ++i) {
       Vec<F> dot{};
       for (int64_t e = 0; e < Ep_; e += kLanes<F>) dot += load(v_ + i * Ep_ + e) * load(dv_ + i * Ep_ + e);
-      u_[i] += reduce_add<F>(dot);
+      if (!lone_) u_[i] += reduce_add<F>(dot);
       for (int64_t e = 0; !kLog && e < Ep_; ++e) dv_[i * Ep_ + e] *= q[i];
     }
     src.store_dv(row0, n, dv_);
@@ -318,12 +321,27 @@ void TransportBackward<F, Source>::settle_rows(const Marginals<F>& marg, int64_t
   }
 }
 
+// dℓ_s = (1 − λ_a) Σ_t df^t_s: with one column R = 1 and every Q term is its own row sum.  Exactly 0 where λ_a = 1.
+template <class F, class Source>
+void TransportBackward<F, Source>::finish_one_column(Source& src, const Marginals<F>& marg, int64_t row0, int64_t n) {
+  fill(acc_ + 0, n * Mp_, F(0));
+  for (int64_t i = 0; i < n; ++i) {
+    F sum = 0;
+    for (int64_t t = 0; t < steps_; ++t) sum += df_[t * stride_ + row0 + i];
+    acc_[i * Mp_] = (1 - marg.lam_a) * sum;
+  }
+  src.accept(row0, n, acc_);
+}
+
 // The whole dℓ of the block, handed to the source.
 template <class F, class Source>
 template <bool kLog>
 void TransportBackward<F, Source>::finish_block(Source& src, const Marginals<F>& marg, int64_t row0, int64_t n) {
   const int64_t last = steps_ - 1;
-  if (Ep_) {
+  if (Ep_ && marg.T && marg.M == 1) return finish_one_column(src, marg, row0, n);
+  if (lone_) {
+    fill(acc_ + 0, n * Mp_, F(0));
+  } else if (Ep_) {
     if (last != 0) src.values(row0, n, v_);
     Ahead ahead = src.values_ahead(row0, n);
     gemm<F>(n, Mp_, E_, v_, Ep_, 1, dzt_, Mp_, acc_, Mp_, false, &ahead);
