@@ -148,7 +148,7 @@ class Transport {
   bool merge(const Marginals<F>& marg, F shift, bool pool, bool check, F* c_t, const Team& team);
 
  private:
-  int64_t block_, cache_rows_, Mp_, Ep_, rows_ = 0;
+  int64_t block_, cache_rows_, Mp_, Ep_, rows_ = 0, passes_ = 1;
 
  public:
   Buffer<F> la;  // [rows] log masses
@@ -163,7 +163,7 @@ class Transport {
 template <class F, class Source>
 template <bool kLog>
 int64_t Transport<F, Source>::solve(Source& src, const Marginals<F>& marg, double tol, const Team& team) {
-  const int64_t passes = std::max<int64_t>(marg.T, 1);
+  const int64_t passes = passes_ = std::max<int64_t>(marg.T, 1);
   const F lam = marg.T ? marg.lam_a : F(0);
   std::copy(marg.log_b, marg.log_b + Mp_, g + 0);
   state.lowest = 0;
@@ -206,7 +206,7 @@ int64_t Transport<F, Source>::solve(Source& src, const Marginals<F>& marg, doubl
 template <class F, class Source>
 template <bool kLog>
 F* Transport<F, Source>::rows_tile(Source& src, int64_t row0, int64_t n, bool first, int64_t M) {
-  const bool cached = row0 + n <= cache_rows_;
+  const bool cached = passes_ > 1 && row0 + n <= cache_rows_;
   F* tile = cached ? cache_ + row0 * Mp_ : tile_ + 0;
   if (cached && !first) return tile;
   src.logits(row0, n, tile);

@@ -43,7 +43,7 @@ CASES = (
     Case("t0", options={"num_iters": 0}),
     Case("t1", options={"num_iters": 1}),
     Case("t10", options={"num_iters": 10}),
-    Case("length_1", L=1, S=1),
+    Case("length_1", B=8, H=8, L=1, S=1),  # its gradients of q, k are 0 but for rounding: many heads average it
     Case("length_63", L=63, S=63, M=64, D=64, E=64),
     Case("length_1000", B=1, H=2, L=1000, S=1000, M=64, D=64, E=32),
     Case("one_reference", M=1),
