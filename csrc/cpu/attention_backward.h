@@ -68,7 +68,8 @@ template <class F>
 class BackwardWorker {
  public:
   struct Shared {
-    Buffer<F> dz, dg;  // this thread's share of the queries
+    Buffer<F> dz;       // this thread's share of the queries
+    Buffer<double> dg;  // a long sum, whose error would be common to a whole column of dℓ
     typename TransportBackward<F, KeyGradSource<F>>::Shared transport;
     RefGrads<F>*query_grads, *key_grads;
   };
@@ -88,7 +89,8 @@ class BackwardWorker {
         dp_(tile_rows(refs_.Mp) * refs_.Mp),
         d_o_(tile_rows(refs_.Mp) * Ep_),
         d_x_(tile_rows(refs_.Mp) * refs_.Dp),
-        scale_(tile_rows(refs_.Mp)) {
+        scale_(tile_rows(refs_.Mp)),
+        dg_block_(refs_.Mp) {
     shared_.dz.reset(refs_.Mp * Ep_);
     shared_.dg.reset(refs_.Mp);
     shared_.query_grads = &query_grads_;
@@ -104,7 +106,7 @@ class BackwardWorker {
     if (!load_log_mass<F>(p_, b, h, lo, hi, transport_.la)) return store_zeros(b, h, lo, hi, team);
     load_state(b, h);
     fill(shared_.dz + 0, Mp * Ep_, F(0));
-    fill(shared_.dg + 0, Mp, F(0));
+    fill(shared_.dg + 0, Mp, 0.0);
     if (p_.d_o) queries(b, h, team);
     team.sync();
     merge_queries(b, h, team);
@@ -165,6 +167,7 @@ class BackwardWorker {
     load_rows<F>(p_.d_o, b, h, row0, n, nullptr, d_o_, Ep_);
     gemm<F>(n, Mp, p_.E, d_o_, Ep_, 1, zt_, Mp, dp_, Mp, false, &ahead_o);
     drop<F>(p_, b, h, row0, n, Mp, dp_);
+    fill(dg_block_ + 0, Mp, F(0));
     for (int64_t i = 0; i < n; ++i) {
       Vec<F> dot{};
       for (int64_t j = 0; j < Mp; j += kLanes<F>) dot += load(w_ + i * Mp + j) * load(dp_ + i * Mp + j);
@@ -174,9 +177,10 @@ class BackwardWorker {
         const Vec<F> w = load(w_ + i * Mp + j) * scale_[i], ds = w * (load(dp_ + i * Mp + j) - mean);
         store(w_ + i * Mp + j, w);
         store(dp_ + i * Mp + j, ds);
-        store(shared_.dg + j, load(shared_.dg + j) + ds);
+        store(dg_block_ + j, load(dg_block_ + j) + ds);
       }
     }
+    for (int64_t j = 0; j < Mp; ++j) shared_.dg[j] += dg_block_[j];
     drop<F>(p_, b, h, row0, n, Mp, w_);
     gemm<F>(p_.M, Ep_, n, w_, 1, Mp, d_o_, Ep_, shared_.dz, Ep_, true);
     logit_grads<F>(refs_, n, kappa_, pos, dp_, query_grads_);
@@ -190,11 +194,14 @@ class BackwardWorker {
     const Block<F> d_z(p_.d_z, b, h);
     for (int64_t j = 0; j < Mp; ++j)
       for (int64_t e = 0; e < Ep_; ++e) transport_.dz[j * Ep_ + e] = d_z && j < p_.M && e < p_.E ? d_z(j, e) : F(0);
-    fill(transport_.dg + 0, Mp, F(0));
     for (int i = 0; i < team.size; ++i) {
       const Shared& s = team.template member<Shared>(i);
       for (int64_t k = 0; k < Mp * Ep_; ++k) transport_.dz[k] += s.dz[k];
-      for (int64_t j = 0; j < Mp; ++j) transport_.dg[j] += s.dg[j];
+    }
+    for (int64_t j = 0; j < Mp; ++j) {
+      double sum = 0;
+      for (int i = 0; i < team.size; ++i) sum += team.template member<Shared>(i).dg[j];
+      transport_.dg[j] = static_cast<F>(sum);
     }
   }
 
@@ -234,7 +241,7 @@ class BackwardWorker {
   TransportBackward<F, KeyGradSource<F>> transport_;
   Shared shared_;
   int64_t Ep_;
-  Buffer<F> zt_, g_, kappa_, w_, dp_, d_o_, d_x_, scale_;
+  Buffer<F> zt_, g_, kappa_, w_, dp_, d_o_, d_x_, scale_, dg_block_;
 };
 
 template <class F>
