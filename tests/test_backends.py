@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 import setformer_kernels.functional as SF
-from setformer_kernels.problem import HYPER
 from setformer_kernels.testing import CASES, Case, assert_within_budget, gradients, make, model_inputs
 from setformer_kernels.testing.budget import cast
 
@@ -43,36 +42,42 @@ def test_output_and_every_gradient_within_the_error_budget(
     inputs, cotangent, exact, model = expected(case.name, dtype)
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     fast = gradients(functools.partial(SF.set_attention, backend=native), cast(inputs, wide, dtype), cotangent)
-    assert_within_budget(without_hyperparameters(fast), exact, model, case.name)
+    assert_within_budget(large(fast), exact, model, case.name)
+
+
+LARGE = 64  # entries
+DRAWS = 12
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("case", [case for case in CASES if case.P or case.tensors], ids=lambda case: case.name)
-def test_gradients_of_the_hyperparameters_within_the_error_budget(
-    case: Case, dtype: torch.dtype, native: str, request: pytest.FixtureRequest
-) -> None:
-    """[H]: sums of dℓ with smooth weights, in which an error common to a column of the plan does not average out."""
-    if native == "cpu":
-        known = "recomputed columns of the plan sum to 1 only to the rounding of c: up to 6 times the model's error"
-        request.applymarker(pytest.mark.xfail(reason=known, strict=False))
-    inputs, cotangent, exact, model = expected(case.name, dtype)
+@pytest.mark.parametrize(
+    "case", [case for case in CASES if case.P or case.tensors or case.log_mass], ids=lambda case: case.name
+)
+def test_small_gradients_within_the_error_budget(case: Case, dtype: torch.dtype, native: str) -> None:
+    """[H] or [H, M] numbers are too few for a norm of rounding errors to mean much: many draws make one norm."""
+    tokens, keywords = make(case)
     wide = torch.float64 if dtype == torch.float64 else torch.float32
-    fast = gradients(functools.partial(SF.set_attention, backend=native), cast(inputs, wide, dtype), cotangent)
-    assert_within_budget({name: fast[name] for name in HYPER if name in fast}, exact, model, case.name)
+    draws: list[tuple[dict[str, Tensor], ...]] = []
+    for _ in range(DRAWS):
+        drawn = {name: torch.randn_like(tokens[name]) for name in ("query", "value")}
+        inputs = tokens | drawn | keywords
+        cotangent = torch.randn(case.B, case.H, case.L, case.E, dtype=torch.float64)
+        fast = gradients(functools.partial(SF.set_attention, backend=native), cast(inputs, wide, dtype), cotangent)
+        draws.append((fast, *model_inputs(reference, inputs, dtype, cotangent)))
+    found, exact, model = (
+        {name: torch.stack([d[name] for d in results]) for name in draws[0][0] if draws[0][0][name].numel() < LARGE}
+        for results in zip(*draws, strict=True)
+    )
+    if dtype == torch.float64 and case.position_spread > 1:  # float32 is no model of float64 at logits of −1000
+        for name, value in found.items():
+            torch.testing.assert_close(value, exact[name], rtol=1e-11, atol=1e-11 * exact[name].abs().max().item())
+    else:
+        assert_within_budget(found, exact, model, case.name)
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if case.P or case.tensors], ids=lambda case: case.name)
-def test_gradients_of_the_hyperparameters_are_right(case: Case, native: str) -> None:
-    inputs, cotangent, exact, _ = expected(case.name, torch.float64)
-    fast = gradients(functools.partial(SF.set_attention, backend=native), cast(inputs, torch.float64), cotangent)
-    for name in HYPER:
-        if name in fast:
-            torch.testing.assert_close(fast[name], exact[name], rtol=1e-10, atol=1e-12)
-
-
-def without_hyperparameters(fast: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The rest of the gradients; those of the hyperparameters have their own tests."""
-    return {name: value for name, value in fast.items() if name not in HYPER}
+def large(results: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Results with enough entries that the norm of their rounding errors is a property of the code, not of the draw."""
+    return {name: value for name, value in results.items() if value.numel() >= LARGE or name == "output"}
 
 
 def pool_of(backend: str) -> Any:
@@ -91,7 +96,7 @@ def test_pooling_within_the_error_budget(case: Case, dtype: torch.dtype, native:
     exact, model = model_inputs(pool_of("reference"), inputs, dtype, cotangent)
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     fast = gradients(pool_of(native), cast(inputs, wide, dtype), cotangent)
-    assert_within_budget(without_hyperparameters(fast), exact, model, case.name)
+    assert_within_budget(large(fast), exact, model, case.name)
 
 
 FEATURES = {"plain": (100, 7, 16), "square": (65, 64, 64), "one": (1, 1, 5), "wide": (33, 16, 256)}
@@ -129,18 +134,18 @@ def test_nystrom_features_within_the_error_budget(
 @pytest.mark.parametrize("T", [0, 1, 7])
 @pytest.mark.parametrize("kind", ["plain", "masses", "minus_infinity", "wide", "relaxed", "tolerance"])
 def test_sinkhorn_within_the_error_budget(kind: str, T: int, dtype: torch.dtype, native: str) -> None:
-    l = 2 * torch.randn(3, 2, 37, 21, dtype=torch.float64)
+    l = 2 * torch.randn(16, 8, 37, 21, dtype=torch.float64)
     inputs: dict[str, Any] = {"log_kernel": l if kind != "wide" else 100 * l}
     if kind == "wide" and T == 0:
         pytest.skip("without an iteration exp(log_kernel) overflows")
     keywords: dict[str, Any] = {"num_iters": T}
     if kind in ("masses", "relaxed"):
         inputs |= {
-            "log_a": torch.randn(3, 2, 37).double().log_softmax(-1),
-            "log_b": torch.randn(21).double().log_softmax(-1),
+            "log_a": torch.randn(16, 8, 37).double().log_softmax(-1),
+            "log_b": torch.randn(16, 8, 21).double().log_softmax(-1),
         }
     if kind == "relaxed":
-        inputs |= {"key_relaxation": torch.rand(3, 2).double(), "reference_relaxation": torch.rand(3, 1).double()}
+        inputs |= {"key_relaxation": torch.rand(16, 8).double(), "reference_relaxation": torch.rand(16, 8).double()}
     if kind == "minus_infinity":
         l[0, 0, 3], l[0, 1, :, 2], l[1, 0, 4, 5] = -math.inf, -math.inf, -math.inf
     if kind == "tolerance":
