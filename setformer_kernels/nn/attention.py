@@ -136,7 +136,7 @@ class SeTAttention(ReferenceSet, nn.MultiheadAttention):
         """
         masks = {"key_padding_mask": key_padding_mask, "attn_mask": attn_mask}
         positions = {"query_position": query_position, "key_position": key_position}
-        check_tensors({"query": query, "key": key, "value": value}, masks | positions)
+        check_tensors({"query": query, "key": key, "value": value}, {**masks, **positions})
         if query.is_nested or key.is_nested or value.is_nested:
             padded = pad_all(query, key, value, self.batch_first, masked=any(m is not None for m in masks.values()))
             output, weights = self.forward(
@@ -153,9 +153,9 @@ class SeTAttention(ReferenceSet, nn.MultiheadAttention):
         S = k.shape[-2]
         k, v, slots = self._append_slots(k, v)
         mask, causal = attention_mask_of(attn_mask, is_causal, slots, B, self.num_heads, q.shape[-2], S, q.device)
-        options = self._transport_options() | self._dropout_options(q.device)
-        options |= self._position_options(slots, **positions)
-        options |= {"key_mask": key_mask_of(key_padding_mask, slots), "attn_mask": mask, "causal": causal}
+        options = {**self._transport_options(), **self._dropout_options(q.device)}
+        options.update(self._position_options(slots, **positions))
+        options.update(key_mask=key_mask_of(key_padding_mask, slots), attn_mask=mask, causal=causal)
         heads = SF.set_attention(q, k, self._map_values(v), self.references, **options)
         output = self.out_proj(merge_heads(heads, self.batch_first or not batched))
         weights = self._weights(q, k, options, average_attn_weights) if need_weights else None

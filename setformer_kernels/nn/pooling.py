@@ -80,7 +80,7 @@ class SeTPooling(ReferenceSet):
             key_position: [S, P] or [B, S, P], exactly when position_dim > 0.
         """
         k, v = self._keys_values("x", x, key_padding_mask, key_position)
-        options = self._transport_options() | self._position_options(0, key_position=key_position)
+        options = {**self._transport_options(), **self._position_options(0, key_position=key_position)}
         options["key_mask"] = key_mask_of(key_padding_mask, 0)
         z = SF.set_pool(k, self._map_values(v), self.references, **options)
         return self.out_proj(merge_heads(z, batch_first=True))
