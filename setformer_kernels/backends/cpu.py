@@ -45,8 +45,7 @@ def _view(t: Tensor | None) -> View | None:
 
 
 def _empty_like(t: Tensor, shape: tuple[int, ...] | torch.Size | None = None) -> Tensor:
-    shape = t.shape if shape is None else shape
-    return t.new_empty(shape) if t.is_contiguous() else empty_in_order(t, shape)
+    return empty_in_order(t, t.shape if shape is None else shape)
 
 
 def _common(x: Operands, opt: Options) -> tuple[Any, ...]:
