@@ -1,0 +1,58 @@
+"""Tile sizes: one table, with the reason beside each number; no length ever enters it."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Tile(NamedTuple):
+    """How one kernel is cut."""
+
+    rows: int  # tokens per step of a program's loop
+    depth: int  # head dims per product: longer ones are summed, or split over programs
+    warps: int
+    stages: int  # of the software pipeline
+
+
+MAX_REFERENCES = 256  # a row of logits stays in one tile, so that the row update needs no second pass
+MAX_HEAD_DIM = 256
+MIN_BLOCK = 16  # the smallest side of a tensor-core product
+
+
+def padded(n: int) -> int:
+    """The next power of two that a tile can have as a side."""
+    return max(MIN_BLOCK, 1 << (n - 1).bit_length())
+
+
+# Kinds of kernel, by what a program holds across its loop: "row" kernels hold no accumulator (read, features),
+# "column" kernels hold [M] or [M, depth] sums (transport), "gradient" kernels hold [M, depth] sums beside two tiles.
+# Sizes: "small" M, D, E ≤ 64; "medium" ≤ 128; "large" beyond.  "half" and "single" are the token's bytes.
+DEFAULT: dict[tuple[str, str, str], Tile] = {
+    # [rows, M] float32 logits are the largest tile a thread holds: rows · M / (32 · warps) registers each.
+    ("row", "small", "half"): Tile(64, 64, 4, 2),
+    ("row", "medium", "half"): Tile(64, 64, 4, 2),
+    ("row", "large", "half"): Tile(32, 64, 8, 1),
+    ("row", "small", "single"): Tile(32, 32, 4, 1),
+    ("row", "medium", "single"): Tile(32, 32, 4, 1),
+    ("row", "large", "single"): Tile(32, 32, 8, 1),
+    ("column", "small", "half"): Tile(64, 64, 4, 2),
+    ("column", "medium", "half"): Tile(64, 64, 8, 2),
+    ("column", "large", "half"): Tile(32, 32, 8, 1),
+    ("column", "small", "single"): Tile(32, 32, 4, 1),
+    ("column", "medium", "single"): Tile(32, 32, 8, 1),
+    ("column", "large", "single"): Tile(32, 32, 8, 1),
+    ("gradient", "small", "half"): Tile(32, 64, 4, 1),
+    ("gradient", "medium", "half"): Tile(32, 64, 8, 1),
+    ("gradient", "large", "half"): Tile(32, 32, 8, 1),
+    ("gradient", "small", "single"): Tile(32, 32, 4, 1),
+    ("gradient", "medium", "single"): Tile(32, 32, 8, 1),
+    ("gradient", "large", "single"): Tile(32, 32, 8, 1),
+}
+OVERRIDES: dict[str, dict[tuple[str, str, str], Tile]] = {"sm_80": {}, "sm_90": {}, "sm_100": {}, "default": {}}
+
+
+def tile(kind: str, family: str, widest: int, itemsize: int) -> Tile:
+    """The tile of a kind of kernel on a device family; `widest` is max(M, D, E)."""
+    size = "small" if widest <= 64 else "medium" if widest <= 128 else "large"
+    key = (kind, size, "half" if itemsize == 2 else "single")
+    return OVERRIDES[family].get(key, DEFAULT[key])

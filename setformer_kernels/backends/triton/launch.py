@@ -1,0 +1,83 @@
+"""The one door to every launch: facts of the device, and a recorder that takes launches instead of running them.
+
+The recorder is how kernels are compiled ahead of time for a GPU that is not there: it sees exactly the arguments and
+constants that the backend would launch.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+
+from .config import Tile
+from .primitives import INTERPRETED
+
+
+class Device(NamedTuple):
+    """What launches need to know of a device."""
+
+    family: str  # a column of the tile table: "sm_80", "sm_90", "sm_100" or "default"
+    multiprocessors: int
+    precision: str  # of float32 products: "tf32x3" on NVIDIA's tensor cores, "ieee" elsewhere
+
+
+class Launch(NamedTuple):
+    """One recorded launch."""
+
+    kernel: Any
+    programs: int
+    args: tuple[Any, ...]
+    constants: dict[str, Any]
+    tile: Tile
+
+
+# Few multiprocessors make the interpreter split lengths as a GPU does at sizes that an interpreter can run.
+INTERPRETER = Device("default", 4, "ieee")
+_assumed: Device | None = None
+_taken: list[Launch] | None = None
+
+
+def device_of(t: torch.Tensor) -> Device:
+    """The facts of the tensor's device, or the assumed ones while recording."""
+    if _assumed is not None:
+        return _assumed
+    if t.device.type == "cpu":
+        return INTERPRETER
+    return _query(t.device.index)
+
+
+@functools.cache
+def _query(index: int) -> Device:
+    properties = torch.cuda.get_device_properties(index)
+    if torch.version.hip:
+        return Device("default", properties.multi_processor_count, "ieee")
+    # Only these three have the shared memory of a data-centre GPU; sm_86, sm_89 and sm_120 have 99 KiB.
+    family = {(8, 0): "sm_80", (9, 0): "sm_90", (10, 0): "sm_100"}.get((properties.major, properties.minor), "default")
+    return Device(family, properties.multi_processor_count, "tf32x3")
+
+
+def launch(kernel: Any, programs: int, args: Sequence[Any], constants: dict[str, Any], tile: Tile) -> None:
+    """Runs `programs` instances of a kernel, on the current stream of the device of its tensors."""
+    if programs == 0:
+        return
+    if _taken is not None:
+        _taken.append(Launch(kernel, programs, tuple(args), constants, tile))
+        return
+    options = {} if INTERPRETED else {"num_warps": tile.warps, "num_stages": tile.stages}
+    kernel[(programs,)](*args, **constants, **options)
+
+
+@contextmanager
+def recorded(device: Device) -> Iterator[list[Launch]]:
+    """Launches inside the block are collected and not run; tiles are those of `device`."""
+    global _assumed, _taken
+    before = _assumed, _taken
+    _assumed, _taken = device, []
+    try:
+        yield _taken
+    finally:
+        _assumed, _taken = before

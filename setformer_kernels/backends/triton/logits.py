@@ -1,0 +1,98 @@
+"""From tokens and prepared references to logits ℓ [BN, M], and the masses of the keys."""
+
+import triton
+import triton.language as tl
+
+from .primitives import INF, LOG2E, dot, inverse_norm
+
+
+@triton.jit
+def load_rows(x, rows, live, stride, columns, D: tl.constexpr):
+    """Rows of a token matrix with unit stride along D: [BN, depth], 0 where a row is not live or a column is padding."""
+    mask = live[:, None] & (columns < D)[None, :]
+    return tl.load(x + rows.to(tl.int64)[:, None] * stride + columns[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def load_references(y, start, M: tl.constexpr, DP: tl.constexpr, DEPTH: tl.constexpr):
+    """Columns start.. of the prepared references of one head: [M, DEPTH]; padded in memory, so no mask."""
+    return tl.load(y + tl.arange(0, M)[:, None] * DP + start + tl.arange(0, DEPTH)[None, :])
+
+
+@triton.jit
+def products(x, rows, live, stride, y, y_first, D: tl.constexpr, DP: tl.constexpr, DEPTH: tl.constexpr, PRECISION: tl.constexpr):
+    """(⟨x_i, y_j⟩ [BN, M], ‖x_i‖² [BN], the first DEPTH columns of x) of tokens against prepared references."""
+    M: tl.constexpr = y_first.shape[0]
+    columns = tl.arange(0, DEPTH)
+    first = load_rows(x, rows, live, stride, columns, D)
+    wide = first.to(tl.float32)
+    square = tl.sum(wide * wide, 1)
+    product = dot(first, tl.trans(y_first), PRECISION)
+    for start in tl.static_range(DEPTH, DP, DEPTH):
+        chunk = load_rows(x, rows, live, stride, start + columns, D)
+        wide = chunk.to(tl.float32)
+        square += tl.sum(wide * wide, 1)
+        product += dot(chunk, tl.trans(load_references(y, start, M, DP, DEPTH)), PRECISION)
+    return product, square, first
+
+
+@triton.jit
+def head_parameters(parameters, h):
+    """(β·log2 e, log2 e/ε, λ_a, λ_b, τ²·log2 e) of head h."""
+    p = parameters + h * 8
+    return tl.load(p), tl.load(p + 1), tl.load(p + 2), tl.load(p + 3), tl.load(p + 4)
+
+
+@triton.jit
+def kernel_value(product, beta, DOT: tl.constexpr):
+    """κ from ⟨x̂, ŷ⟩ (rbf) or ⟨x, y⟩ (dot): [BN, M]."""
+    if DOT:
+        return product
+    else:
+        return tl.exp2(beta * (product - 1.0))
+
+
+@triton.jit
+def squared_distance(p, rows, live, stride, pi, M_TRUE: tl.constexpr, M: tl.constexpr, P: tl.constexpr):
+    """‖p_i − π_j‖² [BN, M] of positions with unit stride along P; 0 for a token whose position is NaN (it has none)."""
+    j = tl.arange(0, M)
+    distance = tl.zeros([rows.shape[0], M], tl.float32)
+    for axis in tl.static_range(P):
+        at = tl.load(p + rows.to(tl.int64) * stride + axis, mask=live, other=0.0)
+        difference = at[:, None] - tl.load(pi + j * P + axis, mask=j < M_TRUE, other=0.0)[None, :]
+        distance += difference * difference
+    return tl.where(distance == distance, distance, 0.0)
+
+
+@triton.jit
+def hinted(stride, ALIGNED: tl.constexpr):
+    """A stride with the compiler told that it is a multiple of 16, where it is."""
+    return tl.multiple_of(stride, 16) if ALIGNED else stride
+
+
+@triton.jit
+def key_mass(log_a, rows, last, stride, uniform):
+    """(which rows hold a key that takes part, log2 a) [BN]; −∞ where there is none."""
+    live = rows < last
+    if log_a is None:
+        return live, tl.where(live, uniform, -INF)
+    else:
+        mass = tl.load(log_a + rows.to(tl.int64) * stride, mask=live, other=-INF) * LOG2E
+        return mass > -INF, mass
+
+
+@triton.jit
+def token_logits(
+    x, rows, live, stride, position, stride_p, pi, y, y_first, beta, scale, tau,
+    M: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, DEPTH: tl.constexpr, P: tl.constexpr,
+    DOT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """(ℓ, κ, ĉ [BN, MP], 1/‖x‖ [BN], the first columns of x) of tokens; for `dot` ĉ is the product and 1/‖x‖ is 1."""
+    product, square, first = products(x, rows, live, stride, y, y_first, D, DP, DEPTH, PRECISION)
+    inverse = square * 0.0 + 1.0 if DOT else inverse_norm(square)
+    cosine = product if DOT else product * inverse[:, None]
+    kappa = kernel_value(cosine, beta, DOT)
+    l = (kappa - 1.0) * scale
+    if P > 0:
+        l -= tau * squared_distance(position, rows, live, stride_p, pi, M, y_first.shape[0], P)
+    return l, kappa, cosine, inverse, first

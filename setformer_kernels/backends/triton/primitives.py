@@ -1,0 +1,91 @@
+"""Device functions shared by the kernels: products, norms, logits, log sums and dropout on tiles.
+
+Inside kernels everything exponential is in base 2 (exp2 is the hardware's instruction): ℓ, f, g, c and masses are
+carried times log2(e), and only what leaves a kernel is in natural units.  Names in tiles: BN tokens (queries or keys),
+M references padded to a power of two.
+"""
+
+import os
+
+import triton
+import triton.language as tl
+
+# Under the interpreter tl.dot multiplies bfloat16 as raw bits (Triton 3.7): operands are widened there, exactly.
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
+_INTERPRETED = tl.constexpr(INTERPRETED)
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+NORM_FLOOR = tl.constexpr(1e-24)  # ‖x‖² at or below which x̂ = 0
+SPAN = tl.constexpr(115.0)  # 80 in base 2: logits this close keep every product of two exponentials above underflow
+INF = tl.constexpr(float("inf"))
+
+
+@triton.jit
+def dot(a, b, PRECISION: tl.constexpr):
+    """a [I, K] · b [K, J] -> float32 [I, J]; float32 operands as IEEE or tf32x3."""
+    if _INTERPRETED:
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+    return tl.dot(a, b, input_precision=PRECISION)
+
+
+@triton.jit
+def inverse_norm(square):
+    """1/‖x‖ from ‖x‖² [BN], and 0 where ‖x‖ ≤ 1e-12."""
+    positive = square > NORM_FLOOR
+    return tl.where(positive, 1.0 / tl.sqrt_rn(tl.where(positive, square, 1.0)), 0.0)
+
+
+@triton.jit
+def exact_scale(x, inverse):
+    """(x·2^e, inverse·2^−e) with 2^e ≤ inverse < 2^(e+1): x̂ as a product whose first factor rounds nothing and fits x's dtype."""
+    power = tl.exp2(tl.floor(tl.log2(tl.where(inverse > 0, inverse, 1.0))))  # [BN]
+    return (x.to(tl.float32) * power[:, None]).to(x.dtype), inverse / power
+
+
+@triton.jit
+def finite_or_zero(x):
+    """x with −∞ replaced by 0: the safe amount to subtract before exp2."""
+    return tl.where(x == -INF, 0.0, x)
+
+
+@triton.jit
+def log_sum(peak, total):
+    """log2 of total·2^peak, −∞ where the total is 0."""
+    return tl.where(total > 0, peak + tl.log2(tl.where(total > 0, total, 1.0)), -INF)
+
+
+@triton.jit
+def potential(log_mass, relaxation, log_total):
+    """log mass − λ·log total; −∞ where nothing can be sent."""
+    reached = log_total > -INF
+    return tl.where(reached, log_mass - relaxation * tl.where(reached, log_total, 0.0), -INF)
+
+
+@triton.jit
+def merged_log_sum(peaks, totals, splits, M: tl.constexpr):
+    """log2 Σ over splits of totals·2^peaks, both [splits, M]: [M], in a fixed order."""
+    j, i = tl.arange(0, M), tl.arange(0, 16)
+    peak = tl.full([M], -INF, tl.float32)
+    total = tl.zeros([M], tl.float32)
+    for start in range(0, splits, 16):
+        index = (start + i)[:, None] * M + j[None, :]
+        some = (start + i < splits)[:, None]
+        part = tl.load(peaks + index, mask=some, other=-INF)
+        new = tl.maximum(peak, tl.max(part, 0))
+        safe = finite_or_zero(new)
+        parts = tl.load(totals + index, mask=some, other=0.0) * tl.exp2(part - safe[None, :])
+        total = total * tl.exp2(peak - safe) + tl.sum(parts, 0)
+        peak = new
+    return log_sum(peak, total)
+
+
+@triton.jit
+def keep_mask(seed, head, length, rows, M_TRUE: tl.constexpr, M: tl.constexpr, threshold):
+    """Which entries of W^q survive dropout: [BN, M], word 0 of Philox4x32-10 at n = (head·L + i)·M + j."""
+    n = (head * length + rows.to(tl.int64))[:, None] * M_TRUE + tl.arange(0, M)[None, :]
+    low = (n & 0xFFFFFFFF).to(tl.uint32)
+    high = (n >> 32).to(tl.uint32)
+    zero = low * 0
+    word, _, _, _ = tl.philox(tl.load(seed), low, high, zero, zero)
+    return word.to(tl.uint32, bitcast=True) >= threshold.to(tl.uint32)
