@@ -1,0 +1,73 @@
+"""What the performance model and the resource table assume of a GPU, each number with its source.
+
+Nothing here is measured.  Sources: the vendor's data sheets of A100 (80 GB SXM), H100 SXM, H200 SXM and B200 (HGX) for
+bandwidth, dense bf16 rate and boost clock; the CUDA C++ programming guide, tables "technical specifications per compute
+capability" and "arithmetic instructions", for everything per multiprocessor.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Family(NamedTuple):
+    """What holds for every GPU of one compute capability."""
+
+    capability: int  # 10·major + minor
+    shared_per_block: int  # bytes one block may use: 163 or 227 KiB
+    shared_per_sm: int  # bytes of one multiprocessor; each block costs one KiB more than it asks for
+    warps_per_sm: int
+    fp32_per_clock: int  # float32 lanes per multiprocessor
+    mma_flops_per_clock: int  # dense bf16 by mma.sync, per multiprocessor
+    wide_mma_flops_per_clock: int  # by wgmma (sm_90) or tcgen05 (sm_100); 0 where there is none
+
+
+KIB = 1024
+FAMILIES = {
+    "sm_80": Family(80, 163 * KIB, 164 * KIB, 64, 64, 2048, 0),
+    # mma.sync reaches about five eighths of wgmma's rate (measured by several groups on H100; no datasheet says so).
+    "sm_90": Family(90, 227 * KIB, 228 * KIB, 64, 128, 2560, 4096),
+    "sm_100": Family(100, 227 * KIB, 228 * KIB, 64, 128, 2560, 8192),
+}
+REGISTERS_PER_SM = 65536
+BLOCKS_PER_SM = 32
+SCHEDULERS = 4  # per multiprocessor, one warp instruction each per clock
+EXPS_PER_CLOCK = 16  # MUFU results per multiprocessor: exp2, log2, reciprocal, root
+LOAD_BYTES_PER_CLOCK = 128  # shared memory and L1 together, per multiprocessor
+
+
+class Gpu(NamedTuple):
+    """One product."""
+
+    name: str
+    family: str
+    multiprocessors: int
+    clock: float  # boost, Hz
+    bandwidth: float  # of device memory, bytes/s
+    bf16: float  # dense bf16 FLOP/s
+    l2: int  # bytes
+
+    @property
+    def exps(self) -> float:
+        """Exponentials per second: 16 per clock and multiprocessor."""
+        return EXPS_PER_CLOCK * self.multiprocessors * self.clock
+
+
+GPUS = {
+    gpu.name: gpu
+    for gpu in (
+        Gpu("A100", "sm_80", 108, 1.410e9, 2.039e12, 312e12, 40 << 20),
+        Gpu("H100", "sm_90", 132, 1.830e9, 3.35e12, 989e12, 50 << 20),
+        Gpu("H200", "sm_90", 132, 1.830e9, 4.8e12, 989e12, 50 << 20),
+        Gpu("B200", "sm_100", 148, 1.850e9, 8.0e12, 2250e12, 126 << 20),
+    )
+}
+
+
+def resident_blocks(family: str, registers: int, shared: int, warps: int) -> int:
+    """Blocks of a kernel that fit one multiprocessor at once, by registers, shared memory, warps and blocks."""
+    f = FAMILIES[family]
+    per_warp = -(-registers * 32 // 256) * 256  # registers are given out in units of 256 a warp
+    by_registers = REGISTERS_PER_SM // per_warp // warps
+    by_shared = f.shared_per_sm // (shared + KIB)
+    return min(by_registers, by_shared, f.warps_per_sm // warps, BLOCKS_PER_SM)
