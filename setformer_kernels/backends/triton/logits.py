@@ -65,12 +65,6 @@ def squared_distance(p, rows, live, stride, pi, M_TRUE: tl.constexpr, M: tl.cons
 
 
 @triton.jit
-def hinted(stride, ALIGNED: tl.constexpr):
-    """A stride with the compiler told that it is a multiple of 16, where it is."""
-    return tl.multiple_of(stride, 16) if ALIGNED else stride
-
-
-@triton.jit
 def key_mass(log_a, rows, last, stride, uniform):
     """(which rows hold a key that takes part, log2 a) [BN]; −∞ where there is none."""
     live = rows < last

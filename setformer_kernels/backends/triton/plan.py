@@ -28,7 +28,7 @@ def column_weights(l, g, mass, relaxation, narrow, UPDATE_ROWS: tl.constexpr):
             w = f + m
             largest = tl.max(w, 0)
             weights = p * tl.exp2(w - finite_or_zero(largest))[:, None]
-            peak = tl.where(g > -INF, largest - g, -INF)
+            peak = tl.where(g > -INF, largest - finite_or_zero(g), -INF)
         else:
             weights, peak = _column_softmax(l + f[:, None])
     else:

@@ -68,7 +68,7 @@ def prepare_kernel(
     tau = _value(position_scale, scalar_position_scale, h)
     row = parameters + h * 8
     tl.store(row, beta * LOG2E)
-    tl.store(row + 1, LOG2E / eps)
+    tl.store(row + 1, (1.0 / eps) * LOG2E)
     tl.store(row + 2, _value(key_relaxation, scalar_key_relaxation, h))
     tl.store(row + 3, _value(reference_relaxation, scalar_reference_relaxation, h))
     tl.store(row + 4, tau * tau * LOG2E)
@@ -108,6 +108,14 @@ def unit_rows(t: Tensor) -> Tensor:
     return t if t.stride(-1) == 1 else t.contiguous()
 
 
-def aligned(*tensors: Tensor | None) -> bool:
-    """Whether all rows start on multiples of 16 elements: then loads are wide, whatever the lengths."""
-    return all(s % 16 == 0 for t in tensors if t is not None for s in t.stride()[:-1])
+def stride_step(*tensors: Tensor | None) -> int:
+    """16 where every row of the tensors starts on a multiple of 16 elements, else 1.
+
+    Kernels take strides in this unit and multiply: so the compiler sees wide loads, whatever the lengths.
+    """
+    return 16 if all(s % 16 == 0 for t in tensors if t is not None for s in t.stride()[:-1]) else 1
+
+
+def strides(t: Tensor | None, step: int = 1) -> tuple[int, ...]:
+    """The strides of (batch, head, token) in units of `step`, zeros where there is no tensor."""
+    return (0, 0, 0) if t is None else tuple(s // step for s in t.stride()[:3])

@@ -9,7 +9,8 @@ merges the partial sums as it begins, `finish_kernel` those of the last.  Sums r
 
 from __future__ import annotations
 
-from typing import Any
+import math
+from typing import NamedTuple
 
 import triton
 import triton.language as tl
@@ -18,42 +19,29 @@ from torch import Tensor
 from ...problem import Operands, Options
 from .config import Tile, padded, tile
 from .launch import device_of, launch
-from .prepare import Prepared, aligned, unit_rows
-from .primitives import (
-    INF,
-    LN2,
-    LOG2E,
-    SPAN,
-    dot,
-    finite_or_zero,
-    head_parameters,
-    inverse_norm,
-    kernel_value,
-    load_references,
-    load_rows,
-    log_sum,
-    merged_log_sum,
-    potential,
-    products,
-    squared_distance,
-)
+from .logits import head_parameters, key_mass, load_references, load_rows, token_logits
+from .plan import column_weights, potentials_narrow, tile_narrow
+from .prepare import Prepared, stride_step, strides, unit_rows
+from .primitives import INF, LN2, dot, finite_or_zero, merged_log_sum
 
-LENGTHS = ["stride_kb", "stride_kh", "stride_kn", "stride_vb", "stride_vh", "stride_vn", "stride_ab", "stride_ah",
-           "stride_an", "stride_pb", "stride_ph", "stride_pn", "H", "S", "stretch", "splits", "step"]  # fmt: skip
+COUNTS = (
+    "stride_kb stride_kh stride_kn stride_vb stride_vh stride_vn stride_ab stride_ah stride_an stride_pb stride_ph "
+    "stride_pn H S stretch splits iteration iterations"
+).split()
 
 
-@triton.jit(do_not_specialize=LENGTHS)
+@triton.jit(do_not_specialize=COUNTS)
 def transport_kernel(
     key, value, log_a, position, y, log_b, pi, parameters,
     peak_in, total_in, peak_out, total_out, pooled, c,
     stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn, stride_ab, stride_ah, stride_an,
-    stride_pb, stride_ph, stride_pn, H, S, stretch, splits, step, uniform,
-    T: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr,
+    stride_pb, stride_ph, stride_pn, H, S, stretch, splits, iteration, iterations, uniform,
+    UPDATE_ROWS: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr,
     M: tl.constexpr, MP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, E: tl.constexpr, EP: tl.constexpr,
-    P: tl.constexpr, DOT: tl.constexpr, ALIGNED: tl.constexpr, BS: tl.constexpr, DEPTH: tl.constexpr,
+    P: tl.constexpr, DOT: tl.constexpr, STEP: tl.constexpr, BS: tl.constexpr, DEPTH: tl.constexpr,
     VDEPTH: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One iteration (T = 0: the one column sum) over `stretch` keys of one head, and VDEPTH columns of the values."""
+    """Iteration t ≥ 1 (not UPDATE_ROWS: the one column sum of T = 0) over `stretch` keys of one head, and VDEPTH columns of the values."""
     v_blocks: tl.constexpr = EP // VDEPTH if LAST else 1
     block = tl.program_id(0) % v_blocks
     split = tl.program_id(0) // v_blocks % splits
@@ -61,8 +49,8 @@ def transport_kernel(
     b, h = bh // H, bh % H
     j, e = tl.arange(0, MP), block * VDEPTH + tl.arange(0, VDEPTH)
     beta, scale, lam_a, lam_b, tau = head_parameters(parameters, h)
-    key += b * hinted(stride_kb, ALIGNED) + h * hinted(stride_kh, ALIGNED)
-    value += b * hinted(stride_vb, ALIGNED) + h * hinted(stride_vh, ALIGNED)
+    key += b * stride_kb * STEP + h * stride_kh * STEP
+    value += b * stride_vb * STEP + h * stride_vh * STEP
     if log_a is not None:
         log_a += b * stride_ab + h * stride_ah
     if P > 0:
@@ -73,9 +61,9 @@ def transport_kernel(
     g = tl.load(log_b + h * MP + j)  # [MP]
     if not FIRST:
         before = merged_log_sum(peak_in + bh * splits * MP, total_in + bh * splits * MP, splits, MP)
-        g = potential(g, lam_b, before)
+        g -= lam_b * finite_or_zero(before)
         if (split == 0) & (block == 0):
-            tl.store(c + (bh * T + step - 2) * M + j, before * LN2, mask=j < M)
+            tl.store(c + (bh * iterations + iteration - 2) * M + j, before * LN2, mask=j < M)
     always = potentials_narrow(g, beta, scale, M)
     peak = tl.full([MP], -INF, tl.float32)
     total = tl.zeros([MP], tl.float32)
@@ -84,12 +72,12 @@ def transport_kernel(
     for start in range(split * stretch, end, BS):
         rows = start + tl.arange(0, BS)
         live, mass = key_mass(log_a, rows, end, stride_an, uniform)
-        l, _, _, _, _ = token_logits(
-            key, rows, live, hinted(stride_kn, ALIGNED), position, stride_pn, pi, y, y_first, beta, scale, tau,
+        l, kappa, cosine, inverse, first_columns = token_logits(
+            key, rows, live, stride_kn * STEP, position, stride_pn, pi, y, y_first, beta, scale, tau,
             M, D, DP, DEPTH, P, DOT, PRECISION,
         )  # fmt: skip
         narrow = tile_narrow(l, g, live, M) if DOT or P > 0 else always
-        weights, here = column_weights(l, g, mass, lam_a, narrow, T > 0)
+        weights, here = column_weights(l, g, mass, lam_a, narrow, UPDATE_ROWS)
         new = tl.maximum(peak, here)
         safe = finite_or_zero(new)
         weights *= tl.exp2(here - safe)[None, :]  # [BS, MP]
@@ -97,19 +85,20 @@ def transport_kernel(
         total = total * fade + tl.sum(weights, 0)
         peak = new
         if LAST:
-            v = load_rows(value, rows, live, hinted(stride_vn, ALIGNED), e, E)
+            v = load_rows(value, rows, live, stride_vn * STEP, e, E)
             sums = sums * fade[:, None] + dot(tl.trans(weights.to(v.dtype)), v, PRECISION)
     out = (bh * splits + split) * MP
-    tl.store(peak_out + out + j, peak, mask=(j < MP) & (block == 0))
-    tl.store(total_out + out + j, total, mask=(j < MP) & (block == 0))
+    if block == 0:
+        tl.store(peak_out + out + j, peak)
+        tl.store(total_out + out + j, total)
     if LAST:
         tl.store(pooled + (out + j)[:, None] * EP + e[None, :], sums)
 
 
-@triton.jit(do_not_specialize=["splits"])
+@triton.jit(do_not_specialize=["splits", "iterations"])
 def finish_kernel(
-    peaks, totals, pooled, c, z, splits,
-    ITERS: tl.constexpr, M: tl.constexpr, MP: tl.constexpr, E: tl.constexpr, EP: tl.constexpr, BLOCK: tl.constexpr,
+    peaks, totals, pooled, c, z, splits, iterations,
+    M: tl.constexpr, MP: tl.constexpr, E: tl.constexpr, EP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The partial sums of the last pass, merged: its c [M], and BLOCK numbers of z [M, E]."""
     blocks: tl.constexpr = MP * EP // BLOCK
@@ -120,7 +109,7 @@ def finish_kernel(
     j = tl.arange(0, MP)
     if block == 0:
         last = merged_log_sum(peaks, totals, splits, MP)
-        tl.store(c + (bh * ITERS + ITERS - 1) * M + j, last * LN2, mask=j < M)
+        tl.store(c + (bh * iterations + iterations - 1) * M + j, last * LN2, mask=j < M)
     index = block * BLOCK + tl.arange(0, BLOCK)
     row, e, i = index // EP, index % EP, tl.arange(0, 16)
     peak = tl.full([BLOCK], -INF, tl.float32)
@@ -134,9 +123,79 @@ def finish_kernel(
         safe = finite_or_zero(new)
         fade, weight = tl.exp2(peak - safe), tl.exp2(part - safe[None, :])
         mass = tl.load(totals + split * MP + row[None, :], mask=some, other=0.0)
-        sums = tl.load(pooled + split.to(tl.int64) * (MP * EP) + bh * splits * (MP * EP) + index[None, :], mask=some, other=0.0)
+        sums = tl.load(pooled + (bh * splits + split) * (MP * EP) + index[None, :], mask=some, other=0.0)
         total = total * fade + tl.sum(mass * weight, 0)
         value = value * fade + tl.sum(sums * weight, 0)
         peak = new
     mean = tl.where(total > 0, value / tl.where(total > 0, total, 1.0), 0.0)
     tl.store(z + (bh * M + row) * E + e, mean, mask=(row < M) & (e < E))
+
+
+FINISH = Tile(rows=16, depth=256, warps=4, stages=1)  # a [16 splits, 256] tile is 32 numbers a thread
+
+
+class Split(NamedTuple):
+    """How the tokens of a head are shared among programs."""
+
+    stretch: int  # tokens of one program
+    count: int  # programs per head
+
+
+PROGRAMS_PER_MULTIPROCESSOR = 4  # what the tile table's registers and shared memory let reside at once
+TILES_PER_PROGRAM = 4  # at least: below this, beginning and merging cost more than they spread
+
+
+def split_tokens(length: int, rows: int, heads: int, multiprocessors: int) -> Split:
+    """Enough programs to fill the device once, each with several tiles; more heads than that need no split."""
+    tiles = max(1, math.ceil(length / rows))
+    wanted = math.ceil(PROGRAMS_PER_MULTIPROCESSOR * multiprocessors / max(1, heads))
+    count = max(1, min(wanted, math.ceil(tiles / TILES_PER_PROGRAM)))
+    stretch = math.ceil(tiles / count) * rows
+    return Split(stretch, max(1, math.ceil(length / stretch)))
+
+
+def transport(x: Operands, opt: Options, prepared: Prepared) -> tuple[Tensor, Tensor]:
+    """z [B, H, M, E] and c [B, H, max(T, 1), M] of the keys and values."""
+    b, h, s, _ = x.key.shape
+    m, e = x.references.shape[1], x.value.shape[-1]
+    iterations = max(opt.num_iters, 1)
+    z, c = x.references.new_empty((b, h, m, e)), x.references.new_empty((b, h, iterations, m))
+    split, partial = column_sums(x, opt, prepared, c)
+    mp, ep = padded(m), padded(e)
+    block = min(256, mp * ep)
+    constants = {"M": m, "MP": mp, "E": e, "EP": ep, "BLOCK": block}
+    launch(finish_kernel, b * h * mp * ep // block, (*partial, c, z, split.count, iterations), constants, FINISH)
+    return z, c
+
+
+def column_sums(x: Operands, opt: Options, prepared: Prepared, c: Tensor) -> tuple[Split, tuple[Tensor, ...]]:
+    """Runs all iterations: writes c^1..c^{T−1}; (peaks, totals [BH, splits, MP], pooled [BH, splits, MP, EP]) of the last."""
+    key, value = unit_rows(x.key), unit_rows(x.value)
+    position = None if x.key_position is None else unit_rows(x.key_position)
+    (b, h, s, d), m, e = key.shape, x.references.shape[1], value.shape[-1]
+    device = device_of(key)
+    _, mp, dp = prepared.y.shape
+    ep = padded(e)
+    cut = tile("column", device.family, max(mp, dp, ep), key.element_size())
+    split = split_tokens(s, cut.rows, b * h, device.multiprocessors)
+    new = x.references.new_empty
+    sums = [new((b * h, split.count, mp)) for _ in range(4)]  # (peak, total) of this iteration and of the one before
+    pooled = new((b * h, split.count, mp, ep))
+    step = stride_step(key, value)
+    counts = (*strides(key, step), *strides(value, step), *strides(x.log_a), *strides(position), h, s, *split)
+    tokens = (key, value, x.log_a, position, prepared.y, prepared.log_b, prepared.position, prepared.parameters)
+    constants = {
+        "UPDATE_ROWS": opt.num_iters > 0, "M": m, "MP": mp, "D": d, "DP": dp, "E": e, "EP": ep,
+        "P": 0 if position is None else position.shape[-1], "DOT": opt.kernel == "dot",
+        "STEP": step, "BS": cut.rows, "DEPTH": min(cut.depth, dp), "VDEPTH": min(cut.depth, ep),
+        "PRECISION": device.precision,
+    }  # fmt: skip
+    uniform = -math.log2(s) if s else 0.0
+    iterations = c.shape[2]
+    for t in range(1, iterations + 1):
+        last = t == iterations
+        blocks = ep // constants["VDEPTH"] if last else 1
+        args = (*tokens, *sums[2:], *sums[:2], pooled, c, *counts, t, iterations, uniform)
+        launch(transport_kernel, b * h * split.count * blocks, args, constants | {"FIRST": t == 1, "LAST": last}, cut)
+        sums = sums[2:] + sums[:2]
+    return split, (*sums[2:], pooled)
