@@ -6,11 +6,11 @@ from types import ModuleType
 
 import torch
 
-from .backends import cpu, eager
+from .backends import cpu, eager, triton
 from .problem import Problem
 
 REFERENCE = "reference"
-NATIVE: dict[str, ModuleType] = {module.NAME: module for module in (cpu,)}  # in the order `auto` tries them
+NATIVE: dict[str, ModuleType] = {module.NAME: module for module in (cpu, triton)}  # in the order `auto` tries them
 EAGER = eager  # behind the ops where no native backend is left: an exported graph on another machine
 
 

@@ -1,16 +1,26 @@
-"""Shared fixtures: a seed for each test, and NaN in memory that torch.empty hands out."""
+"""Shared fixtures: the backends that can run here, a seed for each test, NaN in memory that torch.empty hands out.
+
+With a GPU, tests of a GPU backend run on it; without one, Triton's kernels run on the interpreter, on CPU tensors.
+"""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
+from dataclasses import replace
 from types import ModuleType
 
 import pytest
 import torch
 
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is first imported
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic products, for `poisoned_memory`
+
 from setformer_kernels import dispatch
 
 NATIVE = tuple(dispatch.NATIVE)
+GPU_BACKENDS = ("triton",)
 
 
 @pytest.fixture(autouse=True)
@@ -29,15 +39,29 @@ def poisoned_memory() -> Iterator[None]:
     torch.utils.deterministic.fill_uninitialized_memory = before[1]
 
 
+def device_of(backend: str) -> str:
+    """Where tests of a backend put their tensors."""
+    on_gpu = backend in GPU_BACKENDS and torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1"
+    return "cuda" if on_gpu else "cpu"
+
+
 @pytest.fixture(params=[*NATIVE, "eager"])
-def native(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """The name of a backend behind the ops that can run here; "eager" stands in for a native one."""
+def native(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """The name of a backend behind the ops that can run here; "eager" stands in for a native one.
+
+    New tensors are on the backend's device; a test with a parameter `dtype` is skipped where the backend has none.
+    """
     if request.param == "eager":
         stand_in = ModuleType("eager_stand_in")
         stand_in.__dict__.update(vars(dispatch.EAGER))
         stand_in.__dict__["unsupported_reasons"] = lambda problem: []
         monkeypatch.setattr(dispatch, "NATIVE", {"eager": stand_in})
-        return "eager"
-    if reasons := dispatch.available_backends()[request.param]:
+        yield "eager"
+        return
+    callspec = getattr(request.node, "callspec", None)
+    device, dtype = device_of(request.param), callspec.params.get("dtype", torch.float32) if callspec else torch.float32
+    problem = replace(dispatch.typical_problem(device), dtype=dtype)
+    if reasons := dispatch.available_backends(problem)[request.param]:
         pytest.skip("; ".join(reasons))
-    return request.param
+    with torch.device(device):
+        yield request.param

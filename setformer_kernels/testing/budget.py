@@ -51,10 +51,17 @@ class _RoundedMatmul(torch.autograd.Function):
 
 
 def cast(tensors: dict[str, Any], dtype: torch.dtype, tokens: torch.dtype | None = None) -> dict[str, Any]:
-    """Floating tensors in `dtype`, q, k and v in `tokens`; strides kept; those with a gradient as leaves."""
+    """Floating tensors in `dtype`, q, k and v in `tokens`; strides kept; those with a gradient as leaves.
+
+    All of them on the default device.
+    """
+    device = torch.get_default_device()
 
     def one(name: str, t: Any) -> Any:
-        if not isinstance(t, Tensor) or not t.is_floating_point():
+        if not isinstance(t, Tensor):
+            return t
+        t = t.to(device)
+        if not t.is_floating_point():
             return t
         wanted = tokens if tokens is not None and name in ("query", "key", "value") else dtype
         return t.detach().to(wanted).requires_grad_(name not in NO_GRADIENT)

@@ -89,7 +89,12 @@ ALL_CASES = {case.name: case for case in CASES}
 
 
 def make(case: Case) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """(query, key, value, references) and the other keywords, in float64; differentiable ones require grad."""
+    """(query, key, value, references) and the other keywords, in float64, on the CPU whatever the default device is."""
+    with torch.device("cpu"):
+        return _make(case)
+
+
+def _make(case: Case) -> tuple[dict[str, Tensor], dict[str, Any]]:
     g = torch.Generator().manual_seed(zlib.crc32(case.name.encode()))
 
     def normal(*shape: int) -> Tensor:

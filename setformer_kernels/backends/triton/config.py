@@ -49,10 +49,13 @@ DEFAULT: dict[tuple[str, str, str], Tile] = {
     ("gradient", "large", "single"): Tile(32, 32, 8, 1),
 }
 OVERRIDES: dict[str, dict[tuple[str, str, str], Tile]] = {"sm_80": {}, "sm_90": {}, "sm_100": {}, "default": {}}
+INTERPRETER = Tile(64, 64, 4, 1)  # a step costs the same at any size: few steps, yet several at the lengths tested
 
 
 def tile(kind: str, family: str, widest: int, itemsize: int) -> Tile:
     """The tile of a kind of kernel on a device family; `widest` is max(M, D, E)."""
+    if family == "interpreter":
+        return INTERPRETER
     size = "small" if widest <= 64 else "medium" if widest <= 128 else "large"
     key = (kind, size, "half" if itemsize == 2 else "single")
     return OVERRIDES[family].get(key, DEFAULT[key])

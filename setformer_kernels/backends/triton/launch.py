@@ -20,7 +20,7 @@ from .primitives import INTERPRETED
 class Device(NamedTuple):
     """What launches need to know of a device."""
 
-    family: str  # a column of the tile table: "sm_80", "sm_90", "sm_100" or "default"
+    family: str  # a column of the tile table: "sm_80", "sm_90", "sm_100", "default" or "interpreter"
     multiprocessors: int
     precision: str  # of float32 products: "tf32x3" on NVIDIA's tensor cores, "ieee" elsewhere
 
@@ -36,7 +36,7 @@ class Launch(NamedTuple):
 
 
 # Few multiprocessors make the interpreter split lengths as a GPU does at sizes that an interpreter can run.
-INTERPRETER = Device("default", 4, "ieee")
+INTERPRETER = Device("interpreter", 4, "ieee")
 _assumed: Device | None = None
 _taken: list[Launch] | None = None
 

@@ -20,7 +20,9 @@ def load_references(y, start, M: tl.constexpr, DP: tl.constexpr, DEPTH: tl.const
 
 
 @triton.jit
-def products(x, rows, live, stride, y, y_first, D: tl.constexpr, DP: tl.constexpr, DEPTH: tl.constexpr, PRECISION: tl.constexpr):
+def products(
+    x, rows, live, stride, y, y_first, D: tl.constexpr, DP: tl.constexpr, DEPTH: tl.constexpr, PRECISION: tl.constexpr
+):
     """(⟨x_i, y_j⟩ [BN, M], ‖x_i‖² [BN], the first DEPTH columns of x) of tokens against prepared references."""
     M: tl.constexpr = y_first.shape[0]
     columns = tl.arange(0, DEPTH)

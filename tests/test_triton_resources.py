@@ -1,0 +1,110 @@
+"""Triton kernels compiled ahead of time, without a GPU: no spills, tensor cores used, no length in a binary's key."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))  # benchmarks/ is not installed
+
+from benchmarks import resources
+from benchmarks.resources import Row
+
+pytest.importorskip("triton")
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def compiling(*arguments: str, timeout: int = 600) -> subprocess.CompletedProcess[str]:
+    """Python in a process whose kernels are not interpreted."""
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    command = [sys.executable, *arguments]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout)
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> list[Row]:
+    """A reduced set compiled for every family."""
+    path = tmp_path_factory.mktemp("resources") / "few.csv"
+    done = compiling("-m", "benchmarks.resources", "--quick", "--out", str(path))
+    assert path.exists(), done.stderr
+    return resources.read(path)
+
+
+@pytest.mark.slow
+def test_no_spills_enough_shared_memory_and_tensor_cores_for_every_product(rows: list[Row]) -> None:
+    assert {row.family for row in rows} == {"sm_80", "sm_90", "sm_100"}
+    assert any(row.products for row in rows)
+    assert [fault for row in rows for fault in row.faults()] == []
+
+
+@pytest.mark.slow
+def test_the_committed_table_is_of_these_kernels(rows: list[Row]) -> None:
+    committed = resources.read()
+    assert resources.stale(rows, committed) == []
+    assert [fault for row in committed for fault in row.faults()] == []
+
+
+KEYS = """
+import json, sys
+from benchmarks import aot, workloads
+from benchmarks.workloads import Call
+
+shapes = [(1, 16, length) for length in (1, 16, 17, 1000, 1001, 1024, 4096, 65536)] + [(3, 5, 1000), (64, 1, 100)]
+found = {}
+for op in ("attention", "pool", "causal", "features"):
+    for backward in (False, True):
+        for rich in (False, True):
+            call = dict(op=op, backward=backward, rich=rich, T=1 if op == "causal" else 3)
+            found[f"{op} {backward} {rich}"] = [
+                sorted((v.name, v.key) for v in aot.variants(
+                    workloads.launches(Call(B=B, H=H, L=L, **call), "sm_90"), "sm_90"))
+                for B, H, L in shapes
+            ]
+json.dump(found, sys.stdout)
+"""
+
+
+@pytest.mark.slow
+def test_a_new_length_or_batch_compiles_nothing_new() -> None:
+    done = compiling("-c", KEYS)
+    assert done.returncode == 0, done.stderr
+    for call, by_shape in json.loads(done.stdout).items():
+        known = [tuple(key) for key in by_shape[4]]
+        for keys in by_shape:
+            assert [tuple(key) for key in keys if tuple(key) not in known] == [], call
+
+
+def row(**changes: object) -> Row:
+    values = {name: "" if kind == "str" else 0 for name, kind in Row.__annotations__.items()}
+    return Row(**{**values, "family": "sm_90", "shared_limit": 100, **changes})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("changes", "fault"),
+    [
+        ({}, ""),
+        ({"products": 2, "tensor_instructions": "HMMA:4"}, ""),
+        ({"spill_bytes": 8}, "spilled"),
+        ({"shared_bytes": 101}, "shared memory"),
+        ({"products": 1}, "without tensor cores"),
+        ({"products": 2, "fma_products": 1, "tensor_instructions": "HMMA:4"}, "without tensor cores"),
+    ],
+)
+def test_faults_are_named(changes: dict[str, object], fault: str) -> None:
+    faults = row(**changes).faults()
+    assert (fault in faults[0]) if fault else faults == []
+
+
+def test_a_stale_table_says_how_to_renew_it(tmp_path: Path) -> None:
+    before = row(sources=resources.sources_hash(), registers=40, key="k")
+    resources.write([before], tmp_path / "table.csv")
+    committed = resources.read(tmp_path / "table.csv")
+    assert committed == [before]
+    assert resources.stale([before], committed) == []
+    assert resources.REGENERATE in resources.stale([row(registers=41, key="k")], committed)[0]
+    assert resources.REGENERATE in resources.stale([], [row(sources="another")])[0]
