@@ -20,21 +20,27 @@ def load_references(y, start, M: tl.constexpr, DP: tl.constexpr, DEPTH: tl.const
 
 
 @triton.jit
+def load_references_t(y, start, M: tl.constexpr, DP: tl.constexpr, DEPTH: tl.constexpr):
+    """The same as [DEPTH, M], the form products take: transposed before a loop, it is laid out for the product once."""
+    return tl.trans(load_references(y, start, M, DP, DEPTH))
+
+
+@triton.jit
 def products(
-    x, rows, live, stride, y, y_first, D: tl.constexpr, DP: tl.constexpr, DEPTH: tl.constexpr, PRECISION: tl.constexpr
+    x, rows, live, stride, y, y_t, D: tl.constexpr, DP: tl.constexpr, DEPTH: tl.constexpr, PRECISION: tl.constexpr
 ):
-    """(⟨x_i, y_j⟩ [BN, M], ‖x_i‖² [BN], the first DEPTH columns of x) of tokens against prepared references."""
-    M: tl.constexpr = y_first.shape[0]
+    """(⟨x_i, y_j⟩ [BN, M], ‖x_i‖² [BN], the first DEPTH columns of x) of tokens; y_t: the references' first columns."""
+    M: tl.constexpr = y_t.shape[1]
     columns = tl.arange(0, DEPTH)
     first = load_rows(x, rows, live, stride, columns, D)
     wide = first.to(tl.float32)
     square = tl.sum(wide * wide, 1)
-    product = dot(first, tl.trans(y_first), PRECISION)
+    product = dot(first, y_t, PRECISION)
     for start in tl.static_range(DEPTH, DP, DEPTH):
         chunk = load_rows(x, rows, live, stride, start + columns, D)
         wide = chunk.to(tl.float32)
         square += tl.sum(wide * wide, 1)
-        product += dot(chunk, tl.trans(load_references(y, start, M, DP, DEPTH)), PRECISION)
+        product += dot(chunk, load_references_t(y, start, M, DP, DEPTH), PRECISION)
     return product, square, first
 
 
@@ -46,12 +52,12 @@ def head_parameters(parameters, h):
 
 
 @triton.jit
-def kernel_value(product, beta, DOT: tl.constexpr):
-    """κ from ⟨x̂, ŷ⟩ (rbf) or ⟨x, y⟩ (dot): [BN, M]."""
+def kernel_value(product, inverse, beta, DOT: tl.constexpr):
+    """κ [BN, M] from products ⟨x, ŷ⟩ and 1/‖x‖ [BN] (rbf: e^{β(ĉ − 1)} in one multiply-add and one exponential)."""
     if DOT:
         return product
     else:
-        return tl.exp2(beta * (product - 1.0))
+        return tl.exp2(product * (inverse * beta)[:, None] - beta)
 
 
 @triton.jit
@@ -79,16 +85,16 @@ def key_mass(log_a, rows, last, stride, uniform):
 
 @triton.jit
 def token_logits(
-    x, rows, live, stride, position, stride_p, pi, y, y_first, beta, scale, tau,
+    x, rows, live, stride, position, stride_p, pi, y, y_t, beta, scale, tau,
     M: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, DEPTH: tl.constexpr, P: tl.constexpr,
     DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """(ℓ, κ, ĉ [BN, MP], 1/‖x‖ [BN], the first columns of x) of tokens; for `dot` ĉ is the product and 1/‖x‖ is 1."""
-    product, square, first = products(x, rows, live, stride, y, y_first, D, DP, DEPTH, PRECISION)
+    product, square, first = products(x, rows, live, stride, y, y_t, D, DP, DEPTH, PRECISION)
     inverse = square * 0.0 + 1.0 if DOT else inverse_norm(square)
     cosine = product if DOT else product * inverse[:, None]
-    kappa = kernel_value(cosine, beta, DOT)
-    l = (kappa - 1.0) * scale
+    kappa = kernel_value(product, inverse, beta, DOT)
+    l = kappa * scale - scale
     if P > 0:
-        l -= tau * squared_distance(position, rows, live, stride_p, pi, M, y_first.shape[0], P)
+        l -= tau * squared_distance(position, rows, live, stride_p, pi, M, y_t.shape[1], P)
     return l, kappa, cosine, inverse, first

@@ -11,7 +11,7 @@ from torch import Tensor
 from ...problem import Operands, Options, empty_in_order
 from .config import padded, tile
 from .launch import device_of, launch
-from .logits import head_parameters, load_references, token_logits
+from .logits import head_parameters, load_references_t, token_logits
 from .prepare import Prepared, stride_step, strides, unit_rows
 from .primitives import LOG2E, dot, finite_or_zero, keep_mask
 
@@ -57,7 +57,7 @@ def read_kernel(
         position += b * stride_pb + h * stride_ph
         pi += h * M * P
     y += h * MP * DP
-    y_first = load_references(y, 0, MP, DP, DEPTH)
+    y_t = load_references_t(y, 0, MP, DP, DEPTH)
     z_first = load_pooled(z, bh, 0, M, MP, E, VDEPTH).to(output.dtype.element_ty)
     g = dual_potential(log_b, c, bh, iterations, h, lam_b, M, MP, T_POSITIVE)
     end = tl.minimum(L, (split + 1) * stretch)
@@ -65,7 +65,7 @@ def read_kernel(
         rows = start + tl.arange(0, BL)
         live = rows < end
         l, kappa, cosine, inverse, first_columns = token_logits(
-            query, rows, live, stride_qn * STEP, position, stride_pn, pi, y, y_first, beta, scale, tau,
+            query, rows, live, stride_qn * STEP, position, stride_pn, pi, y, y_t, beta, scale, tau,
             M, D, DP, DEPTH, P, DOT, PRECISION,
         )  # fmt: skip
         u = l + g[None, :]

@@ -19,7 +19,7 @@ from torch import Tensor
 from ...problem import Operands, Options
 from .config import Tile, padded, tile
 from .launch import device_of, launch
-from .logits import head_parameters, key_mass, load_references, load_rows, token_logits
+from .logits import head_parameters, key_mass, load_references_t, load_rows, token_logits
 from .plan import column_weights, potentials_narrow, tile_narrow
 from .prepare import Prepared, stride_step, strides, unit_rows
 from .primitives import INF, LN2, dot, finite_or_zero, merged_log_sum
@@ -57,7 +57,7 @@ def transport_kernel(
         position += b * stride_pb + h * stride_ph
         pi += h * M * P
     y += h * MP * DP
-    y_first = load_references(y, 0, MP, DP, DEPTH)
+    y_t = load_references_t(y, 0, MP, DP, DEPTH)
     g = tl.load(log_b + h * MP + j)  # [MP]
     if not FIRST:
         before = merged_log_sum(peak_in + bh * splits * MP, total_in + bh * splits * MP, splits, MP)
@@ -73,7 +73,7 @@ def transport_kernel(
         rows = start + tl.arange(0, BS)
         live, mass = key_mass(log_a, rows, end, stride_an, uniform)
         l, kappa, cosine, inverse, first_columns = token_logits(
-            key, rows, live, stride_kn * STEP, position, stride_pn, pi, y, y_first, beta, scale, tau,
+            key, rows, live, stride_kn * STEP, position, stride_pn, pi, y, y_t, beta, scale, tau,
             M, D, DP, DEPTH, P, DOT, PRECISION,
         )  # fmt: skip
         narrow = tile_narrow(l, g, live, M) if DOT or P > 0 else always
