@@ -19,11 +19,13 @@ WHY_NOT = "kernels cannot be compiled in a process with TRITON_INTERPRET=1"
 class Pretended:
     """What the JIT asks of a driver: a device number and a target."""
 
-    def __init__(self, family: str) -> None:
+    def __init__(self, family: str, asking: bool) -> None:
         self.capability = FAMILIES[family].capability
+        # Compiled kernels are kept by device: one device per family, and one whose cache stays empty.
+        self.device = 1000 + self.capability if asking else self.capability
 
     def get_current_device(self) -> int:
-        return self.capability  # compiled kernels are kept by device: one device per family
+        return self.device
 
     def get_current_stream(self, device: int) -> int:
         return 0
@@ -35,13 +37,13 @@ class Pretended:
 
 
 @contextmanager
-def pretending(family: str) -> Iterator[None]:
-    """Inside the block the JIT compiles for `family`."""
+def pretending(family: str, asking: bool = False) -> Iterator[None]:
+    """Inside the block the JIT compiles for `family`; where it is only asked for keys, nothing it has counts."""
     from triton.runtime import driver
 
     if os.environ.get("TRITON_INTERPRET") == "1":
         raise RuntimeError(WHY_NOT)
-    driver.set_active(Pretended(family))
+    driver.set_active(Pretended(family, asking))
     try:
         yield
     finally:
@@ -105,7 +107,7 @@ def variants(launches: Sequence[Any], family: str) -> list[Variant]:
         return True  # "already there": the JIT compiles nothing
 
     found: dict[tuple[str, str], Variant] = {}
-    with pretending(family), _Hook().set(capture):
+    with pretending(family, asking=True), _Hook().set(capture):
         for launch in launches:
             _warm(launch)
             variant = Variant(kernel_name(launch.kernel), keys[-1], launch)

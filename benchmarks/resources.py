@@ -22,7 +22,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
@@ -33,12 +33,13 @@ from benchmarks.workloads import Call
 
 TABLE = ROOT / "benchmarks" / "results" / "triton_resources.csv"
 BACKEND = ROOT / "setformer_kernels" / "backends" / "triton"
+MEASURED = ("registers", "spill_bytes", "shared_bytes", "instructions", "tensor_instructions")
 REGENERATE = "regenerate it with `python -m benchmarks.resources`"
 
 
 @dataclass(frozen=True)
 class Row:
-    """One binary.  `loop_*` counts one iteration of the loop over tokens, per warp, inner loops once."""
+    """One binary.  `loop_*`: one iteration of the loop over tokens on its hot path, per warp, inner loops once."""
 
     family: str
     kernel: str
@@ -226,6 +227,19 @@ def read(path: Path = TABLE) -> list[Row]:
     ]
 
 
+def stale(rows: Sequence[Row], committed: Sequence[Row]) -> list[str]:
+    """Why the committed table does not describe this code: other sources, or binaries that came out otherwise."""
+    found = []
+    if {row.sources for row in committed} != {sources_hash()}:
+        found.append("the kernels have changed since the table was written")
+    known = {(row.family, row.kernel, row.key, row.triton): row for row in committed}
+    for row in rows:
+        before = known.get((row.family, row.kernel, row.key, row.triton))
+        changed = [name for name in MEASURED if before and getattr(row, name) != getattr(before, name)]
+        found += [f"{row.family} {row.kernel} {row.key}: other {', '.join(changed)}"] if changed else []
+    return [f"{reason}; {REGENERATE}" for reason in found]
+
+
 def markdown(rows: Sequence[Row]) -> str:
     """A summary by kernel and family: the worst over all sizes."""
     head = "| kernel | GPU | binaries | registers | spills | shared, KiB (limit) | tensor cores | blocks per SM |"
@@ -243,6 +257,10 @@ def markdown(rows: Sequence[Row]) -> str:
             f"{_range(row.blocks_per_sm for row in found)} |"
         )
     return "\n".join(lines)
+
+
+def _order(row: Row) -> tuple[str | int, ...]:
+    return row.kernel, FAMILIES[row.family].capability, row.dtype, row.D, row.M, row.calls, row.key
 
 
 def _range(numbers: Iterable[int]) -> str:
@@ -264,7 +282,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _wanted(arguments: argparse.Namespace) -> list[Call]:
-    calls = workloads.test_calls() if arguments.quick else workloads.table_calls()
+    calls = workloads.few_calls() if arguments.quick else workloads.table_calls()
     calls = [call for call in calls if not arguments.op or call.op in arguments.op]
     return [call for call in calls if not arguments.dtype or str(call.dtype) == f"torch.{arguments.dtype}"]
 

@@ -32,6 +32,7 @@ class Instruction(NamedTuple):
     address: int
     opcode: str  # with modifiers, "LDG.E.128"
     target: int | None  # of a branch
+    conditional: bool  # a branch that may fall through
     stall: int
     write_barrier: int  # released when the result is there; 7: none
     read_barrier: int  # released when the operands are read; 7: none
@@ -80,7 +81,7 @@ def usage(cubin: bytes) -> Usage:
     return Usage(int(found["REG"]), int(found["STACK"]), int(found["LOCAL"]))
 
 
-_LINE = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)\s*([^;]*);\s*/\* 0x([0-9a-f]{16}) \*/")
+_LINE = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(@!?U?P\w+\s+)?([A-Z][\w.]*)\s*([^;]*);\s*/\* 0x([0-9a-f]{16}) \*/")
 _SECOND = re.compile(r"^\s*/\* 0x([0-9a-f]{16}) \*/\s*$")
 
 
@@ -100,13 +101,15 @@ def listing(cubin: bytes) -> list[Instruction]:
 
 
 def _decode(match: re.Match[str], high: int) -> Instruction:
-    address, opcode, operands, _ = match.groups()
+    address, guard, opcode, operands, _ = match.groups()
     control = high >> 41
     target = re.search(r"0x([0-9a-f]+)\s*$", operands.strip()) if opcode.startswith("BRA") else None
+    conditional = guard is not None or not operands.strip().startswith("0x")
     return Instruction(
         int(address, 16),
         opcode,
         int(target.group(1), 16) if target else None,
+        conditional,
         control & 15,
         control >> 5 & 7,
         control >> 8 & 7,
@@ -121,10 +124,34 @@ def loops(code: Sequence[Instruction]) -> list[Sequence[Instruction]]:
     return [[i for i in code if low <= i.address <= high] for low, high in sorted(outer)]
 
 
+def hot_path(body: Sequence[Instruction]) -> list[Instruction]:
+    """The cheapest way through a piece of code: most tensor-core work, then fewest exponentials, then instructions.
+
+    Rare cases (logits too far apart for rescaling, the slow path of a division) sit behind branches and cost more.
+    """
+    index = {i.address: n for n, i in enumerate(body)}
+    # best[n]: cost of the cheapest way from n to the end, and the instruction after n on it.
+    best: list[tuple[tuple[int, int, int], int]] = [((0, 0, 0), len(body))] * (len(body) + 1)
+    for n in range(len(body) - 1, -1, -1):
+        i = body[n]
+        jump = index.get(i.target, len(body)) if i.target is not None and i.target > i.address else None
+        ways = [n + 1] if jump is None or i.conditional else []
+        # A jump out of the piece leaves it; only its end, by falling through or by the last branch, is on the path.
+        ways += [jump] if jump is not None and jump < len(body) else []
+        own = (-(i.root in TENSOR), "EX2" in i.opcode, 1)
+        costs = [(tuple(a + b for a, b in zip(own, best[way][0], strict=True)), way) for way in ways or [n + 1]]
+        best[n] = min(costs)  # type: ignore[assignment]
+    path, n = [], 0
+    while n < len(body):
+        path.append(body[n])
+        n = best[n][1]
+    return path
+
+
 def main_loop(code: Sequence[Instruction]) -> Sequence[Instruction]:
-    """The loop over tokens: of the outermost loops the one with most tensor-core work, then most instructions."""
+    """The hot path of the loop over tokens: the outermost loop with most tensor-core work, then most instructions."""
     bodies = loops(code)
-    return max(bodies, key=lambda body: (count(body)["tensor"], len(body))) if bodies else []
+    return hot_path(max(bodies, key=lambda body: (count(body)["tensor"], len(body)))) if bodies else []
 
 
 def count(code: Iterable[Instruction]) -> Counter[str]:

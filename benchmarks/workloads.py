@@ -1,7 +1,7 @@
 """What the Triton backend launches for a named call, taken by its recorder: nothing runs, and no GPU is needed.
 
-A `Call` is an op with its sizes and options; `launches(call, family)` runs the backend's host code on empty CPU tensors.
-Letters as in the package; for `sinkhorn`, B·H problems of L rows and M columns.
+A `Call` is an op with its sizes and options; `launches(call, family)` runs the backend's host code on empty CPU
+tensors.  Letters as in the package; for `sinkhorn`, B·H problems of L rows and M columns.
 """
 
 from __future__ import annotations
@@ -162,7 +162,7 @@ def table_calls() -> list[Call]:
     return found
 
 
-def test_calls() -> list[Call]:
+def few_calls() -> list[Call]:
     """A set small enough for every test run: the attention and causal kernels at the design's size."""
     base = Call("attention")
     return [*_both(base), *_both(Call("causal", T=1)), replace(base, dtype=torch.float32, D=128, E=128, M=128)]
