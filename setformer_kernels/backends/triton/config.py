@@ -47,6 +47,13 @@ DEFAULT: dict[tuple[str, str, str], Tile] = {
     ("gradient", "small", "single"): Tile(32, 32, 4, 1),
     ("gradient", "medium", "single"): Tile(32, 32, 8, 1),
     ("gradient", "large", "single"): Tile(32, 32, 8, 1),
+    # "chunk": the causal kernels hold several [rows, M] tiles at once and no sums across a loop.
+    ("chunk", "small", "half"): Tile(64, 64, 4, 1),
+    ("chunk", "medium", "half"): Tile(64, 64, 8, 1),
+    ("chunk", "large", "half"): Tile(32, 32, 8, 1),
+    ("chunk", "small", "single"): Tile(32, 32, 4, 1),
+    ("chunk", "medium", "single"): Tile(32, 32, 4, 1),
+    ("chunk", "large", "single"): Tile(32, 32, 8, 1),
 }
 OVERRIDES: dict[str, dict[tuple[str, str, str], Tile]] = {"sm_80": {}, "sm_90": {}, "sm_100": {}, "default": {}}
 INTERPRETER = Tile(64, 64, 4, 1)  # a step costs the same at any size: few steps, yet several at the lengths tested

@@ -17,6 +17,8 @@ LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 NORM_FLOOR = tl.constexpr(1e-24)  # ‖x‖² at or below which x̂ = 0
 SPAN = tl.constexpr(115.0)  # 80 in base 2: logits this close keep every product of two exponentials above underflow
+# 44 in base 2: this close, e^{ℓ+g}, a row's mass ≥ 1/S, the row sum and the tokens' own spread leave 35 bits to spare.
+NARROW = tl.constexpr(64.0)
 INF = tl.constexpr(float("inf"))
 
 

@@ -12,6 +12,7 @@ from ...problem import Operands, Options, empty_in_order
 from .config import padded, tile
 from .launch import device_of, launch
 from .logits import head_parameters, load_references_t, token_logits
+from .plan import range_known
 from .prepare import Prepared, stride_step, strides, unit_rows
 from .primitives import LOG2E, dot, finite_or_zero, keep_mask
 
@@ -42,8 +43,8 @@ def read_kernel(
     query, position, y, log_b, pi, parameters, c, z, seed, output,
     stride_qb, stride_qh, stride_qn, stride_pb, stride_ph, stride_pn, stride_ob, stride_oh, stride_on,
     H, L, stretch, splits, iterations, threshold, keep_scale,
-    T_POSITIVE: tl.constexpr, M: tl.constexpr, MP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, E: tl.constexpr,
-    EP: tl.constexpr, P: tl.constexpr, DOT: tl.constexpr, DROPOUT: tl.constexpr, STEP: tl.constexpr,
+    RANGE: tl.constexpr, T_POSITIVE: tl.constexpr, M: tl.constexpr, MP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
+    E: tl.constexpr, EP: tl.constexpr, P: tl.constexpr, DOT: tl.constexpr, DROPOUT: tl.constexpr, STEP: tl.constexpr,
     BL: tl.constexpr, DEPTH: tl.constexpr, VDEPTH: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """`stretch` queries of one head."""
@@ -60,6 +61,7 @@ def read_kernel(
     y_t = load_references_t(y, 0, MP, DP, DEPTH)
     z_first = load_pooled(z, bh, 0, M, MP, E, VDEPTH).to(output.dtype.element_ty)
     g = dual_potential(log_b, c, bh, iterations, h, lam_b, M, MP, T_POSITIVE)
+    shift = g - scale - tl.max(g, 0)  # ℓ + g never exceeds the largest g
     end = tl.minimum(L, (split + 1) * stretch)
     for start in range(split * stretch, end, BL):
         rows = start + tl.arange(0, BL)
@@ -68,8 +70,11 @@ def read_kernel(
             query, rows, live, stride_qn * STEP, position, stride_pn, pi, y, y_t, beta, scale, tau,
             M, D, DP, DEPTH, P, DOT, PRECISION,
         )  # fmt: skip
-        u = l + g[None, :]
-        w = tl.exp2(u - tl.max(u, 1)[:, None])  # [BL, MP]
+        if RANGE == "always":
+            w = tl.exp2(kappa * scale + shift[None, :])  # [BL, MP]
+        else:
+            u = l + g[None, :]
+            w = tl.exp2(u - tl.max(u, 1)[:, None])
         normaliser = 1.0 / tl.sum(w, 1)
         if DROPOUT:
             keep = keep_mask(seed, bh, L, rows, M, MP, threshold)
@@ -110,7 +115,7 @@ def read(x: Operands, opt: Options, prepared: Prepared, z: Tensor, c: Tensor) ->
     spans = (*strides(query, step), *strides(position), *strides(output, step))
     counts = (h, l, cut.rows * TILES_PER_PROGRAM, splits, c.shape[2], threshold, keep_scale)
     constants = {
-        "T_POSITIVE": opt.num_iters > 0, "M": m, "MP": mp, "D": d, "DP": dp, "E": e, "EP": ep,
+        "RANGE": range_known(x, opt), "T_POSITIVE": opt.num_iters > 0, "M": m, "MP": mp, "D": d, "DP": dp, "E": e, "EP": ep,
         "P": 0 if position is None else position.shape[-1], "DOT": opt.kernel == "dot",
         "DROPOUT": x.seed is not None, "STEP": step, "BL": cut.rows,
         "DEPTH": min(cut.depth, dp), "VDEPTH": min(cut.depth, ep), "PRECISION": device.precision,

@@ -20,7 +20,7 @@ from ...problem import Operands, Options
 from .config import Tile, padded, tile
 from .launch import device_of, launch
 from .logits import head_parameters, key_mass, load_references_t, load_rows, token_logits
-from .plan import column_weights, potentials_narrow, tile_narrow
+from .plan import column_weights, narrow_weights, potentials_narrow, range_known, tile_narrow
 from .prepare import Prepared, stride_step, strides, unit_rows
 from .primitives import INF, LN2, dot, finite_or_zero, merged_log_sum
 
@@ -30,18 +30,61 @@ COUNTS = (
 ).split()
 
 
+@triton.jit
+def walk_keys(
+    key, value, log_a, position, pi, y, y_t, g, e, start, end, stride_kn, stride_vn, stride_an, stride_pn, uniform,
+    beta, scale, tau, relaxation, NARROW: tl.constexpr, UPDATE_ROWS: tl.constexpr, POOL: tl.constexpr,
+    M: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, E: tl.constexpr, P: tl.constexpr, DOT: tl.constexpr,
+    BS: tl.constexpr, DEPTH: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """(peak, total [MP], sums [MP, VDEPTH]): Σ e^{ℓ+f} = total·e^peak, Σ e^{ℓ+f} v = sums·e^peak over keys start..end."""
+    MP: tl.constexpr = g.shape[0]
+    top = tl.max(g, 0)
+    shift = g - scale - top if UPDATE_ROWS else tl.zeros_like(g) - scale
+    peak = tl.full([MP], -INF, tl.float32)
+    total = tl.zeros([MP], tl.float32)
+    sums = tl.zeros([MP, e.shape[0]], tl.float32)
+    for first in range(start, end, BS):
+        rows = first + tl.arange(0, BS)
+        live, mass = key_mass(log_a, rows, end, stride_an, uniform)
+        l, kappa, cosine, inverse, first_columns = token_logits(
+            key, rows, live, stride_kn, position, stride_pn, pi, y, y_t, beta, scale, tau,
+            M, D, DP, DEPTH, P, DOT, PRECISION,
+        )  # fmt: skip
+        if NARROW:
+            weights = narrow_weights(kappa, scale, shift, mass, relaxation, UPDATE_ROWS)  # [BS, MP]
+        else:
+            weights, here = column_weights(l, g, mass, relaxation, tile_narrow(l, g, live, M), UPDATE_ROWS)
+            new = tl.maximum(peak, here)
+            weights *= tl.exp2(here - finite_or_zero(new))[None, :]
+            fade = tl.exp2(peak - finite_or_zero(new))
+            total *= fade
+            sums *= fade[:, None]
+            peak = new
+        total += tl.sum(weights, 0)
+        if POOL:
+            v = load_rows(value, rows, live, stride_vn, e, E)
+            sums += dot(tl.trans(weights.to(v.dtype)), v, PRECISION)
+    if NARROW:
+        peak = tl.where(g > -INF, (1.0 - relaxation) * top - finite_or_zero(g), -INF) if UPDATE_ROWS else tl.zeros_like(g)
+    return peak, total, sums
+
+
 @triton.jit(do_not_specialize=COUNTS)
 def transport_kernel(
     key, value, log_a, position, y, log_b, pi, parameters,
     peak_in, total_in, peak_out, total_out, pooled, c,
     stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn, stride_ab, stride_ah, stride_an,
     stride_pb, stride_ph, stride_pn, H, S, stretch, splits, iteration, iterations, uniform,
-    UPDATE_ROWS: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr,
+    RANGE: tl.constexpr, UPDATE_ROWS: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr,
     M: tl.constexpr, MP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, E: tl.constexpr, EP: tl.constexpr,
     P: tl.constexpr, DOT: tl.constexpr, STEP: tl.constexpr, BS: tl.constexpr, DEPTH: tl.constexpr,
     VDEPTH: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Iteration t ≥ 1 (not UPDATE_ROWS: the one column sum of T = 0) over `stretch` keys of one head, and VDEPTH columns of the values."""
+    """Iteration t ≥ 1 (not UPDATE_ROWS: the one column sum of T = 0) over `stretch` keys of one head.
+
+    The last iteration also pools; its programs each take VDEPTH columns of the values.
+    """
     v_blocks: tl.constexpr = EP // VDEPTH if LAST else 1
     block = tl.program_id(0) % v_blocks
     split = tl.program_id(0) // v_blocks % splits
@@ -49,8 +92,8 @@ def transport_kernel(
     b, h = bh // H, bh % H
     j, e = tl.arange(0, MP), block * VDEPTH + tl.arange(0, VDEPTH)
     beta, scale, lam_a, lam_b, tau = head_parameters(parameters, h)
-    key += b * stride_kb * STEP + h * stride_kh * STEP
-    value += b * stride_vb * STEP + h * stride_vh * STEP
+    key += b * (stride_kb * STEP) + h * (stride_kh * STEP)
+    value += b * (stride_vb * STEP) + h * (stride_vh * STEP)
     if log_a is not None:
         log_a += b * stride_ab + h * stride_ah
     if P > 0:
@@ -64,35 +107,29 @@ def transport_kernel(
         g -= lam_b * finite_or_zero(before)
         if (split == 0) & (block == 0):
             tl.store(c + (bh * iterations + iteration - 2) * M + j, before * LN2, mask=j < M)
-    always = potentials_narrow(g, beta, scale, M)
-    peak = tl.full([MP], -INF, tl.float32)
-    total = tl.zeros([MP], tl.float32)
-    sums = tl.zeros([MP, VDEPTH], tl.float32)
-    end = tl.minimum(S, (split + 1) * stretch)
-    for start in range(split * stretch, end, BS):
-        rows = start + tl.arange(0, BS)
-        live, mass = key_mass(log_a, rows, end, stride_an, uniform)
-        l, kappa, cosine, inverse, first_columns = token_logits(
-            key, rows, live, stride_kn * STEP, position, stride_pn, pi, y, y_t, beta, scale, tau,
-            M, D, DP, DEPTH, P, DOT, PRECISION,
+    start, end = split * stretch, tl.minimum(S, (split + 1) * stretch)
+    if RANGE == "always":
+        narrow = True
+    elif RANGE == "device":
+        narrow = potentials_narrow(g, beta, scale, M)
+    else:
+        narrow = False
+    if narrow:
+        peak, total, sums = walk_keys(
+            key, value, log_a, position, pi, y, y_t, g, e, start, end, stride_kn * STEP, stride_vn * STEP, stride_an,
+            stride_pn, uniform, beta, scale, tau, lam_a, True, UPDATE_ROWS, LAST, M, D, DP, E, P, DOT, BS, DEPTH, PRECISION,
         )  # fmt: skip
-        narrow = tile_narrow(l, g, live, M) if DOT or P > 0 else always
-        weights, here = column_weights(l, g, mass, lam_a, narrow, UPDATE_ROWS)
-        new = tl.maximum(peak, here)
-        safe = finite_or_zero(new)
-        weights *= tl.exp2(here - safe)[None, :]  # [BS, MP]
-        fade = tl.exp2(peak - safe)
-        total = total * fade + tl.sum(weights, 0)
-        peak = new
-        if LAST:
-            v = load_rows(value, rows, live, stride_vn * STEP, e, E)
-            sums = sums * fade[:, None] + dot(tl.trans(weights.to(v.dtype)), v, PRECISION)
-    out = (bh * splits + split) * MP
+    else:
+        peak, total, sums = walk_keys(
+            key, value, log_a, position, pi, y, y_t, g, e, start, end, stride_kn * STEP, stride_vn * STEP, stride_an,
+            stride_pn, uniform, beta, scale, tau, lam_a, False, UPDATE_ROWS, LAST, M, D, DP, E, P, DOT, BS, DEPTH, PRECISION,
+        )  # fmt: skip
+    out = (bh * splits + split) * MP + j
     if block == 0:
-        tl.store(peak_out + out + j, peak)
-        tl.store(total_out + out + j, total)
+        tl.store(peak_out + out, peak)
+        tl.store(total_out + out, total)
     if LAST:
-        tl.store(pooled + (out + j)[:, None] * EP + e[None, :], sums)
+        tl.store(pooled + out[:, None] * EP + e[None, :], sums)
 
 
 @triton.jit(do_not_specialize=["splits", "iterations"])
@@ -168,7 +205,9 @@ def transport(x: Operands, opt: Options, prepared: Prepared) -> tuple[Tensor, Te
     return z, c
 
 
-def column_sums(x: Operands, opt: Options, prepared: Prepared, c: Tensor) -> tuple[Split, tuple[Tensor, ...]]:
+def column_sums(
+    x: Operands, opt: Options, prepared: Prepared, c: Tensor, split: Split | None = None
+) -> tuple[Split, tuple[Tensor, ...]]:
     """Runs all iterations: writes c^1..c^{T−1}; (peaks, totals [BH, splits, MP], pooled [BH, splits, MP, EP]) of the last."""
     key, value = unit_rows(x.key), unit_rows(x.value)
     position = None if x.key_position is None else unit_rows(x.key_position)
@@ -177,7 +216,7 @@ def column_sums(x: Operands, opt: Options, prepared: Prepared, c: Tensor) -> tup
     _, mp, dp = prepared.y.shape
     ep = padded(e)
     cut = tile("column", device.family, max(mp, dp, ep), key.element_size())
-    split = split_tokens(s, cut.rows, b * h, device.multiprocessors)
+    split = split or split_tokens(s, cut.rows, b * h, device.multiprocessors)
     new = x.references.new_empty
     sums = [new((b * h, split.count, mp)) for _ in range(4)]  # (peak, total) of this iteration and of the one before
     pooled = new((b * h, split.count, mp, ep))
@@ -185,7 +224,7 @@ def column_sums(x: Operands, opt: Options, prepared: Prepared, c: Tensor) -> tup
     counts = (*strides(key, step), *strides(value, step), *strides(x.log_a), *strides(position), h, s, *split)
     tokens = (key, value, x.log_a, position, prepared.y, prepared.log_b, prepared.position, prepared.parameters)
     constants = {
-        "UPDATE_ROWS": opt.num_iters > 0, "M": m, "MP": mp, "D": d, "DP": dp, "E": e, "EP": ep,
+        "RANGE": range_known(x, opt), "UPDATE_ROWS": opt.num_iters > 0, "M": m, "MP": mp, "D": d, "DP": dp, "E": e, "EP": ep,
         "P": 0 if position is None else position.shape[-1], "DOT": opt.kernel == "dot",
         "STEP": step, "BS": cut.rows, "DEPTH": min(cut.depth, dp), "VDEPTH": min(cut.depth, ep),
         "PRECISION": device.precision,
