@@ -1,0 +1,94 @@
+"""Nyström features in one pass over the tokens: ψ(x) = ‖x‖ W κ(w, x̂), W = (K_ww + δI)^{−1/2}.
+
+A program takes the tokens of one head in steps: products with the normalised landmarks, κ [BN, R] in registers, and
+its product with W in chunks of columns.  The norms stay in float32 and come last.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ...problem import Operands, Options, empty_in_order
+from .config import Tile, padded, tile
+from .launch import device_of, launch
+from .logits import kernel_value, load_references_t, products
+from .prepare import Prepared, prepare, stride_step, strides, unit_rows
+from .primitives import dot, inverse_norm
+from .whitening import rounded, whitening
+
+COUNTS = ["stride_xb", "stride_xh", "stride_xn", "stride_pb", "stride_ph", "stride_pn", "H", "N"]
+
+
+@triton.jit(do_not_specialize=COUNTS)
+def features_kernel(
+    x, y, whitening, parameters, psi,
+    stride_xb, stride_xh, stride_xn, stride_pb, stride_ph, stride_pn, H, N,
+    R: tl.constexpr, RP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, STEP: tl.constexpr,
+    BN: tl.constexpr, DEPTH: tl.constexpr, R_DEPTH: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """ψ of BN tokens of one head."""
+    blocks = tl.cdiv(N, BN)
+    bh = (tl.program_id(0) // blocks).to(tl.int64)
+    b, h = bh // H, bh % H
+    rows = tl.program_id(0) % blocks * BN + tl.arange(0, BN)
+    live = rows < N
+    x += b * (stride_xb * STEP) + h * (stride_xh * STEP)
+    y += h * RP * DP
+    y_t = load_references_t(y, 0, RP, DP, DEPTH)
+    product, square, _ = products(x, rows, live, stride_xn * STEP, y, y_t, D, DP, DEPTH, PRECISION)
+    inverse = inverse_norm(square)
+    kappa = rounded(kernel_value(product, inverse, tl.load(parameters + h * 8), False), y.dtype.element_ty)
+    length = square * inverse  # [BN] ‖x‖
+    psi += b * (stride_pb * STEP) + h * (stride_ph * STEP)
+    psi += rows.to(tl.int64)[:, None] * (stride_pn * STEP)
+    i = tl.arange(0, RP)
+    for start in tl.static_range(0, RP, R_DEPTH):
+        r = start + tl.arange(0, R_DEPTH)
+        w = tl.load(whitening + (h * RP + i)[:, None] * RP + r[None, :])  # [RP, R_DEPTH]
+        out = dot(kappa, w, PRECISION) * length[:, None]
+        tl.store(psi + r[None, :], rounded(out, psi.dtype.element_ty), mask=live[:, None] & (r < R)[None, :])
+
+
+def prepared_landmarks(x: Tensor, landmarks: Tensor, bandwidth: Tensor | None, scalar: float) -> Prepared:
+    """ŵ [H, RP, DP] in the dtype of x, 1/‖w‖ and the bandwidths: landmarks are prepared as references are."""
+    absent = (None,) * 11
+    x_ = Operands(None, x, x, landmarks, *absent)._replace(bandwidth=bandwidth)
+    return prepare(x_, Options(scalars=(scalar, 1.0, 1.0, 1.0, 1.0)))
+
+
+def unit_landmarks(landmarks: Tensor) -> Tensor:
+    return landmarks if landmarks.stride(-1) == 1 else landmarks.contiguous()
+
+
+def rows_like(x: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    """(the result [B, H, N, width] in the memory order of x, where a kernel writes it: itself if its rows are dense)."""
+    result = empty_in_order(x, (*x.shape[:-1], width))
+    return result, result if result.stride(-1) == 1 else torch.empty_like(result, memory_format=torch.contiguous_format)
+
+
+def cut(x: Tensor, landmarks: Tensor, kind: str) -> tuple[Tile, dict[str, Any]]:
+    """The tile of a kernel, and the constants that follow from it and the sizes."""
+    r, d = landmarks.shape[1:]
+    device = device_of(x)
+    t = tile(kind, device.family, max(r, d), x.element_size())
+    constants = {"R": r, "RP": padded(r), "D": d, "DP": padded(d), "BN": t.rows, "PRECISION": device.precision}
+    return t, constants | {"DEPTH": min(t.depth, padded(d)), "R_DEPTH": min(t.depth, padded(r))}
+
+
+def features(x: Tensor, landmarks: Tensor, bandwidth: Tensor | None, scalar: float, ridge: float) -> Tensor:
+    """x [B, H, N, D], landmarks [H, R, D] -> ψ [B, H, N, R]."""
+    x_, landmarks = unit_rows(x), unit_landmarks(landmarks)
+    b, h, n, _ = x.shape
+    result, psi = rows_like(x, landmarks.shape[1])
+    prepared = prepared_landmarks(x_, landmarks, bandwidth, scalar)
+    w = whitening(landmarks, prepared, ridge, x.dtype)
+    t, constants = cut(x, landmarks, "row")
+    step = stride_step(x_, psi)
+    args = (x_, prepared.y, w, prepared.parameters, psi, *strides(x_, step), *strides(psi, step), h, n)
+    launch(features_kernel, b * h * -(-n // t.rows), args, constants | {"STEP": step}, t)
+    return result if psi is result else result.copy_(psi)

@@ -1,0 +1,203 @@
+"""Backward of the Nyström features: one pass over the tokens, then the landmarks.
+
+    dκ' = dψ Wᵀ (not yet times ‖x‖),  dĉ' = βκ dκ',  dx = dĉ' ŵ + x̂ (Σ_r κ dκ' − Σ_r dĉ' ĉ),
+    dŵ = dĉ'ᵀ x,   dW = (‖x‖κ)ᵀ dψ,   dβ = Σ ‖x‖ κ dκ' (ĉ − 1)
+
+The norms cancel from dx and dŵ.  A program walks a stretch of the tokens of one head and keeps one block of columns of
+dW and dŵ; partial sums of all programs are added in a fixed order.  Then dA from dW (whitening.py), and
+
+    dĉ_ww = β (dA + dAᵀ) K_ww,   dŵ += dĉ_ww ŵ,   dβ += Σ dA K_ww (ĉ_ww − 1),   dw = (dŵ − ŵ⟨ŵ, dŵ⟩)/‖w‖
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ...problem import empty_in_order
+from .config import Tile
+from .features import COUNTS, cut, prepared_landmarks, rows_like, unit_landmarks
+from .launch import device_of, launch
+from .logits import kernel_value, load_references_t, load_rows, products
+from .prepare import Prepared, stride_step, strides, unit_rows
+from .primitives import dot, inverse_norm
+from .transport import split_tokens
+from .whitening import landmark_cosines, rounded, whitening, whitening_backward
+
+EXTRA = 16  # numbers behind dW and dŵ in a partial sum: dβ, and padding that keeps the next one aligned
+SUM_TILE = Tile(rows=16, depth=256, warps=4, stages=1)  # partial sums are read once: rows · depth loads in flight
+LANDMARK_TILE = Tile(rows=16, depth=32, warps=8, stages=1)  # [16, 256] sums and [32, 256] landmarks in registers
+
+
+@triton.jit(do_not_specialize=[*COUNTS, "stride_db", "stride_dh", "stride_dn", "stretch", "splits"])
+def features_backward_kernel(
+    x, d_psi, y, whitening, parameters, d_x, sums,
+    stride_xb, stride_xh, stride_xn, stride_pb, stride_ph, stride_pn, stride_db, stride_dh, stride_dn,
+    H, N, stretch, splits,
+    R: tl.constexpr, RP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, STEP: tl.constexpr,
+    PARAMETERS: tl.constexpr, SIZE: tl.constexpr,
+    BN: tl.constexpr, DEPTH: tl.constexpr, R_DEPTH: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dx, and partial sums of dW [RP, RP] and dŵ [RP, DP]: one block of columns of each."""
+    blocks: tl.constexpr = max(DP // DEPTH, RP // R_DEPTH)
+    block = tl.program_id(0) % blocks
+    split = tl.program_id(0) // blocks % splits
+    bh = (tl.program_id(0) // (blocks * splits)).to(tl.int64)
+    b, h = bh // H, bh % H
+    x += b * (stride_xb * STEP) + h * (stride_xh * STEP)
+    d_psi += b * (stride_pb * STEP) + h * (stride_ph * STEP)
+    y += h * RP * DP
+    whitening += h * RP * RP
+    j, d, r = tl.arange(0, RP), block * DEPTH + tl.arange(0, DEPTH), block * R_DEPTH + tl.arange(0, R_DEPTH)
+    y_t = load_references_t(y, 0, RP, DP, DEPTH)
+    y_block = tl.load(y + j[:, None] * DP + d[None, :], mask=(d < DP)[None, :], other=0.0)
+    log2_beta, beta = tl.load(parameters + h * 8), tl.load(parameters + h * 8 + 5)
+    d_w, d_y = tl.zeros([RP, R_DEPTH], tl.float32), tl.zeros([RP, DEPTH], tl.float32)
+    d_beta = tl.zeros([BN], tl.float32)
+    for start in range(split * stretch, tl.minimum(N, (split + 1) * stretch), BN):
+        rows = start + tl.arange(0, BN)
+        live = rows < N
+        product, square, _ = products(x, rows, live, stride_xn * STEP, y, y_t, D, DP, DEPTH, PRECISION)
+        inverse = inverse_norm(square)
+        cosine = product * inverse[:, None]
+        kappa = kernel_value(product, inverse, log2_beta, False)
+        d_kappa = tl.zeros([BN, RP], tl.float32)
+        for first in tl.static_range(0, RP, R_DEPTH):
+            columns = first + tl.arange(0, R_DEPTH)
+            w = tl.load(whitening + j[None, :] * RP + columns[:, None])  # [R_DEPTH, RP] of Wᵀ
+            d_kappa += dot(load_rows(d_psi, rows, live, stride_pn * STEP, columns, R), w, PRECISION)
+        d_log = tl.where((inverse > 0)[:, None], kappa * d_kappa, 0.0)
+        d_cosine = beta * d_log
+        x_block = load_rows(x, rows, live, stride_xn * STEP, d, D)
+        d_product = rounded(d_cosine, x_block.dtype)
+        if d_x is not None:
+            along = (tl.sum(d_log, 1) - tl.sum(d_cosine * cosine, 1)) * inverse
+            out = dot(d_product, y_block, PRECISION) + x_block.to(tl.float32) * along[:, None]
+            at = d_x + b * (stride_db * STEP) + h * (stride_dh * STEP)
+            at += rows.to(tl.int64)[:, None] * (stride_dn * STEP) + d[None, :]
+            tl.store(at, rounded(out, d_x.dtype.element_ty), mask=live[:, None] & (d < D)[None, :])
+        if PARAMETERS:
+            length = square * inverse
+            d_y += dot(tl.trans(d_product), x_block, PRECISION)
+            d_psi_block = load_rows(d_psi, rows, live, stride_pn * STEP, r, R)
+            d_w += dot(tl.trans(rounded(kappa * length[:, None], d_psi_block.dtype)), d_psi_block, PRECISION)
+            d_beta += tl.sum(d_log * (cosine - 1.0), 1) * length
+    if PARAMETERS:
+        sums += (bh * splits + split) * SIZE
+        tl.store(sums + j[:, None] * RP + r[None, :], d_w, mask=(r < RP)[None, :])
+        tl.store(sums + RP * RP + j[:, None] * DP + d[None, :], d_y, mask=(d < DP)[None, :])
+        tl.store(sums + RP * (RP + DP), tl.sum(d_beta, 0), mask=block == 0)
+
+
+@triton.jit(do_not_specialize=["H", "B", "splits"])
+def sum_kernel(sums, out, H, B, splits, SIZE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """out[h] = Σ over the batch and the splits of sums [B, H, splits, SIZE]: BLOCK numbers of one head."""
+    h = (tl.program_id(0) // tl.cdiv(SIZE, BLOCK)).to(tl.int64)
+    n = tl.program_id(0) % tl.cdiv(SIZE, BLOCK) * BLOCK + tl.arange(0, BLOCK)
+    total = tl.zeros([BLOCK], tl.float32)
+    for start in range(0, B * splits, ROWS):
+        part = start + tl.arange(0, ROWS)
+        row = (part // splits * H + h) * splits + part % splits
+        mask = (part < B * splits)[:, None] & (n < SIZE)[None, :]
+        total += tl.sum(tl.load(sums + row[:, None] * SIZE + n[None, :], mask=mask, other=0.0), 0)
+    tl.store(out + h * SIZE + n, total, mask=n < SIZE)
+
+
+@triton.jit(do_not_specialize=["stride_h", "stride_r", "stride_oh", "stride_or", "stride_od"])
+def landmarks_backward_kernel(
+    landmarks, inverse, parameters, d_a, sums, d_landmarks, d_bandwidth,
+    stride_h, stride_r, stride_oh, stride_or, stride_od,
+    R: tl.constexpr, RP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, SIZE: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """d landmarks and dβ of one head, from dA and the summed dŵ and dβ of the tokens."""
+    h = tl.program_id(0).to(tl.int64)
+    landmarks += h * stride_h
+    inverse += h * RP
+    d_a += h * RP * RP
+    sums += h * SIZE + RP * RP
+    log2_beta, beta = tl.load(parameters + h * 8), tl.load(parameters + h * 8 + 5)
+    d = tl.arange(0, DP)
+    d_beta = tl.load(sums + RP * DP)
+    for first in range(0, RP, ROWS):
+        i = first + tl.arange(0, ROWS)
+        total = tl.load(sums + i[:, None] * DP + d[None, :])  # [ROWS, DP] dŵ
+        for other in range(0, RP, COLUMNS):
+            j = other + tl.arange(0, COLUMNS)
+            cosine = landmark_cosines(landmarks, inverse, i, j, stride_r, R, D, DP, 16)
+            kappa = tl.exp2(log2_beta * (cosine - 1.0))
+            here = tl.load(d_a + i[:, None] * RP + j[None, :]) * kappa
+            there = tl.load(d_a + j[None, :] * RP + i[:, None]) * kappa
+            d_beta += tl.sum(here * (cosine - 1.0))
+            inside = (j < R)[:, None] & (d < D)[None, :]
+            other_w = tl.load(landmarks + j[:, None] * stride_r + d[None, :], mask=inside, other=0.0)
+            other_w *= tl.load(inverse + j)[:, None]
+            total += dot(beta * (here + there), other_w, PRECISION)
+        inside = (i < R)[:, None] & (d < D)[None, :]
+        scale = tl.load(inverse + i)
+        unit = tl.load(landmarks + i[:, None] * stride_r + d[None, :], mask=inside, other=0.0) * scale[:, None]
+        total = (total - unit * tl.sum(total * unit, 1)[:, None]) * scale[:, None]
+        if d_landmarks is not None:
+            at = d_landmarks + h * stride_oh + i[:, None] * stride_or + d[None, :] * stride_od
+            tl.store(at, total, mask=inside)
+    if d_bandwidth is not None:
+        tl.store(d_bandwidth + h, d_beta)
+
+
+def _token_sums(
+    x: Tensor, landmarks: Tensor, prepared: Prepared, w: Tensor, d_psi: Tensor, d_x: Tensor | None, parameters: bool
+) -> Tensor:
+    """Writes dx where it is wanted and returns dW, dŵ, dβ summed over tokens and batch: [H, SIZE]."""
+    b, h, n, _ = x.shape
+    t, constants = cut(x, landmarks, "gradient")
+    rp, dp = constants["RP"], constants["DP"]
+    blocks = max(dp // constants["DEPTH"], rp // constants["R_DEPTH"])
+    split = split_tokens(n, t.rows, b * h * blocks, device_of(x).multiprocessors)
+    size = rp * (rp + dp) + EXTRA
+    sums = landmarks.new_empty((b, h, split.count, size) if parameters else (1,))
+    step = stride_step(x, d_psi, d_x)
+    counts = (*strides(x, step), *strides(d_psi, step), *strides(d_x, step), h, n, *split)
+    args = (x, d_psi, prepared.y, w, prepared.parameters, d_x, sums, *counts)
+    constants |= {"STEP": step, "PARAMETERS": parameters, "SIZE": size}
+    launch(features_backward_kernel, b * h * split.count * blocks, args, constants, t)
+    out = landmarks.new_empty((h, size))
+    if parameters:
+        cut_sum: dict[str, Any] = {"SIZE": size, "ROWS": SUM_TILE.rows, "BLOCK": SUM_TILE.depth}
+        launch(sum_kernel, h * -(-size // SUM_TILE.depth), (sums, out, h, b, split.count), cut_sum, SUM_TILE)
+    return out
+
+
+def features_backward(
+    x: Tensor,
+    landmarks: Tensor,
+    bandwidth: Tensor | None,
+    scalar: float,
+    ridge: float,
+    d_psi: Tensor,
+    needs: Sequence[bool],
+) -> tuple[Tensor | None, ...]:
+    """(dx, d landmarks, d bandwidth), None where not needed."""
+    x_, d_psi, landmarks_ = unit_rows(x), unit_rows(d_psi), unit_landmarks(landmarks)
+    result, d_x = rows_like(x, x.shape[-1]) if needs[0] else (None, None)
+    prepared = prepared_landmarks(x_, landmarks_, bandwidth, scalar)
+    w = whitening(landmarks_, prepared, ridge, x.dtype)
+    wants_bandwidth = needs[2] and bandwidth is not None
+    sums = _token_sums(x_, landmarks_, prepared, w, d_psi, d_x, needs[1] or wants_bandwidth)
+    if result is not None and d_x is not None and d_x is not result:
+        result.copy_(d_x)
+    if not (needs[1] or wants_bandwidth):
+        return result, None, None
+    d_landmarks = empty_in_order(landmarks, landmarks.shape) if needs[1] else None
+    d_bandwidth = landmarks.new_empty(landmarks.shape[:1]) if wants_bandwidth else None
+    d_a = whitening_backward(landmarks_, prepared, ridge, sums)
+    (h, r, d), (rp, dp) = landmarks.shape, prepared.y.shape[1:]
+    counts = (*landmarks_.stride()[:2], *strides(d_landmarks))
+    args = (landmarks_, prepared.inverse_norm, prepared.parameters, d_a, sums, d_landmarks, d_bandwidth, *counts)
+    constants = {"R": r, "RP": rp, "D": d, "DP": dp, "SIZE": sums.shape[1], "ROWS": LANDMARK_TILE.rows,
+                 "COLUMNS": min(LANDMARK_TILE.depth, rp), "PRECISION": device_of(x).precision}  # fmt: skip
+    launch(landmarks_backward_kernel, h, args, constants, LANDMARK_TILE)
+    return result, d_landmarks, d_bandwidth
