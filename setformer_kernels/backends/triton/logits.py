@@ -27,20 +27,25 @@ def load_references_t(y, start, M: tl.constexpr, DP: tl.constexpr, DEPTH: tl.con
 
 @triton.jit
 def products(
-    x, rows, live, stride, y, y_t, D: tl.constexpr, DP: tl.constexpr, DEPTH: tl.constexpr, PRECISION: tl.constexpr
-):
-    """(⟨x_i, y_j⟩ [BN, M], ‖x_i‖² [BN], the first DEPTH columns of x) of tokens; y_t: the references' first columns."""
+    x, rows, live, stride, y, y_t, D: tl.constexpr, DP: tl.constexpr, DEPTH: tl.constexpr, PRECISION: tl.constexpr,
+    ACROSS: tl.constexpr = False,
+):  # fmt: skip
+    """(⟨x_i, y_j⟩ [BN, M], ‖x_i‖² [BN], the first DEPTH columns of x) of tokens; y_t: the references' first columns.
+
+    ACROSS: warps share the references, not the tokens (a product whose result enters another one is cut along its rows only).
+    """
     M: tl.constexpr = y_t.shape[1]
     columns = tl.arange(0, DEPTH)
     first = load_rows(x, rows, live, stride, columns, D)
     wide = first.to(tl.float32)
     square = tl.sum(wide * wide, 1)
-    product = dot(first, y_t, PRECISION)
+    product = tl.trans(dot(tl.trans(y_t), tl.trans(first), PRECISION)) if ACROSS else dot(first, y_t, PRECISION)
     for start in tl.static_range(DEPTH, DP, DEPTH):
         chunk = load_rows(x, rows, live, stride, start + columns, D)
         wide = chunk.to(tl.float32)
         square += tl.sum(wide * wide, 1)
-        product += dot(chunk, load_references_t(y, start, M, DP, DEPTH), PRECISION)
+        more_t = load_references_t(y, start, M, DP, DEPTH)
+        product += tl.trans(dot(tl.trans(more_t), tl.trans(chunk), PRECISION)) if ACROSS else dot(chunk, more_t, PRECISION)
     return product, square, first
 
 
@@ -87,10 +92,10 @@ def key_mass(log_a, rows, last, stride, uniform):
 def token_logits(
     x, rows, live, stride, position, stride_p, pi, y, y_t, beta, scale, tau,
     M: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, DEPTH: tl.constexpr, P: tl.constexpr,
-    DOT: tl.constexpr, PRECISION: tl.constexpr,
+    DOT: tl.constexpr, PRECISION: tl.constexpr, ACROSS: tl.constexpr = False,
 ):  # fmt: skip
     """(ℓ, κ, ĉ [BN, MP], 1/‖x‖ [BN], the first columns of x) of tokens; for `dot` ĉ is the product and 1/‖x‖ is 1."""
-    product, square, first = products(x, rows, live, stride, y, y_t, D, DP, DEPTH, PRECISION)
+    product, square, first = products(x, rows, live, stride, y, y_t, D, DP, DEPTH, PRECISION, ACROSS)
     inverse = square * 0.0 + 1.0 if DOT else inverse_norm(square)
     cosine = product if DOT else product * inverse[:, None]
     kappa = kernel_value(product, inverse, beta, DOT)

@@ -1,0 +1,146 @@
+"""Causal attention for T ≤ 1, linear in the length: sums of chunks of keys, a scan over chunks, queries in their chunk.
+
+    ω_sj = ℓ_sj + f̂_s + log a_s,   f̂_s = −λ_a LSE_j(ℓ_sj + log b_j)   (T = 0: 0)
+    C_ij = Σ_{s≤i} e^{ω_sj},   z_ij = Σ_{s≤i} e^{ω_sj} v_s / C_ij
+    W_ij = softmax_j(ℓ(q_i, y_j) + log b_j − λ_b log C_ij)   (T = 0: without C),   o_i = Σ_j W_ij z_ij
+
+With C⁰, z⁰ the sums and means of all keys before a chunk,
+
+    o_i = Σ_j W_ij (C⁰_j / C_ij) z⁰_j + Σ_{s≤i in the chunk} A_is v_s,   A_is = Σ_j W_ij e^{ω_sj} / C_ij
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ...problem import Operands, Options, empty_in_order
+from .causal_chunk import chunk_plan, chunk_weights
+from .causal_state import Part, parts, states
+from .config import Tile, padded, tile
+from .launch import device_of, launch
+from .logits import head_parameters, load_references_t, load_rows
+from .prepare import prepare, stride_step, strides, unit_rows
+from .primitives import dot, keep_mask
+from .read import dropout_constants
+
+COUNTS = (
+    "stride_qb stride_qh stride_qn stride_kb stride_kh stride_kn stride_vb stride_vh stride_vn stride_ob stride_oh "
+    "stride_on stride_ab stride_ah stride_an stride_sb stride_sh stride_sn stride_pb stride_ph stride_pn "
+    "H L chunks first_head all_heads threshold"
+).split()
+
+
+@triton.jit
+def load_state(z, at, first, EP: tl.constexpr, MP: tl.constexpr, DEPTH: tl.constexpr):
+    """Columns first.. of the means before a chunk: [MP, DEPTH]."""
+    j, e = tl.arange(0, MP), first + tl.arange(0, DEPTH)
+    return tl.load(z + (at * MP + j)[:, None] * EP + e[None, :])
+
+
+@triton.jit(do_not_specialize=COUNTS)
+def causal_kernel(
+    query, key, value, log_a, query_position, key_position, y, log_b, pi, parameters, seed, log_c, z, output,
+    stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
+    stride_ob, stride_oh, stride_on, stride_ab, stride_ah, stride_an, stride_sb, stride_sh, stride_sn,
+    stride_pb, stride_ph, stride_pn, H, L, chunks, first_head, all_heads, threshold, keep_scale, uniform,
+    UPDATE_ROWS: tl.constexpr, M: tl.constexpr, MP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, E: tl.constexpr,
+    EP: tl.constexpr, P: tl.constexpr, DOT: tl.constexpr, DROPOUT: tl.constexpr, STEP: tl.constexpr, BC: tl.constexpr,
+    DEPTH: tl.constexpr, VDEPTH: tl.constexpr, PRECISION: tl.constexpr, ACROSS: tl.constexpr,
+):  # fmt: skip
+    """One chunk of one head; strides s and p are those of the positions of queries and keys."""
+    token: tl.constexpr = value.dtype.element_ty
+    FACTOR: tl.constexpr = tl.float32 if token == tl.float16 else token
+    bh = (tl.program_id(0) // chunks).to(tl.int64)
+    chunk = tl.program_id(0) % chunks
+    b, h = bh // H, bh % H
+    beta, scale, lam_a, lam_b, tau = head_parameters(parameters, h)
+    query += b * (stride_qb * STEP) + h * (stride_qh * STEP)
+    key += b * (stride_kb * STEP) + h * (stride_kh * STEP)
+    value += b * (stride_vb * STEP) + h * (stride_vh * STEP)
+    output += b * (stride_ob * STEP) + h * (stride_oh * STEP)
+    if log_a is not None:
+        log_a += b * stride_ab + h * stride_ah
+    if P > 0:
+        query_position += b * stride_sb + h * stride_sh
+        key_position += b * stride_pb + h * stride_ph
+        pi += h * M * P
+    y += h * MP * DP
+    j = tl.arange(0, MP)
+    before = tl.load(log_c + (bh * chunks + chunk) * MP + j)
+    rows = chunk * BC + tl.arange(0, BC)
+    asked, live, of_queries, of_keys, omega, ref, narrow, log_sums, w, normaliser = chunk_plan(
+        query, key, log_a, query_position, key_position, pi, y, load_references_t(y, 0, MP, DP, DEPTH),
+        tl.load(log_b + h * MP + j), before, rows, L, stride_qn * STEP, stride_kn * STEP, stride_an, stride_sn, stride_pn,
+        beta, scale, lam_a, lam_b, tau, uniform, UPDATE_ROWS, M, D, DP, DEPTH, P, DOT, PRECISION, ACROSS,
+    )  # fmt: skip
+    if DROPOUT:
+        keep = keep_mask(seed, b * all_heads + h + first_head, L, rows, M, MP, threshold)
+        w = tl.where(keep, w, 0.0)
+        normaliser *= keep_scale
+    a, carried = chunk_weights(w, omega, ref, before, log_sums, narrow, FACTOR, PRECISION)
+    a, carried = a.to(token), carried.to(token)
+    out = output + rows.to(tl.int64)[:, None] * (stride_on * STEP)
+    for first in tl.static_range(0, EP, VDEPTH):
+        columns = first + tl.arange(0, VDEPTH)
+        v = load_rows(value, rows, live, stride_vn * STEP, columns, E)
+        means = load_state(z, bh * chunks + chunk, first, EP, MP, VDEPTH).to(token)
+        o = (dot(carried, means, PRECISION) + dot(a, v, PRECISION)) * normaliser[:, None]
+        tl.store(out + columns[None, :], o.to(token), mask=asked[:, None] & (columns < E)[None, :])
+
+
+def causal(x: Operands, opt: Options) -> Tensor:
+    """o [B, H, L, E] in the dtype and memory order of the queries, for T ≤ 1."""
+    assert x.query is not None
+    x = with_unit_rows(x)
+    prepared = prepare(x, opt)
+    output = empty_in_order(x.query, (*x.query.shape[:-1], x.value.shape[-1]))
+    device = device_of(x.key)
+    _, mp, dp = prepared.y.shape
+    ep = padded(x.value.shape[-1])
+    cut = tile("chunk", device.family, max(mp, dp, ep), x.key.element_size())
+    chunks = math.ceil(x.key.shape[2] / cut.rows)
+    for part in parts(x, prepared, chunks, mp * (ep + 5), device.multiprocessors):
+        log_c, z = states(part.x, opt, part.prepared, cut.rows)
+        _read_chunks(part, opt, log_c, z, output[part.batch, part.heads], cut)
+    return output
+
+
+def with_unit_rows(x: Operands) -> Operands:
+    """Token tensors with unit stride along their last dimension."""
+    names = ("query", "key", "value", "query_position", "key_position")
+    return x._replace(**{name: t if (t := getattr(x, name)) is None else unit_rows(t) for name in names})
+
+
+def chunk_arguments(part: Part, opt: Options, cut: Tile, like: Tensor) -> tuple[tuple[Any, ...], tuple[Any, ...], dict[str, Any]]:
+    """(tensors, strides and counts, constants) of the kernels on chunks; `like` is laid out as the output."""
+    x, prepared = part.x, part.prepared
+    assert x.query is not None
+    (b, h, l, d), m, e = x.key.shape, x.references.shape[1], x.value.shape[-1]
+    _, mp, dp = prepared.y.shape
+    ep = padded(e)
+    tokens = (x.query, x.key, x.value, x.log_a, x.query_position, x.key_position)
+    tensors = (*tokens, prepared.y, prepared.log_b, prepared.position, prepared.parameters, x.seed)
+    step = stride_step(x.query, x.key, x.value, like)
+    spans = [s for t in (x.query, x.key, x.value, like) for s in strides(t, step)]
+    spans += [s for t in (x.log_a, x.query_position, x.key_position) for s in strides(t)]
+    threshold, keep_scale = dropout_constants(opt.dropout_p)
+    places = (h, l, math.ceil(l / cut.rows), part.first_head, part.all_heads, threshold, keep_scale)
+    constants = {
+        "UPDATE_ROWS": opt.num_iters > 0, "M": m, "MP": mp, "D": d, "DP": dp, "E": e, "EP": ep,
+        "P": 0 if x.reference_position is None else x.reference_position.shape[-1], "DOT": opt.kernel == "dot",
+        "DROPOUT": x.seed is not None, "STEP": step, "BC": cut.rows, "DEPTH": min(cut.depth, dp),
+        "VDEPTH": min(cut.depth, ep), "PRECISION": device_of(x.key).precision, "ACROSS": mp >= 16 * cut.warps,
+    }  # fmt: skip
+    return tensors, (*spans, *places, -math.log2(l) if l else 0.0), constants
+
+
+def _read_chunks(part: Part, opt: Options, log_c: Tensor, z: Tensor, output: Tensor, cut: Tile) -> None:
+    """Launches the queries of some heads; writes their `output`."""
+    tensors, counts, constants = chunk_arguments(part, opt, cut, output)
+    programs = log_c.shape[0] * log_c.shape[1]
+    launch(causal_kernel, programs, (*tensors, log_c, z, output, *counts), constants, cut)

@@ -1,0 +1,141 @@
+"""Device functions of the causal kernels on one chunk: BC queries and keys at the same places, everything in base 2.
+
+    ω_sj log weights of the keys, 2^{before_j} the sum of those of all earlier chunks,
+    2^{log C_ij} = 2^{before_j} + Σ_{s≤i} 2^{ω_sj},   e_sj = 2^{ω_sj − ref_j} with ref_j the column's largest
+
+A ratio 2^{ω_sj − log C_ij}, s ≤ i, is at most 1.  As a product e_sj · 2^{ref_j − log C_ij} it is one matrix product for
+all pairs (i, s), exact while no prefix sum that counts lies more than `SPAN` below ref.  Where one does, and this is
+decided on the device, the pairs are formed one key at a time from differences of logarithms.
+"""
+
+import triton
+import triton.language as tl
+
+from .logits import key_mass, token_logits
+from .plan import row_update
+from .primitives import INF, SPAN, dot, finite_or_zero, log_sum
+
+
+@triton.jit
+def log_weights(l, log_b, mass, relaxation, UPDATE_ROWS: tl.constexpr, M_TRUE: tl.constexpr):
+    """ω [BC, MP]; −∞ in padded columns and for absent keys."""
+    f = mass
+    if UPDATE_ROWS:
+        p, m, r, f = row_update(l, log_b, mass, relaxation)
+    omega = l + f[:, None]
+    if omega.shape[1] != M_TRUE:
+        omega = tl.where((tl.arange(0, omega.shape[1]) < M_TRUE)[None, :], omega, -INF)
+    return omega
+
+
+@triton.jit
+def column_units(omega, before):
+    """(ref [MP], whether every prefix sum that is not empty lies within SPAN of it)."""
+    ref = finite_or_zero(tl.maximum(before, tl.max(omega, 0)))
+    floor = tl.maximum(before, tl.min(tl.where(omega == -INF, INF, omega), 0))  # ∞ in an empty column
+    return ref, tl.min(tl.minimum(floor - ref, 0.0)) >= -SPAN
+
+
+@triton.jit
+def row_of(x, s, empty):
+    """Row s of x [BC, N], whose entries are at least `empty`: [N]."""
+    return tl.max(tl.where((tl.arange(0, x.shape[0]) == s)[:, None], x, empty), 0)
+
+
+@triton.jit
+def column_of(x, s):
+    """Column s of x [N, BC]: [N]."""
+    return tl.sum(tl.where((tl.arange(0, x.shape[1]) == s)[None, :], x, 0.0), 1)
+
+
+@triton.jit
+def lower(x):
+    """x [BC, BC] where the column's key is not later than the row's query, else 0."""
+    i = tl.arange(0, x.shape[0])
+    return tl.where(i[:, None] >= i[None, :], x, 0.0)
+
+
+@triton.jit
+def prefix_log_sums(omega, ref, before, narrow):
+    """log C [BC, MP]; −∞ before the first key."""
+    log_c = omega
+    if narrow:
+        total = tl.cumsum(tl.exp2(omega - ref[None, :]), 0) + tl.exp2(before - ref)[None, :]
+        log_c = log_sum(ref[None, :], total)
+    else:
+        log_c = _prefix_key_by_key(omega, before)
+    return log_c
+
+
+@triton.jit
+def _prefix_key_by_key(omega, before):
+    """log C [BC, MP] without units."""
+    BC: tl.constexpr = omega.shape[0]
+    peak = before[None, :] + tl.zeros_like(omega)
+    total = tl.where(peak > -INF, 1.0, 0.0)
+    for s in range(BC):
+        reached = (tl.arange(0, BC) >= s)[:, None]
+        term = tl.where(reached, row_of(omega, s, -INF)[None, :], -INF)
+        new = tl.maximum(peak, term)
+        safe = finite_or_zero(new)
+        total = total * tl.exp2(peak - safe) + tl.exp2(term - safe)
+        peak = new
+    return log_sum(peak, total)
+
+
+@triton.jit
+def query_weights(l, log_b, log_c, relaxation, UPDATE_ROWS: tl.constexpr):
+    """(W · row sum [BC, MP], 1 / row sum [BC])."""
+    u = l + log_b[None, :]
+    if UPDATE_ROWS:
+        u -= relaxation * finite_or_zero(log_c)
+    w = tl.exp2(u - tl.max(u, 1)[:, None])
+    return w, 1.0 / tl.sum(w, 1)
+
+
+@triton.jit
+def chunk_weights(w, omega, ref, before, log_c, narrow, FACTOR: tl.constexpr, PRECISION: tl.constexpr):
+    """(A [BC, BC] lower triangular, weights of the means before the chunk [BC, MP]) from w [BC, MP] (W or a multiple)."""
+    BC: tl.constexpr = omega.shape[0]
+    seen = log_c > -INF
+    safe = finite_or_zero(log_c)
+    carried = w
+    a = tl.zeros([BC, BC], tl.float32)
+    if narrow:
+        scaled = tl.where(seen, w * tl.exp2(ref[None, :] - safe), 0.0)
+        carried = scaled * tl.exp2(before - ref)[None, :]
+        e = tl.exp2(omega - ref[None, :])
+        a = lower(dot(scaled.to(FACTOR), tl.trans(e.to(FACTOR)), PRECISION))
+    else:
+        carried = w * tl.exp2(before[None, :] - safe)
+        i = tl.arange(0, BC)
+        for s in range(BC):
+            ratio = tl.exp2(tl.where((i >= s)[:, None], row_of(omega, s, -INF)[None, :] - safe, -INF))
+            a = tl.where((i == s)[None, :], tl.sum(w * ratio, 1)[:, None], a)
+    return a, carried
+
+
+@triton.jit
+def chunk_plan(
+    query, key, log_a, query_position, key_position, pi, y, y_t, log_b, before, rows, last,
+    stride_qn, stride_kn, stride_an, stride_on, stride_pn, beta, scale, lam_a, lam_b, tau, uniform,
+    UPDATE_ROWS: tl.constexpr, M: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, DEPTH: tl.constexpr,
+    P: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, ACROSS: tl.constexpr,
+):  # fmt: skip
+    """Everything of a chunk up to W: (live queries, live keys, what `token_logits` gives of both, ω, ref, narrow, log C, w, 1/Σw).
+
+    The strides of positions are stride_on (queries) and stride_pn (keys).
+    """
+    live, mass = key_mass(log_a, rows, last, stride_an, uniform)
+    of_keys = token_logits(
+        key, rows, live, stride_kn, key_position, stride_pn, pi, y, y_t, beta, scale, tau, M, D, DP, DEPTH, P, DOT, PRECISION, ACROSS,
+    )  # fmt: skip
+    omega = log_weights(of_keys[0], log_b, mass, lam_a, UPDATE_ROWS, M)
+    ref, narrow = column_units(omega, before)
+    log_c = prefix_log_sums(omega, ref, before, narrow)
+    asked = rows < last
+    of_queries = token_logits(
+        query, rows, asked, stride_qn, query_position, stride_on, pi, y, y_t, beta, scale, tau, M, D, DP, DEPTH, P, DOT, PRECISION, ACROSS,
+    )  # fmt: skip
+    w, normaliser = query_weights(of_queries[0], log_b, log_c, lam_b, UPDATE_ROWS)
+    return asked, live, of_queries, of_keys, omega, ref, narrow, log_c, w, normaliser
