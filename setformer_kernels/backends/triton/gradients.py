@@ -124,7 +124,7 @@ def store_sums(sums, slot, d_beta, d_epsilon, d_key_relaxation, d_reference_rela
 
 @triton.jit
 def sum_slots(parts, first, step, batch, slots, used, size, index, inside):
-    """Σ over `batch` heads first, first + step, .. and their `used` first slots of parts [BH, slots, size] at `index` [BLOCK]."""
+    """Σ parts [BH, slots, size] at `index` [BLOCK] over the first `used` slots of `batch` heads first, first + step, .."""
     i = tl.arange(0, 16)
     total = tl.zeros([index.shape[0]], tl.float32)
     for start in range(0, batch * used, 16):
