@@ -21,50 +21,54 @@ def row_update(l, g, mass, relaxation):
 
 
 @triton.jit
-def column_weights(l, g, mass, relaxation, narrow, UPDATE_ROWS: tl.constexpr):
-    """(2^{ℓ+f−peak} [BN, M], peak [M]): by rescaling p where `narrow` says that nothing underflows, else anew."""
+def log_domain_weights(l, g, mass, relaxation, UPDATE_ROWS: tl.constexpr):
+    """(e^{ℓ+f−peak} [BN, M], peak [M]) whatever the range; 0 and −∞ where a column is empty."""
     f = mass
-    peak = g
-    weights = l
     if UPDATE_ROWS:
         p, m, r, f = row_update(l, g, mass, relaxation)
-        if narrow:
-            w = f + m
-            largest = tl.max(w, 0)
-            weights = p * tl.exp2(w - finite_or_zero(largest))[:, None]
-            peak = tl.where(g > -INF, largest - finite_or_zero(g), -INF)
-        else:
-            weights, peak = _column_softmax(l + f[:, None])
-    else:
-        weights, peak = _column_softmax(l + f[:, None])
-    return weights, peak
-
-
-@triton.jit
-def _column_softmax(h):
-    """(2^{h − peak}, peak) of each column of h [BN, M]; 0 and −∞ where a column is empty."""
+    h = l + f[:, None]
     peak = tl.max(h, 0)
     return tl.exp2(h - finite_or_zero(peak)[None, :]), peak
 
 
 @triton.jit
-def potentials_narrow(g, beta, scale, M_TRUE: tl.constexpr):
-    """Whether all ℓ + g of the rbf kernel without positions lie so close that `narrow_weights` holds for every tile.
-
-    ℓ ≥ −(1 − e^{−2β})/ε, so this is known before any key is read.
-    """
-    j = tl.arange(0, g.shape[0])
-    spread = tl.max(tl.where(j < M_TRUE, g, -INF)) - tl.min(tl.where(j < M_TRUE, g, INF))
-    return scale * (1.0 - tl.exp2(-2.0 * beta)) + spread <= NARROW
+def farthest(position, start, end, stride, pi, M_TRUE: tl.constexpr, M: tl.constexpr, P: tl.constexpr):
+    """A bound of ‖p − π_j‖² over tokens start..end and all references: that of their bounding boxes."""
+    i, j = tl.arange(0, 128), tl.arange(0, M)
+    bound = start * 0.0
+    for axis in tl.static_range(P):
+        low, high = tl.full([128], INF, tl.float32), tl.full([128], -INF, tl.float32)
+        for first in range(start, end, 128):
+            live = first + i < end
+            at = tl.load(position + (first + i).to(tl.int64) * stride + axis, mask=live, other=0.0)
+            placed = live & (at == at)
+            low, high = tl.minimum(low, tl.where(placed, at, INF)), tl.maximum(high, tl.where(placed, at, -INF))
+        there = tl.load(pi + j * P + axis, mask=j < M_TRUE, other=0.0)
+        right = tl.max(tl.where(j < M_TRUE, there, -INF)) - tl.min(low)
+        left = tl.max(high) - tl.min(tl.where(j < M_TRUE, there, INF))
+        reach = tl.maximum(tl.maximum(left, right), 0.0)  # 0 where no token has a position
+        bound += reach * reach
+    return bound
 
 
 @triton.jit
-def narrow_weights(kappa, scale, shift, mass, relaxation, UPDATE_ROWS: tl.constexpr):
-    """e^{ℓ+f+g − (1−λ)·top} [BN, M], top = max_j g, where `potentials_narrow`; shift = g − 1/ε − top (T = 0: −1/ε).
+def potentials_narrow(g, beta, scale, M_TRUE: tl.constexpr, distance=0.0):
+    """Whether all ℓ + g of the rbf kernel lie so close that `narrow_weights` holds for every tile.
+
+    0 ≥ ℓ ≥ −(1 − e^{−2β})/ε − `distance`, so this is known before any key is read.
+    """
+    j = tl.arange(0, g.shape[0])
+    spread = tl.max(tl.where(j < M_TRUE, g, -INF)) - tl.min(tl.where(j < M_TRUE, g, INF))
+    return scale * (1.0 - tl.exp2(-2.0 * beta)) + distance + spread <= NARROW
+
+
+@triton.jit
+def narrow_weights(exponent, mass, relaxation, UPDATE_ROWS: tl.constexpr):
+    """e^{ℓ+f+g − (1−λ)·top} [BN, M], top = max_j g, where `potentials_narrow`; exponent = ℓ + g − top (T = 0: ℓ).
 
     ℓ + g never exceeds top and never falls far below it: no row maximum, no running one, no rescaling of sums.
     """
-    p = tl.exp2(kappa * scale + shift[None, :])
+    p = tl.exp2(exponent)
     w = mass
     if UPDATE_ROWS:
         w -= relaxation * tl.log2(tl.sum(p, 1))
@@ -81,12 +85,12 @@ def tile_narrow(l, g, live, M_TRUE: tl.constexpr):
 
 
 def range_known(x: Operands, opt: Options) -> str:
-    """Where the range of ℓ + g is decided: "always" narrow, on the "device", or "tile" by tile.
+    """Where the range of ℓ + g is decided: "always" narrow, on the "device" from the potentials, or "tile" by tile.
 
     The spread of c^t is at most that of ℓ, so numbers for β and ε and uniform references settle it before the launch.
     float16 has too few exponents for weights that are not relative to their column's largest.
     """
-    if opt.kernel == "dot" or x.reference_position is not None or x.key.dtype == torch.float16:
+    if opt.kernel == "dot" or x.key.dtype == torch.float16 or x.reference_position is not None:
         return "tile"
     bandwidth, epsilon = opt.scalars[:2]
     spread = 2 * (1 - math.exp(-2 * bandwidth)) / epsilon * math.log2(math.e)

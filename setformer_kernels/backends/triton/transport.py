@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -20,7 +21,7 @@ from ...problem import Operands, Options
 from .config import Tile, padded, tile
 from .launch import device_of, launch
 from .logits import head_parameters, key_mass, load_references_t, load_rows, token_logits
-from .plan import column_weights, narrow_weights, potentials_narrow, range_known, tile_narrow
+from .plan import farthest, log_domain_weights, narrow_weights, potentials_narrow, range_known
 from .prepare import Prepared, stride_step, strides, unit_rows
 from .primitives import INF, LN2, dot, finite_or_zero, merged_log_sum
 
@@ -40,7 +41,7 @@ def walk_keys(
     """(peak, total [MP], sums [MP, VDEPTH]): Σ e^{ℓ+f} = total·e^peak, Σ e^{ℓ+f} v = sums·e^peak over keys start..end."""
     MP: tl.constexpr = g.shape[0]
     top = tl.max(g, 0)
-    shift = g - scale - top if UPDATE_ROWS else tl.zeros_like(g) - scale
+    shift = g - top if UPDATE_ROWS else tl.zeros_like(g)
     peak = tl.full([MP], -INF, tl.float32)
     total = tl.zeros([MP], tl.float32)
     sums = tl.zeros([MP, e.shape[0]], tl.float32)
@@ -52,9 +53,11 @@ def walk_keys(
             M, D, DP, DEPTH, P, DOT, PRECISION,
         )  # fmt: skip
         if NARROW:
-            weights = narrow_weights(kappa, scale, shift, mass, relaxation, UPDATE_ROWS)  # [BS, MP]
+            # Without positions ℓ is κ/ε − 1/ε: one multiply-add with the shift.
+            exponent = l + shift[None, :] if P > 0 else kappa * scale + (shift - scale)[None, :]
+            weights = narrow_weights(exponent, mass, relaxation, UPDATE_ROWS)  # [BS, MP]
         else:
-            weights, here = column_weights(l, g, mass, relaxation, tile_narrow(l, g, live, M), UPDATE_ROWS)
+            weights, here = log_domain_weights(l, g, mass, relaxation, UPDATE_ROWS)
             new = tl.maximum(peak, here)
             weights *= tl.exp2(here - finite_or_zero(new))[None, :]
             fade = tl.exp2(peak - finite_or_zero(new))
@@ -111,7 +114,8 @@ def transport_kernel(
     if RANGE == "always":
         narrow = True
     elif RANGE == "device":
-        narrow = potentials_narrow(g, beta, scale, M)
+        distance = tau * farthest(position, start, end, stride_pn, pi, M, MP, P) if P > 0 else 0.0
+        narrow = potentials_narrow(g, beta, scale, M, distance)
     else:
         narrow = False
     if narrow:
@@ -205,6 +209,12 @@ def transport(x: Operands, opt: Options, prepared: Prepared) -> tuple[Tensor, Te
     return z, c
 
 
+def _range(x: Operands, opt: Options) -> str:
+    """`range_known`, with positions bounded by their boxes; what is left runs in the log domain."""
+    boxed = x.reference_position is not None and opt.kernel == "rbf" and x.key.dtype != torch.float16
+    return "device" if boxed else range_known(x, opt)
+
+
 def column_sums(
     x: Operands, opt: Options, prepared: Prepared, c: Tensor, split: Split | None = None
 ) -> tuple[Split, tuple[Tensor, ...]]:
@@ -224,7 +234,7 @@ def column_sums(
     counts = (*strides(key, step), *strides(value, step), *strides(x.log_a), *strides(position), h, s, *split)
     tokens = (key, value, x.log_a, position, prepared.y, prepared.log_b, prepared.position, prepared.parameters)
     constants = {
-        "RANGE": range_known(x, opt), "UPDATE_ROWS": opt.num_iters > 0, "M": m, "MP": mp, "D": d, "DP": dp, "E": e, "EP": ep,
+        "RANGE": _range(x, opt), "UPDATE_ROWS": opt.num_iters > 0, "M": m, "MP": mp, "D": d, "DP": dp, "E": e, "EP": ep,
         "P": 0 if position is None else position.shape[-1], "DOT": opt.kernel == "dot",
         "STEP": step, "BS": cut.rows, "DEPTH": min(cut.depth, dp), "VDEPTH": min(cut.depth, ep),
         "PRECISION": device.precision,
