@@ -1,0 +1,27 @@
+"""The README shows the tables that the committed results give."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from benchmarks.results import read_csv
+from benchmarks.table import render
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+def test_the_cpu_table_is_that_of_the_results_it_names() -> None:
+    names = re.findall(r"\(benchmarks/results/(cpu_\S+\.csv)\)", README)
+    assert names, "the README names no results"
+    table = render(*read_csv(ROOT / "benchmarks" / "results" / names[0])).strip().split("\n\n")[0]
+    missing = [line for line in table.splitlines() if line not in README]
+    assert not missing, "\n".join(missing)
+
+
+@pytest.mark.parametrize("link", sorted(set(re.findall(r"\]\(([^)#:]+)\)", README))))
+def test_links_lead_to_files(link: str) -> None:
+    assert (ROOT / link).exists()
