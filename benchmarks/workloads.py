@@ -123,7 +123,7 @@ RUN: dict[str, Callable[[Any, Call], None]] = {
 
 def launches(call: Call, family: str, multiprocessors: int | None = None) -> list[Any]:
     """The launches of a call on a GPU of a family, in order."""
-    from setformer_kernels.backends import triton as backend
+    from setformer_kernels.backends.triton import face as backend
     from setformer_kernels.backends.triton.launch import Device, recorded
 
     count = multiprocessors or MULTIPROCESSORS[family]

@@ -6,7 +6,8 @@ from types import ModuleType
 
 import torch
 
-from .backends import cpu, eager, triton
+from .backends import cpu, eager
+from .backends.triton import face as triton
 from .problem import Problem
 
 REFERENCE = "reference"

@@ -1,0 +1,146 @@
+"""The Triton backend: streaming kernels for every GPU that Triton compiles for, forward and backward.
+
+Triton and the kernels are imported at the first call: a machine without Triton or without a GPU pays nothing.  Under
+TRITON_INTERPRET=1 the kernels run on CPU tensors, in Python, to be tested without a GPU.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...problem import Operands, Options, Problem
+from .config import MAX_HEAD_DIM, MAX_REFERENCES
+
+NAME = "triton"
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+OLDEST = (3, 2)  # the oldest release that the tests run with
+
+Gradients = Sequence[Tensor | None]
+
+
+def unsupported_reasons(p: Problem) -> list[str]:
+    """Why this backend cannot run `p`; empty when it can."""
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    reasons = ["triton is not installed"] if importlib.util.find_spec("triton") is None else []
+    if p.device != "cuda" and not (p.device == "cpu" and interpreted):
+        reasons.append(f"runs on cuda tensors (on cpu tensors only under TRITON_INTERPRET=1), not on {p.device}")
+    elif not reasons and (trouble := _trouble()):
+        reasons.append(trouble)
+    if p.dtype not in DTYPES:
+        reasons.append(f"has no kernels for {p.dtype}")
+    if p.op != "sinkhorn" and p.M > MAX_REFERENCES:
+        reasons.append(f"holds at most {MAX_REFERENCES} references, not {p.M}")
+    if max(p.D, p.E) > MAX_HEAD_DIM:
+        reasons.append(f"holds head dims of at most {MAX_HEAD_DIM}, not {max(p.D, p.E)}")
+    if p.op == "causal" and p.num_iters > 1:
+        reasons.append("the causal scan needs num_iters <= 1")
+    return reasons
+
+
+@functools.cache
+def _trouble() -> str:
+    """What is wrong with the installed Triton; empty when nothing is."""
+    try:
+        import triton
+    except Exception as error:  # a broken installation must not break a program that can run without it
+        return f"triton does not import: {error}"
+    version = tuple(int(part) for part in triton.__version__.split("+")[0].split(".")[:2])
+    wanted = ".".join(map(str, OLDEST))
+    return "" if version >= OLDEST else f"needs triton >= {wanted}, found {triton.__version__}"
+
+
+def _on_device(t: Tensor) -> AbstractContextManager[Any]:
+    """Launches go to the device of the tensors, whatever the current one is."""
+    return torch.cuda.device(t.device) if t.is_cuda else nullcontext()
+
+
+def attention(x: Operands, opt: Options) -> tuple[Tensor, Tensor, Tensor]:
+    """o [B, H, L, E], z [B, H, M, E], c [B, H, max(T, 1), M]."""
+    from . import prepare, read, transport
+
+    with _on_device(x.key):
+        prepared = prepare.prepare(x, opt)
+        z, c = transport.transport(x, opt, prepared)
+        return read.read(x, opt, prepared, z, c), z, c
+
+
+def attention_backward(x: Operands, opt: Options, z: Tensor, c: Tensor, d_o: Tensor, needs: Sequence[bool]) -> Operands:
+    """Gradients in the order of `Operands`, None where not needed."""
+    from . import attention_backward
+
+    with _on_device(x.key):
+        return attention_backward.attention_backward(x, opt, z, c, d_o, needs)
+
+
+def pool(x: Operands, opt: Options) -> tuple[Tensor, Tensor]:
+    """z [B, H, M, E], c [B, H, max(T, 1), M]."""
+    from . import prepare, transport
+
+    with _on_device(x.key):
+        return transport.transport(x, opt, prepare.prepare(x, opt))
+
+
+def pool_backward(
+    x: Operands, opt: Options, z: Tensor, c: Tensor, d_z: Tensor, d_c: Tensor | None, needs: Sequence[bool]
+) -> Operands:
+    """As `attention_backward`, from the gradients of z and (where given) c."""
+    from . import attention_backward
+
+    with _on_device(x.key):
+        return attention_backward.pool_backward(x, opt, z, c, d_z, d_c, needs)
+
+
+def causal(x: Operands, opt: Options) -> Tensor:
+    """o [B, H, L, E], for T <= 1."""
+    from . import causal
+
+    with _on_device(x.key):
+        return causal.causal(x, opt)
+
+
+def causal_backward(x: Operands, opt: Options, d_o: Tensor, needs: Sequence[bool]) -> Operands:
+    """As `attention_backward`, for the causal scan."""
+    from . import causal_backward
+
+    with _on_device(x.key):
+        return causal_backward.causal_backward(x, opt, d_o, needs)
+
+
+def features(x: Tensor, landmarks: Tensor, bandwidth: Tensor | None, scalar: float, ridge: float) -> Tensor:
+    """x [B, H, N, D], landmarks [H, R, D] -> ψ [B, H, N, R]."""
+    from . import features
+
+    with _on_device(x):
+        return features.features(x, landmarks, bandwidth, scalar, ridge)
+
+
+def features_backward(x: Tensor, landmarks: Tensor, *args: Any) -> tuple[Tensor | None, ...]:
+    """(dx, d landmarks, d bandwidth), None where not needed."""
+    from . import features_backward
+
+    with _on_device(x):
+        return features_backward.features_backward(x, landmarks, *args)
+
+
+def sinkhorn(log_kernel: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """f [G, N], g [G, M], c [G, max(T, 1), M], iters [G]."""
+    from . import sinkhorn
+
+    with _on_device(log_kernel):
+        return sinkhorn.sinkhorn(log_kernel, *args)
+
+
+def sinkhorn_backward(log_kernel: Tensor, *args: Any) -> tuple[Tensor | None, ...]:
+    """(d log_kernel, d log_a, d log_b, dλ_a, dλ_b), None where not needed."""
+    from . import sinkhorn_backward
+
+    with _on_device(log_kernel):
+        return sinkhorn_backward.sinkhorn_backward(log_kernel, *args)
