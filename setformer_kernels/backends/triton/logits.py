@@ -8,7 +8,7 @@ from .primitives import INF, LOG2E, dot, inverse_norm
 
 @triton.jit
 def load_rows(x, rows, live, stride, columns, D: tl.constexpr):
-    """Rows of a token matrix with unit stride along D: [BN, depth], 0 where a row is not live or a column is padding."""
+    """Rows of a token matrix with unit stride along D: [BN, depth]; 0 where a row is not live or a column padding."""
     mask = live[:, None] & (columns < D)[None, :]
     return tl.load(x + rows.to(tl.int64)[:, None] * stride + columns[None, :], mask=mask, other=0.0)
 
@@ -45,7 +45,9 @@ def products(
         wide = chunk.to(tl.float32)
         square += tl.sum(wide * wide, 1)
         more_t = load_references_t(y, start, M, DP, DEPTH)
-        product += tl.trans(dot(tl.trans(more_t), tl.trans(chunk), PRECISION)) if ACROSS else dot(chunk, more_t, PRECISION)
+        product += (
+            tl.trans(dot(tl.trans(more_t), tl.trans(chunk), PRECISION)) if ACROSS else dot(chunk, more_t, PRECISION)
+        )
     return product, square, first
 
 
@@ -67,7 +69,7 @@ def kernel_value(product, inverse, beta, DOT: tl.constexpr):
 
 @triton.jit
 def squared_distance(p, rows, live, stride, pi, M_TRUE: tl.constexpr, M: tl.constexpr, P: tl.constexpr):
-    """‖p_i − π_j‖² [BN, M] of positions with unit stride along P; 0 for a token whose position is NaN (it has none)."""
+    """‖p_i − π_j‖² [BN, M] of positions with unit stride along P; 0 for a token that has none (its position is NaN)."""
     j = tl.arange(0, M)
     distance = tl.zeros([rows.shape[0], M], tl.float32)
     for axis in tl.static_range(P):

@@ -40,7 +40,7 @@ def inverse_norm(square):
 
 @triton.jit
 def exact_scale(x, inverse):
-    """(x·2^e, inverse·2^−e) with 2^e ≤ inverse < 2^(e+1): x̂ as a product whose first factor rounds nothing and fits x's dtype."""
+    """(x·2^e, inverse·2^−e) with 2^e ≤ inverse < 2^(e+1): x̂ as a product whose first factor is exact in x's dtype."""
     power = tl.exp2(tl.floor(tl.log2(tl.where(inverse > 0, inverse, 1.0))))  # [BN]
     return (x.to(tl.float32) * power[:, None]).to(x.dtype), inverse / power
 

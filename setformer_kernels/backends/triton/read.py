@@ -16,7 +16,10 @@ from .plan import range_known
 from .prepare import Prepared, stride_step, strides, unit_rows
 from .primitives import LOG2E, dot, finite_or_zero, keep_mask
 
-COUNTS = "stride_qb stride_qh stride_qn stride_pb stride_ph stride_pn stride_ob stride_oh stride_on H L stretch splits iterations threshold".split()
+COUNTS = (
+    "stride_qb", "stride_qh", "stride_qn", "stride_pb", "stride_ph", "stride_pn", "stride_ob", "stride_oh", "stride_on",
+    "H", "L", "stretch", "splits", "iterations", "threshold",
+)  # fmt: skip
 
 
 @triton.jit

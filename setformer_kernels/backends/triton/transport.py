@@ -1,6 +1,7 @@
 """Keys onto references: one pass over the keys per Sinkhorn iteration, the last pooling the values as well.
 
-    u = ℓ + g^{t−1},  m_s = max_j u_sj,  p = e^{u − m},  f_s = log a_s − λ_a (m_s + log Σ_j p_sj),  c^t_j = LSE_s(ℓ_sj + f_s)
+    u = ℓ + g^{t−1},  m_s = max_j u_sj,  p = e^{u − m},  f_s = log a_s − λ_a (m_s + log Σ_j p_sj),
+    c^t_j = LSE_s(ℓ_sj + f_s);  last:  z_j = Σ_s e^{ℓ_sj + f_s − c_j} v_s
 
 The M references fit a tile, so the row update is local.  A program walks a stretch of the keys of one head and leaves
 partial column sums (peak, total) [M], and at the last pass the pooled values in units of e^peak [M, E]; the next pass
@@ -26,9 +27,9 @@ from .prepare import Prepared, stride_step, strides, unit_rows
 from .primitives import INF, LN2, dot, finite_or_zero, merged_log_sum
 
 COUNTS = (
-    "stride_kb stride_kh stride_kn stride_vb stride_vh stride_vn stride_ab stride_ah stride_an stride_pb stride_ph "
-    "stride_pn H S stretch splits iteration iterations"
-).split()
+    "stride_kb", "stride_kh", "stride_kn", "stride_vb", "stride_vh", "stride_vn", "stride_ab", "stride_ah", "stride_an",
+    "stride_pb", "stride_ph", "stride_pn", "H", "S", "stretch", "splits", "iteration", "iterations",
+)  # fmt: skip
 
 
 @triton.jit
@@ -38,7 +39,7 @@ def walk_keys(
     M: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, E: tl.constexpr, P: tl.constexpr, DOT: tl.constexpr,
     BS: tl.constexpr, DEPTH: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """(peak, total [MP], sums [MP, VDEPTH]): Σ e^{ℓ+f} = total·e^peak, Σ e^{ℓ+f} v = sums·e^peak over keys start..end."""
+    """(peak, total [MP], sums [MP, VDEPTH]) of keys start..end: Σ e^{ℓ+f} = total·e^peak, Σ e^{ℓ+f} v = sums·e^peak."""
     MP: tl.constexpr = g.shape[0]
     top = tl.max(g, 0)
     shift = g - top if UPDATE_ROWS else tl.zeros_like(g)
@@ -58,7 +59,7 @@ def walk_keys(
             weights = narrow_weights(exponent, mass, relaxation, UPDATE_ROWS)  # [BS, MP]
         else:
             weights, here = log_domain_weights(l, g, mass, relaxation, UPDATE_ROWS)
-            new = tl.maximum(peak, here)
+            new = tl.ceil(tl.maximum(peak, here))  # whole: the backward can round the same weights, up to a power of two
             weights *= tl.exp2(here - finite_or_zero(new))[None, :]
             fade = tl.exp2(peak - finite_or_zero(new))
             total *= fade
@@ -69,7 +70,9 @@ def walk_keys(
             v = load_rows(value, rows, live, stride_vn, e, E)
             sums += dot(tl.trans(weights.to(v.dtype)), v, PRECISION)
     if NARROW:
-        peak = tl.where(g > -INF, (1.0 - relaxation) * top - finite_or_zero(g), -INF) if UPDATE_ROWS else tl.zeros_like(g)
+        peak = (
+            tl.where(g > -INF, (1.0 - relaxation) * top - finite_or_zero(g), -INF) if UPDATE_ROWS else tl.zeros_like(g)
+        )
     return peak, total, sums
 
 
@@ -121,12 +124,14 @@ def transport_kernel(
     if narrow:
         peak, total, sums = walk_keys(
             key, value, log_a, position, pi, y, y_t, g, e, start, end, stride_kn * STEP, stride_vn * STEP, stride_an,
-            stride_pn, uniform, beta, scale, tau, lam_a, True, UPDATE_ROWS, LAST, M, D, DP, E, P, DOT, BS, DEPTH, PRECISION,
+            stride_pn, uniform, beta, scale, tau, lam_a, True, UPDATE_ROWS, LAST, M, D, DP, E, P, DOT, BS, DEPTH,
+            PRECISION,
         )  # fmt: skip
     else:
         peak, total, sums = walk_keys(
             key, value, log_a, position, pi, y, y_t, g, e, start, end, stride_kn * STEP, stride_vn * STEP, stride_an,
-            stride_pn, uniform, beta, scale, tau, lam_a, False, UPDATE_ROWS, LAST, M, D, DP, E, P, DOT, BS, DEPTH, PRECISION,
+            stride_pn, uniform, beta, scale, tau, lam_a, False, UPDATE_ROWS, LAST, M, D, DP, E, P, DOT, BS, DEPTH,
+            PRECISION,
         )  # fmt: skip
     out = (bh * splits + split) * MP + j
     if block == 0:
