@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...problem import Operands, Options, empty_in_order
-from .causal_chunk import chunk_plan, chunk_weights
+from .causal_chunk import at_head, chunk_plan, chunk_weights, load_state, query_weights
 from .causal_state import Part, parts, states
 from .config import Tile, padded, tile
 from .launch import device_of, launch
@@ -33,13 +33,6 @@ COUNTS = (
     "stride_on stride_ab stride_ah stride_an stride_sb stride_sh stride_sn stride_pb stride_ph stride_pn "
     "H L chunks first_head all_heads threshold"
 ).split()
-
-
-@triton.jit
-def load_state(z, at, first, EP: tl.constexpr, MP: tl.constexpr, DEPTH: tl.constexpr):
-    """Columns first.. of the means before a chunk: [MP, DEPTH]."""
-    j, e = tl.arange(0, MP), first + tl.arange(0, DEPTH)
-    return tl.load(z + (at * MP + j)[:, None] * EP + e[None, :])
 
 
 @triton.jit(do_not_specialize=COUNTS)
@@ -59,36 +52,37 @@ def causal_kernel(
     chunk = tl.program_id(0) % chunks
     b, h = bh // H, bh % H
     beta, scale, lam_a, lam_b, tau = head_parameters(parameters, h)
-    query += b * (stride_qb * STEP) + h * (stride_qh * STEP)
-    key += b * (stride_kb * STEP) + h * (stride_kh * STEP)
-    value += b * (stride_vb * STEP) + h * (stride_vh * STEP)
-    output += b * (stride_ob * STEP) + h * (stride_oh * STEP)
-    if log_a is not None:
-        log_a += b * stride_ab + h * stride_ah
-    if P > 0:
-        query_position += b * stride_sb + h * stride_sh
-        key_position += b * stride_pb + h * stride_ph
-        pi += h * M * P
+    query = at_head(query, b, h, stride_qb * STEP, stride_qh * STEP)
+    key = at_head(key, b, h, stride_kb * STEP, stride_kh * STEP)
+    value = at_head(value, b, h, stride_vb * STEP, stride_vh * STEP)
+    output = at_head(output, b, h, stride_ob * STEP, stride_oh * STEP)
+    log_a = at_head(log_a, b, h, stride_ab, stride_ah)
+    query_position = at_head(query_position, b, h, stride_sb, stride_sh)
+    key_position = at_head(key_position, b, h, stride_pb, stride_ph)
+    pi = at_head(pi, b, h, 0, M * P)
     y += h * MP * DP
     j = tl.arange(0, MP)
     before = tl.load(log_c + (bh * chunks + chunk) * MP + j)
-    rows = chunk * BC + tl.arange(0, BC)
-    asked, live, of_queries, of_keys, omega, ref, narrow, log_sums, w, normaliser = chunk_plan(
+    rows, count = chunk * BC + tl.arange(0, BC), tl.minimum(L - chunk * BC, BC)
+    masses = tl.load(log_b + h * MP + j)
+    asked, live, of_queries, of_keys, omega, ref, narrow, log_sums = chunk_plan(
         query, key, log_a, query_position, key_position, pi, y, load_references_t(y, 0, MP, DP, DEPTH),
-        tl.load(log_b + h * MP + j), before, rows, L, stride_qn * STEP, stride_kn * STEP, stride_an, stride_sn, stride_pn,
-        beta, scale, lam_a, lam_b, tau, uniform, UPDATE_ROWS, M, D, DP, DEPTH, P, DOT, PRECISION, ACROSS,
+        masses, before, rows, count, L, stride_qn * STEP, stride_kn * STEP, stride_an, stride_sn, stride_pn,
+        beta, scale, lam_a, tau, uniform, UPDATE_ROWS, M, D, DP, DEPTH, P, DOT, PRECISION, ACROSS,
     )  # fmt: skip
+    w = query_weights(of_queries[0], masses, log_sums, lam_b, UPDATE_ROWS)
+    normaliser = 1.0 / tl.sum(w, 1)
     if DROPOUT:
         keep = keep_mask(seed, b * all_heads + h + first_head, L, rows, M, MP, threshold)
         w = tl.where(keep, w, 0.0)
         normaliser *= keep_scale
-    a, carried = chunk_weights(w, omega, ref, before, log_sums, narrow, FACTOR, PRECISION)
+    a, carried = chunk_weights(w, omega, ref, before, log_sums, narrow, count, FACTOR, PRECISION)
     a, carried = a.to(token), carried.to(token)
     out = output + rows.to(tl.int64)[:, None] * (stride_on * STEP)
     for first in tl.static_range(0, EP, VDEPTH):
         columns = first + tl.arange(0, VDEPTH)
         v = load_rows(value, rows, live, stride_vn * STEP, columns, E)
-        means = load_state(z, bh * chunks + chunk, first, EP, MP, VDEPTH).to(token)
+        means = load_state(z, bh * chunks + chunk, first, MP, EP, VDEPTH).to(token)
         o = (dot(carried, means, PRECISION) + dot(a, v, PRECISION)) * normaliser[:, None]
         tl.store(out + columns[None, :], o.to(token), mask=asked[:, None] & (columns < E)[None, :])
 

@@ -17,6 +17,21 @@ from .primitives import INF, SPAN, dot, finite_or_zero, log_sum
 
 
 @triton.jit
+def at_head(x, b, h, stride_b, stride_h):
+    """Where the tokens of one head begin."""
+    if x is None:
+        return x
+    else:
+        return x + (b * stride_b + h * stride_h)
+
+
+@triton.jit
+def product(a, b, PRECISION: tl.constexpr, ACROSS: tl.constexpr):
+    """a [BC, K] · b [K, MP], its references shared among warps where ACROSS."""
+    return tl.trans(dot(tl.trans(b), tl.trans(a), PRECISION)) if ACROSS else dot(a, b, PRECISION)
+
+
+@triton.jit
 def log_weights(l, log_b, mass, relaxation, UPDATE_ROWS: tl.constexpr, M_TRUE: tl.constexpr):
     """ω [BC, MP]; −∞ in padded columns and for absent keys."""
     f = mass
@@ -56,45 +71,42 @@ def lower(x):
 
 
 @triton.jit
-def prefix_log_sums(omega, ref, before, narrow):
+def prefix_log_sums(omega, ref, before, narrow, count):
     """log C [BC, MP]; −∞ before the first key."""
     log_c = omega
     if narrow:
         total = tl.cumsum(tl.exp2(omega - ref[None, :]), 0) + tl.exp2(before - ref)[None, :]
         log_c = log_sum(ref[None, :], total)
     else:
-        log_c = _prefix_key_by_key(omega, before)
+        log_c = _prefix_key_by_key(omega, before, count)
     return log_c
 
 
 @triton.jit
-def _prefix_key_by_key(omega, before):
-    """log C [BC, MP] without units."""
-    BC: tl.constexpr = omega.shape[0]
-    peak = before[None, :] + tl.zeros_like(omega)
-    total = tl.where(peak > -INF, 1.0, 0.0)
-    for s in range(BC):
-        reached = (tl.arange(0, BC) >= s)[:, None]
-        term = tl.where(reached, row_of(omega, s, -INF)[None, :], -INF)
-        new = tl.maximum(peak, term)
-        safe = finite_or_zero(new)
-        total = total * tl.exp2(peak - safe) + tl.exp2(term - safe)
-        peak = new
-    return log_sum(peak, total)
+def _prefix_key_by_key(omega, before, count):
+    """log C [BC, MP] of the first `count` rows without units."""
+    i = tl.arange(0, omega.shape[0])
+    log_c = omega
+    so_far = before
+    for s in range(count):
+        key = row_of(omega, s, -INF)
+        peak = finite_or_zero(tl.maximum(so_far, key))
+        so_far = log_sum(peak, tl.exp2(so_far - peak) + tl.exp2(key - peak))
+        log_c = tl.where((i == s)[:, None], so_far[None, :], log_c)
+    return log_c
 
 
 @triton.jit
 def query_weights(l, log_b, log_c, relaxation, UPDATE_ROWS: tl.constexpr):
-    """(W · row sum [BC, MP], 1 / row sum [BC])."""
+    """The numerators of W [BC, MP]."""
     u = l + log_b[None, :]
     if UPDATE_ROWS:
         u -= relaxation * finite_or_zero(log_c)
-    w = tl.exp2(u - tl.max(u, 1)[:, None])
-    return w, 1.0 / tl.sum(w, 1)
+    return tl.exp2(u - tl.max(u, 1)[:, None])
 
 
 @triton.jit
-def chunk_weights(w, omega, ref, before, log_c, narrow, FACTOR: tl.constexpr, PRECISION: tl.constexpr):
+def chunk_weights(w, omega, ref, before, log_c, narrow, count, FACTOR: tl.constexpr, PRECISION: tl.constexpr):
     """(A [BC, BC] lower triangular, weights of the means before the chunk [BC, MP]) from w [BC, MP] (W or a multiple)."""
     BC: tl.constexpr = omega.shape[0]
     seen = log_c > -INF
@@ -109,20 +121,19 @@ def chunk_weights(w, omega, ref, before, log_c, narrow, FACTOR: tl.constexpr, PR
     else:
         carried = w * tl.exp2(before[None, :] - safe)
         i = tl.arange(0, BC)
-        for s in range(BC):
-            ratio = tl.exp2(tl.where((i >= s)[:, None], row_of(omega, s, -INF)[None, :] - safe, -INF))
-            a = tl.where((i == s)[None, :], tl.sum(w * ratio, 1)[:, None], a)
+        for s in range(count):
+            a = tl.where((i == s)[None, :], tl.sum(w * _ratio(omega, safe, s), 1)[:, None], a)
     return a, carried
 
 
 @triton.jit
 def chunk_plan(
-    query, key, log_a, query_position, key_position, pi, y, y_t, log_b, before, rows, last,
-    stride_qn, stride_kn, stride_an, stride_on, stride_pn, beta, scale, lam_a, lam_b, tau, uniform,
+    query, key, log_a, query_position, key_position, pi, y, y_t, log_b, before, rows, count, last,
+    stride_qn, stride_kn, stride_an, stride_on, stride_pn, beta, scale, lam_a, tau, uniform,
     UPDATE_ROWS: tl.constexpr, M: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, DEPTH: tl.constexpr,
     P: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, ACROSS: tl.constexpr,
 ):  # fmt: skip
-    """Everything of a chunk up to W: (live queries, live keys, what `token_logits` gives of both, ω, ref, narrow, log C, w, 1/Σw).
+    """Of a chunk: (live queries, live keys, what `token_logits` gives of queries and of keys, ω, ref, narrow, log C).
 
     The strides of positions are stride_on (queries) and stride_pn (keys).
     """
@@ -132,10 +143,72 @@ def chunk_plan(
     )  # fmt: skip
     omega = log_weights(of_keys[0], log_b, mass, lam_a, UPDATE_ROWS, M)
     ref, narrow = column_units(omega, before)
-    log_c = prefix_log_sums(omega, ref, before, narrow)
+    log_c = prefix_log_sums(omega, ref, before, narrow, count)
     asked = rows < last
     of_queries = token_logits(
         query, rows, asked, stride_qn, query_position, stride_on, pi, y, y_t, beta, scale, tau, M, D, DP, DEPTH, P, DOT, PRECISION, ACROSS,
     )  # fmt: skip
-    w, normaliser = query_weights(of_queries[0], log_b, log_c, lam_b, UPDATE_ROWS)
-    return asked, live, of_queries, of_keys, omega, ref, narrow, log_c, w, normaliser
+    return asked, live, of_queries, of_keys, omega, ref, narrow, log_c
+
+
+@triton.jit
+def pooled_products(
+    d, from_means, omega, ref, before, log_c, narrow, count,
+    FACTOR: tl.constexpr, PRECISION: tl.constexpr, ACROSS: tl.constexpr,
+):  # fmt: skip
+    """⟨do_i, z_ij⟩ [BC, MP] from lower triangular ⟨do_i, v_s⟩ [BC, BC] and ⟨do_i, z⁰_j⟩ [BC, MP]."""
+    seen = log_c > -INF
+    safe = finite_or_zero(log_c)
+    products = from_means
+    if narrow:
+        e = tl.exp2(omega - ref[None, :])
+        inside = product(d.to(FACTOR), e.to(FACTOR), PRECISION, ACROSS) + tl.exp2(before - ref)[None, :] * from_means
+        products = tl.where(seen, tl.exp2(ref[None, :] - safe) * inside, 0.0)
+    else:
+        products = tl.exp2(before[None, :] - safe) * from_means
+        for s in range(count):
+            products += column_of(d, s)[:, None] * _ratio(omega, safe, s)
+    return products
+
+
+@triton.jit
+def _ratio(omega, log_c, s):
+    """e^{ω_s}/C_i [BC, MP] of key s; 0 for earlier queries."""
+    reached = tl.arange(0, omega.shape[0]) >= s
+    return tl.exp2(tl.where(reached[:, None], row_of(omega, s, -INF)[None, :] - log_c, -INF))
+
+
+@triton.jit
+def key_gradient(
+    w, d_log_c, d, omega, ref, log_c, narrow, count, FACTOR: tl.constexpr, PRECISION: tl.constexpr, ACROSS: tl.constexpr
+):
+    """(A [BC, BC], dω [BC, MP]) of the chunk's own queries: dω_sj = Σ_{i≥s} e^{ω_sj}/C_ij (W_ij ⟨do_i, v_s⟩ + d log C_ij)."""
+    BC: tl.constexpr = omega.shape[0]
+    seen = log_c > -INF
+    safe = finite_or_zero(log_c)
+    a = d
+    d_omega = omega
+    if narrow:
+        e = tl.exp2(omega - ref[None, :])
+        fade = tl.where(seen, tl.exp2(ref[None, :] - safe), 0.0)
+        scaled = (w * fade).to(FACTOR)
+        a = lower(dot(scaled, tl.trans(e.to(FACTOR)), PRECISION))
+        later = tl.cumsum(d_log_c * fade, 0, reverse=True)
+        d_omega = e * (product(tl.trans(d.to(FACTOR)), scaled, PRECISION, ACROSS) + later)
+    else:
+        i = tl.arange(0, BC)
+        a = tl.zeros_like(d)
+        d_omega = tl.zeros_like(omega)
+        for s in range(count):
+            ratio = _ratio(omega, safe, s)
+            a = tl.where((i == s)[None, :], tl.sum(w * ratio, 1)[:, None], a)
+            row = tl.sum(ratio * (column_of(d, s)[:, None] * w + d_log_c), 0)
+            d_omega = tl.where((i == s)[:, None], row[None, :], d_omega)
+    return a, d_omega
+
+
+@triton.jit
+def load_state(z, at, first, MP: tl.constexpr, EP: tl.constexpr, DEPTH: tl.constexpr):
+    """Columns first.. of a chunk's [MP, EP] numbers: [MP, DEPTH]."""
+    j, e = tl.arange(0, MP), first + tl.arange(0, DEPTH)
+    return tl.load(z + (at * MP + j)[:, None] * EP + e[None, :])

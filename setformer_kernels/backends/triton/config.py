@@ -54,6 +54,12 @@ DEFAULT: dict[tuple[str, str, str], Tile] = {
     ("chunk", "small", "single"): Tile(32, 32, 4, 1),
     ("chunk", "medium", "single"): Tile(32, 32, 4, 1),
     ("chunk", "large", "single"): Tile(32, 32, 8, 1),
+    ("chunk_backward", "small", "half"): Tile(32, 64, 8, 1),
+    ("chunk_backward", "medium", "half"): Tile(32, 64, 8, 1),
+    ("chunk_backward", "large", "half"): Tile(32, 32, 8, 1),
+    ("chunk_backward", "small", "single"): Tile(32, 32, 8, 1),
+    ("chunk_backward", "medium", "single"): Tile(32, 32, 8, 1),
+    ("chunk_backward", "large", "single"): Tile(16, 32, 8, 1),
 }
 OVERRIDES: dict[str, dict[tuple[str, str, str], Tile]] = {"sm_80": {}, "sm_90": {}, "sm_100": {}, "default": {}}
 INTERPRETER = Tile(64, 64, 4, 1)  # a step costs the same at any size: few steps, yet several at the lengths tested
