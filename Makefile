@@ -8,12 +8,15 @@ PIP := $(RUN) -m pip
 CSRC := $(shell find csrc -name '*.cpp' -o -name '*.hpp' -o -name '*.h' -o -name '*.inc' 2>/dev/null)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test bench lint types sanitize clean
+.PHONY: help demo test bench gpu resources model lint types sanitize clean
 
 help:
 	@echo "make demo      train and compare on real input (3 minutes); results in demo_output/"
 	@echo "make test      the whole test suite"
 	@echo "make bench     the side-by-side benchmark table; results in benchmarks/results/"
+	@echo "make gpu       on a machine with a GPU: tests on real kernels, compute-sanitizer, benchmarks (8 minutes; no installation)"
+	@echo "make resources compile every Triton kernel for GPUs that are not there; the table in benchmarks/results/"
+	@echo "make model     what attention has to cost on a GPU, and what the compiled kernels should take there"
 	@echo "make lint      ruff, import layers, clang-format"
 	@echo "make types     mypy on the package"
 	@echo "make sanitize  the C++ tests under AddressSanitizer and UBSan"
@@ -29,6 +32,16 @@ test: $(VENV)/.installed
 
 bench: $(VENV)/.installed
 	$(RUN) -m benchmarks
+
+# Neither environment nor network: the interpreter that has a torch with CUDA, from the source tree.
+gpu:
+	$(PYTHON) -m benchmarks.gpu
+
+resources: $(VENV)/.installed
+	$(RUN) -m benchmarks.resources
+
+model: $(VENV)/.installed
+	$(RUN) -m benchmarks.model
 
 lint: $(VENV)/.lint
 	$(RUN) -m ruff check .
@@ -54,7 +67,7 @@ $(VENV)/.venv-ready: constraints.txt
 
 # The Python sources are installed in place (editable), so only these inputs ask for a new build of the extension.
 $(VENV)/.installed: $(VENV)/.venv-ready pyproject.toml $(wildcard setup.py) $(CSRC)
-	$(PIP) install -c constraints.txt --build-constraint constraints.txt -e '.[demo,test,bench]'
+	$(PIP) install -c constraints.txt --build-constraint constraints.txt -e '.[demo,test,bench,triton]'
 	@touch $@
 
 $(VENV)/.lint: $(VENV)/.venv-ready pyproject.toml

@@ -130,6 +130,11 @@ def _code(family: str, name: str, key: str) -> Code:
 _variants: dict[tuple[str, str, str], aot.Variant] = {}
 
 
+def remember(family: str, variant: aot.Variant) -> None:
+    """Makes a binary known by its name and key."""
+    _variants.setdefault((family, variant.name, variant.key), variant)
+
+
 def _touched(ttir: str) -> tuple[bool, ...]:
     """Which pointer arguments of the kernel its code uses."""
     header = re.search(r"tt\.func public @\w+\((.*)$", ttir, re.MULTILINE)
@@ -207,7 +212,7 @@ def predictions(call: Call, gpu: Gpu) -> list[Prediction]:
     found = []
     for launch in workloads.launches(call, gpu.family, gpu.multiprocessors):
         (variant,) = aot.variants([launch], gpu.family)
-        _variants.setdefault((gpu.family, variant.name, variant.key), variant)
+        remember(gpu.family, variant)
         found.append(predict(launch, variant.name, variant.key, gpu))
     return found
 
