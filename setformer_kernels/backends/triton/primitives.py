@@ -32,6 +32,15 @@ def dot(a, b, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def rounded(x, dtype: tl.constexpr):
+    """x [float32] to the nearest number of a token dtype."""
+    if _INTERPRETED and dtype == tl.bfloat16:  # the interpreter (Triton 3.2 to 3.9) truncates instead
+        bits = x.to(tl.uint32, bitcast=True)
+        x = ((bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000).to(tl.float32, bitcast=True)
+    return x.to(dtype)
+
+
+@triton.jit
 def inverse_norm(square):
     """1/‖x‖ from ‖x‖² [BN], and 0 where ‖x‖ ≤ 1e-12."""
     positive = square > NORM_FLOOR
