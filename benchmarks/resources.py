@@ -98,16 +98,13 @@ class Job(NamedTuple):
     calls: tuple[Call, ...]
 
 
-def jobs(calls: Iterable[Call], families: Iterable[str]) -> list[Job]:
+def jobs(calls: Iterable[Call], family: str) -> list[Job]:
     """The distinct binaries of some calls."""
-    found: list[Job] = []
-    for family in families:
-        by_key: dict[tuple[str, str], tuple[aot.Variant, dict[Call, None]]] = {}
-        for call in calls:
-            for variant in aot.variants(workloads.launches(call, family), family):
-                by_key.setdefault((variant.name, variant.key), (variant, {}))[1][call] = None
-        found += [Job(variant, family, tuple(users)) for variant, users in by_key.values()]
-    return found
+    by_key: dict[tuple[str, str], tuple[aot.Variant, dict[Call, None]]] = {}
+    for call in calls:
+        for variant in aot.variants(workloads.launches(call, family), family):
+            by_key.setdefault((variant.name, variant.key), (variant, {}))[1][call] = None
+    return [Job(variant, family, tuple(users)) for variant, users in by_key.values()]
 
 
 def _dots(ttir: str, ttgir: str) -> tuple[int, int]:
@@ -281,8 +278,8 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _wanted(arguments: argparse.Namespace) -> list[Call]:
-    calls = workloads.few_calls() if arguments.quick else workloads.table_calls()
+def _wanted(arguments: argparse.Namespace, family: str) -> list[Call]:
+    calls = workloads.few_calls(family) if arguments.quick else workloads.table_calls()
     calls = [call for call in calls if not arguments.op or call.op in arguments.op]
     return [call for call in calls if not arguments.dtype or str(call.dtype) == f"torch.{arguments.dtype}"]
 
@@ -294,7 +291,8 @@ def main(argv: list[str] | None = None) -> int:
         print(markdown(read()))
         return 0
     torch.set_num_threads(1)
-    todo = jobs(_wanted(arguments), arguments.family or sorted(FAMILIES, key=lambda f: FAMILIES[f].capability))
+    families = arguments.family or sorted(FAMILIES, key=lambda f: FAMILIES[f].capability)
+    todo = [job for family in families for job in jobs(_wanted(arguments, family), family)]
     rows = []
     for row in build(todo, arguments.workers, sources_hash()):
         rows.append(row)

@@ -1,8 +1,8 @@
 """`python -m benchmarks.tune`: what other tiles would do to the kernels of one kind, compiled without a GPU.
 
-    python -m benchmarks.tune attention --backward --kind gradient --size small --gpu H200 32,64,4,1 32,32,8,1
+    python -m benchmarks.tune attention --backward --kind gradient --size small --tile 32,64,8,1 --tile 32,32,8,1
 
-compiles the call's launches once per tile (rows,depth,warps,stages) and prints registers, spills, shared memory and the
+compiles the launches once per tile (rows, depth, warps, stages) and prints registers, spills, shared memory and the
 model's predicted time of each kernel whose code changes.  Nothing is written: numbers go into `config.py` by hand, each
 with its reason.
 """
@@ -62,7 +62,7 @@ def main(argv: list[str] | None = None) -> int:
         prog="python -m benchmarks.tune", description="Other tiles, compiled and predicted."
     )
     parser.add_argument("op", choices=sorted(workloads.RUN))
-    parser.add_argument("tiles", nargs="*", help="rows,depth,warps,stages")
+    parser.add_argument("--tile", action="append", default=[], help="rows,depth,warps,stages (repeatable)")
     parser.add_argument("--kind", required=True, help="a kind of config.DEFAULT")
     parser.add_argument("--size", default="small", choices=("small", "medium", "large"))
     parser.add_argument("--gpu", default="H200", choices=sorted(GPUS))
@@ -74,7 +74,7 @@ def main(argv: list[str] | None = None) -> int:
     a = parser.parse_args(argv)
     call = Call(a.op, a.backward, a.T, getattr(torch, a.dtype), L=a.L, D=a.D, E=a.D, M=a.M, rich=a.rich)
     print("| kernel | tile | registers | spilled | shared | µs | bound |\n|---|---|---|---|---|---|---|")
-    print("\n".join(_tiles(call, a.kind, a.size, a.gpu, a.tiles)))
+    print("\n".join(_tiles(call, a.kind, a.size, a.gpu, a.tile)))
     return 0
 
 

@@ -123,12 +123,12 @@ RUN: dict[str, Callable[[Any, Call], None]] = {
 
 def launches(call: Call, family: str, multiprocessors: int | None = None) -> list[Any]:
     """The launches of a call on a GPU of a family, in order."""
-    from setformer_kernels.backends.triton import face as backend
+    from setformer_kernels.backends.triton import face
     from setformer_kernels.backends.triton.launch import Device, recorded
 
     count = multiprocessors or MULTIPROCESSORS[family]
     with recorded(Device(family, count, "tf32x3")) as taken:
-        RUN[call.op](backend, call)
+        RUN[call.op](face, call)
     return taken
 
 
@@ -137,32 +137,38 @@ def _both(call: Call) -> Iterator[Call]:
     yield replace(call, backward=True)
 
 
-def _ops(base: Call) -> Iterator[Call]:
-    """Every op at one size and dtype."""
-    for T in (1, 3):
-        yield from _both(replace(base, op="attention", T=T))
-    yield from _both(replace(base, op="pool", T=3))
-    yield from _both(replace(base, op="causal", T=1))
-    yield from _both(replace(base, op="features"))
+def _sizes(dtype: torch.dtype) -> Iterator[Call]:
+    """Every op at the sizes that a model has; T = 3 launches the kernels of every T but 0 and 1."""
+    for D, M in ((64, 64), (128, 64), (64, 128), (128, 128), (256, 256)):
+        base = Call("attention", dtype=dtype, D=D, E=D, M=M)
+        for call in (base, replace(base, op="causal", T=1), replace(base, op="features")):
+            yield from _both(call)
+
+
+def _options(dtype: torch.dtype) -> Iterator[Call]:
+    """Every option at one size."""
+    base = Call("attention", dtype=dtype)
+    rich = replace(base, rich=True)
+    for call in (replace(base, T=1), replace(base, T=0), replace(base, kernel="dot"), replace(base, op="pool"), rich):
+        yield from _both(call)
+    for call in (replace(rich, op="causal", T=1), replace(rich, op="features")):
+        yield from _both(call)
 
 
 def table_calls() -> list[Call]:
     """What the committed resource table covers."""
-    found: list[Call] = []
-    for dtype in (torch.bfloat16, torch.float32):
-        for D, M in ((64, 64), (128, 64), (64, 128), (128, 128), (256, 256)):
-            found += _ops(Call("attention", dtype=dtype, D=D, E=D, M=M))
-        base = Call("attention", dtype=dtype, rich=True)
-        found += [*_both(base), *_both(replace(base, T=0)), *_both(replace(base, op="causal", T=1))]
-        found += [*_both(replace(base, op="pool")), *_both(replace(base, op="features"))]
-        found += _both(Call("attention", dtype=dtype, kernel="dot"))
+    found = [call for dtype in (torch.bfloat16, torch.float32) for part in (_sizes, _options) for call in part(dtype)]
     for rows, columns in ((64, 64), (256, 256), (4096, 64), (4096, 1024)):
         found += _both(Call("sinkhorn", T=20, dtype=torch.float32, L=rows, M=columns))
     found += _both(Call("sinkhorn", T=20, dtype=torch.float32, L=256, M=64, rich=True))
     return found
 
 
-def few_calls() -> list[Call]:
-    """A set small enough for every test run: the attention and causal kernels at the design's size."""
-    base = Call("attention")
-    return [*_both(base), *_both(Call("causal", T=1)), replace(base, dtype=torch.float32, D=128, E=128, M=128)]
+def few_calls(family: str) -> list[Call]:
+    """A set small enough for every test run: attention at the design's size, more of it where it compiles fastest."""
+    found = list(_both(Call("attention")))
+    if family == "sm_80":
+        found.append(Call("attention", dtype=torch.float32))
+    if family == "sm_90":
+        found += _both(Call("causal", T=1))
+    return found
