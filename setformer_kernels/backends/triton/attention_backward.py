@@ -10,10 +10,11 @@ from ...problem import Operands, Options, empty_in_order, replaced
 from .config import padded, tile
 from .gradients import new_partials, parameter_gradients, wants_parameters
 from .launch import device_of
+from .plan_backward import Cotangents
 from .prepare import prepare
 from .read_backward import read_backward
 from .transport import Split, split_tokens
-from .transport_backward import Cotangents, KeyGradients, transport_backward
+from .transport_backward import KeyGradients, transport_backward
 
 
 def attention_backward(x: Operands, opt: Options, z: Tensor, c: Tensor, d_o: Tensor, needs: Sequence[bool]) -> Operands:
@@ -40,7 +41,7 @@ def _backward(
     keys = parameters or any(rows[name] is not None for name in ("key", "value", "log_a"))
     queries = Split(0, 0) if x.query is None else _split(x, x.query)
     of_keys = _split(x, x.key)
-    parts = new_partials(x, prepared, queries.count + of_keys.count, parameters)
+    parts = new_partials(x, prepared, queries.count + of_keys.count, needs)
     part_z = None
     if d_o is not None:
         if keys:
@@ -48,9 +49,9 @@ def _backward(
             part_z = x.references.new_empty((b * h, queries.count, mp, padded(e)))
         read_backward(x, opt, prepared, state, d_o, queries, rows["query"], part_z, parts)
     if keys:
-        given = Cotangents(part_z, queries.count, d_z, d_c)
+        given = Cotangents(part_z, queries.count, *(None if t is None else t.contiguous() for t in (d_z, d_c)))
         out = KeyGradients(rows["key"], rows["value"], rows["log_a"])
-        transport_backward(x, opt, prepared, state, given, of_keys, out, parts)
+        transport_backward(x, opt, prepared, state, given, of_keys, out, parts, need["log_b"] and x.log_b is not None)
     found = {name: _in_order_of(getattr(x, name), t) for name, t in rows.items()}
     found |= parameter_gradients(x, opt, prepared, parts, needs)
     return Operands(**{name: found.get(name) for name in Operands._fields})

@@ -26,6 +26,7 @@ from .primitives import dot, exact_scale, inverse_norm
 
 SUMS = 8  # numbers a slot holds for the hyperparameters; the first five in the order of HYPER
 # What the sums of a slot are:    Σ dℓ κ (ĉ − 1),  Σ dℓ (κ − 1),  Σ df LSE_j(ℓ + g),  Σ dg c,  Σ dℓ ‖p − π‖²
+PARAMETERS = ("references", "log_b", *HYPER, "reference_position")
 BLOCK = 256  # numbers of [M, D] that one program adds over the slots
 TILE = Tile(rows=16, depth=BLOCK, warps=4, stages=1)  # a [16 slots, 256] tile is 32 numbers a thread
 
@@ -34,9 +35,9 @@ class Partials(NamedTuple):
     """The sums that programs leave for the parameters; a head has one slot per program that walks its tokens."""
 
     log_b: Tensor  # [BH, slots, MP] parts of d log b
-    y: Tensor | None  # [BH, slots, MP, DP] parts of dŷ; None where no parameter needs a gradient
+    y: Tensor | None  # [BH, slots, MP, DP] parts of dŷ; this and the others are None where not needed
     sums: Tensor | None  # [BH, slots, SUMS]
-    position: Tensor | None  # [BH, slots, MP, PP] Σ_i dℓ_ij (p_i − π_j); None also where there are no positions
+    position: Tensor | None  # [BH, slots, MP, PP] Σ_i dℓ_ij (p_i − π_j)
 
 
 def power_of_two(n: int) -> int:
@@ -44,42 +45,52 @@ def power_of_two(n: int) -> int:
     return 1 << max(0, n - 1).bit_length()
 
 
-def new_partials(x: Operands, prepared: Prepared, slots: int, parameters: bool) -> Partials:
-    """Empty slots for `slots` programs per head; those of the parameters only where they are wanted."""
+def new_partials(x: Operands, prepared: Prepared, slots: int, needs: Sequence[bool]) -> Partials:
+    """Empty slots for `slots` programs per head, of the sums that the needed gradients take."""
+    need = {name for name, n in zip(Operands._fields, needs, strict=True) if n and getattr(x, name) is not None}
     heads, (_, mp, dp) = x.key.shape[0] * x.key.shape[1], prepared.y.shape
-    new = x.references.new_empty
-    log_b = new((heads, slots, mp))
-    if not parameters:
-        return Partials(log_b, None, None, None)
-    pi = prepared.position
-    position = None if pi is None else new((heads, slots, mp, power_of_two(pi.shape[-1])))
-    return Partials(log_b, new((heads, slots, mp, dp)), new((heads, slots, SUMS)), position)
+    new, pi = x.references.new_empty, prepared.position
+    return Partials(
+        new((heads, slots, mp)),
+        new((heads, slots, mp, dp)) if "references" in need else None,
+        new((heads, slots, SUMS)) if need & {*HYPER} else None,
+        new((heads, slots, mp, power_of_two(pi.shape[-1]))) if pi is not None and "reference_position" in need else None,
+    )
 
 
 def wants_parameters(x: Operands, needs: Sequence[bool]) -> bool:
     """Whether any gradient beyond those of tokens and key masses is needed."""
-    names = ("references", "log_b", *HYPER, "reference_position")
     need = dict(zip(Operands._fields, needs, strict=True))
-    return any(need[name] and getattr(x, name) is not None for name in names)
+    return any(need[name] and getattr(x, name) is not None for name in PARAMETERS)
 
 
 @triton.jit
-def token_gradient(dl, kappa, cosine, inverse, x, y, factor, DOT: tl.constexpr, PRECISION: tl.constexpr):
-    """(dĉ [BN, MP], x̂ [BN, depth]) as operands of dŷ = dĉᵀ x̂, and dx [BN, depth], for columns x, y of the head dim.
+def token_gradient(
+    dl, kappa, cosine, inverse, x, y, factor, WHOLE: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr
+):
+    """(dĉ [BN, MP], x̂ [BN, depth] as operands of dŷ = dĉᵀ x̂, dx [BN, depth]) for columns x, y of the head dim.
 
-    `factor` is β/ε (dot: 1/ε).  x̂ is x times a power of two; what is left of 1/‖x‖, in [1, 2), moves into dĉ.  dĉ is
-    rounded once, and ĉ came from the rounded ŷ: so dx is orthogonal to x̂ to float32.
+    `factor` is β/ε (dot: 1/ε).  x̂ is never rounded: 1/‖x‖ moves into dĉ, in float16 but for a power of two that x can
+    take.  dĉ is rounded once, and ĉ came from the rounded ŷ: so dx is orthogonal to x̂ to float32, whether x holds the
+    WHOLE head dim and ⟨x̂, dx̂⟩ can be taken from it, or a part of it.
     """
-    scaled, rest = exact_scale(x, inverse)
+    rest, scaled = inverse, x
+    if x.dtype == tl.float16:
+        scaled, rest = exact_scale(x, inverse)
     d = dl * (factor * rest)[:, None]
     if not DOT:
         d *= kappa
     operand = d.to(x.dtype)
     dx = dot(operand, y, PRECISION)
     if not DOT:
-        along = tl.sum(operand.to(tl.float32) * cosine, 1) * inverse
-        power = tl.where(rest > 0, inverse / tl.where(rest > 0, rest, 1.0), 0.0)
-        dx = (dx - x.to(tl.float32) * along[:, None]) * power[:, None]
+        wide = x.to(tl.float32)
+        if WHOLE:
+            along = tl.sum(wide * dx, 1) * inverse
+        else:
+            along = tl.sum(operand.to(tl.float32) * cosine, 1)
+        dx -= wide * (along * inverse)[:, None]
+        if x.dtype == tl.float16:
+            dx *= tl.where(rest > 0, inverse / tl.where(rest > 0, rest, 1.0), 0.0)[:, None]
     return operand, scaled, dx
 
 
@@ -196,9 +207,6 @@ def parameter_kernel(
         _store_hyper(sums, d_key_relaxation, 2, -1.0, h, H, B, slots)
         _store_hyper(sums, d_reference_relaxation, 3, -1.0, h, H, B, slots)
         _store_hyper(sums, d_tau, 4, -2.0 * tau, h, H, B, slots)
-
-
-PARAMETERS = ("references", "log_b", *HYPER, "reference_position")
 
 
 def parameter_gradients(

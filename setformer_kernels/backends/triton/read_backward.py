@@ -54,7 +54,7 @@ def read_backward_kernel(
     stride_qb, stride_qh, stride_qn, stride_ob, stride_oh, stride_on, stride_db, stride_dh, stride_dn,
     stride_pb, stride_ph, stride_pn, H, L, stretch, splits, slots, iterations, threshold, keep_scale,
     RANGE: tl.constexpr, T_POSITIVE: tl.constexpr, M: tl.constexpr, MP: tl.constexpr, D: tl.constexpr,
-    DP: tl.constexpr, E: tl.constexpr, EP: tl.constexpr, P: tl.constexpr, PP: tl.constexpr, DOT: tl.constexpr, DROPOUT: tl.constexpr, STEP: tl.constexpr,
+    DP: tl.constexpr, E: tl.constexpr, EP: tl.constexpr, P: tl.constexpr, PP: tl.constexpr, PLACES: tl.constexpr, DOT: tl.constexpr, DROPOUT: tl.constexpr, STEP: tl.constexpr,
     BL: tl.constexpr, DEPTH: tl.constexpr, VDEPTH: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """`stretch` queries of one head, DEPTH columns of dq and dŷ, VDEPTH columns of dz."""
@@ -114,20 +114,23 @@ def read_backward_kernel(
             d_g += tl.sum(d_s, 0)
         if d_blocks > 1:
             x = load_rows(query, rows, live, stride_qn * STEP, d, D)
-        operand, x_hat, d_x = token_gradient(d_s, kappa, cosine, inverse, x, y_own, factor, DOT, PRECISION)
+        operand, x_hat, d_x = token_gradient(
+            d_s, kappa, cosine, inverse, x, y_own, factor, d_blocks == 1, DOT, PRECISION
+        )
         if d_query is not None:
             at = d_query + b * (stride_db * STEP) + h * (stride_dh * STEP) + rows.to(tl.int64)[:, None] * (stride_dn * STEP)
             if block < d_blocks:
                 tl.store(at + d[None, :], d_x.to(x.dtype), mask=live[:, None] & (d < D)[None, :])
         if part_y is not None:
             d_y += dot(tl.trans(operand), x_hat, PRECISION)
+        if part_sums is not None:
             beta_rows, epsilon_rows = kernel_sums(d_s, kappa, cosine, DOT)
             d_beta += beta_rows
             d_epsilon += epsilon_rows
-            if P > 0:
-                tau_rows, pi_sums = position_sums(d_s, position, rows, live, stride_pn, pi, M, P, PP)
-                d_tau += tau_rows
-                d_pi += pi_sums
+        if PLACES:
+            tau_rows, pi_sums = position_sums(d_s, position, rows, live, stride_pn, pi, M, P, PP)
+            d_tau += tau_rows
+            d_pi += pi_sums
     out = (bh * splits + split) * MP + j
     slot = (bh * slots + split) * MP + j
     if part_z is not None:
@@ -138,10 +141,11 @@ def read_backward_kernel(
     if part_y is not None:
         if block < d_blocks:
             tl.store(part_y + slot[:, None] * DP + d[None, :], d_y)
-        if block == 0:
+    if block == 0:
+        if part_sums is not None:
             store_sums(part_sums, bh * slots + split, tl.sum(d_beta), tl.sum(d_epsilon), 0.0, 0.0, tl.sum(d_tau))
-            if P > 0:
-                tl.store(part_position + slot[:, None] * PP + tl.arange(0, PP)[None, :], d_pi)
+        if part_position is not None:
+            tl.store(part_position + slot[:, None] * PP + tl.arange(0, PP)[None, :], d_pi)
 
 
 def read_backward(
@@ -170,7 +174,8 @@ def read_backward(
     depth, value_depth = min(cut.depth, dp), min(cut.depth, ep)
     constants = {
         "RANGE": range_known(x, opt), "T_POSITIVE": opt.num_iters > 0, "M": m, "MP": mp, "D": d, "DP": dp, "E": e, "EP": ep, "P": p,
-        "PP": power_of_two(p), "DOT": opt.kernel == "dot", "DROPOUT": x.seed is not None, "STEP": step,
+        "PP": power_of_two(p), "PLACES": p > 0 and any(t is not None for t in parts[2:]),
+        "DOT": opt.kernel == "dot", "DROPOUT": x.seed is not None, "STEP": step,
         "BL": cut.rows, "DEPTH": depth, "VDEPTH": value_depth, "PRECISION": device.precision,
     }  # fmt: skip
     blocks = max(dp // depth, ep // value_depth)
