@@ -116,6 +116,27 @@ def _dots(ttir: str, ttgir: str) -> tuple[int, int]:
     return len(re.findall(r"\btt\.dot\b", ttir)), len(left) - len(asked)
 
 
+class Failure(NamedTuple):
+    """A binary that did not come out."""
+
+    what: str
+    error: str
+
+    def faults(self) -> list[str]:
+        """As of a row."""
+        return [f"{self.what} does not compile: {self.error}"]
+
+
+def compile_job(job: Job, sources: str = "") -> Row | Failure:
+    """One row, or why there is none."""
+    try:
+        return compile_row(job, sources)
+    except Exception as error:  # the compiler's own errors have no common base
+        call = job.calls[0]
+        what = f"{job.variant.name} ({call}, {call.dtype}, D {call.D}, M {call.M}, {job.family})"
+        return Failure(what, f"{type(error).__name__}: {str(error)[-1500:]}")
+
+
 def _names(calls: Sequence[Call]) -> str:
     return "; ".join(dict.fromkeys(str(call) for call in calls))
 
@@ -166,10 +187,10 @@ def compile_row(job: Job, sources: str = "") -> Row:
     )
 
 
-def build(todo: Sequence[Job], workers: int, sources: str = "") -> Iterator[Row]:
+def build(todo: Sequence[Job], workers: int, sources: str = "") -> Iterator[Row | Failure]:
     """Compile in parallel; children inherit what was recorded."""
     if workers == 1:
-        yield from (compile_row(job, sources) for job in todo)
+        yield from (compile_job(job, sources) for job in todo)
         return
     global _todo
     _todo = todo
@@ -181,8 +202,8 @@ def build(todo: Sequence[Job], workers: int, sources: str = "") -> Iterator[Row]
 _todo: Sequence[Job] = ()  # what forked workers compile: kernels cannot be pickled
 
 
-def _compile_nth(index: int, sources: str) -> Row:
-    return compile_row(_todo[index], sources)
+def _compile_nth(index: int, sources: str) -> Row | Failure:
+    return compile_job(_todo[index], sources)
 
 
 def sources_hash() -> str:
@@ -260,6 +281,15 @@ def _order(row: Row) -> tuple[str | int, ...]:
     return row.kernel, FAMILIES[row.family].capability, row.dtype, row.D, row.M, row.calls, row.key
 
 
+def _brief(found: Row | Failure) -> str:
+    if isinstance(found, Failure):
+        return f"{found.what} does not compile"
+    return (
+        f"{found.family} {found.kernel} {found.dtype} D{found.D} M{found.M} {found.calls[:40]}: {found.registers} "
+        f"registers, {found.spill_bytes} spilled, {found.shared_bytes} shared, {found.tensor_instructions}"
+    )
+
+
 def _range(numbers: Iterable[int]) -> str:
     found = list(numbers)
     low, high = min(found), max(found)
@@ -293,22 +323,18 @@ def main(argv: list[str] | None = None) -> int:
     torch.set_num_threads(1)
     families = arguments.family or sorted(FAMILIES, key=lambda f: FAMILIES[f].capability)
     todo = [job for family in families for job in jobs(_wanted(arguments, family), family)]
-    rows = []
-    for row in build(todo, arguments.workers, sources_hash()):
-        rows.append(row)
-        print(f"{len(rows)}/{len(todo)} {row.family} {row.kernel} {row.dtype} D{row.D} M{row.M} {row.calls[:40]}: "
-              f"{row.registers} registers, {row.spill_bytes} spilled, {row.shared_bytes} shared, "
-              f"{row.tensor_instructions}", flush=True)  # fmt: skip
-    rows.sort(
-        key=lambda row: (row.kernel, FAMILIES[row.family].capability, row.dtype, row.D, row.M, row.calls, row.key)
-    )
+    done = []
+    for found in build(todo, arguments.workers, sources_hash()):
+        done.append(found)
+        print(f"{len(done)}/{len(todo)} {_brief(found)}", flush=True)
+    rows = sorted((found for found in done if isinstance(found, Row)), key=_order)
     partial_run = arguments.quick or arguments.family or arguments.op or arguments.dtype
     path = arguments.out or (None if partial_run else TABLE)
     if path:
         write(rows, path)
         print(f"{path}: {len(rows)} binaries")
     print(markdown(rows))
-    faults = [fault for row in rows for fault in row.faults()]
+    faults = [fault for found in done for fault in found.faults()]
     print("\n".join(faults) or "no faults", file=sys.stderr if faults else sys.stdout)
     return 1 if faults else 0
 
