@@ -1,7 +1,7 @@
 """Nyström features in one pass over the tokens: ψ(x) = ‖x‖ W κ(w, x̂), W = (K_ww + δI)^{−1/2}.
 
-A program takes the tokens of one head in steps: products with the normalised landmarks, κ [BN, R] in registers, and
-its product with W in chunks of columns.  The norms stay in float32 and come last.
+A program takes BN tokens of one head: products with a few normalised landmarks, their κ in registers, and its product
+with their rows of W, summed over the landmarks.  The norms stay in float32 and come last.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 from ...problem import Operands, Options, empty_in_order
 from .config import Tile, padded, tile
 from .launch import device_of, launch
-from .logits import kernel_value, load_references_t, products
+from .logits import kernel_value, load_rows
 from .prepare import Prepared, prepare, stride_step, strides, unit_rows
 from .primitives import dot, inverse_norm
 from .whitening import rounded, whitening
@@ -24,14 +24,38 @@ from .whitening import rounded, whitening
 COUNTS = ["stride_xb", "stride_xh", "stride_xn", "stride_pb", "stride_ph", "stride_pn", "H", "N"]
 
 
+@triton.jit
+def inverse_lengths(x, rows, live, stride, D: tl.constexpr, DP: tl.constexpr, DEPTH: tl.constexpr):
+    """(1/‖x‖, ‖x‖) [BN], both 0 where ‖x‖ ≤ 1e-12."""
+    square = tl.zeros([rows.shape[0]], tl.float32)
+    for start in range(0, DP, DEPTH):
+        wide = load_rows(x, rows, live, stride, start + tl.arange(0, DEPTH), D).to(tl.float32)
+        square += tl.sum(wide * wide, 1)
+    inverse = inverse_norm(square)
+    return inverse, square * inverse
+
+
+@triton.jit
+def landmark_products(
+    x, rows, live, stride, y, r, D: tl.constexpr, DP: tl.constexpr, DEPTH: tl.constexpr, PRECISION: tl.constexpr
+):
+    """⟨x_i, ŵ_r⟩ [BN, RC] of some landmarks."""
+    product = tl.zeros([rows.shape[0], r.shape[0]], tl.float32)
+    for start in range(0, DP, DEPTH):
+        d = start + tl.arange(0, DEPTH)
+        chunk = load_rows(x, rows, live, stride, d, D)
+        product += dot(chunk, tl.trans(tl.load(y + r[:, None] * DP + d[None, :])), PRECISION)
+    return product
+
+
 @triton.jit(do_not_specialize=COUNTS)
 def features_kernel(
     x, y, whitening, parameters, psi,
     stride_xb, stride_xh, stride_xn, stride_pb, stride_ph, stride_pn, H, N,
     R: tl.constexpr, RP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, STEP: tl.constexpr,
-    BN: tl.constexpr, DEPTH: tl.constexpr, R_DEPTH: tl.constexpr, PRECISION: tl.constexpr,
+    BN: tl.constexpr, DEPTH: tl.constexpr, RC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """ψ of BN tokens of one head."""
+    """ψ of BN tokens of one head, RC landmarks at a time."""
     blocks = tl.cdiv(N, BN)
     bh = (tl.program_id(0) // blocks).to(tl.int64)
     b, h = bh // H, bh % H
@@ -39,19 +63,19 @@ def features_kernel(
     live = rows < N
     x += b * (stride_xb * STEP) + h * (stride_xh * STEP)
     y += h * RP * DP
-    y_t = load_references_t(y, 0, RP, DP, DEPTH)
-    product, square, _ = products(x, rows, live, stride_xn * STEP, y, y_t, D, DP, DEPTH, PRECISION)
-    inverse = inverse_norm(square)
-    kappa = rounded(kernel_value(product, inverse, tl.load(parameters + h * 8), False), y.dtype.element_ty)
-    length = square * inverse  # [BN] ‖x‖
+    whitening += h * RP * RP
+    log2_beta = tl.load(parameters + h * 8)
+    inverse, length = inverse_lengths(x, rows, live, stride_xn * STEP, D, DP, DEPTH)
+    j = tl.arange(0, RP)
+    out = tl.zeros([BN, RP], tl.float32)
+    for first in range(0, RP, RC):
+        r = first + tl.arange(0, RC)
+        product = landmark_products(x, rows, live, stride_xn * STEP, y, r, D, DP, DEPTH, PRECISION)
+        kappa = rounded(kernel_value(product, inverse, log2_beta, False), y.dtype.element_ty)
+        out += dot(kappa, tl.load(whitening + r[:, None] * RP + j[None, :]), PRECISION)
     psi += b * (stride_pb * STEP) + h * (stride_ph * STEP)
-    psi += rows.to(tl.int64)[:, None] * (stride_pn * STEP)
-    i = tl.arange(0, RP)
-    for start in tl.static_range(0, RP, R_DEPTH):
-        r = start + tl.arange(0, R_DEPTH)
-        w = tl.load(whitening + (h * RP + i)[:, None] * RP + r[None, :])  # [RP, R_DEPTH]
-        out = dot(kappa, w, PRECISION) * length[:, None]
-        tl.store(psi + r[None, :], rounded(out, psi.dtype.element_ty), mask=live[:, None] & (r < R)[None, :])
+    psi += rows.to(tl.int64)[:, None] * (stride_pn * STEP) + j[None, :]
+    tl.store(psi, rounded(out * length[:, None], psi.dtype.element_ty), mask=live[:, None] & (j < R)[None, :])
 
 
 def prepared_landmarks(x: Tensor, landmarks: Tensor, bandwidth: Tensor | None, scalar: float) -> Prepared:
@@ -66,7 +90,7 @@ def unit_landmarks(landmarks: Tensor) -> Tensor:
 
 
 def rows_like(x: Tensor, width: int) -> tuple[Tensor, Tensor]:
-    """(the result [B, H, N, width] in the memory order of x, where a kernel writes it: itself if its rows are dense)."""
+    """(a result [B, H, N, width] in the memory order of x, where a kernel writes it: itself if its rows are dense)."""
     result = empty_in_order(x, (*x.shape[:-1], width))
     return result, result if result.stride(-1) == 1 else torch.empty_like(result, memory_format=torch.contiguous_format)
 
@@ -77,7 +101,7 @@ def cut(x: Tensor, landmarks: Tensor, kind: str) -> tuple[Tile, dict[str, Any]]:
     device = device_of(x)
     t = tile(kind, device.family, max(r, d), x.element_size())
     constants = {"R": r, "RP": padded(r), "D": d, "DP": padded(d), "BN": t.rows, "PRECISION": device.precision}
-    return t, constants | {"DEPTH": min(t.depth, padded(d)), "R_DEPTH": min(t.depth, padded(r))}
+    return t, constants | {"DEPTH": min(t.depth, padded(d)), "RC": min(t.depth, padded(r))}
 
 
 def features(x: Tensor, landmarks: Tensor, bandwidth: Tensor | None, scalar: float, ridge: float) -> Tensor:

@@ -3,7 +3,7 @@
     dκ' = dψ Wᵀ (not yet times ‖x‖),  dĉ' = βκ dκ',  dx = dĉ' ŵ + x̂ (Σ_r κ dκ' − Σ_r dĉ' ĉ),
     dŵ = dĉ'ᵀ x,   dW = (‖x‖κ)ᵀ dψ,   dβ = Σ ‖x‖ κ dκ' (ĉ − 1)
 
-The norms cancel from dx and dŵ.  A program walks a stretch of the tokens of one head and keeps one block of columns of
+The norms cancel from dx and dŵ.  A program walks a stretch of the tokens of one head and keeps a few landmarks' rows of
 dW and dŵ; partial sums of all programs are added in a fixed order.  Then dA from dW (whitening.py), and
 
     dĉ_ww = β (dA + dAᵀ) K_ww,   dŵ += dĉ_ww ŵ,   dβ += Σ dA K_ww (ĉ_ww − 1),   dw = (dŵ − ŵ⟨ŵ, dŵ⟩)/‖w‖
@@ -19,16 +19,16 @@ import triton.language as tl
 from torch import Tensor
 
 from ...problem import empty_in_order
-from .config import Tile
-from .features import COUNTS, cut, prepared_landmarks, rows_like, unit_landmarks
+from .config import INTERPRETER, Tile
+from .features import COUNTS, cut, inverse_lengths, landmark_products, prepared_landmarks, rows_like, unit_landmarks
 from .launch import device_of, launch
-from .logits import kernel_value, load_references_t, load_rows, products
+from .logits import kernel_value, load_rows
 from .prepare import Prepared, stride_step, strides, unit_rows
-from .primitives import dot, inverse_norm
+from .primitives import dot
 from .transport import split_tokens
 from .whitening import landmark_cosines, rounded, whitening, whitening_backward
 
-EXTRA = 16  # numbers behind dW and dŵ in a partial sum: dβ, and padding that keeps the next one aligned
+EXTRA = 16  # numbers behind dW and dŵ in a partial sum: dβ of up to 16 blocks of landmarks
 SUM_TILE = Tile(rows=16, depth=256, warps=4, stages=1)  # partial sums are read once: rows · depth loads in flight
 LANDMARK_TILE = Tile(rows=16, depth=32, warps=8, stages=1)  # [16, 256] sums and [32, 256] landmarks in registers
 
@@ -38,13 +38,11 @@ def features_backward_kernel(
     x, d_psi, y, whitening, parameters, d_x, sums,
     stride_xb, stride_xh, stride_xn, stride_pb, stride_ph, stride_pn, stride_db, stride_dh, stride_dn,
     H, N, stretch, splits,
-    R: tl.constexpr, RP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, STEP: tl.constexpr,
-    PARAMETERS: tl.constexpr, SIZE: tl.constexpr,
-    BN: tl.constexpr, DEPTH: tl.constexpr, R_DEPTH: tl.constexpr, PRECISION: tl.constexpr,
+    R: tl.constexpr, RP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, STEP: tl.constexpr, SIZE: tl.constexpr,
+    BN: tl.constexpr, DEPTH: tl.constexpr, RC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dx, and partial sums of dW [RP, RP] and dŵ [RP, DP]: one block of columns of each."""
-    blocks: tl.constexpr = max(DP // DEPTH, RP // R_DEPTH)
-    block = tl.program_id(0) % blocks
+    """dx from all landmarks, or partial sums of RC rows of dW [RP, RP] and dŵ [RP, DP]; both at once if RC = RP."""
+    blocks: tl.constexpr = RP // RC if d_x is None else 1
     split = tl.program_id(0) // blocks % splits
     bh = (tl.program_id(0) // (blocks * splits)).to(tl.int64)
     b, h = bh // H, bh % H
@@ -52,45 +50,52 @@ def features_backward_kernel(
     d_psi += b * (stride_pb * STEP) + h * (stride_ph * STEP)
     y += h * RP * DP
     whitening += h * RP * RP
-    j, d, r = tl.arange(0, RP), block * DEPTH + tl.arange(0, DEPTH), block * R_DEPTH + tl.arange(0, R_DEPTH)
-    y_t = load_references_t(y, 0, RP, DP, DEPTH)
-    y_block = tl.load(y + j[:, None] * DP + d[None, :], mask=(d < DP)[None, :], other=0.0)
+    near, j, d = tl.arange(0, RC), tl.arange(0, RP), tl.arange(0, DP)
+    first = tl.program_id(0) % blocks * RC
+    last = RP if d_x is not None else first + RC
     log2_beta, beta = tl.load(parameters + h * 8), tl.load(parameters + h * 8 + 5)
-    d_w, d_y = tl.zeros([RP, R_DEPTH], tl.float32), tl.zeros([RP, DEPTH], tl.float32)
-    d_beta = tl.zeros([BN], tl.float32)
+    if sums is not None:
+        d_w, d_y = tl.zeros([RC, RP], tl.float32), tl.zeros([RC, DP], tl.float32)
+        d_beta = tl.zeros([BN], tl.float32)
     for start in range(split * stretch, tl.minimum(N, (split + 1) * stretch), BN):
         rows = start + tl.arange(0, BN)
         live = rows < N
-        product, square, _ = products(x, rows, live, stride_xn * STEP, y, y_t, D, DP, DEPTH, PRECISION)
-        inverse = inverse_norm(square)
-        cosine = product * inverse[:, None]
-        kappa = kernel_value(product, inverse, log2_beta, False)
-        d_kappa = tl.zeros([BN, RP], tl.float32)
-        for first in tl.static_range(0, RP, R_DEPTH):
-            columns = first + tl.arange(0, R_DEPTH)
-            w = tl.load(whitening + j[None, :] * RP + columns[:, None])  # [R_DEPTH, RP] of Wᵀ
-            d_kappa += dot(load_rows(d_psi, rows, live, stride_pn * STEP, columns, R), w, PRECISION)
-        d_log = tl.where((inverse > 0)[:, None], kappa * d_kappa, 0.0)
-        d_cosine = beta * d_log
-        x_block = load_rows(x, rows, live, stride_xn * STEP, d, D)
-        d_product = rounded(d_cosine, x_block.dtype)
+        inverse, length = inverse_lengths(x, rows, live, stride_xn * STEP, D, DP, DEPTH)
         if d_x is not None:
-            along = (tl.sum(d_log, 1) - tl.sum(d_cosine * cosine, 1)) * inverse
-            out = dot(d_product, y_block, PRECISION) + x_block.to(tl.float32) * along[:, None]
+            out = tl.zeros([BN, DP], tl.float32)
+            along = tl.zeros([BN], tl.float32)
+        for landmark in range(first, last, RC):
+            r = landmark + near
+            product = landmark_products(x, rows, live, stride_xn * STEP, y, r, D, DP, DEPTH, PRECISION)
+            kappa = kernel_value(product, inverse, log2_beta, False)
+            d_kappa = tl.zeros([BN, RC], tl.float32)
+            for other in range(0, RP, RC):
+                columns = other + near
+                w = tl.load(whitening + r[:, None] * RP + columns[None, :])
+                d_kappa += dot(load_rows(d_psi, rows, live, stride_pn * STEP, columns, R), tl.trans(w), PRECISION)
+            d_log = tl.where((inverse > 0)[:, None], kappa * d_kappa, 0.0)
+            cosine = product * inverse[:, None]
+            d_product = rounded(beta * d_log, x.dtype.element_ty)
+            if d_x is not None:
+                along += tl.sum(d_log * (1.0 - beta * cosine), 1)
+                out += dot(d_product, tl.load(y + r[:, None] * DP + d[None, :]), PRECISION)
+            if sums is not None:
+                d_y += dot(tl.trans(d_product), load_rows(x, rows, live, stride_xn * STEP, d, D), PRECISION)
+                scaled = rounded(kappa * length[:, None], x.dtype.element_ty)
+                d_w += dot(tl.trans(scaled), load_rows(d_psi, rows, live, stride_pn * STEP, j, R), PRECISION)
+                d_beta += tl.sum(d_log * (cosine - 1.0), 1) * length
+        if d_x is not None:
+            own = load_rows(x, rows, live, stride_xn * STEP, d, D).to(tl.float32)
+            out += own * (along * inverse)[:, None]
             at = d_x + b * (stride_db * STEP) + h * (stride_dh * STEP)
             at += rows.to(tl.int64)[:, None] * (stride_dn * STEP) + d[None, :]
             tl.store(at, rounded(out, d_x.dtype.element_ty), mask=live[:, None] & (d < D)[None, :])
-        if PARAMETERS:
-            length = square * inverse
-            d_y += dot(tl.trans(d_product), x_block, PRECISION)
-            d_psi_block = load_rows(d_psi, rows, live, stride_pn * STEP, r, R)
-            d_w += dot(tl.trans(rounded(kappa * length[:, None], d_psi_block.dtype)), d_psi_block, PRECISION)
-            d_beta += tl.sum(d_log * (cosine - 1.0), 1) * length
-    if PARAMETERS:
+    if sums is not None:
         sums += (bh * splits + split) * SIZE
-        tl.store(sums + j[:, None] * RP + r[None, :], d_w, mask=(r < RP)[None, :])
-        tl.store(sums + RP * RP + j[:, None] * DP + d[None, :], d_y, mask=(d < DP)[None, :])
-        tl.store(sums + RP * (RP + DP), tl.sum(d_beta, 0), mask=block == 0)
+        r = first + near
+        tl.store(sums + r[:, None] * RP + j[None, :], d_w)
+        tl.store(sums + RP * RP + r[:, None] * DP + d[None, :], d_y)
+        tl.store(sums + RP * (RP + DP) + first // RC, tl.sum(d_beta, 0))
 
 
 @triton.jit(do_not_specialize=["H", "B", "splits"])
@@ -112,7 +117,7 @@ def landmarks_backward_kernel(
     landmarks, inverse, parameters, d_a, sums, d_landmarks, d_bandwidth,
     stride_h, stride_r, stride_oh, stride_or, stride_od,
     R: tl.constexpr, RP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, SIZE: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCKS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """d landmarks and dβ of one head, from dA and the summed dŵ and dβ of the tokens."""
     h = tl.program_id(0).to(tl.int64)
@@ -122,13 +127,14 @@ def landmarks_backward_kernel(
     sums += h * SIZE + RP * RP
     log2_beta, beta = tl.load(parameters + h * 8), tl.load(parameters + h * 8 + 5)
     d = tl.arange(0, DP)
-    d_beta = tl.load(sums + RP * DP)
+    blocks = tl.arange(0, 16)
+    d_beta = tl.sum(tl.load(sums + RP * DP + blocks, mask=blocks < BLOCKS, other=0.0))
     for first in range(0, RP, ROWS):
         i = first + tl.arange(0, ROWS)
         total = tl.load(sums + i[:, None] * DP + d[None, :])  # [ROWS, DP] dŵ
         for other in range(0, RP, COLUMNS):
             j = other + tl.arange(0, COLUMNS)
-            cosine = landmark_cosines(landmarks, inverse, i, j, stride_r, R, D, DP, 16)
+            cosine = landmark_cosines(landmarks, inverse, i, j, stride_r, R, D, DP)
             kappa = tl.exp2(log2_beta * (cosine - 1.0))
             here = tl.load(d_a + i[:, None] * RP + j[None, :]) * kappa
             there = tl.load(d_a + j[None, :] * RP + i[:, None]) * kappa
@@ -148,27 +154,30 @@ def landmarks_backward_kernel(
         tl.store(d_bandwidth + h, d_beta)
 
 
-def _token_sums(
+def _over_tokens(
     x: Tensor, landmarks: Tensor, prepared: Prepared, w: Tensor, d_psi: Tensor, d_x: Tensor | None, parameters: bool
-) -> Tensor:
-    """Writes dx where it is wanted and returns dW, dŵ, dβ summed over tokens and batch: [H, SIZE]."""
+) -> tuple[Tensor, int]:
+    """Writes dx where it is wanted; (dW, dŵ, dβ summed over tokens and batch [H, SIZE], how many parts dβ has)."""
     b, h, n, _ = x.shape
     t, constants = cut(x, landmarks, "gradient")
-    rp, dp = constants["RP"], constants["DP"]
-    blocks = max(dp // constants["DEPTH"], rp // constants["R_DEPTH"])
-    split = split_tokens(n, t.rows, b * h * blocks, device_of(x).multiprocessors)
-    size = rp * (rp + dp) + EXTRA
-    sums = landmarks.new_empty((b, h, split.count, size) if parameters else (1,))
+    rp, dp = prepared.y.shape[1:]
+    blocks, size = rp // constants["RC"], rp * (rp + dp) + EXTRA
+    split = split_tokens(n, t.rows, b * h, device_of(x).multiprocessors)
     step = stride_step(x, d_psi, d_x)
+    constants |= {"STEP": step, "SIZE": size}
     counts = (*strides(x, step), *strides(d_psi, step), *strides(d_x, step), h, n, *split)
-    args = (x, d_psi, prepared.y, w, prepared.parameters, d_x, sums, *counts)
-    constants |= {"STEP": step, "PARAMETERS": parameters, "SIZE": size}
-    launch(features_backward_kernel, b * h * split.count * blocks, args, constants, t)
+    sums = landmarks.new_empty((b, h, split.count, size)) if parameters else None
+    tensors, programs = (x, d_psi, prepared.y, w, prepared.parameters), b * h * split.count
+    if parameters and d_x is not None and blocks > 1:
+        launch(features_backward_kernel, programs, (*tensors, d_x, None, *counts), constants, t)
+        d_x = None
+    programs *= blocks if d_x is None else 1
+    launch(features_backward_kernel, programs, (*tensors, d_x, sums, *counts), constants, t)
     out = landmarks.new_empty((h, size))
-    if parameters:
+    if sums is not None:
         cut_sum: dict[str, Any] = {"SIZE": size, "ROWS": SUM_TILE.rows, "BLOCK": SUM_TILE.depth}
         launch(sum_kernel, h * -(-size // SUM_TILE.depth), (sums, out, h, b, split.count), cut_sum, SUM_TILE)
-    return out
+    return out, blocks
 
 
 def features_backward(
@@ -186,7 +195,7 @@ def features_backward(
     prepared = prepared_landmarks(x_, landmarks_, bandwidth, scalar)
     w = whitening(landmarks_, prepared, ridge, x.dtype)
     wants_bandwidth = needs[2] and bandwidth is not None
-    sums = _token_sums(x_, landmarks_, prepared, w, d_psi, d_x, needs[1] or wants_bandwidth)
+    sums, blocks = _over_tokens(x_, landmarks_, prepared, w, d_psi, d_x, needs[1] or wants_bandwidth)
     if result is not None and d_x is not None and d_x is not result:
         result.copy_(d_x)
     if not (needs[1] or wants_bandwidth):
@@ -197,7 +206,11 @@ def features_backward(
     (h, r, d), (rp, dp) = landmarks.shape, prepared.y.shape[1:]
     counts = (*landmarks_.stride()[:2], *strides(d_landmarks))
     args = (landmarks_, prepared.inverse_norm, prepared.parameters, d_a, sums, d_landmarks, d_bandwidth, *counts)
-    constants = {"R": r, "RP": rp, "D": d, "DP": dp, "SIZE": sums.shape[1], "ROWS": LANDMARK_TILE.rows,
-                 "COLUMNS": min(LANDMARK_TILE.depth, rp), "PRECISION": device_of(x).precision}  # fmt: skip
-    launch(landmarks_backward_kernel, h, args, constants, LANDMARK_TILE)
+    device = device_of(x)
+    cut_landmarks = INTERPRETER if device.family == "interpreter" else LANDMARK_TILE
+    constants = {
+        "R": r, "RP": rp, "D": d, "DP": dp, "SIZE": sums.shape[1], "BLOCKS": blocks, "PRECISION": device.precision,
+        "ROWS": min(cut_landmarks.rows, rp), "COLUMNS": min(cut_landmarks.depth, rp),
+    }  # fmt: skip
+    launch(landmarks_backward_kernel, h, args, constants, cut_landmarks)
     return result, d_landmarks, d_bandwidth

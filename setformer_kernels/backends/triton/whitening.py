@@ -12,7 +12,8 @@ their commuting, on which the stability of the coupled form rests.
 Backward: the derivative of the same iteration in the direction dW.  The derivative of A^{−1/2} is its own adjoint
 (A is symmetric), so this solves the Sylvester equation of reference/README.md, to the accuracy of the forward pass.
 
-Up to 64 landmarks everything stays in registers; more go through a workspace, in blocks, with barriers in between.
+One program per head; its matrices lie in a workspace (a few hundred kilobytes: the second-level cache) and are worked
+on in blocks, with barriers in between.  In registers five to ten of them would spill from 64 landmarks on.
 """
 
 from __future__ import annotations
@@ -25,14 +26,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .config import Tile, padded
+from .config import INTERPRETER, Tile, padded
 from .launch import device_of, launch
 from .prepare import Prepared
 from .primitives import INTERPRETED, dot
 
-# [64, 64] in eight warps is 16 registers a thread: the derivative keeps seven such matrices.
-BLOCK = 64
-TILE = Tile(rows=BLOCK, depth=16, warps=8, stages=1)
+# A [64, 64] block is 16 registers a thread; products take 16 columns at a time, since tf32x3 splits each into three.
+TILE = Tile(rows=64, depth=16, warps=8, stages=1)
 GROWTH = 2.0  # largest ρ²: at 3 the largest eigenvalue would be mapped near 0, at 1 there would be twice as many steps
 CONVERGED = 1 - 1e-4  # of low: one more step squares the rest
 SMALLEST_RIDGE = (
@@ -84,11 +84,11 @@ def _identity(i, j):
 
 
 @triton.jit
-def landmark_cosines(w, inverse, i, j, stride, R: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, DEPTH: tl.constexpr):
+def landmark_cosines(w, inverse, i, j, stride, R: tl.constexpr, D: tl.constexpr, DP: tl.constexpr):
     """⟨ŵ_i, ŵ_j⟩ [I, J]; IEEE products, because A^{−1/2} magnifies what is lost here by up to its condition."""
     cosine = tl.zeros([i.shape[0], j.shape[0]], tl.float32)
-    for start in range(0, DP, DEPTH):
-        d = start + tl.arange(0, DEPTH)
+    for start in range(0, DP, 16):
+        d = start + tl.arange(0, 16)
         left = tl.load(w + i[:, None] * stride + d[None, :], mask=(i < R)[:, None] & (d < D)[None, :], other=0.0)
         right = tl.load(w + j[None, :] * stride + d[:, None], mask=(j < R)[None, :] & (d < D)[:, None], other=0.0)
         cosine += dot(left, right, "ieee")
@@ -96,11 +96,9 @@ def landmark_cosines(w, inverse, i, j, stride, R: tl.constexpr, D: tl.constexpr,
 
 
 @triton.jit
-def _regularised(
-    w, inverse, i, j, stride, beta, ridge, R: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, DEPTH: tl.constexpr
-):
+def _regularised(w, inverse, i, j, stride, beta, ridge, R: tl.constexpr, D: tl.constexpr, DP: tl.constexpr):
     """A [I, J]; rows and columns of padding belong to an identity, whose eigenvalue 1 + δ is in range."""
-    kappa = tl.exp2(beta * (landmark_cosines(w, inverse, i, j, stride, R, D, DP, DEPTH) - 1.0))
+    kappa = tl.exp2(beta * (landmark_cosines(w, inverse, i, j, stride, R, D, DP) - 1.0))
     real = (i < R)[:, None] & (j < R)[None, :]
     return tl.where(real, kappa, _identity(i, j)) + ridge * _identity(i, j)
 
@@ -112,58 +110,27 @@ def _direction(d_whitening, i, j, R: tl.constexpr, RP: tl.constexpr):
     return tl.load(d_whitening + i[:, None] * RP + j[None, :], mask=real, other=0.0)
 
 
-@triton.jit(do_not_specialize=["steps", "stride_h", "stride_r"])
-def whitening_kernel(
-    landmarks, inverse, parameters, d_whitening, out, ridge, low, steps, stride_h, stride_r, stride_d,
-    R: tl.constexpr, RP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, DEPTH: tl.constexpr,
-    GROWTH: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """W [RP, RP] of one head, or dA where dW is given; all in registers."""
-    h = tl.program_id(0).to(tl.int64)
-    i = tl.arange(0, RP)
-    a = _regularised(
-        landmarks + h * stride_h, inverse + h * RP, i, i, stride_r, tl.load(parameters + h * 8), ridge, R, D, DP, DEPTH
-    )
-    scale = 1.0 / tl.max(tl.sum(a, 1))
-    eye = _identity(i, i)
-    y, z = a * scale, eye
-    if d_whitening is not None:
-        dy = _direction(d_whitening + h * stride_d, i, i, R, RP) * scale
-        dz = tl.zeros([RP, RP], tl.float32)
-    for _ in range(steps):
-        square, low = _advance(low, GROWTH)
-        half = 0.5 * tl.sqrt(square)
-        v = _correction(dot(z, y, PRECISION), eye, half, square)
-        if d_whitening is not None:
-            dv = -half * square * (dot(dz, y, PRECISION) + dot(z, dy, PRECISION))
-            dy += dot(dy, v, PRECISION) + dot(y, dv, PRECISION)
-            dz += dot(dv, z, PRECISION) + dot(v, dz, PRECISION)
-        y, z = y + dot(y, v, PRECISION), z + dot(v, z, PRECISION)
-    result = z
-    if d_whitening is not None:
-        result = dz
-    index = i[:, None] * RP + i[None, :]
-    tl.store(out + h * RP * RP + index, rounded(result * tl.sqrt(scale), out.dtype.element_ty))
-
-
 @triton.jit
-def _product(a, b, i, j, RP: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr):
-    """Block (i, j) [BLOCK, BLOCK] of the product of two matrices in memory."""
-    total = tl.zeros([BLOCK, BLOCK], tl.float32)
-    for start in range(0, RP, BLOCK):
-        k = start + tl.arange(0, BLOCK)
+def _product(a, b, i, j, RP: tl.constexpr, DEPTH: tl.constexpr, PRECISION: tl.constexpr):
+    """Block (i, j) [I, J] of the product of two matrices in memory."""
+    total = tl.zeros([i.shape[0], j.shape[0]], tl.float32)
+    for start in range(0, RP, DEPTH):
+        k = start + tl.arange(0, DEPTH)
         left = tl.load(a + i[:, None] * RP + k[None, :])
         total += dot(left, tl.load(b + k[:, None] * RP + j[None, :]), PRECISION)
     return total
 
 
 @triton.jit(do_not_specialize=["steps", "stride_h", "stride_r"])
-def blocked_whitening_kernel(
+def whitening_kernel(
     landmarks, inverse, parameters, d_whitening, out, workspace, ridge, low, steps, stride_h, stride_r, stride_d,
     R: tl.constexpr, RP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, DEPTH: tl.constexpr, BLOCK: tl.constexpr,
     GROWTH: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """As `whitening_kernel`: Y, Z (and dY, dZ) before and after a step, V (and dV) lie in the workspace [5 or 10, RP, RP]."""
+    """(K_ww + δI)^{−1/2} of one head, or dA where dW is given.
+
+    Workspace [5 or 10, RP, RP]: V, Y and Z before and after a step; then their derivatives in the same order.
+    """
     size: tl.constexpr = RP * RP
     side: tl.constexpr = RP // BLOCK
     tangent: tl.constexpr = d_whitening is not None
@@ -175,12 +142,11 @@ def blocked_whitening_kernel(
     for row in range(side):
         i = row * BLOCK + near
         sums = tl.zeros([BLOCK], tl.float32)
-        for column in range(side):
-            j = column * BLOCK + near
+        for column in range(0, RP, DEPTH):
+            j = column + tl.arange(0, DEPTH)
             a = _regularised(
-                landmarks + h * stride_h, inverse + h * RP, i, j, stride_r, tl.load(parameters + h * 8), ridge,
-                R, D, DP, DEPTH,
-            )  # fmt: skip
+                landmarks + h * stride_h, inverse + h * RP, i, j, stride_r, tl.load(parameters + h * 8), ridge, R, D, DP
+            )
             sums += tl.sum(a, 1)
             tl.store(next_y + i[:, None] * RP + j[None, :], a)
         largest = tl.maximum(largest, tl.max(sums))
@@ -201,24 +167,24 @@ def blocked_whitening_kernel(
         for block in range(side * side):
             i, j = block // side * BLOCK + near, block % side * BLOCK + near
             index = i[:, None] * RP + j[None, :]
-            zy = _product(z, y, i, j, RP, BLOCK, PRECISION)
+            zy = _product(z, y, i, j, RP, DEPTH, PRECISION)
             tl.store(v + index, _correction(zy, _identity(i, j), half, square))
             if tangent:
-                d_zy = _product(z + 5 * size, y, i, j, RP, BLOCK, PRECISION)
-                d_zy += _product(z, y + 5 * size, i, j, RP, BLOCK, PRECISION)
+                d_zy = _product(z + 5 * size, y, i, j, RP, DEPTH, PRECISION)
+                d_zy += _product(z, y + 5 * size, i, j, RP, DEPTH, PRECISION)
                 tl.store(v + 5 * size + index, -half * square * d_zy)
         tl.debug_barrier()
         for block in range(side * side):
             i, j = block // side * BLOCK + near, block % side * BLOCK + near
             index = i[:, None] * RP + j[None, :]
-            tl.store(next_y + index, tl.load(y + index) + _product(y, v, i, j, RP, BLOCK, PRECISION))
-            tl.store(next_z + index, tl.load(z + index) + _product(v, z, i, j, RP, BLOCK, PRECISION))
+            tl.store(next_y + index, tl.load(y + index) + _product(y, v, i, j, RP, DEPTH, PRECISION))
+            tl.store(next_z + index, tl.load(z + index) + _product(v, z, i, j, RP, DEPTH, PRECISION))
             if tangent:
-                dy = _product(y + 5 * size, v, i, j, RP, BLOCK, PRECISION)
-                dy += _product(y, v + 5 * size, i, j, RP, BLOCK, PRECISION)
+                dy = _product(y + 5 * size, v, i, j, RP, DEPTH, PRECISION)
+                dy += _product(y, v + 5 * size, i, j, RP, DEPTH, PRECISION)
                 tl.store(next_y + 5 * size + index, tl.load(y + 5 * size + index) + dy)
-                dz = _product(v + 5 * size, z, i, j, RP, BLOCK, PRECISION)
-                dz += _product(v, z + 5 * size, i, j, RP, BLOCK, PRECISION)
+                dz = _product(v + 5 * size, z, i, j, RP, DEPTH, PRECISION)
+                dz += _product(v, z + 5 * size, i, j, RP, DEPTH, PRECISION)
                 tl.store(next_z + 5 * size + index, tl.load(z + 5 * size + index) + dz)
         y, z, next_y, next_z = next_y, next_z, y, z
     tl.debug_barrier()
@@ -247,13 +213,14 @@ def _whiten(landmarks: Tensor, prepared: Prepared, ridge: float, d_whitening: Te
     h, r, d = landmarks.shape
     rp, ridge = out.shape[-1], max(ridge, SMALLEST_RIDGE)
     steps, low = schedule(r, ridge)
-    constants: dict[str, Any] = {"R": r, "RP": rp, "D": d, "DP": padded(d), "DEPTH": TILE.depth, "GROWTH": GROWTH}
-    constants |= {"PRECISION": device_of(landmarks).precision}
+    device = device_of(landmarks)
+    cut = INTERPRETER if device.family == "interpreter" else TILE
+    constants: dict[str, Any] = {
+        "R": r, "RP": rp, "D": d, "DP": padded(d), "BLOCK": min(cut.rows, rp), "DEPTH": min(cut.depth, rp),
+        "GROWTH": GROWTH, "PRECISION": device.precision,
+    }  # fmt: skip
     stride_d = 0 if d_whitening is None else d_whitening.stride(0)
-    numbers = (ridge, low, steps, landmarks.stride(0), landmarks.stride(1), stride_d)
-    args = (landmarks, prepared.inverse_norm, prepared.parameters, d_whitening, out)
-    if rp <= BLOCK:
-        launch(whitening_kernel, h, (*args, *numbers), constants, TILE)
-        return
     workspace = landmarks.new_empty((h, 5 if d_whitening is None else 10, rp, rp))
-    launch(blocked_whitening_kernel, h, (*args, workspace, *numbers), constants | {"BLOCK": BLOCK}, TILE)
+    tensors = (landmarks, prepared.inverse_norm, prepared.parameters, d_whitening, out, workspace)
+    numbers = (ridge, low, steps, landmarks.stride(0), landmarks.stride(1), stride_d)
+    launch(whitening_kernel, h, (*tensors, *numbers), constants, cut)
