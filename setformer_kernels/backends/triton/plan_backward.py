@@ -48,7 +48,7 @@ class Cotangents(NamedTuple):
 
 
 @triton.jit
-def _few_keys(log_a, stride, S):
+def few_keys(log_a, stride, S):
     """Whether at most one key takes part; reads on only until the second."""
     if log_a is None:
         return S < 2
@@ -78,7 +78,7 @@ def _store_columns(
     reached = c_t > -INF
     total = tl.where(reached & (g > -INF), g, 0.0) + tl.where(reached, c_t, 0.0)
     highest, lowest = tl.max(tl.where(reached, total, -INF)), tl.min(tl.where(reached, total, INF))
-    middle = tl.where(highest > -INF, 0.5 * (highest + lowest), 0.0)
+    middle = 0.5 * (finite_or_zero(highest) + tl.where(lowest < INF, lowest, 0.0))
     top = tl.max(g, 0)
     if UPDATE_ROWS and RANGE == "always":
         g -= top
@@ -134,7 +134,7 @@ def state_kernel(
         mean = tl.sum(tl.reshape(pooled * rounded.to(tl.float32), [ROWS, EP]), 1)
         if log_a is not None:
             log_a += b * stride_ab + h * stride_ah
-        use = tl.where(_few_keys(log_a, stride_an, S), 0.0, 1.0)
+        use = tl.where(few_keys(log_a, stride_an, S), 0.0, 1.0)
         d_c_rows = -lam_b * g_rows if UPDATE_ROWS else g_rows * 0.0
         at = bh * iterations + iterations - 1
         if d_c is not None:
@@ -164,7 +164,9 @@ def column_gradient(d_g, d_c, at, lam_b, M: tl.constexpr):
 
 
 @triton.jit
-def plan_terms(l, mass, lam_a, g, c, middle, top, narrow, RANGE: tl.constexpr, UPDATE_ROWS: tl.constexpr):
+def plan_terms(
+    kappa, scale, l, mass, lam_a, g, c, middle, top, narrow, RANGE: tl.constexpr, UPDATE_ROWS: tl.constexpr
+):
     """(p [BS, MP], Σ_j p, LSE_j(ℓ + g) in base 2 [BS], the first factor of Q [BS, MP]) of one iteration.
 
     Without a row update only the last means anything.
@@ -175,7 +177,8 @@ def plan_terms(l, mass, lam_a, g, c, middle, top, narrow, RANGE: tl.constexpr, U
     first = l
     if UPDATE_ROWS:
         if RANGE == "always":  # ℓ + g never exceeds top: no row maximum
-            p = tl.exp2(l + g[None, :])
+            # As one multiply-add from κ: neither ℓ nor κ/ε is then kept beside κ from one iteration to the next.
+            p = tl.exp2(tl.fma(kappa, scale + tl.zeros_like(kappa), (g - scale)[None, :] + tl.zeros_like(kappa)))
             r = tl.sum(p, 1)
             lse = top + tl.log2(r)
             first = p * tl.exp2(mass - lam_a * lse + (top - middle))[:, None]

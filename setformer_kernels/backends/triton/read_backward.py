@@ -20,6 +20,7 @@ from .gradients import Partials, kernel_sums, position_sums, power_of_two, store
 from .launch import device_of, launch
 from .logits import head_parameters, load_references, load_references_t, load_rows, token_logits
 from .plan import range_known
+from .plan_backward import few_keys
 from .prepare import Prepared, stride_step, strides, unit_rows
 from .primitives import dot, keep_mask
 from .read import dropout_constants, dual_potential, load_pooled
@@ -27,7 +28,7 @@ from .transport import Split
 
 COUNTS = (
     "stride_qb stride_qh stride_qn stride_ob stride_oh stride_on stride_db stride_dh stride_dn stride_pb stride_ph "
-    "stride_pn H L stretch splits slots iterations threshold"
+    "stride_pn stride_ab stride_ah stride_an H L S stretch splits slots iterations threshold"
 ).split()
 
 
@@ -50,9 +51,9 @@ def read_gradient(w, d_o_z, seed, bh, L, rows, threshold, keep_scale, M: tl.cons
 
 @triton.jit(do_not_specialize=COUNTS)
 def read_backward_kernel(
-    query, d_o, position, y, log_b, pi, parameters, c, z, seed, d_query, part_z, part_g, part_y, part_sums, part_position,
+    query, d_o, log_a, position, y, log_b, pi, parameters, c, z, seed, d_query, part_z, part_g, part_y, part_sums, part_position,
     stride_qb, stride_qh, stride_qn, stride_ob, stride_oh, stride_on, stride_db, stride_dh, stride_dn,
-    stride_pb, stride_ph, stride_pn, H, L, stretch, splits, slots, iterations, threshold, keep_scale,
+    stride_ab, stride_ah, stride_an, stride_pb, stride_ph, stride_pn, H, L, S, stretch, splits, slots, iterations, threshold, keep_scale,
     RANGE: tl.constexpr, T_POSITIVE: tl.constexpr, M: tl.constexpr, MP: tl.constexpr, D: tl.constexpr,
     DP: tl.constexpr, E: tl.constexpr, EP: tl.constexpr, P: tl.constexpr, PP: tl.constexpr, PLACES: tl.constexpr, DOT: tl.constexpr, DROPOUT: tl.constexpr, STEP: tl.constexpr,
     BL: tl.constexpr, DEPTH: tl.constexpr, VDEPTH: tl.constexpr, PRECISION: tl.constexpr,
@@ -79,9 +80,12 @@ def read_backward_kernel(
     y += h * MP * DP
     y_t = load_references_t(y, 0, MP, DP, DEPTH)
     y_own = load_references(y, block % d_blocks * DEPTH, MP, DP, DEPTH)
-    z_t = tl.trans(load_pooled(z, bh, 0, M, MP, E, VDEPTH).to(y.dtype.element_ty))
-    g = dual_potential(log_b, c, bh, iterations, h, lam_b, M, MP, T_POSITIVE)
-    shift = g - scale - tl.max(g, 0)  # ℓ + g never exceeds the largest g
+    use = 1.0
+    if not DROPOUT:  # where one key takes part alone, every z_j is its value and dS is exactly 0
+        if log_a is not None:
+            log_a += b * stride_ab + h * stride_ah
+        use = tl.where(few_keys(log_a, stride_an, S), 0.0, 1.0)
+    z_t = tl.trans((load_pooled(z, bh, 0, M, MP, E, VDEPTH) * use).to(y.dtype.element_ty))
     d_z = tl.zeros([MP, VDEPTH], tl.float32)
     d_g = tl.zeros([MP], tl.float32)
     d_y = tl.zeros([MP, DEPTH], tl.float32)
@@ -95,7 +99,10 @@ def read_backward_kernel(
             query, rows, live, stride_qn * STEP, position, stride_pn, pi, y, y_t, beta, scale, tau,
             M, D, DP, DEPTH, P, DOT, PRECISION,
         )  # fmt: skip
+        # Read in the loop: a thread cannot hold its share of the columns beside the tiles.
+        g = dual_potential(log_b, c, bh, iterations, h, lam_b, M, MP, T_POSITIVE)
         if RANGE == "always":
+            shift = g - scale - tl.max(g, 0)  # ℓ + g never exceeds the largest g
             w = tl.exp2(kappa * scale + shift[None, :])  # [BL, MP]
         else:
             u = l + g[None, :]
@@ -104,7 +111,7 @@ def read_backward_kernel(
         d_o_z = dot(do, z_t, PRECISION)
         for first in tl.static_range(VDEPTH, EP, VDEPTH):
             chunk = load_rows(d_o, rows, live, stride_on * STEP, first + tl.arange(0, VDEPTH), E)
-            z_chunk = load_pooled(z, bh, first, M, MP, E, VDEPTH).to(y.dtype.element_ty)
+            z_chunk = (load_pooled(z, bh, first, M, MP, E, VDEPTH) * use).to(y.dtype.element_ty)
             d_o_z += dot(chunk, tl.trans(z_chunk), PRECISION)
         kept, d_s = read_gradient(w, d_o_z, seed, bh, L, rows, threshold, keep_scale, M, DROPOUT)
         if e_blocks > 1:
@@ -166,10 +173,10 @@ def read_backward(
     cut = tile("gradient", device.family, max(mp, dp, ep), query.element_size())
     threshold, keep_scale = dropout_constants(opt.dropout_p)
     step = stride_step(query, d_o, d_query)
-    spans = (*strides(query, step), *strides(d_o, step), *strides(d_query, step), *strides(position))
+    spans = (*strides(query, step), *strides(d_o, step), *strides(d_query, step), *strides(x.log_a), *strides(position))
     references = (prepared.y, prepared.log_b, prepared.position, prepared.parameters)
-    tensors = (query, d_o, position, *references, state[1], state[0], x.seed, d_query, part_z, *parts)
-    counts = (h, l, *split, parts.log_b.shape[1], state[1].shape[2], threshold, keep_scale)
+    tensors = (query, d_o, x.log_a, position, *references, state[1], state[0], x.seed, d_query, part_z, *parts)
+    counts = (h, l, x.key.shape[2], *split, parts.log_b.shape[1], state[1].shape[2], threshold, keep_scale)
     p = 0 if position is None else position.shape[-1]
     depth, value_depth = min(cut.depth, dp), min(cut.depth, ep)
     constants = {

@@ -104,7 +104,7 @@ def column_kernel(
             key, rows, live, stride_kn * STEP, position, stride_pn, pi, y, y_t, beta, scale, tau,
             M, D, DP, DEPTH, P, DOT, PRECISION,
         )  # fmt: skip
-        p, r, lse, first = plan_terms(l, mass, lam_a, g, c, middle, top, narrow, RANGE, True)
+        p, r, lse, first = plan_terms(kappa, scale, l, mass, lam_a, g, c, middle, top, narrow, RANGE, True)
         if LAST:
             weights = pooling_weights(first, second, live, use)
             v_dz = value_products(value, rows, live, stride_vn * STEP, d_z, d_z_t, MP, E, EP, VDEPTH, PRECISION)
@@ -117,7 +117,7 @@ def column_kernel(
 
 @triton.jit
 def earlier_terms(
-    d_l, sent, relaxed, d_g_0, l, mass, lam_a, lam_b, newest, d_g, d_c, columns, factors, bh, iterations,
+    d_l, sent, relaxed, d_g_0, kappa, scale, l, mass, lam_a, lam_b, newest, d_g, d_c, columns, factors, bh, iterations,
     RANGE: tl.constexpr, M: tl.constexpr, LOG_B: tl.constexpr,
 ):  # fmt: skip
     """Adds the terms of t = T−1..1 to dℓ [BS, MP], Σ_t df^t, Σ_t df^t LSE_j(ℓ + g^{t−1}) [BS] and dg^0 [MP]."""
@@ -127,7 +127,7 @@ def earlier_terms(
         t = iterations - step
         at = bh * iterations + t - 1
         g, c, second, middle, top, narrow = load_columns(columns, factors, at, MP)
-        p, r, lse, first = plan_terms(l, mass, lam_a, g, c, middle, top, narrow, RANGE, True)
+        p, r, lse, first = plan_terms(kappa, scale, l, mass, lam_a, g, c, middle, top, narrow, RANGE, True)
         d_g_t = tl.where(t == 1, newest, tl.load(d_g + at * MP + j))
         term = first * (second * column_gradient(d_g_t, d_c, at, lam_b, M))[None, :]
         d_f = tl.sum(term, 1)
@@ -193,8 +193,7 @@ def key_kernel(
     y_t = load_references_t(y, 0, MP, DP, DEPTH)
     y_own = load_references(y, block * DEPTH, MP, DP, DEPTH)
     d_z_t = load_references_t(d_z, 0, MP, EP, VDEPTH)
-    g, c_last, second, middle, top, narrow = load_columns(columns, factors, bh * iterations + iterations - 1, MP)
-    off, use = tl.load(offset + bh * MP + j), tl.load(use_values + bh)
+    use = tl.load(use_values + bh)
     newest = tl.zeros([MP], tl.float32)
     if REPEAT:
         newest = sum_slots(part_in, bh, 0, 1, splits, splits, MP, j, j < MP)  # dg^1
@@ -212,7 +211,9 @@ def key_kernel(
             key, rows, live, stride_kn * STEP, position, stride_pn, pi, y, y_t, beta, scale, tau,
             M, D, DP, DEPTH, P, DOT, PRECISION,
         )  # fmt: skip
-        p, r, lse, first = plan_terms(l, mass, lam_a, g, c_last, middle, top, narrow, RANGE, UPDATE_ROWS)
+        # Columns are read in the loop: a thread cannot hold its share of them beside the tiles.
+        g, c_last, second, middle, top, narrow = load_columns(columns, factors, bh * iterations + iterations - 1, MP)
+        p, r, lse, first = plan_terms(kappa, scale, l, mass, lam_a, g, c_last, middle, top, narrow, RANGE, UPDATE_ROWS)
         weights = pooling_weights(first, second, live, use)
         if d_value is not None:
             out = d_value + b * (stride_dvb * STEP) + h * (stride_dvh * STEP)
@@ -224,7 +225,7 @@ def key_kernel(
                     d_v = dot(weights.to(d_z_chunk.dtype), d_z_chunk, PRECISION)
                     tl.store(out + e[None, :], d_v.to(d_z_chunk.dtype), mask=inside[:, None] & (e < E)[None, :])
         v_dz = value_products(value, rows, live, stride_vn * STEP, d_z, d_z_t, MP, E, EP, VDEPTH, PRECISION)
-        d_l = weights * (v_dz * use - off[None, :])
+        d_l = weights * (v_dz * use - tl.load(offset + bh * MP + j)[None, :])
         sent = tl.sum(d_l, 1)
         if UPDATE_ROWS:
             relaxed += sent * lse
@@ -234,7 +235,7 @@ def key_kernel(
                 d_g_0 -= tl.sum(row_term, 0)
         if REPEAT:
             d_l, sent, relaxed, d_g_0 = earlier_terms(
-                d_l, sent, relaxed, d_g_0, l, mass, lam_a, lam_b, newest, d_g, d_c, columns, factors, bh, iterations,
+                d_l, sent, relaxed, d_g_0, kappa, scale, l, mass, lam_a, lam_b, newest, d_g, d_c, columns, factors, bh, iterations,
                 RANGE, M, LOG_B,
             )  # fmt: skip
         if UPDATE_ROWS and M == 1:  # R = 1, and every Q term is its own row sum: exactly 0 where λ_a = 1
