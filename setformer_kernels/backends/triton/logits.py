@@ -26,6 +26,15 @@ def load_references_t(y, start, M: tl.constexpr, DP: tl.constexpr, DEPTH: tl.con
 
 
 @triton.jit
+def reference_product(x, y_t, PRECISION: tl.constexpr, ACROSS: tl.constexpr):
+    """x · y_t [BN, M]; ACROSS: its tile is cut among warps along the references, not along the tokens."""
+    if ACROSS:
+        return tl.trans(dot(tl.trans(y_t), tl.trans(x), PRECISION))
+    else:
+        return dot(x, y_t, PRECISION)
+
+
+@triton.jit
 def products(
     x, rows, live, stride, y, y_t, D: tl.constexpr, DP: tl.constexpr, DEPTH: tl.constexpr, PRECISION: tl.constexpr,
     ACROSS: tl.constexpr = False,
@@ -39,15 +48,14 @@ def products(
     first = load_rows(x, rows, live, stride, columns, D)
     wide = first.to(tl.float32)
     square = tl.sum(wide * wide, 1)
-    product = tl.trans(dot(tl.trans(y_t), tl.trans(first), PRECISION)) if ACROSS else dot(first, y_t, PRECISION)
-    for start in tl.static_range(DEPTH, DP, DEPTH):
-        chunk = load_rows(x, rows, live, stride, start + columns, D)
-        wide = chunk.to(tl.float32)
-        square += tl.sum(wide * wide, 1)
-        more_t = load_references_t(y, start, M, DP, DEPTH)
-        product += (
-            tl.trans(dot(tl.trans(more_t), tl.trans(chunk), PRECISION)) if ACROSS else dot(chunk, more_t, PRECISION)
-        )
+    product = reference_product(first, y_t, PRECISION, ACROSS)
+    if DP > DEPTH:
+        # Not unrolled: the compiler would keep every part of the references in shared memory through the outer loop.
+        for start in range(DEPTH, DP, DEPTH):
+            chunk = load_rows(x, rows, live, stride, start + columns, D)
+            wide = chunk.to(tl.float32)
+            square += tl.sum(wide * wide, 1)
+            product += reference_product(chunk, load_references_t(y, start, M, DP, DEPTH), PRECISION, ACROSS)
     return product, square, first
 
 

@@ -41,6 +41,13 @@ def load_pooled(z, bh, start, M: tl.constexpr, MP: tl.constexpr, E: tl.constexpr
     return tl.load(z + (bh * M + j)[:, None] * E + e[None, :], mask=inside, other=0.0)
 
 
+@triton.jit
+def store_output(out, o, live, first, E: tl.constexpr, DEPTH: tl.constexpr):
+    """Columns first.. of rows of the output."""
+    e = first + tl.arange(0, DEPTH)
+    tl.store(out + e[None, :], o.to(out.dtype.element_ty), mask=live[:, None] & (e < E)[None, :])
+
+
 @triton.jit(do_not_specialize=COUNTS)
 def read_kernel(
     query, position, y, log_b, pi, parameters, c, z, seed, output,
@@ -85,11 +92,11 @@ def read_kernel(
             normaliser *= keep_scale
         w = w.to(z_first.dtype)
         out = output + rows.to(tl.int64)[:, None] * stride_on * STEP
-        for first in tl.static_range(0, EP, VDEPTH):
-            e = first + tl.arange(0, VDEPTH)
-            pooled = z_first if first == 0 else load_pooled(z, bh, first, M, MP, E, VDEPTH).to(z_first.dtype)
-            o = dot(w, pooled, PRECISION) * normaliser[:, None]
-            tl.store(out + e[None, :], o.to(output.dtype.element_ty), mask=live[:, None] & (e < E)[None, :])
+        store_output(out, dot(w, z_first, PRECISION) * normaliser[:, None], live, 0, E, VDEPTH)
+        if EP > VDEPTH:
+            for first in range(VDEPTH, EP, VDEPTH):
+                pooled = load_pooled(z, bh, first, M, MP, E, VDEPTH).to(z_first.dtype)
+                store_output(out, dot(w, pooled, PRECISION) * normaliser[:, None], live, first, E, VDEPTH)
 
 
 TILES_PER_PROGRAM = 4  # spreads the loads of references and pooled values over several tiles of queries

@@ -37,7 +37,7 @@ def walk_keys(
     key, value, log_a, position, pi, y, y_t, g, e, start, end, stride_kn, stride_vn, stride_an, stride_pn, uniform,
     beta, scale, tau, relaxation, NARROW: tl.constexpr, UPDATE_ROWS: tl.constexpr, POOL: tl.constexpr,
     M: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, E: tl.constexpr, P: tl.constexpr, DOT: tl.constexpr,
-    BS: tl.constexpr, DEPTH: tl.constexpr, PRECISION: tl.constexpr,
+    BS: tl.constexpr, DEPTH: tl.constexpr, PRECISION: tl.constexpr, ACROSS: tl.constexpr,
 ):  # fmt: skip
     """(peak, total [MP], sums [MP, VDEPTH]) of keys start..end: Σ e^{ℓ+f} = total·e^peak, Σ e^{ℓ+f} v = sums·e^peak."""
     MP: tl.constexpr = g.shape[0]
@@ -51,7 +51,7 @@ def walk_keys(
         live, mass = key_mass(log_a, rows, end, stride_an, uniform)
         l, kappa, cosine, inverse, first_columns = token_logits(
             key, rows, live, stride_kn, position, stride_pn, pi, y, y_t, beta, scale, tau,
-            M, D, DP, DEPTH, P, DOT, PRECISION,
+            M, D, DP, DEPTH, P, DOT, PRECISION, ACROSS,
         )  # fmt: skip
         if NARROW:
             # Without positions ℓ is κ/ε − 1/ε: one multiply-add with the shift.
@@ -59,7 +59,7 @@ def walk_keys(
             weights = narrow_weights(exponent, mass, relaxation, UPDATE_ROWS)  # [BS, MP]
         else:
             weights, here = log_domain_weights(l, g, mass, relaxation, UPDATE_ROWS)
-            new = tl.ceil(tl.maximum(peak, here))  # whole: the backward can round the same weights, up to a power of two
+            new = tl.maximum(peak, here)
             weights *= tl.exp2(here - finite_or_zero(new))[None, :]
             fade = tl.exp2(peak - finite_or_zero(new))
             total *= fade
@@ -85,7 +85,7 @@ def transport_kernel(
     RANGE: tl.constexpr, UPDATE_ROWS: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr,
     M: tl.constexpr, MP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, E: tl.constexpr, EP: tl.constexpr,
     P: tl.constexpr, DOT: tl.constexpr, STEP: tl.constexpr, BS: tl.constexpr, DEPTH: tl.constexpr,
-    VDEPTH: tl.constexpr, PRECISION: tl.constexpr,
+    VDEPTH: tl.constexpr, PRECISION: tl.constexpr, ACROSS: tl.constexpr,
 ):  # fmt: skip
     """Iteration t ≥ 1 (not UPDATE_ROWS: the one column sum of T = 0) over `stretch` keys of one head.
 
@@ -125,13 +125,13 @@ def transport_kernel(
         peak, total, sums = walk_keys(
             key, value, log_a, position, pi, y, y_t, g, e, start, end, stride_kn * STEP, stride_vn * STEP, stride_an,
             stride_pn, uniform, beta, scale, tau, lam_a, True, UPDATE_ROWS, LAST, M, D, DP, E, P, DOT, BS, DEPTH,
-            PRECISION,
+            PRECISION, ACROSS,
         )  # fmt: skip
     else:
         peak, total, sums = walk_keys(
             key, value, log_a, position, pi, y, y_t, g, e, start, end, stride_kn * STEP, stride_vn * STEP, stride_an,
             stride_pn, uniform, beta, scale, tau, lam_a, False, UPDATE_ROWS, LAST, M, D, DP, E, P, DOT, BS, DEPTH,
-            PRECISION,
+            PRECISION, ACROSS,
         )  # fmt: skip
     out = (bh * splits + split) * MP + j
     if block == 0:
@@ -220,6 +220,15 @@ def _range(x: Operands, opt: Options) -> str:
     return "device" if boxed else range_known(x, opt)
 
 
+def warps_across(references: int, known: str) -> bool:
+    """Whether warps share the references rather than the keys.
+
+    Sharing keys, a thread holds M/4 entries of every [M] vector: too many beyond 128 references, and beyond 64 where
+    the log domain adds peaks to potentials and sums.  Sharing references costs each row's logarithm in many threads.
+    """
+    return references > (128 if known == "always" else 64)
+
+
 def column_sums(
     x: Operands, opt: Options, prepared: Prepared, c: Tensor, split: Split | None = None
 ) -> tuple[Split, tuple[Tensor, ...]]:
@@ -230,7 +239,9 @@ def column_sums(
     device = device_of(key)
     _, mp, dp = prepared.y.shape
     ep = padded(e)
-    cut = tile("column", device.family, max(mp, dp, ep), key.element_size())
+    known = _range(x, opt)
+    across = warps_across(mp, known)
+    cut = tile("across" if across else "column", device.family, max(mp, dp, ep), key.element_size())
     split = split or split_tokens(s, cut.rows, b * h, device.multiprocessors)
     new = x.references.new_empty
     sums = [new((b * h, split.count, mp)) for _ in range(4)]  # (peak, total) of this iteration and of the one before
@@ -239,10 +250,10 @@ def column_sums(
     counts = (*strides(key, step), *strides(value, step), *strides(x.log_a), *strides(position), h, s, *split)
     tokens = (key, value, x.log_a, position, prepared.y, prepared.log_b, prepared.position, prepared.parameters)
     constants = {
-        "RANGE": _range(x, opt), "UPDATE_ROWS": opt.num_iters > 0, "M": m, "MP": mp, "D": d, "DP": dp, "E": e, "EP": ep,
+        "RANGE": known, "UPDATE_ROWS": opt.num_iters > 0, "M": m, "MP": mp, "D": d, "DP": dp, "E": e, "EP": ep,
         "P": 0 if position is None else position.shape[-1], "DOT": opt.kernel == "dot",
         "STEP": step, "BS": cut.rows, "DEPTH": min(cut.depth, dp), "VDEPTH": min(cut.depth, ep),
-        "PRECISION": device.precision,
+        "PRECISION": device.precision, "ACROSS": across,
     }  # fmt: skip
     uniform = -math.log2(s) if s else 0.0
     iterations = c.shape[2]
