@@ -92,9 +92,10 @@ def read_kernel(
             normaliser *= keep_scale
         w = w.to(z_first.dtype)
         out = output + rows.to(tl.int64)[:, None] * stride_on * STEP
-        store_output(out, dot(w, z_first, PRECISION) * normaliser[:, None], live, 0, E, VDEPTH)
-        if EP > VDEPTH:
-            for first in range(VDEPTH, EP, VDEPTH):
+        if EP == VDEPTH:
+            store_output(out, dot(w, z_first, PRECISION) * normaliser[:, None], live, 0, E, VDEPTH)
+        else:
+            for first in range(0, EP, VDEPTH):
                 pooled = load_pooled(z, bh, first, M, MP, E, VDEPTH).to(z_first.dtype)
                 store_output(out, dot(w, pooled, PRECISION) * normaliser[:, None], live, first, E, VDEPTH)
 
