@@ -67,7 +67,7 @@ def launch(kernel: Any, programs: int, args: Sequence[Any], constants: dict[str,
     if _taken is not None:
         _taken.append(Launch(kernel, programs, tuple(args), constants, tile))
         return
-    options = {} if INTERPRETED else {"num_warps": tile.warps, "num_stages": tile.stages}
+    options = {} if INTERPRETED else {"num_warps": tile.warps, "num_stages": tile.stages, "enable_fp_fusion": True}
     kernel[(programs,)](*args, **constants, **options)
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from ...problem import HYPER, Operands, Options
 from .config import Tile, padded
 from .launch import launch
-from .primitives import INF, LOG2E, inverse_norm
+from .primitives import INF, LOG2E, inverse_norm, rounded
 
 ROWS = 16  # references per program: a few thousand numbers in all, so any tile does
 TILE = Tile(rows=ROWS, depth=0, warps=4, stages=1)
@@ -56,7 +56,7 @@ def prepare_kernel(
     raw = tl.load(references + h * stride_h + j[:, None] * stride_m + d[None, :], mask=inside, other=0.0)  # [ROWS, DP]
     inverse = inverse_norm(tl.sum(raw * raw, 1))
     scaled = raw if DOT else raw * inverse[:, None]
-    tl.store(y + (h * MP + j)[:, None] * DP + d[None, :], scaled.to(y.dtype.element_ty))
+    tl.store(y + (h * MP + j)[:, None] * DP + d[None, :], rounded(scaled, y.dtype.element_ty))
     tl.store(inverse_norms + h * MP + j, inverse)
     if log_b is None:
         mass = tl.where(j < M, -tl.log2(M + 0.0), -INF)

@@ -14,7 +14,7 @@ from .launch import device_of, launch
 from .logits import head_parameters, load_references_t, token_logits
 from .plan import range_known
 from .prepare import Prepared, stride_step, strides, unit_rows
-from .primitives import LOG2E, dot, finite_or_zero, keep_mask
+from .primitives import LOG2E, dot, finite_or_zero, keep_mask, rounded
 
 COUNTS = (
     "stride_qb", "stride_qh", "stride_qn", "stride_pb", "stride_ph", "stride_pn", "stride_ob", "stride_oh", "stride_on",
@@ -45,7 +45,7 @@ def load_pooled(z, bh, start, M: tl.constexpr, MP: tl.constexpr, E: tl.constexpr
 def store_output(out, o, live, first, E: tl.constexpr, DEPTH: tl.constexpr):
     """Columns first.. of rows of the output."""
     e = first + tl.arange(0, DEPTH)
-    tl.store(out + e[None, :], o.to(out.dtype.element_ty), mask=live[:, None] & (e < E)[None, :])
+    tl.store(out + e[None, :], rounded(o, out.dtype.element_ty), mask=live[:, None] & (e < E)[None, :])
 
 
 @triton.jit(do_not_specialize=COUNTS)
@@ -69,7 +69,7 @@ def read_kernel(
         pi += h * M * P
     y += h * MP * DP
     y_t = load_references_t(y, 0, MP, DP, DEPTH)
-    z_first = load_pooled(z, bh, 0, M, MP, E, VDEPTH).to(output.dtype.element_ty)
+    z_first = rounded(load_pooled(z, bh, 0, M, MP, E, VDEPTH), output.dtype.element_ty)
     g = dual_potential(log_b, c, bh, iterations, h, lam_b, M, MP, T_POSITIVE)
     shift = g - scale - tl.max(g, 0)  # ℓ + g never exceeds the largest g
     end = tl.minimum(L, (split + 1) * stretch)
@@ -90,13 +90,13 @@ def read_kernel(
             keep = keep_mask(seed, bh, L, rows, M, MP, threshold)
             w = tl.where(keep, w, 0.0)
             normaliser *= keep_scale
-        w = w.to(z_first.dtype)
+        w = rounded(w, z_first.dtype)
         out = output + rows.to(tl.int64)[:, None] * stride_on * STEP
         if EP == VDEPTH:
             store_output(out, dot(w, z_first, PRECISION) * normaliser[:, None], live, 0, E, VDEPTH)
         else:
             for first in range(0, EP, VDEPTH):
-                pooled = load_pooled(z, bh, first, M, MP, E, VDEPTH).to(z_first.dtype)
+                pooled = rounded(load_pooled(z, bh, first, M, MP, E, VDEPTH), z_first.dtype)
                 store_output(out, dot(w, pooled, PRECISION) * normaliser[:, None], live, first, E, VDEPTH)
 
 

@@ -24,7 +24,7 @@ from .launch import device_of, launch
 from .logits import head_parameters, key_mass, load_references_t, load_rows, token_logits
 from .plan import farthest, log_domain_weights, narrow_weights, potentials_narrow, range_known
 from .prepare import Prepared, stride_step, strides, unit_rows
-from .primitives import INF, LN2, dot, finite_or_zero, merged_log_sum
+from .primitives import INF, LN2, dot, finite_or_zero, merged_log_sum, rounded
 
 COUNTS = (
     "stride_kb", "stride_kh", "stride_kn", "stride_vb", "stride_vh", "stride_vn", "stride_ab", "stride_ah", "stride_an",
@@ -46,6 +46,9 @@ def walk_keys(
     peak = tl.full([MP], -INF, tl.float32)
     total = tl.zeros([MP], tl.float32)
     sums = tl.zeros([MP, e.shape[0]], tl.float32)
+    # Where nothing is rescaled, sums over tokens can wait until after the loop: as long as registers last.
+    DEFER: tl.constexpr = NARROW and MP <= 64
+    tile = tl.zeros([BS, MP], tl.float32) if DEFER else total
     for first in range(start, end, BS):
         rows = first + tl.arange(0, BS)
         live, mass = key_mass(log_a, rows, end, stride_an, uniform)
@@ -65,14 +68,18 @@ def walk_keys(
             total *= fade
             sums *= fade[:, None]
             peak = new
-        total += tl.sum(weights, 0)
+        if DEFER:
+            tile += weights
+        else:
+            total += tl.sum(weights, 0)
         if POOL:
             v = load_rows(value, rows, live, stride_vn, e, E)
-            sums += dot(tl.trans(weights.to(v.dtype)), v, PRECISION)
+            sums += dot(tl.trans(rounded(weights, v.dtype)), v, PRECISION)
     if NARROW:
-        peak = (
-            tl.where(g > -INF, (1.0 - relaxation) * top - finite_or_zero(g), -INF) if UPDATE_ROWS else tl.zeros_like(g)
-        )
+        total = tl.sum(tile, 0) if DEFER else total
+        peak = tl.zeros_like(g)
+        if UPDATE_ROWS:
+            peak = tl.where(g > -INF, (1.0 - relaxation) * top - finite_or_zero(g), -INF)
     return peak, total, sums
 
 
