@@ -22,7 +22,7 @@ from ...problem import HYPER, Operands, Options, empty_in_order
 from .config import Tile
 from .launch import launch
 from .prepare import Prepared
-from .primitives import dot, exact_scale, inverse_norm
+from .primitives import dot, exact_scale, inverse_norm, rounded
 
 SUMS = 8  # numbers a slot holds for the hyperparameters; the first five in the order of HYPER
 # What the sums of a slot are:    Σ dℓ κ (ĉ − 1),  Σ dℓ (κ − 1),  Σ df LSE_j(ℓ + g),  Σ dg c,  Σ dℓ ‖p − π‖²
@@ -54,7 +54,9 @@ def new_partials(x: Operands, prepared: Prepared, slots: int, needs: Sequence[bo
         new((heads, slots, mp)),
         new((heads, slots, mp, dp)) if "references" in need else None,
         new((heads, slots, SUMS)) if need & {*HYPER} else None,
-        new((heads, slots, mp, power_of_two(pi.shape[-1]))) if pi is not None and "reference_position" in need else None,
+        new((heads, slots, mp, power_of_two(pi.shape[-1])))
+        if pi is not None and "reference_position" in need
+        else None,
     )
 
 
@@ -65,9 +67,16 @@ def wants_parameters(x: Operands, needs: Sequence[bool]) -> bool:
 
 
 @triton.jit
+def tokens_by(a, b, PRECISION: tl.constexpr, ACROSS: tl.constexpr):
+    """a [BN, K] · b [K, J] with a tokens' row per row of a; ACROSS: as (bᵀ aᵀ)ᵀ, so that warps share the columns."""
+    return tl.trans(dot(tl.trans(b), tl.trans(a), PRECISION)) if ACROSS else dot(a, b, PRECISION)
+
+
+@triton.jit
 def token_gradient(
-    dl, kappa, cosine, inverse, x, y, factor, WHOLE: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr
-):
+    dl, kappa, cosine, inverse, x, y, factor,
+    WHOLE: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, ACROSS: tl.constexpr = False,
+):  # fmt: skip
     """(dĉ [BN, MP], x̂ [BN, depth] as operands of dŷ = dĉᵀ x̂, dx [BN, depth]) for columns x, y of the head dim.
 
     `factor` is β/ε (dot: 1/ε).  x̂ is never rounded: 1/‖x‖ moves into dĉ, in float16 but for a power of two that x can
@@ -80,8 +89,8 @@ def token_gradient(
     d = dl * (factor * rest)[:, None]
     if not DOT:
         d *= kappa
-    operand = d.to(x.dtype)
-    dx = dot(operand, y, PRECISION)
+    operand = rounded(d, x.dtype)
+    dx = tokens_by(operand, y, PRECISION, ACROSS)
     if not DOT:
         wide = x.to(tl.float32)
         if WHOLE:

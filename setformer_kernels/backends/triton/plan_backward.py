@@ -2,7 +2,9 @@
 
 With p = e^{ℓ+g^{t−1}−m} the numerators of the row update and r = Σ_j p: R^t = p/r, and Q^t_sj = e^{ℓ+f^t−c^t} is
 
-    narrow (see plan.py):  p e^{f+m−K} · e^{K−g−c},  one exponential for both        else:  e^{ℓ+f−c} · 1
+    narrow (see plan.py):  the forward's weight e^{ℓ+f+g−k}, k = (1 − λ_a) max g, from p · e^{k−g−c}      else:  e^{ℓ+f−c} · 1
+
+In both the first factor is computed as the forward did, so that its errors cancel against those of c^t.
 """
 
 from __future__ import annotations
@@ -20,10 +22,12 @@ from .launch import launch
 from .logits import head_parameters
 from .plan import potentials_narrow, range_known, row_update
 from .prepare import Prepared, strides
-from .primitives import INF, LOG2E, finite_or_zero
+from .primitives import INF, LOG2E, finite_or_zero, rounded
 
-COLUMNS = tl.constexpr(3)  # vectors [MP] of an iteration: g^{t−1} − top, c^t (∞ where nothing is sent), Q's second factor
-FACTORS = tl.constexpr(3)  # and scalars: K, top, whether narrow
+COLUMNS = tl.constexpr(
+    3
+)  # vectors [MP] of an iteration: g^{t−1} − top, c^t (∞ where nothing is sent), Q's second factor
+FACTORS = tl.constexpr(2)  # and scalars: top = max g where narrow, else 0; whether narrow
 TILE = Tile(rows=16, depth=256, warps=4, stages=1)  # a [16 splits, 256] tile is 32 numbers a thread
 
 
@@ -65,7 +69,7 @@ def few_keys(log_a, stride, S):
 
 @triton.jit
 def _store_columns(
-    log_b, c, columns, factors, at, h, t, lam_b, beta, scale,
+    log_b, c, columns, factors, at, h, t, lam_a, lam_b, beta, scale,
     RANGE: tl.constexpr, UPDATE_ROWS: tl.constexpr, M: tl.constexpr, MP: tl.constexpr,
 ):  # fmt: skip
     """The columns and factors of iteration t of one head, `at` counting iterations of all heads."""
@@ -76,24 +80,23 @@ def _store_columns(
         before = tl.load(c + (at - 1) * M + j, mask=j < tl.where(t > 1, M, 0), other=0.0)
         g -= lam_b * finite_or_zero(before) * LOG2E
     reached = c_t > -INF
-    total = tl.where(reached & (g > -INF), g, 0.0) + tl.where(reached, c_t, 0.0)
-    highest, lowest = tl.max(tl.where(reached, total, -INF)), tl.min(tl.where(reached, total, INF))
-    middle = 0.5 * (finite_or_zero(highest) + tl.where(lowest < INF, lowest, 0.0))
+    c_t = tl.where(reached, c_t, 0.0)
     top = tl.max(g, 0)
     if UPDATE_ROWS and RANGE == "always":
-        g -= top
         narrow = top == top
     elif UPDATE_ROWS and RANGE == "device":
         narrow = potentials_narrow(g, beta, scale, M)
     else:
         narrow = top != top
+    top = tl.where(narrow, top, 0.0)
+    sent = reached & (g > -INF)
+    second = tl.where(narrow, (1.0 - lam_a) * top - tl.where(sent, g, 0.0) - c_t, 0.0)
     out = columns + at * (COLUMNS * MP) + j
-    tl.store(out, g)
+    tl.store(out, g - top)
     tl.store(out + MP, tl.where(reached, c_t, INF))
-    tl.store(out + 2 * MP, tl.where(reached, tl.where(narrow, tl.exp2(middle - total), 1.0), 0.0))
-    tl.store(factors + at * FACTORS, middle)
-    tl.store(factors + at * FACTORS + 1, top)
-    tl.store(factors + at * FACTORS + 2, narrow.to(tl.float32))
+    tl.store(out + 2 * MP, tl.where(reached, tl.exp2(second), 0.0))
+    tl.store(factors + at * FACTORS, top)
+    tl.store(factors + at * FACTORS + 1, narrow.to(tl.float32))
 
 
 @triton.jit(do_not_specialize=["stride_ab", "stride_ah", "stride_an", "H", "S", "splits", "slots", "iterations"])
@@ -113,9 +116,7 @@ def state_kernel(
     if task >= blocks:
         t = task - blocks + 1
         at = bh * iterations + t - 1
-        _store_columns(
-            log_b, c, columns, factors, at, h, t, lam_b, beta, scale, RANGE, UPDATE_ROWS, M, MP
-        )
+        _store_columns(log_b, c, columns, factors, at, h, t, lam_a, lam_b, beta, scale, RANGE, UPDATE_ROWS, M, MP)
     else:
         rows = task * ROWS + tl.arange(0, ROWS)
         flat = task * ROWS * EP + tl.arange(0, ROWS * EP)
@@ -127,11 +128,11 @@ def state_kernel(
         else:
             total = sum_slots(part_z, bh, 0, 1, splits, splits, MP * EP, flat, inside)
             g_rows = sum_slots(part_g, bh, 0, 1, slots, splits, MP, rows, rows < M)
-        rounded = total.to(d_z_out.dtype.element_ty)
-        tl.store(d_z_out + bh * (MP * EP) + flat, rounded)
+        operand = rounded(total, d_z_out.dtype.element_ty)
+        tl.store(d_z_out + bh * (MP * EP) + flat, operand)
         pooled = tl.load(z + (bh * M + row) * E + e, mask=inside, other=0.0)
         # With dz as the products with v see it: what is subtracted there is the mean of those products.
-        mean = tl.sum(tl.reshape(pooled * rounded.to(tl.float32), [ROWS, EP]), 1)
+        mean = tl.sum(tl.reshape(pooled * operand.to(tl.float32), [ROWS, EP]), 1)
         if log_a is not None:
             log_a += b * stride_ab + h * stride_ah
         use = tl.where(few_keys(log_a, stride_an, S), 0.0, 1.0)
@@ -146,11 +147,10 @@ def state_kernel(
 
 @triton.jit
 def load_columns(columns, factors, at, MP: tl.constexpr):
-    """(g − top, c, second factor [MP], K, top, whether narrow) of one iteration."""
+    """(g − top, c, second factor [MP], top, whether narrow) of one iteration."""
     column = columns + at * (COLUMNS * MP) + tl.arange(0, MP)
     factor = factors + at * FACTORS
-    narrow = tl.load(factor + 2) > 0
-    return tl.load(column), tl.load(column + MP), tl.load(column + 2 * MP), tl.load(factor), tl.load(factor + 1), narrow
+    return tl.load(column), tl.load(column + MP), tl.load(column + 2 * MP), tl.load(factor), tl.load(factor + 1) > 0
 
 
 @triton.jit
@@ -164,36 +164,43 @@ def column_gradient(d_g, d_c, at, lam_b, M: tl.constexpr):
 
 
 @triton.jit
+def _narrow_terms(kappa, scale, l, mass, lam_a, g, top, P: tl.constexpr):
+    """As `plan_terms` where ℓ + g never exceeds top and never falls far below it; g less top."""
+    if P > 0:
+        p = tl.exp2(l + g[None, :])
+    else:  # as one multiply-add from κ: then neither ℓ nor κ/ε is kept beside κ from one iteration to the next
+        p = tl.exp2(tl.fma(kappa, scale + tl.zeros_like(kappa), (g - scale)[None, :] + tl.zeros_like(kappa)))
+    r = tl.sum(p, 1)
+    log_r = tl.log2(r)
+    return p, r, top + log_r, p * tl.exp2(mass - lam_a * log_r)[:, None]
+
+
+@triton.jit
+def _log_domain_terms(l, mass, lam_a, g, c):
+    """As `plan_terms` whatever the range."""
+    p, m, r, f = row_update(l, g, mass, lam_a)
+    return p, r, m + tl.log2(r), tl.exp2((l + f[:, None]) - c[None, :])
+
+
+@triton.jit
 def plan_terms(
-    kappa, scale, l, mass, lam_a, g, c, middle, top, narrow, RANGE: tl.constexpr, UPDATE_ROWS: tl.constexpr
+    kappa, scale, l, mass, lam_a, g, c, top, narrow, RANGE: tl.constexpr, UPDATE_ROWS: tl.constexpr, P: tl.constexpr
 ):
     """(p [BS, MP], Σ_j p, LSE_j(ℓ + g) in base 2 [BS], the first factor of Q [BS, MP]) of one iteration.
 
     Without a row update only the last means anything.
     """
-    p = l
-    r = mass
-    lse = mass
-    first = l
-    if UPDATE_ROWS:
-        if RANGE == "always":  # ℓ + g never exceeds top: no row maximum
-            # As one multiply-add from κ: neither ℓ nor κ/ε is then kept beside κ from one iteration to the next.
-            p = tl.exp2(tl.fma(kappa, scale + tl.zeros_like(kappa), (g - scale)[None, :] + tl.zeros_like(kappa)))
-            r = tl.sum(p, 1)
-            lse = top + tl.log2(r)
-            first = p * tl.exp2(mass - lam_a * lse + (top - middle))[:, None]
+    if not UPDATE_ROWS:
+        p, r, lse, first = l, mass, mass, tl.exp2((l + mass[:, None]) - c[None, :])
+    elif RANGE == "always":
+        p, r, lse, first = _narrow_terms(kappa, scale, l, mass, lam_a, g, top, P)
+    elif RANGE == "device":
+        if narrow:
+            p, r, lse, first = _narrow_terms(kappa, scale, l, mass, lam_a, g, top, P)
         else:
-            p, m, r, f = row_update(l, g, mass, lam_a)
-            lse = m + tl.log2(r)
-            if RANGE == "device":
-                if narrow:
-                    first = p * tl.exp2(f + m - middle)[:, None]
-                else:
-                    first = tl.exp2((l + f[:, None]) - c[None, :])
-            else:
-                first = tl.exp2((l + f[:, None]) - c[None, :])
+            p, r, lse, first = _log_domain_terms(l, mass, lam_a, g, c)
     else:
-        first = tl.exp2((l + mass[:, None]) - c[None, :])
+        p, r, lse, first = _log_domain_terms(l, mass, lam_a, g, c)
     return p, r, lse, first
 
 

@@ -16,13 +16,13 @@ from torch import Tensor
 
 from ...problem import Operands, Options
 from .config import padded, tile
-from .gradients import Partials, kernel_sums, position_sums, power_of_two, store_sums, token_gradient
+from .gradients import Partials, kernel_sums, position_sums, power_of_two, store_sums, token_gradient, tokens_by
 from .launch import device_of, launch
 from .logits import head_parameters, load_references, load_references_t, load_rows, token_logits
 from .plan import range_known
 from .plan_backward import few_keys
 from .prepare import Prepared, stride_step, strides, unit_rows
-from .primitives import dot, keep_mask
+from .primitives import dot, keep_mask, rounded
 from .read import dropout_constants, dual_potential, load_pooled
 from .transport import Split
 
@@ -56,7 +56,7 @@ def read_backward_kernel(
     stride_ab, stride_ah, stride_an, stride_pb, stride_ph, stride_pn, H, L, S, stretch, splits, slots, iterations, threshold, keep_scale,
     RANGE: tl.constexpr, T_POSITIVE: tl.constexpr, M: tl.constexpr, MP: tl.constexpr, D: tl.constexpr,
     DP: tl.constexpr, E: tl.constexpr, EP: tl.constexpr, P: tl.constexpr, PP: tl.constexpr, PLACES: tl.constexpr, DOT: tl.constexpr, DROPOUT: tl.constexpr, STEP: tl.constexpr,
-    BL: tl.constexpr, DEPTH: tl.constexpr, VDEPTH: tl.constexpr, PRECISION: tl.constexpr,
+    BL: tl.constexpr, DEPTH: tl.constexpr, VDEPTH: tl.constexpr, PRECISION: tl.constexpr, ACROSS: tl.constexpr,
 ):  # fmt: skip
     """`stretch` queries of one head, DEPTH columns of dq and dŷ, VDEPTH columns of dz."""
     d_blocks: tl.constexpr = DP // DEPTH
@@ -85,7 +85,7 @@ def read_backward_kernel(
         if log_a is not None:
             log_a += b * stride_ab + h * stride_ah
         use = tl.where(few_keys(log_a, stride_an, S), 0.0, 1.0)
-    z_t = tl.trans((load_pooled(z, bh, 0, M, MP, E, VDEPTH) * use).to(y.dtype.element_ty))
+    z_t = tl.trans(rounded(load_pooled(z, bh, 0, M, MP, E, VDEPTH) * use, y.dtype.element_ty))
     d_z = tl.zeros([MP, VDEPTH], tl.float32)
     d_g = tl.zeros([MP], tl.float32)
     d_y = tl.zeros([MP, DEPTH], tl.float32)
@@ -97,7 +97,7 @@ def read_backward_kernel(
         live = rows < end
         l, kappa, cosine, inverse, x = token_logits(
             query, rows, live, stride_qn * STEP, position, stride_pn, pi, y, y_t, beta, scale, tau,
-            M, D, DP, DEPTH, P, DOT, PRECISION,
+            M, D, DP, DEPTH, P, DOT, PRECISION, ACROSS,
         )  # fmt: skip
         # Read in the loop: a thread cannot hold its share of the columns beside the tiles.
         g = dual_potential(log_b, c, bh, iterations, h, lam_b, M, MP, T_POSITIVE)
@@ -108,26 +108,31 @@ def read_backward_kernel(
             u = l + g[None, :]
             w = tl.exp2(u - tl.max(u, 1)[:, None])
         do = load_rows(d_o, rows, live, stride_on * STEP, tl.arange(0, VDEPTH), E)
-        d_o_z = dot(do, z_t, PRECISION)
+        d_o_z = tokens_by(do, z_t, PRECISION, ACROSS)
         for first in tl.static_range(VDEPTH, EP, VDEPTH):
             chunk = load_rows(d_o, rows, live, stride_on * STEP, first + tl.arange(0, VDEPTH), E)
-            z_chunk = (load_pooled(z, bh, first, M, MP, E, VDEPTH) * use).to(y.dtype.element_ty)
-            d_o_z += dot(chunk, tl.trans(z_chunk), PRECISION)
+            z_chunk = rounded(load_pooled(z, bh, first, M, MP, E, VDEPTH) * use, y.dtype.element_ty)
+            d_o_z += tokens_by(chunk, tl.trans(z_chunk), PRECISION, ACROSS)
         kept, d_s = read_gradient(w, d_o_z, seed, bh, L, rows, threshold, keep_scale, M, DROPOUT)
         if e_blocks > 1:
             do = load_rows(d_o, rows, live, stride_on * STEP, e, E)
         if part_z is not None:
-            d_z += dot(tl.trans(kept.to(do.dtype)), do, PRECISION)
+            d_z += dot(tl.trans(rounded(kept, do.dtype)), do, PRECISION)
             d_g += tl.sum(d_s, 0)
         if d_blocks > 1:
             x = load_rows(query, rows, live, stride_qn * STEP, d, D)
         operand, x_hat, d_x = token_gradient(
-            d_s, kappa, cosine, inverse, x, y_own, factor, d_blocks == 1, DOT, PRECISION
+            d_s, kappa, cosine, inverse, x, y_own, factor, d_blocks == 1, DOT, PRECISION, ACROSS
         )
         if d_query is not None:
-            at = d_query + b * (stride_db * STEP) + h * (stride_dh * STEP) + rows.to(tl.int64)[:, None] * (stride_dn * STEP)
+            at = (
+                d_query
+                + b * (stride_db * STEP)
+                + h * (stride_dh * STEP)
+                + rows.to(tl.int64)[:, None] * (stride_dn * STEP)
+            )
             if block < d_blocks:
-                tl.store(at + d[None, :], d_x.to(x.dtype), mask=live[:, None] & (d < D)[None, :])
+                tl.store(at + d[None, :], rounded(d_x, x.dtype), mask=live[:, None] & (d < D)[None, :])
         if part_y is not None:
             d_y += dot(tl.trans(operand), x_hat, PRECISION)
         if part_sums is not None:
@@ -183,7 +188,7 @@ def read_backward(
         "RANGE": range_known(x, opt), "T_POSITIVE": opt.num_iters > 0, "M": m, "MP": mp, "D": d, "DP": dp, "E": e, "EP": ep, "P": p,
         "PP": power_of_two(p), "PLACES": p > 0 and any(t is not None for t in parts[2:]),
         "DOT": opt.kernel == "dot", "DROPOUT": x.seed is not None, "STEP": step,
-        "BL": cut.rows, "DEPTH": depth, "VDEPTH": value_depth, "PRECISION": device.precision,
+        "BL": cut.rows, "DEPTH": depth, "VDEPTH": value_depth, "PRECISION": device.precision, "ACROSS": query.element_size() == 2,
     }  # fmt: skip
     blocks = max(dp // depth, ep // value_depth)
     launch(read_backward_kernel, b * h * split.count * blocks, (*tensors, *spans, *counts), constants, cut)

@@ -27,26 +27,27 @@ from .gradients import (
     store_sums,
     sum_slots,
     token_gradient,
+    tokens_by,
 )
 from .launch import device_of, launch
 from .logits import head_parameters, key_mass, load_references, load_references_t, load_rows, token_logits
 from .plan import range_known
 from .plan_backward import Cotangents, column_gradient, load_columns, merged_state, plan_terms, pooling_weights
 from .prepare import Prepared, stride_step, strides, unit_rows
-from .primitives import LN2, dot, finite_or_zero
+from .primitives import LN2, dot, finite_or_zero, rounded
 from .transport import Split
 
 
 @triton.jit
 def value_products(
     value, rows, live, stride, d_z, first_t,
-    MP: tl.constexpr, E: tl.constexpr, EP: tl.constexpr, VDEPTH: tl.constexpr, PRECISION: tl.constexpr,
+    MP: tl.constexpr, E: tl.constexpr, EP: tl.constexpr, VDEPTH: tl.constexpr, PRECISION: tl.constexpr, ACROSS: tl.constexpr,
 ):  # fmt: skip
     """⟨v_s, dz_j⟩ [BS, MP]; first_t: the first VDEPTH columns of dz, transposed."""
-    product = dot(load_rows(value, rows, live, stride, tl.arange(0, VDEPTH), E), first_t, PRECISION)
+    product = tokens_by(load_rows(value, rows, live, stride, tl.arange(0, VDEPTH), E), first_t, PRECISION, ACROSS)
     for start in tl.static_range(VDEPTH, EP, VDEPTH):
         v = load_rows(value, rows, live, stride, start + tl.arange(0, VDEPTH), E)
-        product += dot(v, load_references_t(d_z, start, MP, EP, VDEPTH), PRECISION)
+        product += tokens_by(v, load_references_t(d_z, start, MP, EP, VDEPTH), PRECISION, ACROSS)
     return product
 
 
@@ -67,7 +68,7 @@ def column_kernel(
     stride_pb, stride_ph, stride_pn, H, S, stretch, splits, uniform, iteration, iterations,
     LAST: tl.constexpr, RANGE: tl.constexpr, M: tl.constexpr, MP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
     E: tl.constexpr, EP: tl.constexpr, P: tl.constexpr, DOT: tl.constexpr, STEP: tl.constexpr, BS: tl.constexpr,
-    DEPTH: tl.constexpr, VDEPTH: tl.constexpr, PRECISION: tl.constexpr,
+    DEPTH: tl.constexpr, VDEPTH: tl.constexpr, PRECISION: tl.constexpr, ACROSS: tl.constexpr,
 ):  # fmt: skip
     """Parts of dg^{t−1} of iteration t ≥ 2 (LAST: t = T) over `stretch` keys of one head."""
     split = tl.program_id(0) % splits
@@ -86,7 +87,7 @@ def column_kernel(
     d_z += bh * MP * EP
     y_t = load_references_t(y, 0, MP, DP, DEPTH)
     at = bh * iterations + iteration - 1
-    g, c, second, middle, top, narrow = load_columns(columns, factors, at, MP)
+    g, c, second, top, narrow = load_columns(columns, factors, at, MP)
     if LAST:
         d_z_t = load_references_t(d_z, 0, MP, EP, VDEPTH)
         off, use = tl.load(offset + bh * MP + j), tl.load(use_values + bh)
@@ -102,12 +103,12 @@ def column_kernel(
         live, mass = key_mass(log_a, rows, end, stride_an, uniform)
         l, kappa, cosine, inverse, x = token_logits(
             key, rows, live, stride_kn * STEP, position, stride_pn, pi, y, y_t, beta, scale, tau,
-            M, D, DP, DEPTH, P, DOT, PRECISION,
+            M, D, DP, DEPTH, P, DOT, PRECISION, ACROSS,
         )  # fmt: skip
-        p, r, lse, first = plan_terms(kappa, scale, l, mass, lam_a, g, c, middle, top, narrow, RANGE, True)
+        p, r, lse, first = plan_terms(kappa, scale, l, mass, lam_a, g, c, top, narrow, RANGE, True, P)
         if LAST:
             weights = pooling_weights(first, second, live, use)
-            v_dz = value_products(value, rows, live, stride_vn * STEP, d_z, d_z_t, MP, E, EP, VDEPTH, PRECISION)
+            v_dz = value_products(value, rows, live, stride_vn * STEP, d_z, d_z_t, MP, E, EP, VDEPTH, PRECISION, ACROSS)
             d_f = tl.sum(weights * (v_dz * use - off[None, :]), 1)
         else:
             d_f = tl.sum(first * second[None, :], 1)
@@ -118,7 +119,7 @@ def column_kernel(
 @triton.jit
 def earlier_terms(
     d_l, sent, relaxed, d_g_0, kappa, scale, l, mass, lam_a, lam_b, newest, d_g, d_c, columns, factors, bh, iterations,
-    RANGE: tl.constexpr, M: tl.constexpr, LOG_B: tl.constexpr,
+    RANGE: tl.constexpr, M: tl.constexpr, P: tl.constexpr, LOG_B: tl.constexpr,
 ):  # fmt: skip
     """Adds the terms of t = T−1..1 to dℓ [BS, MP], Σ_t df^t, Σ_t df^t LSE_j(ℓ + g^{t−1}) [BS] and dg^0 [MP]."""
     MP: tl.constexpr = newest.shape[0]
@@ -126,8 +127,8 @@ def earlier_terms(
     for step in range(1, iterations):
         t = iterations - step
         at = bh * iterations + t - 1
-        g, c, second, middle, top, narrow = load_columns(columns, factors, at, MP)
-        p, r, lse, first = plan_terms(kappa, scale, l, mass, lam_a, g, c, middle, top, narrow, RANGE, True)
+        g, c, second, top, narrow = load_columns(columns, factors, at, MP)
+        p, r, lse, first = plan_terms(kappa, scale, l, mass, lam_a, g, c, top, narrow, RANGE, True, P)
         d_g_t = tl.where(t == 1, newest, tl.load(d_g + at * MP + j))
         term = first * (second * column_gradient(d_g_t, d_c, at, lam_b, M))[None, :]
         d_f = tl.sum(term, 1)
@@ -169,7 +170,7 @@ def key_kernel(
     UPDATE_ROWS: tl.constexpr, REPEAT: tl.constexpr, LOG_B: tl.constexpr, PLACES: tl.constexpr, RANGE: tl.constexpr,
     M: tl.constexpr, MP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, E: tl.constexpr, EP: tl.constexpr,
     P: tl.constexpr, PP: tl.constexpr, DOT: tl.constexpr, STEP: tl.constexpr, BS: tl.constexpr, DEPTH: tl.constexpr,
-    VDEPTH: tl.constexpr, PRECISION: tl.constexpr,
+    VDEPTH: tl.constexpr, PRECISION: tl.constexpr, ACROSS: tl.constexpr,
 ):  # fmt: skip
     """All of dℓ over `stretch` keys of one head; DEPTH columns of dk and dŷ, and every d_blocks-th VDEPTH of dv."""
     d_blocks: tl.constexpr = DP // DEPTH
@@ -209,11 +210,11 @@ def key_kernel(
         live, mass = key_mass(log_a, rows, end, stride_an, uniform)
         l, kappa, cosine, inverse, x = token_logits(
             key, rows, live, stride_kn * STEP, position, stride_pn, pi, y, y_t, beta, scale, tau,
-            M, D, DP, DEPTH, P, DOT, PRECISION,
+            M, D, DP, DEPTH, P, DOT, PRECISION, ACROSS,
         )  # fmt: skip
         # Columns are read in the loop: a thread cannot hold its share of them beside the tiles.
-        g, c_last, second, middle, top, narrow = load_columns(columns, factors, bh * iterations + iterations - 1, MP)
-        p, r, lse, first = plan_terms(kappa, scale, l, mass, lam_a, g, c_last, middle, top, narrow, RANGE, UPDATE_ROWS)
+        g, c_last, second, top, narrow = load_columns(columns, factors, bh * iterations + iterations - 1, MP)
+        p, r, lse, first = plan_terms(kappa, scale, l, mass, lam_a, g, c_last, top, narrow, RANGE, UPDATE_ROWS, P)
         weights = pooling_weights(first, second, live, use)
         if d_value is not None:
             out = d_value + b * (stride_dvb * STEP) + h * (stride_dvh * STEP)
@@ -222,9 +223,9 @@ def key_kernel(
                 if chunk % d_blocks == block:
                     e = chunk * VDEPTH + tl.arange(0, VDEPTH)
                     d_z_chunk = load_references(d_z, chunk * VDEPTH, MP, EP, VDEPTH)
-                    d_v = dot(weights.to(d_z_chunk.dtype), d_z_chunk, PRECISION)
-                    tl.store(out + e[None, :], d_v.to(d_z_chunk.dtype), mask=inside[:, None] & (e < E)[None, :])
-        v_dz = value_products(value, rows, live, stride_vn * STEP, d_z, d_z_t, MP, E, EP, VDEPTH, PRECISION)
+                    d_v = tokens_by(rounded(weights, d_z_chunk.dtype), d_z_chunk, PRECISION, ACROSS)
+                    tl.store(out + e[None, :], rounded(d_v, d_z_chunk.dtype), mask=inside[:, None] & (e < E)[None, :])
+        v_dz = value_products(value, rows, live, stride_vn * STEP, d_z, d_z_t, MP, E, EP, VDEPTH, PRECISION, ACROSS)
         d_l = weights * (v_dz * use - tl.load(offset + bh * MP + j)[None, :])
         sent = tl.sum(d_l, 1)
         if UPDATE_ROWS:
@@ -236,7 +237,7 @@ def key_kernel(
         if REPEAT:
             d_l, sent, relaxed, d_g_0 = earlier_terms(
                 d_l, sent, relaxed, d_g_0, kappa, scale, l, mass, lam_a, lam_b, newest, d_g, d_c, columns, factors, bh, iterations,
-                RANGE, M, LOG_B,
+                RANGE, M, P, LOG_B,
             )  # fmt: skip
         if UPDATE_ROWS and M == 1:  # R = 1, and every Q term is its own row sum: exactly 0 where λ_a = 1
             d_l = tl.where((j < M)[None, :], ((1.0 - lam_a) * sent)[:, None], 0.0)
@@ -247,12 +248,12 @@ def key_kernel(
         if d_blocks > 1:
             x = load_rows(key, rows, live, stride_kn * STEP, d, D)
         operand, x_hat, d_x = token_gradient(
-            d_l, kappa, cosine, inverse, x, y_own, factor, d_blocks == 1, DOT, PRECISION
+            d_l, kappa, cosine, inverse, x, y_own, factor, d_blocks == 1, DOT, PRECISION, ACROSS
         )
         if d_key is not None:
             out_k = d_key + b * (stride_dkb * STEP) + h * (stride_dkh * STEP)
             out_k += rows.to(tl.int64)[:, None] * (stride_dkn * STEP) + d[None, :]
-            tl.store(out_k, d_x.to(x.dtype), mask=inside[:, None] & (d < D)[None, :])
+            tl.store(out_k, rounded(d_x, x.dtype), mask=inside[:, None] & (d < D)[None, :])
         if part_y is not None:
             d_y += dot(tl.trans(operand), x_hat, PRECISION)
         if part_sums is not None:
@@ -277,7 +278,9 @@ def key_kernel(
         if LOG_B:
             tl.store(part_log_b + slot * MP + j, d_g_0)
         if part_sums is not None:
-            store_sums(part_sums, slot, tl.sum(d_beta), tl.sum(d_epsilon), tl.sum(relaxed) * LN2, d_lambda_b, tl.sum(d_tau))
+            store_sums(
+                part_sums, slot, tl.sum(d_beta), tl.sum(d_epsilon), tl.sum(relaxed) * LN2, d_lambda_b, tl.sum(d_tau)
+            )
 
 
 class KeyGradients(NamedTuple):
@@ -309,7 +312,7 @@ def transport_backward(
     constants = {
         "RANGE": range_known(x, opt), "M": m, "MP": mp, "D": d, "DP": dp, "E": e, "EP": ep, "P": p,
         "DOT": opt.kernel == "dot", "STEP": step, "BS": cut.rows, "DEPTH": min(cut.depth, dp),
-        "VDEPTH": min(cut.depth, ep), "PRECISION": device.precision,
+        "VDEPTH": min(cut.depth, ep), "PRECISION": device.precision, "ACROSS": key.element_size() == 2,
     }  # fmt: skip
     sums = [x.references.new_empty((b * h, split.count, mp)) for _ in range(min(2, iterations - 1))]
     for t in range(iterations, 1, -1):
