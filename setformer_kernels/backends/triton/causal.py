@@ -12,38 +12,32 @@ With C⁰, z⁰ the sums and means of all keys before a chunk,
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...problem import Operands, Options, empty_in_order
-from .causal_chunk import at_head, chunk_plan, chunk_weights, load_state, query_weights
-from .causal_state import Part, parts, states
+from ...problem import Operands, Options, empty_in_order, replaced
+from .causal_chunk import at_head, chunk_keys, chunk_weights, load_state, query_weights
+from .causal_state import COUNTS, Arguments, Part, parts, states
 from .config import Tile, padded, tile
+from .gradients import power_of_two
 from .launch import device_of, launch
-from .logits import head_parameters, load_references_t, load_rows
+from .logits import head_parameters, load_references_t, load_rows, token_logits
 from .prepare import prepare, stride_step, strides, unit_rows
-from .primitives import dot, keep_mask
+from .primitives import dot, keep_mask, rounded
 from .read import dropout_constants
 
-COUNTS = (
-    "stride_qb stride_qh stride_qn stride_kb stride_kh stride_kn stride_vb stride_vh stride_vn stride_ob stride_oh "
-    "stride_on stride_ab stride_ah stride_an stride_sb stride_sh stride_sn stride_pb stride_ph stride_pn "
-    "H L chunks first_head all_heads threshold"
-).split()
 
-
-@triton.jit(do_not_specialize=COUNTS)
+@triton.jit(do_not_specialize=[*COUNTS])
 def causal_kernel(
     query, key, value, log_a, query_position, key_position, y, log_b, pi, parameters, seed, log_c, z, output,
     stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
     stride_ob, stride_oh, stride_on, stride_ab, stride_ah, stride_an, stride_sb, stride_sh, stride_sn,
     stride_pb, stride_ph, stride_pn, H, L, chunks, first_head, all_heads, threshold, keep_scale, uniform,
     UPDATE_ROWS: tl.constexpr, M: tl.constexpr, MP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, E: tl.constexpr,
-    EP: tl.constexpr, P: tl.constexpr, DOT: tl.constexpr, DROPOUT: tl.constexpr, STEP: tl.constexpr, BC: tl.constexpr,
-    DEPTH: tl.constexpr, VDEPTH: tl.constexpr, PRECISION: tl.constexpr, ACROSS: tl.constexpr,
+    EP: tl.constexpr, P: tl.constexpr, PP: tl.constexpr, DOT: tl.constexpr, DROPOUT: tl.constexpr, STEP: tl.constexpr,
+    BC: tl.constexpr, DEPTH: tl.constexpr, VDEPTH: tl.constexpr, PRECISION: tl.constexpr, ACROSS: tl.constexpr,
 ):  # fmt: skip
     """One chunk of one head; strides s and p are those of the positions of queries and keys."""
     token: tl.constexpr = value.dtype.element_ty
@@ -65,56 +59,64 @@ def causal_kernel(
     before = tl.load(log_c + (bh * chunks + chunk) * MP + j)
     rows, count = chunk * BC + tl.arange(0, BC), tl.minimum(L - chunk * BC, BC)
     masses = tl.load(log_b + h * MP + j)
-    asked, live, of_queries, of_keys, omega, ref, narrow, log_sums = chunk_plan(
-        query, key, log_a, query_position, key_position, pi, y, load_references_t(y, 0, MP, DP, DEPTH),
-        masses, before, rows, count, L, stride_qn * STEP, stride_kn * STEP, stride_an, stride_sn, stride_pn,
+    y_t = load_references_t(y, 0, MP, DP, DEPTH)
+    live, omega, ref, narrow, sums = chunk_keys(
+        key, log_a, key_position, pi, y, y_t, masses, before, rows, count, L, stride_kn * STEP, stride_an, stride_pn,
         beta, scale, lam_a, tau, uniform, UPDATE_ROWS, M, D, DP, DEPTH, P, DOT, PRECISION, ACROSS,
     )  # fmt: skip
-    w = query_weights(of_queries[0], masses, log_sums, lam_b, UPDATE_ROWS)
+    asked = rows < L
+    l, kappa, cosine, inverse, first_columns = token_logits(
+        query, rows, asked, stride_qn * STEP, query_position, stride_sn, pi, y, y_t, beta, scale, tau,
+        M, D, DP, DEPTH, P, DOT, PRECISION, ACROSS,
+    )  # fmt: skip
+    w = query_weights(l, masses, sums, lam_b, UPDATE_ROWS)
     normaliser = 1.0 / tl.sum(w, 1)
     if DROPOUT:
         keep = keep_mask(seed, b * all_heads + h + first_head, L, rows, M, MP, threshold)
         w = tl.where(keep, w, 0.0)
         normaliser *= keep_scale
-    a, carried = chunk_weights(w, omega, ref, before, log_sums, narrow, count, FACTOR, PRECISION)
-    a, carried = a.to(token), carried.to(token)
+    a, carried = chunk_weights(w, omega, ref, before, sums, narrow, count, FACTOR, PRECISION)
+    a, carried = rounded(a, token), rounded(carried, token)
     out = output + rows.to(tl.int64)[:, None] * (stride_on * STEP)
     for first in tl.static_range(0, EP, VDEPTH):
         columns = first + tl.arange(0, VDEPTH)
         v = load_rows(value, rows, live, stride_vn * STEP, columns, E)
-        means = load_state(z, bh * chunks + chunk, first, MP, EP, VDEPTH).to(token)
+        means = rounded(load_state(z, bh * chunks + chunk, first, MP, EP, VDEPTH), token)
         o = (dot(carried, means, PRECISION) + dot(a, v, PRECISION)) * normaliser[:, None]
-        tl.store(out + columns[None, :], o.to(token), mask=asked[:, None] & (columns < E)[None, :])
+        tl.store(out + columns[None, :], rounded(o, token), mask=asked[:, None] & (columns < E)[None, :])
 
 
 def causal(x: Operands, opt: Options) -> Tensor:
     """o [B, H, L, E] in the dtype and memory order of the queries, for T ≤ 1."""
     assert x.query is not None
+    output = empty_in_order(x.query, (*x.query.shape[:-1], x.value.shape[-1]))
     x = with_unit_rows(x)
     prepared = prepare(x, opt)
-    output = empty_in_order(x.query, (*x.query.shape[:-1], x.value.shape[-1]))
     device = device_of(x.key)
     _, mp, dp = prepared.y.shape
     ep = padded(x.value.shape[-1])
     cut = tile("chunk", device.family, max(mp, dp, ep), x.key.element_size())
     chunks = math.ceil(x.key.shape[2] / cut.rows)
     for part in parts(x, prepared, chunks, mp * (ep + 5), device.multiprocessors):
-        log_c, z = states(part.x, opt, part.prepared, cut.rows)
-        _read_chunks(part, opt, log_c, z, output[part.batch, part.heads], cut)
+        written = output[part.batch, part.heads]
+        arguments = chunk_arguments(part, opt, cut, written)
+        log_c, z = states(part, arguments)
+        tensors = (*arguments.tensors, log_c, z, written)
+        launch(causal_kernel, log_c[..., 0].numel(), (*tensors, *arguments.counts), arguments.constants, cut)
     return output
 
 
 def with_unit_rows(x: Operands) -> Operands:
     """Token tensors with unit stride along their last dimension."""
     names = ("query", "key", "value", "query_position", "key_position")
-    return x._replace(**{name: t if (t := getattr(x, name)) is None else unit_rows(t) for name in names})
+    return replaced(x, **{name: t if (t := getattr(x, name)) is None else unit_rows(t) for name in names})
 
 
-def chunk_arguments(part: Part, opt: Options, cut: Tile, like: Tensor) -> tuple[tuple[Any, ...], tuple[Any, ...], dict[str, Any]]:
-    """(tensors, strides and counts, constants) of the kernels on chunks; `like` is laid out as the output."""
+def chunk_arguments(part: Part, opt: Options, cut: Tile, like: Tensor) -> Arguments:
+    """What the kernels on chunks share; `like` is laid out as the output."""
     x, prepared = part.x, part.prepared
     assert x.query is not None
-    (b, h, l, d), m, e = x.key.shape, x.references.shape[1], x.value.shape[-1]
+    (_, h, l, d), m, e = x.key.shape, x.references.shape[1], x.value.shape[-1]
     _, mp, dp = prepared.y.shape
     ep = padded(e)
     tokens = (x.query, x.key, x.value, x.log_a, x.query_position, x.key_position)
@@ -124,17 +126,11 @@ def chunk_arguments(part: Part, opt: Options, cut: Tile, like: Tensor) -> tuple[
     spans += [s for t in (x.log_a, x.query_position, x.key_position) for s in strides(t)]
     threshold, keep_scale = dropout_constants(opt.dropout_p)
     places = (h, l, math.ceil(l / cut.rows), part.first_head, part.all_heads, threshold, keep_scale)
+    p = 0 if x.reference_position is None else x.reference_position.shape[-1]
     constants = {
         "UPDATE_ROWS": opt.num_iters > 0, "M": m, "MP": mp, "D": d, "DP": dp, "E": e, "EP": ep,
-        "P": 0 if x.reference_position is None else x.reference_position.shape[-1], "DOT": opt.kernel == "dot",
+        "P": p, "PP": power_of_two(p), "DOT": opt.kernel == "dot",
         "DROPOUT": x.seed is not None, "STEP": step, "BC": cut.rows, "DEPTH": min(cut.depth, dp),
         "VDEPTH": min(cut.depth, ep), "PRECISION": device_of(x.key).precision, "ACROSS": mp >= 16 * cut.warps,
     }  # fmt: skip
-    return tensors, (*spans, *places, -math.log2(l) if l else 0.0), constants
-
-
-def _read_chunks(part: Part, opt: Options, log_c: Tensor, z: Tensor, output: Tensor, cut: Tile) -> None:
-    """Launches the queries of some heads; writes their `output`."""
-    tensors, counts, constants = chunk_arguments(part, opt, cut, output)
-    programs = log_c.shape[0] * log_c.shape[1]
-    launch(causal_kernel, programs, (*tensors, log_c, z, output, *counts), constants, cut)
+    return Arguments(tensors, (*spans, *places, -math.log2(l) if l else 0.0), constants, cut)

@@ -13,7 +13,7 @@ import triton.language as tl
 
 from .logits import key_mass, token_logits
 from .plan import row_update
-from .primitives import INF, SPAN, dot, finite_or_zero, log_sum
+from .primitives import INF, SPAN, dot, finite_or_zero, log_sum, rounded
 
 
 @triton.jit
@@ -29,6 +29,19 @@ def at_head(x, b, h, stride_b, stride_h):
 def product(a, b, PRECISION: tl.constexpr, ACROSS: tl.constexpr):
     """a [BC, K] · b [K, MP], its references shared among warps where ACROSS."""
     return tl.trans(dot(tl.trans(b), tl.trans(a), PRECISION)) if ACROSS else dot(a, b, PRECISION)
+
+
+@triton.jit
+def fine_product(a, b, PRECISION: tl.constexpr, ACROSS: tl.constexpr):
+    """a [BC, K] float32 · b [K, MP]; for b in half precision a is the sum of two such numbers.
+
+    ⟨do_i, v_s⟩ meets every reference: its rounding error would not average out over them.
+    """
+    high = rounded(a, b.dtype)
+    result = product(high, b, PRECISION, ACROSS)
+    if b.dtype != tl.float32:
+        result += product(rounded(a - high.to(tl.float32), b.dtype), b, PRECISION, ACROSS)
+    return result
 
 
 @triton.jit
@@ -107,7 +120,7 @@ def query_weights(l, log_b, log_c, relaxation, UPDATE_ROWS: tl.constexpr):
 
 @triton.jit
 def chunk_weights(w, omega, ref, before, log_c, narrow, count, FACTOR: tl.constexpr, PRECISION: tl.constexpr):
-    """(A [BC, BC] lower triangular, weights of the means before the chunk [BC, MP]) from w [BC, MP] (W or a multiple)."""
+    """(A [BC, BC] lower triangular, weights of the means before the chunk [BC, MP]) from W or a multiple w [BC, MP]."""
     BC: tl.constexpr = omega.shape[0]
     seen = log_c > -INF
     safe = finite_or_zero(log_c)
@@ -117,7 +130,7 @@ def chunk_weights(w, omega, ref, before, log_c, narrow, count, FACTOR: tl.conste
         scaled = tl.where(seen, w * tl.exp2(ref[None, :] - safe), 0.0)
         carried = scaled * tl.exp2(before - ref)[None, :]
         e = tl.exp2(omega - ref[None, :])
-        a = lower(dot(scaled.to(FACTOR), tl.trans(e.to(FACTOR)), PRECISION))
+        a = lower(dot(rounded(scaled, FACTOR), tl.trans(rounded(e, FACTOR)), PRECISION))
     else:
         carried = w * tl.exp2(before[None, :] - safe)
         i = tl.arange(0, BC)
@@ -127,28 +140,35 @@ def chunk_weights(w, omega, ref, before, log_c, narrow, count, FACTOR: tl.conste
 
 
 @triton.jit
-def chunk_plan(
-    query, key, log_a, query_position, key_position, pi, y, y_t, log_b, before, rows, count, last,
-    stride_qn, stride_kn, stride_an, stride_on, stride_pn, beta, scale, lam_a, tau, uniform,
-    UPDATE_ROWS: tl.constexpr, M: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, DEPTH: tl.constexpr,
-    P: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, ACROSS: tl.constexpr,
+def chunk_log_weights(
+    key, log_a, position, pi, y, y_t, log_b, rows, last, stride_n, stride_an, stride_pn,
+    beta, scale, relaxation, tau, uniform, UPDATE_ROWS: tl.constexpr, M: tl.constexpr, D: tl.constexpr,
+    DP: tl.constexpr, DEPTH: tl.constexpr, P: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+    ACROSS: tl.constexpr,
 ):  # fmt: skip
-    """Of a chunk: (live queries, live keys, what `token_logits` gives of queries and of keys, ω, ref, narrow, log C).
-
-    The strides of positions are stride_on (queries) and stride_pn (keys).
-    """
+    """(which keys take part [BC], ω) of a chunk."""
     live, mass = key_mass(log_a, rows, last, stride_an, uniform)
-    of_keys = token_logits(
-        key, rows, live, stride_kn, key_position, stride_pn, pi, y, y_t, beta, scale, tau, M, D, DP, DEPTH, P, DOT, PRECISION, ACROSS,
+    l, kappa, cosine, inverse, first_columns = token_logits(
+        key, rows, live, stride_n, position, stride_pn, pi, y, y_t, beta, scale, tau,
+        M, D, DP, DEPTH, P, DOT, PRECISION, ACROSS,
     )  # fmt: skip
-    omega = log_weights(of_keys[0], log_b, mass, lam_a, UPDATE_ROWS, M)
+    return live, log_weights(l, log_b, mass, relaxation, UPDATE_ROWS, M)
+
+
+@triton.jit
+def chunk_keys(
+    key, log_a, position, pi, y, y_t, log_b, before, rows, count, last, stride_n, stride_an, stride_pn,
+    beta, scale, relaxation, tau, uniform, UPDATE_ROWS: tl.constexpr, M: tl.constexpr, D: tl.constexpr,
+    DP: tl.constexpr, DEPTH: tl.constexpr, P: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+    ACROSS: tl.constexpr,
+):  # fmt: skip
+    """(which keys take part [BC], ω, ref, whether products of factors are exact, log C) of a chunk of `count` keys."""
+    live, omega = chunk_log_weights(
+        key, log_a, position, pi, y, y_t, log_b, rows, last, stride_n, stride_an, stride_pn,
+        beta, scale, relaxation, tau, uniform, UPDATE_ROWS, M, D, DP, DEPTH, P, DOT, PRECISION, ACROSS,
+    )  # fmt: skip
     ref, narrow = column_units(omega, before)
-    log_c = prefix_log_sums(omega, ref, before, narrow, count)
-    asked = rows < last
-    of_queries = token_logits(
-        query, rows, asked, stride_qn, query_position, stride_on, pi, y, y_t, beta, scale, tau, M, D, DP, DEPTH, P, DOT, PRECISION, ACROSS,
-    )  # fmt: skip
-    return asked, live, of_queries, of_keys, omega, ref, narrow, log_c
+    return live, omega, ref, narrow, prefix_log_sums(omega, ref, before, narrow, count)
 
 
 @triton.jit
@@ -162,7 +182,7 @@ def pooled_products(
     products = from_means
     if narrow:
         e = tl.exp2(omega - ref[None, :])
-        inside = product(d.to(FACTOR), e.to(FACTOR), PRECISION, ACROSS) + tl.exp2(before - ref)[None, :] * from_means
+        inside = fine_product(d, rounded(e, FACTOR), PRECISION, ACROSS) + tl.exp2(before - ref)[None, :] * from_means
         products = tl.where(seen, tl.exp2(ref[None, :] - safe) * inside, 0.0)
     else:
         products = tl.exp2(before[None, :] - safe) * from_means
@@ -180,9 +200,10 @@ def _ratio(omega, log_c, s):
 
 @triton.jit
 def key_gradient(
-    w, d_log_c, d, omega, ref, log_c, narrow, count, FACTOR: tl.constexpr, PRECISION: tl.constexpr, ACROSS: tl.constexpr
-):
-    """(A [BC, BC], dω [BC, MP]) of the chunk's own queries: dω_sj = Σ_{i≥s} e^{ω_sj}/C_ij (W_ij ⟨do_i, v_s⟩ + d log C_ij)."""
+    w, d_log_c, d, omega, ref, log_c, narrow, count,
+    FACTOR: tl.constexpr, PRECISION: tl.constexpr, ACROSS: tl.constexpr,
+):  # fmt: skip
+    """(A [BC, BC], Σ_{i≥s} e^{ω_sj}/C_ij (W_ij ⟨do_i, v_s⟩ + d log C_ij) [BC, MP]) of the chunk's own queries."""
     BC: tl.constexpr = omega.shape[0]
     seen = log_c > -INF
     safe = finite_or_zero(log_c)
@@ -191,10 +212,10 @@ def key_gradient(
     if narrow:
         e = tl.exp2(omega - ref[None, :])
         fade = tl.where(seen, tl.exp2(ref[None, :] - safe), 0.0)
-        scaled = (w * fade).to(FACTOR)
-        a = lower(dot(scaled, tl.trans(e.to(FACTOR)), PRECISION))
+        scaled = rounded(w * fade, FACTOR)
+        a = lower(dot(scaled, tl.trans(rounded(e, FACTOR)), PRECISION))
         later = tl.cumsum(d_log_c * fade, 0, reverse=True)
-        d_omega = e * (product(tl.trans(d.to(FACTOR)), scaled, PRECISION, ACROSS) + later)
+        d_omega = e * (fine_product(tl.trans(d), scaled, PRECISION, ACROSS) + later)
     else:
         i = tl.arange(0, BC)
         a = tl.zeros_like(d)
@@ -205,6 +226,12 @@ def key_gradient(
             row = tl.sum(ratio * (column_of(d, s)[:, None] * w + d_log_c), 0)
             d_omega = tl.where((i == s)[:, None], row[None, :], d_omega)
     return a, d_omega
+
+
+@triton.jit
+def tile_at(x, at, BC: tl.constexpr, MP: tl.constexpr):
+    """Where a chunk's [BC, MP] numbers lie."""
+    return x + (at * BC + tl.arange(0, BC))[:, None] * MP + tl.arange(0, MP)[None, :]
 
 
 @triton.jit
