@@ -45,12 +45,13 @@ DEFAULT: dict[tuple[str, str, str], Tile] = {
     ("across", "large", "half"): Tile(32, 32, 8, 1),
     ("across", "medium", "single"): Tile(32, 32, 8, 1),
     ("across", "large", "single"): Tile(16, 16, 8, 1),
-    ("gradient", "small", "half"): Tile(32, 64, 4, 1),
-    ("gradient", "medium", "half"): Tile(32, 64, 8, 1),
-    ("gradient", "large", "half"): Tile(32, 32, 8, 1),
-    ("gradient", "small", "single"): Tile(32, 32, 4, 1),
-    ("gradient", "medium", "single"): Tile(32, 32, 8, 1),
-    ("gradient", "large", "single"): Tile(32, 32, 8, 1),
+    # Half precision: [references, rows] products, so 16 or 32 tokens give every warp 16 references and small tiles.
+    ("gradient", "small", "half"): Tile(32, 64, 4, 2),
+    ("gradient", "medium", "half"): Tile(16, 128, 8, 2),
+    ("gradient", "large", "half"): Tile(16, 64, 8, 1),
+    ("gradient", "small", "single"): Tile(16, 32, 4, 1),
+    ("gradient", "medium", "single"): Tile(16, 32, 8, 1),
+    ("gradient", "large", "single"): Tile(16, 16, 8, 1),
     # "chunk": the causal kernels hold several [rows, M] tiles at once and no sums across a loop.
     ("chunk", "small", "half"): Tile(64, 64, 4, 1),
     ("chunk", "medium", "half"): Tile(64, 64, 8, 1),
@@ -64,12 +65,31 @@ DEFAULT: dict[tuple[str, str, str], Tile] = {
     ("chunk_backward", "small", "single"): Tile(32, 32, 8, 1),
     ("chunk_backward", "medium", "single"): Tile(32, 32, 8, 1),
     ("chunk_backward", "large", "single"): Tile(16, 32, 8, 1),
+    # "features" hold [rows, R] sums over blocks of `depth` landmarks; "features_backward" the [depth, R] and [depth, D]
+    # sums of such a block, or [rows, D] ones: 16 rows keep the widest within 99 KiB of shared memory.
+    ("features", "small", "half"): Tile(64, 64, 4, 2),
+    ("features", "medium", "half"): Tile(64, 64, 4, 2),
+    ("features", "large", "half"): Tile(32, 64, 8, 1),
+    ("features", "small", "single"): Tile(32, 32, 4, 1),
+    ("features", "medium", "single"): Tile(32, 32, 4, 1),
+    ("features", "large", "single"): Tile(32, 32, 8, 1),
+    ("features_backward", "small", "half"): Tile(32, 64, 4, 1),
+    ("features_backward", "medium", "half"): Tile(64, 64, 8, 1),
+    ("features_backward", "large", "half"): Tile(32, 32, 8, 1),
+    ("features_backward", "small", "single"): Tile(32, 32, 4, 1),
+    ("features_backward", "medium", "single"): Tile(32, 32, 8, 1),
+    ("features_backward", "large", "single"): Tile(16, 32, 8, 1),
 }
 # With 227 KiB of shared memory, 128 head dims stay in one product: nothing of the references is loaded twice.
 HOPPER: dict[tuple[str, str, str], Tile] = {
     ("row", "medium", "half"): Tile(64, 128, 4, 2),
 }
-OVERRIDES: dict[str, dict[tuple[str, str, str], Tile]] = {"sm_80": {}, "sm_90": HOPPER, "sm_100": HOPPER, "default": {}}
+# 64 rows would go to tcgen05, whose results live in tensor memory: by the model the exponentials are then taken twice.
+BLACKWELL = HOPPER | {
+    ("row", "small", "half"): Tile(32, 64, 4, 2),
+    ("column", "small", "half"): Tile(32, 64, 4, 2),
+}
+OVERRIDES: dict[str, dict[tuple[str, str, str], Tile]] = {"sm_80": {}, "sm_90": HOPPER, "sm_100": BLACKWELL, "default": {}}
 INTERPRETER = Tile(64, 64, 4, 1)  # a step costs the same at any size: few steps, yet several at the lengths tested
 
 
