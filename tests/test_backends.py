@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import os
 from typing import Any
 
 import pytest
@@ -16,6 +17,26 @@ from setformer_kernels.testing.budget import cast
 
 reference = functools.partial(SF.set_attention, backend="reference")
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+# A tensor operation takes 0.1 ms on Triton's interpreter.  A GPU runs everything; there float16, which shares its code
+# with bfloat16 but for the range of its weights, runs these, and small gradients are averaged over fewer draws.
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+HALF_CASES = (
+    "plain",
+    "length_63",
+    "tensors",
+    "float_mask",
+    "dot",
+    "small_epsilon",
+    "dropout",
+    "causal_t1",
+    "causal_mask",
+)
+
+
+def too_long(native: str, dtype: torch.dtype, case: Case) -> bool:
+    return native == "triton" and INTERPRETED and dtype == torch.float16 and case.name not in HALF_CASES
 
 
 def fits(case: Case, dtype: torch.dtype) -> bool:
@@ -42,6 +63,8 @@ def test_output_and_every_gradient_within_the_error_budget(
 ) -> None:
     if not fits(case, dtype):
         pytest.skip("out of float16's range")
+    if too_long(native, dtype, case):
+        pytest.skip("float16 on the interpreter: other cases stand for this one")
     inputs, cotangent, exact, model = expected(case.name, dtype, torch.get_default_device())
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     fast = gradients(functools.partial(SF.set_attention, backend=native), cast(inputs, wide, dtype), cotangent)
@@ -58,10 +81,12 @@ DRAWS = 12
 )
 def test_small_gradients_within_the_error_budget(case: Case, dtype: torch.dtype, native: str) -> None:
     """[H] or [H, M] numbers are too few for a norm of rounding errors to mean much: many draws make one norm."""
+    if too_long(native, dtype, case):
+        pytest.skip("float16 on the interpreter: other cases stand for this one")
     tokens, keywords = make(case)
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     draws: list[tuple[dict[str, Tensor], ...]] = []
-    for _ in range(DRAWS):
+    for _ in range(4 if native == "triton" and INTERPRETED else DRAWS):
         drawn = {name: torch.randn_like(tokens[name]) for name in ("query", "value")}
         inputs = tokens | drawn | keywords
         cotangent = torch.randn(case.B, case.H, case.L, case.E, dtype=torch.float64)
