@@ -74,7 +74,7 @@ DEFAULT: dict[tuple[str, str, str], Tile] = {
     ("features", "medium", "single"): Tile(32, 32, 4, 1),
     ("features", "large", "single"): Tile(32, 32, 8, 1),
     ("features_backward", "small", "half"): Tile(32, 64, 4, 1),
-    ("features_backward", "medium", "half"): Tile(64, 64, 8, 1),
+    ("features_backward", "medium", "half"): Tile(32, 32, 8, 1),
     ("features_backward", "large", "half"): Tile(32, 32, 8, 1),
     ("features_backward", "small", "single"): Tile(32, 32, 4, 1),
     ("features_backward", "medium", "single"): Tile(32, 32, 8, 1),

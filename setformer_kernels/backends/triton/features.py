@@ -111,7 +111,7 @@ def features(x: Tensor, landmarks: Tensor, bandwidth: Tensor | None, scalar: flo
     result, psi = rows_like(x, landmarks.shape[1])
     prepared = prepared_landmarks(x_, landmarks, bandwidth, scalar)
     w = whitening(landmarks, prepared, ridge, x.dtype)
-    t, constants = cut(x, landmarks, "row")
+    t, constants = cut(x, landmarks, "features")
     step = stride_step(x_, psi)
     args = (x_, prepared.y, w, prepared.parameters, psi, *strides(x_, step), *strides(psi, step), h, n)
     launch(features_kernel, b * h * -(-n // t.rows), args, constants | {"STEP": step}, t)

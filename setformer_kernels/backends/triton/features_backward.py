@@ -30,7 +30,7 @@ from .whitening import landmark_cosines, rounded, whitening, whitening_backward
 
 EXTRA = 16  # numbers behind dW and dŵ in a partial sum: dβ of up to 16 blocks of landmarks
 SUM_TILE = Tile(rows=16, depth=256, warps=4, stages=1)  # partial sums are read once: rows · depth loads in flight
-LANDMARK_TILE = Tile(rows=16, depth=32, warps=8, stages=1)  # [16, 256] sums and [32, 256] landmarks in registers
+LANDMARK_TILE = Tile(rows=16, depth=16, warps=4, stages=1)  # [16, 256] sums are 32 registers a thread
 
 
 @triton.jit(do_not_specialize=[*COUNTS, "stride_db", "stride_dh", "stride_dn", "stretch", "splits"])
@@ -159,7 +159,7 @@ def _over_tokens(
 ) -> tuple[Tensor, int]:
     """Writes dx where it is wanted; (dW, dŵ, dβ summed over tokens and batch [H, SIZE], how many parts dβ has)."""
     b, h, n, _ = x.shape
-    t, constants = cut(x, landmarks, "gradient")
+    t, constants = cut(x, landmarks, "features_backward")
     rp, dp = prepared.y.shape[1:]
     blocks, size = rp // constants["RC"], rp * (rp + dp) + EXTRA
     split = split_tokens(n, t.rows, b * h, device_of(x).multiprocessors)

@@ -26,12 +26,10 @@ from .launch import Device, device_of, launch
 from .primitives import INF, LN2, LOG2E, finite_or_zero, potential
 from .transport import Split, split_tokens
 
-# Numbers of ℓ in one program: 64 registers a thread of eight warps for ℓ, as many for its exponentials.  A larger
-# problem would not fit one multiprocessor's registers, and a program cannot share it with another.
-RESIDENT = 16384
-# Several small problems share a program up to here: 32 registers a thread of four warps.
-SHARED = 4096
-STREAM = 4096  # numbers of a tile that streams: 32 registers a thread of four warps
+# Numbers of ℓ in one program: 32 registers a thread of eight warps for ℓ, as many for its exponentials and more for
+# addresses.  Twice as many spill, and a problem is not shared by programs.
+RESIDENT = 8192
+STREAM = 4096  # numbers of a tile that streams: 16 registers a thread of eight warps
 WIDEST = 256  # columns of such a tile
 COLUMNS = Tile(rows=16, depth=64, warps=4, stages=1)  # partial sums of [16 splits, 64 columns] at a time
 MASSES = ["stride_lg", "stride_ln", "stride_ag", "stride_an", "stride_bg", "stride_bm", "G", "N", "M", "T"]
@@ -46,7 +44,8 @@ class Cut(NamedTuple):
 
     @property
     def tile(self) -> Tile:
-        warps = max(1, min(8, self.problems * self.rows * self.columns // 1024))
+        """16 registers a thread for each array of the tile's size, up to eight warps."""
+        warps = min(8, self.problems * self.rows * self.columns // 512)
         return Tile(rows=self.rows, depth=self.columns, warps=warps, stages=1)
 
 
@@ -55,7 +54,7 @@ def resident(n: int, m: int, limit: int = RESIDENT) -> Cut | None:
     rows, columns = padded(n), padded(m)
     if rows * columns > limit:
         return None
-    return Cut(max(1, SHARED // (rows * columns)), rows, columns)
+    return Cut(max(1, limit // 2 // (rows * columns)), rows, columns)  # several small problems share a program
 
 
 @triton.jit
@@ -319,7 +318,7 @@ def stream(n: int, m: int, groups: int, device: Device) -> tuple[Tile, Split]:
     """The tile of a streaming program, and the rows each takes: those of one tile where the columns need several."""
     columns = min(WIDEST, padded(m))
     rows = INTERPRETER.rows if device.family == "interpreter" else STREAM // columns
-    t = Tile(rows=rows, depth=columns, warps=4, stages=1)
+    t = Tile(rows=rows, depth=columns, warps=8, stages=1)
     split = split_tokens(n, t.rows, groups, device.multiprocessors) if m <= columns else Split(t.rows, -(-n // t.rows))
     return t, split
 
@@ -386,9 +385,9 @@ def _stream(
     uniform_a, uniform_b = uniform(n, m)
     for step in range(1, max(num_iters, 1) + 1):
         counts = (*strides[:4], n, m, *split, blocks, step, uniform_a, rates[0], tol)
-        tensors = (l, log_a, lam_a, f, g, moved[0], peaks, totals)
-        launch(rows_kernel, groups * split.count, (*tensors, *counts), cut_rows, t)
+        args: tuple[Any, ...] = (l, log_a, lam_a, f, g, moved[0], peaks, totals, *counts)
+        launch(rows_kernel, groups * split.count, args, cut_rows, t)
         counts = (*strides[4:], m, c.shape[1], split.count, blocks, step, uniform_b, rates[1], tol)
-        tensors = (peaks, totals, log_b, lam_b, g, c, iters, *moved)
-        launch(columns_kernel, groups * blocks, (*tensors, *counts), cut_columns, COLUMNS)
+        args = (peaks, totals, log_b, lam_b, g, c, iters, *moved, *counts)
+        launch(columns_kernel, groups * blocks, args, cut_columns, COLUMNS)
         moved.reverse()

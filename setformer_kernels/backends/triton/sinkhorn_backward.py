@@ -37,7 +37,7 @@ from .sinkhorn import (
     unit_stride,
 )
 
-RESIDENT = 8192  # numbers of ℓ in one program: ℓ, dℓ, Q and R are 32 registers a thread of eight warps each
+RESIDENT = 4096  # numbers of ℓ in one program: ℓ, dℓ, Q and R are 16 registers a thread of eight warps each
 FINISH = Tile(rows=1, depth=256, warps=4, stages=1)
 
 
@@ -172,8 +172,8 @@ def rows_backward_kernel(
         df = tl.where(sums > -INF, df, 0.0)
         total_lam -= df * finite_or_zero(sums)
         if d_log_a is not None:
-            at = d_log_a + group * N + rows
-            tl.store(at, df + tl.load(at, mask=rows < tl.where(t < ran, end, 0), other=0.0), mask=live)
+            own = d_log_a + group * N + rows
+            tl.store(own, df + tl.load(own, mask=rows < tl.where(t < ran, end, 0), other=0.0), mask=live)
         for column in range(0, M, BM):
             j = column + tl.arange(0, BM)
             l = load_tile(log_kernel, rows, live, stride_ln, j, M)
