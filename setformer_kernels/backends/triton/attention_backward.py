@@ -54,7 +54,7 @@ def _backward(
         transport_backward(x, opt, prepared, state, given, of_keys, out, parts, need["log_b"] and x.log_b is not None)
     found = {name: _in_order_of(getattr(x, name), t) for name, t in rows.items()}
     found |= parameter_gradients(x, opt, prepared, parts, needs)
-    return Operands(**{name: found.get(name) for name in Operands._fields})
+    return Operands._make(found.get(name) for name in Operands._fields)
 
 
 def _split(x: Operands, tokens: Tensor) -> Split:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ...problem import HYPER, Operands, Options, empty_in_order
 from .config import Tile
-from .launch import launch
+from .launch import Device, launch
 from .prepare import Prepared
 from .primitives import dot, exact_scale, inverse_norm, rounded
 
@@ -66,6 +66,14 @@ def wants_parameters(x: Operands, needs: Sequence[bool]) -> bool:
     return any(need[name] and getattr(x, name) is not None for name in PARAMETERS)
 
 
+def across(device: Device, tokens: Tensor) -> bool:
+    """Whether warps share the references (see `tokens_by`): with few tokens a tile, sharing these would repeat work.
+
+    Not for float32 on Hopper and Blackwell, whose wide products would hold three parts of the references in registers.
+    """
+    return tokens.element_size() == 2 or device.family not in ("sm_90", "sm_100")
+
+
 @triton.jit
 def tokens_by(a, b, PRECISION: tl.constexpr, ACROSS: tl.constexpr):
     """a [BN, K] · b [K, J] with a tokens' row per row of a; ACROSS: as (bᵀ aᵀ)ᵀ, so that warps share the columns."""
@@ -93,10 +101,7 @@ def token_gradient(
     dx = tokens_by(operand, y, PRECISION, ACROSS)
     if not DOT:
         wide = x.to(tl.float32)
-        if WHOLE:
-            along = tl.sum(wide * dx, 1) * inverse
-        else:
-            along = tl.sum(operand.to(tl.float32) * cosine, 1)
+        along = tl.sum(wide * dx, 1) * inverse if WHOLE else tl.sum(operand.to(tl.float32) * cosine, 1)
         dx -= wide * (along * inverse)[:, None]
         if x.dtype == tl.float16:
             dx *= tl.where(rest > 0, inverse / tl.where(rest > 0, rest, 1.0), 0.0)[:, None]
@@ -144,7 +149,7 @@ def store_sums(sums, slot, d_beta, d_epsilon, d_key_relaxation, d_reference_rela
 
 @triton.jit
 def sum_slots(parts, first, step, batch, slots, used, size, index, inside):
-    """Σ parts [BH, slots, size] at `index` [BLOCK] over the first `used` slots of `batch` heads first, first + step, .."""
+    """Σ parts [BH, slots, size] at `index` [BLOCK], over `used` slots of `batch` heads first, first + step, .."""
     i = tl.arange(0, 16)
     total = tl.zeros([index.shape[0]], tl.float32)
     for start in range(0, batch * used, 16):

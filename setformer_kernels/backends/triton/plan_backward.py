@@ -1,8 +1,8 @@
-"""What the passes over the keys share in the backward of the transport: merged gradients and the plan of every iteration.
+"""What the passes over the keys share in the transport's backward: merged gradients and the plan of every iteration.
 
 With p = e^{ℓ+g^{t−1}−m} the numerators of the row update and r = Σ_j p: R^t = p/r, and Q^t_sj = e^{ℓ+f^t−c^t} is
 
-    narrow (see plan.py):  the forward's weight e^{ℓ+f+g−k}, k = (1 − λ_a) max g, from p · e^{k−g−c}      else:  e^{ℓ+f−c} · 1
+    narrow (see plan.py):  e^{ℓ+f+g−k} · e^{k−g−c},  k = (1 − λ_a) max g,  the first from p        else:  e^{ℓ+f−c} · 1
 
 In both the first factor is computed as the forward did, so that its errors cancel against those of c^t.
 """
@@ -229,7 +229,8 @@ def merged_state(
     tensors = (given.part_z, parts.log_b, *given[2:], z, c, prepared.log_b, x.log_a, prepared.parameters, *out)
     counts = (*strides(x.log_a), h, x.key.shape[2], given.splits, parts.log_b.shape[1], iterations)
     constants = {
-        "RANGE": range_known(x, opt), "UPDATE_ROWS": opt.num_iters > 0, "M": m, "MP": mp, "E": e, "EP": ep, "ROWS": rows,
+        "RANGE": range_known(x, opt), "UPDATE_ROWS": opt.num_iters > 0, "M": m, "MP": mp, "E": e, "EP": ep,
+        "ROWS": rows,
     }  # fmt: skip
     launch(state_kernel, b * h * (mp // rows + iterations), (*tensors, *counts), constants, TILE)
     return out

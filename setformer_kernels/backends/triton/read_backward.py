@@ -1,4 +1,4 @@
-"""Backward of reading: one pass over the queries gives dq, and the sums over queries dz, dg^T and the parameters' parts.
+"""Backward of reading: one pass over the queries gives dq, and the sums dz, dg^T and the parameters' parts.
 
     dP_ij = ⟨do_i, z_j⟩,  dS_ij = W^q_ij (dP_ij − Σ_j W^q_ij dP_ij),  dz_j = Σ_i W^q_ij do_i,  dg^T_j = Σ_i dS_ij
 
@@ -8,15 +8,13 @@ columns of dŷ and VDEPTH columns of dz: longer head dims are shared among progr
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from ...problem import Operands, Options
 from .config import padded, tile
-from .gradients import Partials, kernel_sums, position_sums, power_of_two, store_sums, token_gradient, tokens_by
+from .gradients import Partials, across, kernel_sums, position_sums, power_of_two, store_sums, token_gradient, tokens_by
 from .launch import device_of, launch
 from .logits import head_parameters, load_references, load_references_t, load_rows, token_logits
 from .plan import range_known
@@ -26,10 +24,11 @@ from .primitives import dot, keep_mask, rounded
 from .read import dropout_constants, dual_potential, load_pooled
 from .transport import Split
 
-COUNTS = (
-    "stride_qb stride_qh stride_qn stride_ob stride_oh stride_on stride_db stride_dh stride_dn stride_pb stride_ph "
-    "stride_pn stride_ab stride_ah stride_an H L S stretch splits slots iterations threshold"
-).split()
+COUNTS = [
+    "stride_qb", "stride_qh", "stride_qn", "stride_ob", "stride_oh", "stride_on", "stride_db", "stride_dh",
+    "stride_dn", "stride_pb", "stride_ph", "stride_pn", "stride_ab", "stride_ah", "stride_an", "H", "L", "S",
+    "stretch", "splits", "slots", "iterations", "threshold",
+]  # fmt: skip
 
 
 @triton.jit
@@ -51,11 +50,14 @@ def read_gradient(w, d_o_z, seed, bh, L, rows, threshold, keep_scale, M: tl.cons
 
 @triton.jit(do_not_specialize=COUNTS)
 def read_backward_kernel(
-    query, d_o, log_a, position, y, log_b, pi, parameters, c, z, seed, d_query, part_z, part_g, part_y, part_sums, part_position,
+    query, d_o, log_a, position, y, log_b, pi, parameters, c, z, seed,
+    d_query, part_z, part_g, part_y, part_sums, part_position,
     stride_qb, stride_qh, stride_qn, stride_ob, stride_oh, stride_on, stride_db, stride_dh, stride_dn,
-    stride_ab, stride_ah, stride_an, stride_pb, stride_ph, stride_pn, H, L, S, stretch, splits, slots, iterations, threshold, keep_scale,
+    stride_ab, stride_ah, stride_an, stride_pb, stride_ph, stride_pn,
+    H, L, S, stretch, splits, slots, iterations, threshold, keep_scale,
     RANGE: tl.constexpr, T_POSITIVE: tl.constexpr, M: tl.constexpr, MP: tl.constexpr, D: tl.constexpr,
-    DP: tl.constexpr, E: tl.constexpr, EP: tl.constexpr, P: tl.constexpr, PP: tl.constexpr, PLACES: tl.constexpr, DOT: tl.constexpr, DROPOUT: tl.constexpr, STEP: tl.constexpr,
+    DP: tl.constexpr, E: tl.constexpr, EP: tl.constexpr, P: tl.constexpr, PP: tl.constexpr, PLACES: tl.constexpr,
+    DOT: tl.constexpr, DROPOUT: tl.constexpr, STEP: tl.constexpr,
     BL: tl.constexpr, DEPTH: tl.constexpr, VDEPTH: tl.constexpr, PRECISION: tl.constexpr, ACROSS: tl.constexpr,
 ):  # fmt: skip
     """`stretch` queries of one head, DEPTH columns of dq and dŷ, VDEPTH columns of dz."""
@@ -150,7 +152,7 @@ def read_backward_kernel(
             tl.store(part_z + out[:, None] * EP + e[None, :], d_z)
         if block == 0:
             tl.store(part_g + slot, d_g)
-    if part_y is not None:
+    if part_y is not None:  # noqa: SIM102  (known when compiled; the inner one is not)
         if block < d_blocks:
             tl.store(part_y + slot[:, None] * DP + d[None, :], d_y)
     if block == 0:
@@ -185,10 +187,11 @@ def read_backward(
     p = 0 if position is None else position.shape[-1]
     depth, value_depth = min(cut.depth, dp), min(cut.depth, ep)
     constants = {
-        "RANGE": range_known(x, opt), "T_POSITIVE": opt.num_iters > 0, "M": m, "MP": mp, "D": d, "DP": dp, "E": e, "EP": ep, "P": p,
-        "PP": power_of_two(p), "PLACES": p > 0 and any(t is not None for t in parts[2:]),
+        "RANGE": range_known(x, opt), "T_POSITIVE": opt.num_iters > 0, "M": m, "MP": mp, "D": d, "DP": dp, "E": e,
+        "EP": ep, "P": p, "PP": power_of_two(p), "PLACES": p > 0 and any(t is not None for t in parts[2:]),
         "DOT": opt.kernel == "dot", "DROPOUT": x.seed is not None, "STEP": step,
-        "BL": cut.rows, "DEPTH": depth, "VDEPTH": value_depth, "PRECISION": device.precision, "ACROSS": query.element_size() == 2,
+        "BL": cut.rows, "DEPTH": depth, "VDEPTH": value_depth, "PRECISION": device.precision,
+        "ACROSS": across(device, query),
     }  # fmt: skip
     blocks = max(dp // depth, ep // value_depth)
     launch(read_backward_kernel, b * h * split.count * blocks, (*tensors, *spans, *counts), constants, cut)

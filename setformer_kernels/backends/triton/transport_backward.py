@@ -4,8 +4,8 @@
     t = T:  C_sj = W^k_sj (⟨v_s, dz_j⟩ − ⟨dz_j, z_j⟩ + dc^T_j)      t < T:  C_sj = Q^t_sj dc^t_j
     df^t_s = Σ_j C_sj,   dℓ += C − λ_a R^t df^t,   dg^{t−1}_j = −λ_a Σ_s R^t_sj df^t_s,   dv_s = Σ_j W^k_sj dz_j
 
-`column_kernel` is one pass over the keys per t = T..2, for dg^{t−1} alone; `key_kernel` then sums all terms of dℓ in one
-last pass, with dg^0, and takes them to dk and the parameters as `gradients` says.
+`column_kernel` is one pass over the keys per t = T..2, for dg^{t−1} alone; `key_kernel` then sums all terms of dℓ in a
+last one, with dg^0, and takes them to dk and the parameters as `gradients` says.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from ...problem import Operands, Options
 from .config import padded, tile
 from .gradients import (
     Partials,
+    across,
     kernel_sums,
     position_sums,
     power_of_two,
@@ -41,29 +42,56 @@ from .transport import Split
 @triton.jit
 def value_products(
     value, rows, live, stride, d_z, first_t,
-    MP: tl.constexpr, E: tl.constexpr, EP: tl.constexpr, VDEPTH: tl.constexpr, PRECISION: tl.constexpr, ACROSS: tl.constexpr,
+    MP: tl.constexpr, E: tl.constexpr, EP: tl.constexpr, VDEPTH: tl.constexpr, PRECISION: tl.constexpr,
+    ACROSS: tl.constexpr,
 ):  # fmt: skip
     """⟨v_s, dz_j⟩ [BS, MP]; first_t: the first VDEPTH columns of dz, transposed."""
-    product = tokens_by(load_rows(value, rows, live, stride, tl.arange(0, VDEPTH), E), first_t, PRECISION, ACROSS)
+    v = load_rows(value, rows, live, stride, tl.arange(0, VDEPTH), E)
+    product = tokens_by(v, first_t, PRECISION, ACROSS)
     for start in tl.static_range(VDEPTH, EP, VDEPTH):
         v = load_rows(value, rows, live, stride, start + tl.arange(0, VDEPTH), E)
         product += tokens_by(v, load_references_t(d_z, start, MP, EP, VDEPTH), PRECISION, ACROSS)
     return product
 
 
-TOKENS = (
-    "stride_kb stride_kh stride_kn stride_vb stride_vh stride_vn stride_ab stride_ah stride_an stride_pb stride_ph "
-    "stride_pn H S stretch splits"
-).split()
-OUTPUTS = (
-    "stride_dkb stride_dkh stride_dkn stride_dvb stride_dvh stride_dvn stride_dab stride_dah stride_dan slots first_slot "
-    "iterations"
-).split()
+TOKENS = [
+    "stride_kb",
+    "stride_kh",
+    "stride_kn",
+    "stride_vb",
+    "stride_vh",
+    "stride_vn",
+    "stride_ab",
+    "stride_ah",
+    "stride_an",
+    "stride_pb",
+    "stride_ph",
+    "stride_pn",
+    "H",
+    "S",
+    "stretch",
+    "splits",
+]
+OUTPUTS = [
+    "stride_dkb",
+    "stride_dkh",
+    "stride_dkn",
+    "stride_dvb",
+    "stride_dvh",
+    "stride_dvn",
+    "stride_dab",
+    "stride_dah",
+    "stride_dan",
+    "slots",
+    "first_slot",
+    "iterations",
+]
 
 
 @triton.jit(do_not_specialize=[*TOKENS, "iteration", "iterations"])
 def column_kernel(
-    key, value, log_a, position, y, pi, parameters, d_z, offset, use_values, d_g, columns, factors, d_c, part_in, part_out,
+    key, value, log_a, position, y, pi, parameters,
+    d_z, offset, use_values, d_g, columns, factors, d_c, part_in, part_out,
     stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn, stride_ab, stride_ah, stride_an,
     stride_pb, stride_ph, stride_pn, H, S, stretch, splits, uniform, iteration, iterations,
     LAST: tl.constexpr, RANGE: tl.constexpr, M: tl.constexpr, MP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
@@ -136,7 +164,7 @@ def earlier_terms(
         relaxed += d_f * lse
         row_term = p * (lam_a * d_f / r)[:, None]
         d_l += term - row_term
-        if LOG_B:
+        if LOG_B:  # noqa: SIM102  (known when compiled; the inner one is not)
             if t == 1:
                 d_g_0 -= tl.sum(row_term, 0)
     return d_l, sent, relaxed, d_g_0
@@ -236,12 +264,13 @@ def key_kernel(
                 d_g_0 -= tl.sum(row_term, 0)
         if REPEAT:
             d_l, sent, relaxed, d_g_0 = earlier_terms(
-                d_l, sent, relaxed, d_g_0, kappa, scale, l, mass, lam_a, lam_b, newest, d_g, d_c, columns, factors, bh, iterations,
+                d_l, sent, relaxed, d_g_0, kappa, scale, l, mass, lam_a, lam_b, newest, d_g, d_c, columns, factors, bh,
+                iterations,
                 RANGE, M, P, LOG_B,
             )  # fmt: skip
         if UPDATE_ROWS and M == 1:  # R = 1, and every Q term is its own row sum: exactly 0 where λ_a = 1
             d_l = tl.where((j < M)[None, :], ((1.0 - lam_a) * sent)[:, None], 0.0)
-        if d_log_a is not None:
+        if d_log_a is not None:  # noqa: SIM102
             if block == 0:
                 out_a = d_log_a + b * stride_dab + h * stride_dah + rows.to(tl.int64) * stride_dan
                 tl.store(out_a, sent, mask=inside)
@@ -271,7 +300,7 @@ def key_kernel(
         if part_position is not None:
             tl.store(part_position + (slot * MP + j)[:, None] * PP + tl.arange(0, PP)[None, :], d_pi)
         d_lambda_b = 0.0
-        if UPDATE_ROWS:
+        if UPDATE_ROWS:  # noqa: SIM102
             if split == 0:  # what a head counts once
                 others, d_lambda_b = _totals(d_g, newest, c, bh, iterations, REPEAT, M)
                 d_g_0 += others
@@ -309,10 +338,11 @@ def transport_backward(
     spans = (*strides(key, step), *strides(value, step), *strides(x.log_a), *strides(position), h, s, *split, uniform)
     tokens = (key, value, x.log_a, position, prepared.y, prepared.position, prepared.parameters, *merged, given.d_c)
     p = 0 if position is None else position.shape[-1]
+    depth = min(cut.depth, dp)
     constants = {
         "RANGE": range_known(x, opt), "M": m, "MP": mp, "D": d, "DP": dp, "E": e, "EP": ep, "P": p,
-        "DOT": opt.kernel == "dot", "STEP": step, "BS": cut.rows, "DEPTH": min(cut.depth, dp),
-        "VDEPTH": min(cut.depth, ep), "PRECISION": device.precision, "ACROSS": key.element_size() == 2,
+        "DOT": opt.kernel == "dot", "STEP": step, "BS": cut.rows, "DEPTH": depth,
+        "VDEPTH": min(cut.depth, ep), "PRECISION": device.precision, "ACROSS": across(device, key),
     }  # fmt: skip
     sums = [x.references.new_empty((b * h, split.count, mp)) for _ in range(min(2, iterations - 1))]
     for t in range(iterations, 1, -1):
@@ -326,5 +356,4 @@ def transport_backward(
         "UPDATE_ROWS": opt.num_iters > 0, "REPEAT": iterations > 1, "LOG_B": log_b, "PP": power_of_two(p),
         "PLACES": p > 0 and any(t is not None for t in parts[2:]),
     }  # fmt: skip
-    programs = b * h * split.count * (dp // constants["DEPTH"])
-    launch(key_kernel, programs, (*tokens, *outputs, *spans, *counts), constants, cut)
+    launch(key_kernel, b * h * split.count * (dp // depth), (*tokens, *outputs, *spans, *counts), constants, cut)
