@@ -57,10 +57,14 @@ def store_gradient(
 
 @triton.jit
 def store_parts(
-    dl, kappa, cosine, position, rows, live, stride_n, pi, part_sums, part_position, at, d_lam_a,
+    dl, kappa, cosine, position, rows, live, stride_n, pi, part_sums, part_position, at, d_lam_a, middle,
     ADD: tl.constexpr, M: tl.constexpr, P: tl.constexpr, PP: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
-    """One chunk's parts of the hyperparameters and of the reference positions, added to what stands there where ADD."""
+    """One chunk's parts of the hyperparameters and of the reference positions, added to what stands there where ADD.
+
+    All dℓ of the queries, and all of the keys, sum to 0: moving κ by its value `middle` between orthogonal vectors
+    changes nothing but the weight of their rounding errors.
+    """
     j = tl.arange(0, dl.shape[1])
     d_tau = 0.0
     if P > 0:
@@ -73,7 +77,8 @@ def store_parts(
             tl.store(out, places)
     if part_sums is not None:
         beta_rows, epsilon_rows = kernel_sums(dl, kappa, cosine, DOT)
-        d_beta, d_epsilon = tl.sum(beta_rows), tl.sum(epsilon_rows)
+        total = tl.sum(dl)
+        d_beta, d_epsilon = tl.sum(beta_rows) + middle * total, tl.sum(epsilon_rows) + (1.0 - middle) * total
         old = part_sums + at * 8
         d_lam_b = tl.load(old + 3)  # of the query kernel
         if ADD:
@@ -121,6 +126,7 @@ def token_kernel(
         beta, scale, tau, M, D, DP, DEPTH, P, DOT, PRECISION, ACROSS,
     )  # fmt: skip
     dl = tl.load(tile_at(d_logits, at, BC, MP))
+    middle = 0.0 if DOT else tl.exp2(-beta)
     d_lam = 0.0
     if KEYS:
         d_f = tl.sum(dl, 1)
@@ -131,7 +137,9 @@ def token_kernel(
             numerators, top, total, f = row_update(l, tl.load(log_b + h * MP + j), d_f, lam_a)
             from_rows = numerators * (lam_a * d_f / total)[:, None]
             dl -= from_rows
-            d_lam += tl.sum(d_f * (top + tl.log2(total))) * LN2
+            d_lam += (
+                tl.sum(d_f * (top + tl.log2(total) - (middle - 1.0) * scale)) * LN2
+            )  # Σ df = 0, as in `store_parts`
             tl.store(part_log_b + at * MP + j, tl.load(part_log_b + at * MP + j) - tl.sum(from_rows, 0))
     else:
         tl.store(part_log_b + at * MP + j, tl.sum(dl, 0))
@@ -141,8 +149,9 @@ def token_kernel(
         gradient_factor(parameters, h, DOT), KEYS, MP, D, DP, DEPTH, DOT, PRECISION,
     )  # fmt: skip
     store_parts(
-        dl, kappa, cosine, position, rows, live, stride_pn, pi, part_sums, part_position, at, d_lam, KEYS, M, P, PP, DOT
-    )
+        dl, kappa, cosine, position, rows, live, stride_pn, pi, part_sums, part_position, at, d_lam, middle,
+        KEYS, M, P, PP, DOT,
+    )  # fmt: skip
 
 
 @triton.jit
