@@ -222,7 +222,7 @@ def rows_kernel(
         if UPDATE:
             a = mass(log_a, group * stride_ag + rows.to(tl.int64) * stride_an, live, uniform_a)
             sums = row_log_sums(log_kernel, rows, live, stride_ln, g, M, BM)
-            own = potential(a, rate(lam_a, rate_a, group, True), sums)
+            own = potential(a, rate(lam_a, rate_a, group, group >= 0), sums)
             tl.store(f + rows, own, mask=live)
         else:
             own = tl.load(f + rows, mask=live, other=-INF)
@@ -278,7 +278,7 @@ def columns_kernel(
     if UPDATE:
         old = tl.load(g + group * M + j, mask=inside, other=-INF)
         b = mass(log_b, group * stride_bg + j * stride_bm, inside, uniform_b)
-        new = potential(b, rate(lam_b, rate_b, group, True), new_c)
+        new = potential(b, rate(lam_b, rate_b, group, group >= 0), new_c)
         if LIMITED:
             running = still_running(moved_before, group, blocks, tol, step)
             far = tl.max(distance(new, old), 0)
@@ -314,10 +314,10 @@ def uniform(n: int, m: int) -> tuple[float, float]:
     return -math.log(n), -math.log(m)
 
 
-def stream(n: int, m: int, groups: int, device: Device) -> tuple[Tile, Split]:
-    """The tile of a streaming program, and the rows each takes: those of one tile where the columns need several."""
+def stream(n: int, m: int, groups: int, device: Device, numbers: int = STREAM) -> tuple[Tile, Split]:
+    """The tile of a streaming program, of so many numbers, and the rows each takes: those of one tile where the columns need several."""
     columns = min(WIDEST, padded(m))
-    rows = INTERPRETER.rows if device.family == "interpreter" else STREAM // columns
+    rows = INTERPRETER.rows if device.family == "interpreter" else numbers // columns
     t = Tile(rows=rows, depth=columns, warps=8, stages=1)
     split = split_tokens(n, t.rows, groups, device.multiprocessors) if m <= columns else Split(t.rows, -(-n // t.rows))
     return t, split

@@ -38,6 +38,7 @@ from .sinkhorn import (
 )
 
 RESIDENT = 4096  # numbers of ℓ in one program: ℓ, dℓ, Q and R are 16 registers a thread of eight warps each
+STREAM = 2048  # numbers of a tile that streams: twice the arrays of the forward pass, half their size
 FINISH = Tile(rows=1, depth=256, warps=4, stages=1)
 
 
@@ -137,7 +138,7 @@ def rows_backward_kernel(
     split = tl.program_id(0) % splits
     group = (tl.program_id(0) // splits).to(tl.int64)
     ran = tl.load(iters + group).to(tl.int32)
-    relax_a, relax_b = rate(lam_a, rate_a, group, True), rate(lam_b, rate_b, group, True)
+    relax_a, relax_b = rate(lam_a, rate_a, group, group >= 0), rate(lam_b, rate_b, group, group >= 0)
     log_kernel += group * stride_lg
     c += group * T * M
     d_g += group * M
@@ -253,7 +254,7 @@ def _stream_backward(
     d_l, d_log_a, d_log_b, d_lam = out
     assert l is not None
     (groups, n, m), T = l.shape, c.shape[1]
-    t, split = stream(n, m, groups, device_of(l))
+    t, split = stream(n, m, groups, device_of(l), STREAM)
     blocks = -(-m // COLUMNS.depth)
     dg, partial = l.new_empty((groups, T + 1, m)), l.new_empty((groups, split.count, m))
     partial_lam = l.new_empty((T, groups, split.count))
