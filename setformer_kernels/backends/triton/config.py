@@ -87,9 +87,20 @@ HOPPER: dict[tuple[str, str, str], Tile] = {
 # 64 rows would go to tcgen05, whose results live in tensor memory: by the model the exponentials are then taken twice.
 BLACKWELL = HOPPER | {
     ("row", "small", "half"): Tile(32, 64, 4, 2),
+    ("row", "medium", "half"): Tile(32, 64, 4, 2),
     ("column", "small", "half"): Tile(32, 64, 4, 2),
+    ("column", "medium", "half"): Tile(32, 64, 8, 2),
 }
-OVERRIDES: dict[str, dict[tuple[str, str, str], Tile]] = {"sm_80": {}, "sm_90": HOPPER, "sm_100": BLACKWELL, "default": {}}
+# Without wgmma the operands are registers too: half the head dims at a time keep them within 255.
+AMPERE: dict[tuple[str, str, str], Tile] = {
+    ("column", "medium", "half"): Tile(64, 32, 8, 2),
+}
+OVERRIDES: dict[str, dict[tuple[str, str, str], Tile]] = {
+    "sm_80": AMPERE,
+    "sm_90": HOPPER,
+    "sm_100": BLACKWELL,
+    "default": AMPERE,
+}
 INTERPRETER = Tile(64, 64, 4, 1)  # a step costs the same at any size: few steps, yet several at the lengths tested
 
 

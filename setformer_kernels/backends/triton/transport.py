@@ -227,13 +227,14 @@ def _range(x: Operands, opt: Options) -> str:
     return "device" if boxed else range_known(x, opt)
 
 
-def warps_across(references: int, known: str) -> bool:
+def warps_across(references: int, known: str, itemsize: int) -> bool:
     """Whether warps share the references rather than the keys.
 
     Sharing keys, a thread holds M/4 entries of every [M] vector: too many beyond 128 references, and beyond 64 where
-    the log domain adds peaks to potentials and sums.  Sharing references costs each row's logarithm in many threads.
+    the log domain adds peaks to potentials and sums, or float32 operands come in three parts.  Sharing references
+    costs each row's logarithm in many threads.
     """
-    return references > (128 if known == "always" else 64)
+    return references > (128 if known == "always" and itemsize == 2 else 64)
 
 
 def column_sums(
@@ -247,7 +248,7 @@ def column_sums(
     _, mp, dp = prepared.y.shape
     ep = padded(e)
     known = _range(x, opt)
-    across = warps_across(mp, known)
+    across = warps_across(mp, known, key.element_size())
     cut = tile("across" if across else "column", device.family, max(mp, dp, ep), key.element_size())
     split = split or split_tokens(s, cut.rows, b * h, device.multiprocessors)
     new = x.references.new_empty
