@@ -146,10 +146,10 @@ def column_kernel(
 
 @triton.jit
 def earlier_terms(
-    d_l, sent, relaxed, d_g_0, kappa, scale, l, mass, lam_a, lam_b, newest, d_g, d_c, columns, factors, bh, iterations,
-    RANGE: tl.constexpr, M: tl.constexpr, P: tl.constexpr, LOG_B: tl.constexpr,
+    d_l, sent, relaxed, d_g_0, center, kappa, scale, l, mass, lam_a, lam_b, newest, d_g, d_c, columns, factors, bh,
+    iterations, RANGE: tl.constexpr, M: tl.constexpr, P: tl.constexpr, LOG_B: tl.constexpr,
 ):  # fmt: skip
-    """Adds the terms of t = T−1..1 to dℓ [BS, MP], Σ_t df^t, Σ_t df^t LSE_j(ℓ + g^{t−1}) [BS] and dg^0 [MP]."""
+    """Adds the terms of t = T−1..1 to dℓ [BS, MP], Σ df^t, Σ df^t (LSE_j(ℓ + g^{t−1}) − center) [BS] and dg^0 [MP]."""
     MP: tl.constexpr = newest.shape[0]
     j = tl.arange(0, MP)
     for step in range(1, iterations):
@@ -161,7 +161,7 @@ def earlier_terms(
         term = first * (second * column_gradient(d_g_t, d_c, at, lam_b, M))[None, :]
         d_f = tl.sum(term, 1)
         sent += d_f
-        relaxed += d_f * lse
+        relaxed += d_f * (lse - center)
         row_term = p * (lam_a * d_f / r)[:, None]
         d_l += term - row_term
         if LOG_B:  # noqa: SIM102  (known when compiled; the inner one is not)
@@ -231,6 +231,10 @@ def key_kernel(
     d_pi = tl.zeros([MP, PP], tl.float32)
     d_beta, d_epsilon, d_tau = (tl.zeros([BS], tl.float32), tl.zeros([BS], tl.float32), tl.zeros([BS], tl.float32))
     relaxed = tl.zeros([BS], tl.float32)
+    # Σ_s df^t_s = 0, as rows of dS sum to 0 (unless c has a gradient): only the spread of LSE_j(ℓ + g) counts.
+    center = 0.0 * scale
+    if d_c is None:
+        center = -scale if DOT else scale * (tl.exp2(-beta) - 1.0)
     end = tl.minimum(S, (split + 1) * stretch)
     for start in range(split * stretch, end, BS):
         rows = start + tl.arange(0, BS)
@@ -257,15 +261,15 @@ def key_kernel(
         d_l = weights * (v_dz * use - tl.load(offset + bh * MP + j)[None, :])
         sent = tl.sum(d_l, 1)
         if UPDATE_ROWS:
-            relaxed += sent * lse
+            relaxed += sent * (lse - center)
             row_term = p * (lam_a * sent / r)[:, None]
             d_l -= row_term
             if LOG_B and not REPEAT:
                 d_g_0 -= tl.sum(row_term, 0)
         if REPEAT:
             d_l, sent, relaxed, d_g_0 = earlier_terms(
-                d_l, sent, relaxed, d_g_0, kappa, scale, l, mass, lam_a, lam_b, newest, d_g, d_c, columns, factors, bh,
-                iterations,
+                d_l, sent, relaxed, d_g_0, center, kappa, scale, l, mass, lam_a, lam_b, newest, d_g, d_c, columns, factors,
+                bh, iterations,
                 RANGE, M, P, LOG_B,
             )  # fmt: skip
         if UPDATE_ROWS and M == 1:  # R = 1, and every Q term is its own row sum: exactly 0 where λ_a = 1
