@@ -268,8 +268,8 @@ def key_kernel(
                 d_g_0 -= tl.sum(row_term, 0)
         if REPEAT:
             d_l, sent, relaxed, d_g_0 = earlier_terms(
-                d_l, sent, relaxed, d_g_0, center, kappa, scale, l, mass, lam_a, lam_b, newest, d_g, d_c, columns, factors,
-                bh, iterations,
+                d_l, sent, relaxed, d_g_0, center, kappa, scale, l, mass, lam_a, lam_b, newest, d_g, d_c, columns,
+                factors, bh, iterations,
                 RANGE, M, P, LOG_B,
             )  # fmt: skip
         if UPDATE_ROWS and M == 1:  # R = 1, and every Q term is its own row sum: exactly 0 where λ_a = 1
@@ -348,10 +348,10 @@ def transport_backward(
         "DOT": opt.kernel == "dot", "STEP": step, "BS": cut.rows, "DEPTH": depth,
         "VDEPTH": min(cut.depth, ep), "PRECISION": device.precision, "ACROSS": across(device, key),
     }  # fmt: skip
-    sums = [x.references.new_empty((b * h, split.count, mp)) for _ in range(min(2, iterations - 1))]
+    sums = [x.references.new_empty((b * h, split.programs, mp)) for _ in range(min(2, iterations - 1))]
     for t in range(iterations, 1, -1):
         args = (*tokens, sums[0], sums[-1], *spans, t, iterations)
-        launch(column_kernel, b * h * split.count, args, constants | {"LAST": t == iterations}, cut)
+        launch(column_kernel, b * h * split.programs, args, constants | {"LAST": t == iterations}, cut)
         sums.reverse()
     outputs = (sums[0] if sums else None, state[1], *out, *parts)
     spans = (*spans, *strides(out.key, step), *strides(out.value, step), *strides(out.log_a))
@@ -360,4 +360,4 @@ def transport_backward(
         "UPDATE_ROWS": opt.num_iters > 0, "REPEAT": iterations > 1, "LOG_B": log_b, "PP": power_of_two(p),
         "PLACES": p > 0 and any(t is not None for t in parts[2:]),
     }  # fmt: skip
-    launch(key_kernel, b * h * split.count * (dp // depth), (*tokens, *outputs, *spans, *counts), constants, cut)
+    launch(key_kernel, b * h * split.programs * (dp // depth), (*tokens, *outputs, *spans, *counts), constants, cut)
