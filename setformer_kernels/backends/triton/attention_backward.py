@@ -41,15 +41,15 @@ def _backward(
     keys = parameters or any(rows[name] is not None for name in ("key", "value", "log_a"))
     queries = Split(0, 0) if x.query is None else _split(x, x.query)
     of_keys = _split(x, x.key)
-    parts = new_partials(x, prepared, queries.count + of_keys.count, needs)
+    parts = new_partials(x, prepared, queries.programs + of_keys.programs, needs)
     part_z = None
     if d_o is not None:
         if keys:
             (b, h, _, e), mp = x.value.shape, prepared.y.shape[1]
-            part_z = x.references.new_empty((b * h, queries.count, mp, padded(e)))
+            part_z = x.references.new_empty((b * h, queries.programs, mp, padded(e)))
         read_backward(x, opt, prepared, state, d_o, queries, rows["query"], part_z, parts)
     if keys:
-        given = Cotangents(part_z, queries.count, *(None if t is None else t.contiguous() for t in (d_z, d_c)))
+        given = Cotangents(part_z, queries.programs, *(None if t is None else t.contiguous() for t in (d_z, d_c)))
         out = KeyGradients(rows["key"], rows["value"], rows["log_a"])
         transport_backward(x, opt, prepared, state, given, of_keys, out, parts, need["log_b"] and x.log_b is not None)
     found = {name: _in_order_of(getattr(x, name), t) for name, t in rows.items()}

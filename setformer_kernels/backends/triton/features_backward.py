@@ -166,8 +166,8 @@ def _over_tokens(
     step = stride_step(x, d_psi, d_x)
     constants |= {"STEP": step, "SIZE": size}
     counts = (*strides(x, step), *strides(d_psi, step), *strides(d_x, step), h, n, *split)
-    sums = landmarks.new_empty((b, h, split.count, size)) if parameters else None
-    tensors, programs = (x, d_psi, prepared.y, w, prepared.parameters), b * h * split.count
+    sums = landmarks.new_empty((b, h, split.programs, size)) if parameters else None
+    tensors, programs = (x, d_psi, prepared.y, w, prepared.parameters), b * h * split.programs
     if parameters and d_x is not None and blocks > 1:
         launch(features_backward_kernel, programs, (*tensors, d_x, None, *counts), constants, t)
         d_x = None
@@ -176,7 +176,7 @@ def _over_tokens(
     out = landmarks.new_empty((h, size))
     if sums is not None:
         cut_sum: dict[str, Any] = {"SIZE": size, "ROWS": SUM_TILE.rows, "BLOCK": SUM_TILE.depth}
-        launch(sum_kernel, h * -(-size // SUM_TILE.depth), (sums, out, h, b, split.count), cut_sum, SUM_TILE)
+        launch(sum_kernel, h * -(-size // SUM_TILE.depth), (sums, out, h, b, split.programs), cut_sum, SUM_TILE)
     return out, blocks
 
 

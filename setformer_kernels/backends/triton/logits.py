@@ -39,10 +39,7 @@ def products(
     x, rows, live, stride, y, y_t, D: tl.constexpr, DP: tl.constexpr, DEPTH: tl.constexpr, PRECISION: tl.constexpr,
     ACROSS: tl.constexpr = False,
 ):  # fmt: skip
-    """(⟨x_i, y_j⟩ [BN, M], ‖x_i‖² [BN], the first DEPTH columns of x) of tokens; y_t: the references' first columns.
-
-    ACROSS: warps share the references, not the tokens (a product whose result enters another one is cut along its rows only).
-    """
+    """(⟨x_i, y_j⟩ [BN, M], ‖x_i‖² [BN], x's first DEPTH columns) of tokens; y_t: the references' first columns."""
     M: tl.constexpr = y_t.shape[1]
     columns = tl.arange(0, DEPTH)
     first = load_rows(x, rows, live, stride, columns, D)

@@ -126,7 +126,8 @@ def read(x: Operands, opt: Options, prepared: Prepared, z: Tensor, c: Tensor) ->
     spans = (*strides(query, step), *strides(position), *strides(output, step))
     counts = (h, l, cut.rows * TILES_PER_PROGRAM, splits, c.shape[2], threshold, keep_scale)
     constants = {
-        "RANGE": range_known(x, opt), "T_POSITIVE": opt.num_iters > 0, "M": m, "MP": mp, "D": d, "DP": dp, "E": e, "EP": ep,
+        "RANGE": range_known(x, opt), "T_POSITIVE": opt.num_iters > 0,
+        "M": m, "MP": mp, "D": d, "DP": dp, "E": e, "EP": ep,
         "P": 0 if position is None else position.shape[-1], "DOT": opt.kernel == "dot",
         "DROPOUT": x.seed is not None, "STEP": step, "BL": cut.rows,
         "DEPTH": min(cut.depth, dp), "VDEPTH": min(cut.depth, ep), "PRECISION": device.precision,

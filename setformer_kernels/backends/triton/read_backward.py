@@ -194,4 +194,4 @@ def read_backward(
         "ACROSS": across(device, query),
     }  # fmt: skip
     blocks = max(dp // depth, ep // value_depth)
-    launch(read_backward_kernel, b * h * split.count * blocks, (*tensors, *spans, *counts), constants, cut)
+    launch(read_backward_kernel, b * h * split.programs * blocks, (*tensors, *spans, *counts), constants, cut)

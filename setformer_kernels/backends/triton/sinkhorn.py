@@ -69,10 +69,16 @@ def natural_log_sum(peak, total):
 
 
 @triton.jit
+def peak_and_total(x, AXIS: tl.constexpr):
+    """(peak, Σ e^{x − peak}) over an axis of x [PB, NP, MP]."""
+    peak = tl.max(x, AXIS, keep_dims=True)
+    return peak, tl.sum(exp(x - finite_or_zero(peak)), AXIS, keep_dims=True)
+
+
+@triton.jit
 def log_sum_exp(x, AXIS: tl.constexpr):
     """LSE over an axis of x [PB, NP, MP]; −∞ where every term is."""
-    peak = tl.max(x, AXIS, keep_dims=True)
-    total = tl.sum(exp(x - finite_or_zero(peak)), AXIS, keep_dims=True)
+    peak, total = peak_and_total(x, AXIS)
     return natural_log_sum(peak, total)
 
 
@@ -157,7 +163,8 @@ def resident_kernel(
         tl.store(c + rest * M, latest, mask=live & (j < M))
     tl.store(f_out + group * N + i, f, mask=live & (i < N))
     tl.store(g_out + group * M + j, g, mask=live & (j < M))
-    tl.store(iters + group, done.to(tl.int64), mask=live)
+    problem = tl.program_id(0).to(tl.int64) * PB + tl.arange(0, PB)
+    tl.store(iters + problem, tl.reshape(done, [PB]).to(tl.int64), mask=problem < G)
 
 
 @triton.jit
@@ -315,7 +322,7 @@ def uniform(n: int, m: int) -> tuple[float, float]:
 
 
 def stream(n: int, m: int, groups: int, device: Device, numbers: int = STREAM) -> tuple[Tile, Split]:
-    """The tile of a streaming program, of so many numbers, and the rows each takes: those of one tile where the columns need several."""
+    """The tile of a streaming program, and the rows each takes: one tile's where the columns need several."""
     columns = min(WIDEST, padded(m))
     rows = INTERPRETER.rows if device.family == "interpreter" else numbers // columns
     t = Tile(rows=rows, depth=columns, warps=8, stages=1)
@@ -376,7 +383,7 @@ def _stream(
         iters.zero_()
     t, split = stream(n, m, groups, device_of(l))
     blocks = -(-m // COLUMNS.depth)
-    peaks, totals = (l.new_empty((groups, split.count, m)) for _ in range(2))
+    peaks, totals = (l.new_empty((groups, split.programs, m)) for _ in range(2))
     moved = [l.new_empty((groups, blocks)) for _ in range(2)]  # in the iteration before, in this one
     strides = mass_strides(l, log_a, log_b)
     flags: dict[str, Any] = {"UPDATE": num_iters > 0, "LIMITED": tol >= 0 and num_iters > 0}
@@ -386,8 +393,8 @@ def _stream(
     for step in range(1, max(num_iters, 1) + 1):
         counts = (*strides[:4], n, m, *split, blocks, step, uniform_a, rates[0], tol)
         args: tuple[Any, ...] = (l, log_a, lam_a, f, g, moved[0], peaks, totals, *counts)
-        launch(rows_kernel, groups * split.count, args, cut_rows, t)
-        counts = (*strides[4:], m, c.shape[1], split.count, blocks, step, uniform_b, rates[1], tol)
+        launch(rows_kernel, groups * split.programs, args, cut_rows, t)
+        counts = (*strides[4:], m, c.shape[1], split.programs, blocks, step, uniform_b, rates[1], tol)
         args = (peaks, totals, log_b, lam_b, g, c, iters, *moved, *counts)
         launch(columns_kernel, groups * blocks, args, cut_columns, COLUMNS)
         moved.reverse()

@@ -25,10 +25,10 @@ from .sinkhorn import (
     exp,
     load_problems,
     load_tile,
-    log_sum_exp,
     mass,
     mass_strides,
     natural_log_sum,
+    peak_and_total,
     rate,
     resident,
     stream,
@@ -40,6 +40,12 @@ from .sinkhorn import (
 RESIDENT = 4096  # numbers of ℓ in one program: ℓ, dℓ, Q and R are 16 registers a thread of eight warps each
 STREAM = 2048  # numbers of a tile that streams: twice the arrays of the forward pass, half their size
 FINISH = Tile(rows=1, depth=256, warps=4, stages=1)
+
+
+@triton.jit
+def softmax(x, peak, total):
+    """e^{x − LSE} from the parts of the LSE, whose sum would round them away where it is large; 0 where it is −∞."""
+    return exp(x - finite_or_zero(peak)) / tl.where(total > 0, total, 1.0)
 
 
 @triton.jit(do_not_specialize=MASSES)
@@ -73,14 +79,15 @@ def resident_backward_kernel(
         dg_here = tl.where(this > -INF, dg, 0.0)
         db += dg_here
         d_lam_b -= tl.sum(dg_here * finite_or_zero(this), 2, keep_dims=True)
-        sums = log_sum_exp(l + g, 2)
+        row_peak, row_total = peak_and_total(l + g, 2)
+        sums = natural_log_sum(row_peak, row_total)
         f = potential(a, relax_a, sums)
-        through = exp(l + f - finite_or_zero(this)) * (-relax_b * dg_here)  # Q dc
+        through = softmax(l + f, *peak_and_total(l + f, 1)) * (-relax_b * dg_here)  # Q dc
         df = tl.sum(through, 2, keep_dims=True) + tl.where(t == ran, given_f, 0.0)
         df = tl.where(now & (sums > -INF), df, 0.0)
         da += df
         d_lam_a -= tl.sum(df * finite_or_zero(sums), 1, keep_dims=True)
-        back_r = exp(l + g - finite_or_zero(sums)) * (-relax_a * df)
+        back_r = softmax(l + g, row_peak, row_total) * (-relax_a * df)
         dl += through + back_r
         dg = tl.where(now, tl.sum(back_r, 1, keep_dims=True), dg)
     if d_log_kernel is not None:
@@ -179,7 +186,7 @@ def rows_backward_kernel(
             j = column + tl.arange(0, BM)
             l = load_tile(log_kernel, rows, live, stride_ln, j, M)
             g = potentials_before(log_b, stride_bm, c, relax_b, uniform_b, j, t, M)
-            back_r = exp(l + g[None, :] - finite_or_zero(sums)[:, None]) * (-relax_a * df)[:, None]
+            back_r = softmax(l + g[None, :], peak[:, None], mass_sum[:, None]) * (-relax_a * df)[:, None]
             if ONE:
                 total += tl.sum(back_r, 0)
             else:
@@ -256,8 +263,8 @@ def _stream_backward(
     (groups, n, m), T = l.shape, c.shape[1]
     t, split = stream(n, m, groups, device_of(l), STREAM)
     blocks = -(-m // COLUMNS.depth)
-    dg, partial = l.new_empty((groups, T + 1, m)), l.new_empty((groups, split.count, m))
-    partial_lam = l.new_empty((T, groups, split.count))
+    dg, partial = l.new_empty((groups, T + 1, m)), l.new_empty((groups, split.programs, m))
+    partial_lam = l.new_empty((T, groups, split.programs))
     cut_rows = {"ONE": m <= t.depth, "BN": t.rows, "BM": t.depth}
     cut_columns = {"ROWS": COLUMNS.rows, "BM": COLUMNS.depth}
     if T == 1:  # or 0, which only the device knows: then nothing below writes these
@@ -268,10 +275,10 @@ def _stream_backward(
     tensors = (*inputs, c, iters, d_f, d_g, dg, d_l, d_log_a, partial, partial_lam)
     for step in range(T, 0, -1):
         counts = (*mass_strides(l, log_a, log_b), n, m, T, *split, step, groups, *uniform(n, m), *rates)
-        launch(rows_backward_kernel, groups * split.count, (*tensors, *counts), cut_rows, t)
-        counts = (m, T, split.count, blocks, step)
+        launch(rows_backward_kernel, groups * split.programs, (*tensors, *counts), cut_rows, t)
+        counts = (m, T, split.programs, blocks, step)
         launch(columns_backward_kernel, groups * blocks, (partial, iters, dg, *counts), cut_columns, COLUMNS)
-    args = (c, iters, d_g, dg, partial_lam, d_log_b, d_lam, m, T, split.count, groups)
+    args = (c, iters, d_g, dg, partial_lam, d_log_b, d_lam, m, T, split.programs, groups)
     launch(finish_backward_kernel, groups, args, {"BM": FINISH.depth}, FINISH)
 
 

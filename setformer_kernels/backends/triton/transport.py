@@ -11,7 +11,7 @@ merges the partial sums as it begins, `finish_kernel` those of the last.  Sums r
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -191,7 +191,7 @@ class Split(NamedTuple):
     """How the tokens of a head are shared among programs."""
 
     stretch: int  # tokens of one program
-    count: int  # programs per head
+    programs: int  # of one head
 
 
 PROGRAMS_PER_MULTIPROCESSOR = 4  # what the tile table's registers and shared memory let reside at once
@@ -217,7 +217,7 @@ def transport(x: Operands, opt: Options, prepared: Prepared) -> tuple[Tensor, Te
     mp, ep = padded(m), padded(e)
     block = min(256, mp * ep)
     constants = {"M": m, "MP": mp, "E": e, "EP": ep, "BLOCK": block}
-    launch(finish_kernel, b * h * mp * ep // block, (*partial, c, z, split.count, iterations), constants, FINISH)
+    launch(finish_kernel, b * h * mp * ep // block, (*partial, c, z, split.programs, iterations), constants, FINISH)
     return z, c
 
 
@@ -240,7 +240,7 @@ def warps_across(references: int, known: str, itemsize: int) -> bool:
 def column_sums(
     x: Operands, opt: Options, prepared: Prepared, c: Tensor, split: Split | None = None
 ) -> tuple[Split, tuple[Tensor, ...]]:
-    """Runs all iterations: writes c^1..c^{T−1}; (peaks, totals [BH, splits, MP], pooled [BH, splits, MP, EP]) of the last."""
+    """Writes c^1..c^{T−1}; the last iteration's (peaks, totals [BH, splits, MP], pooled [BH, splits, MP, EP])."""
     key, value = unit_rows(x.key), unit_rows(x.value)
     position = None if x.key_position is None else unit_rows(x.key_position)
     (b, h, s, d), m, e = key.shape, x.references.shape[1], value.shape[-1]
@@ -252,12 +252,12 @@ def column_sums(
     cut = tile("across" if across else "column", device.family, max(mp, dp, ep), key.element_size())
     split = split or split_tokens(s, cut.rows, b * h, device.multiprocessors)
     new = x.references.new_empty
-    sums = [new((b * h, split.count, mp)) for _ in range(4)]  # (peak, total) of this iteration and of the one before
-    pooled = new((b * h, split.count, mp, ep))
+    sums = [new((b * h, split.programs, mp)) for _ in range(4)]  # (peak, total) of this iteration and of the one before
+    pooled = new((b * h, split.programs, mp, ep))
     step = stride_step(key, value)
     counts = (*strides(key, step), *strides(value, step), *strides(x.log_a), *strides(position), h, s, *split)
     tokens = (key, value, x.log_a, position, prepared.y, prepared.log_b, prepared.position, prepared.parameters)
-    constants = {
+    constants: dict[str, Any] = {
         "RANGE": known, "UPDATE_ROWS": opt.num_iters > 0, "M": m, "MP": mp, "D": d, "DP": dp, "E": e, "EP": ep,
         "P": 0 if position is None else position.shape[-1], "DOT": opt.kernel == "dot",
         "STEP": step, "BS": cut.rows, "DEPTH": min(cut.depth, dp), "VDEPTH": min(cut.depth, ep),
@@ -269,6 +269,7 @@ def column_sums(
         last = t == iterations
         blocks = ep // constants["VDEPTH"] if last else 1
         args = (*tokens, *sums[2:], *sums[:2], pooled, c, *counts, t, iterations, uniform)
-        launch(transport_kernel, b * h * split.count * blocks, args, constants | {"FIRST": t == 1, "LAST": last}, cut)
+        variant = constants | {"FIRST": t == 1, "LAST": last}
+        launch(transport_kernel, b * h * split.programs * blocks, args, variant, cut)
         sums = sums[2:] + sums[:2]
     return split, (*sums[2:], pooled)

@@ -268,7 +268,8 @@ def key_kernel(
                 d_g_0 -= tl.sum(row_term, 0)
         if REPEAT:
             d_l, sent, relaxed, d_g_0 = earlier_terms(
-                d_l, sent, relaxed, d_g_0, center, kappa, scale, l, mass, lam_a, lam_b, newest, d_g, d_c, columns,
+                d_l, sent, relaxed, d_g_0, center, kappa, scale, l, mass, lam_a, lam_b, newest, d_g, d_c,
+                columns,
                 factors, bh, iterations,
                 RANGE, M, P, LOG_B,
             )  # fmt: skip
