@@ -111,10 +111,11 @@ def read_backward_kernel(
             w = tl.exp2(u - tl.max(u, 1)[:, None])
         do = load_rows(d_o, rows, live, stride_on * STEP, tl.arange(0, VDEPTH), E)
         d_o_z = tokens_by(do, z_t, PRECISION, ACROSS)
-        for first in tl.static_range(VDEPTH, EP, VDEPTH):
-            chunk = load_rows(d_o, rows, live, stride_on * STEP, first + tl.arange(0, VDEPTH), E)
-            z_chunk = rounded(load_pooled(z, bh, first, M, MP, E, VDEPTH) * use, y.dtype.element_ty)
-            d_o_z += tokens_by(chunk, tl.trans(z_chunk), PRECISION, ACROSS)
+        if EP > VDEPTH:
+            for first in range(VDEPTH, EP, VDEPTH):
+                chunk = load_rows(d_o, rows, live, stride_on * STEP, first + tl.arange(0, VDEPTH), E)
+                z_chunk = rounded(load_pooled(z, bh, first, M, MP, E, VDEPTH) * use, y.dtype.element_ty)
+                d_o_z += tokens_by(chunk, tl.trans(z_chunk), PRECISION, ACROSS)
         kept, d_s = read_gradient(w, d_o_z, seed, bh, L, rows, threshold, keep_scale, M, DROPOUT)
         if e_blocks > 1:
             do = load_rows(d_o, rows, live, stride_on * STEP, e, E)

@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .config import INTERPRETER, Tile, padded
+from .config import INTERPRETER, MIN_BLOCK, Tile, padded
 from .launch import Device, device_of, launch
 from .primitives import INF, LN2, LOG2E, finite_or_zero, potential
 from .transport import Split, split_tokens
@@ -155,7 +155,7 @@ def resident_kernel(
             f, g = tl.where(now, new_f, f), tl.where(now, new_g, g)
             latest = tl.where(now, new_c, latest)
             done += running
-            running = tl.where((moved > tol) | (tol < 0), running, 0)
+            running = tl.where(moved <= tol, 0, running)
             some = tl.max(running)
         tl.store(c + t * M, latest, mask=live & (j < M))
     tl.store(f_out + group * N + i, f, mask=live & (i < N))
@@ -322,7 +322,8 @@ def stream(n: int, m: int, groups: int, device: Device, numbers: int = STREAM) -
     """The tile of a streaming program, and the rows each takes: one tile's where the columns need several."""
     columns = min(WIDEST, padded(m))
     rows = INTERPRETER.rows if device.family == "interpreter" else numbers // columns
-    t = Tile(rows=rows, depth=columns, warps=8, stages=1)
+    # Rows of the widest tile lie in few warps: with eight, the smaller tile of the backward pass spills.
+    t = Tile(rows=rows, depth=columns, warps=4 if rows < MIN_BLOCK else 8, stages=1)
     split = split_tokens(n, t.rows, groups, device.multiprocessors) if m <= columns else Split(t.rows, -(-n // t.rows))
     return t, split
 

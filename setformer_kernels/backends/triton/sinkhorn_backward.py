@@ -37,7 +37,7 @@ from .sinkhorn import (
     unit_stride,
 )
 
-RESIDENT = 4096  # numbers of ℓ in one program: ℓ, dℓ, Q and R are 16 registers a thread of eight warps each
+RESIDENT = 4096  # numbers of ℓ in one program: ℓ, dℓ, Q and R are 8 registers a thread of sixteen warps each
 STREAM = 2048  # numbers of a tile that streams: twice the arrays of the forward pass, half their size
 FINISH = Tile(rows=1, depth=256, warps=4, stages=1)
 
@@ -311,8 +311,9 @@ def sinkhorn_backward(
     else:
         numbers = (*mass_strides(l, log_a, log_b), groups, n, m, c.shape[1], *uniform(n, m), *rates)
         constants = {"PB": cut.problems, "NP": cut.rows, "MP": cut.columns}
+        t = cut.tile._replace(warps=16) if cut.rows * cut.columns == RESIDENT else cut.tile
         args = (*inputs, *state, *out, *numbers)
-        launch(resident_backward_kernel, -(-groups // cut.problems), args, constants, cut.tile)
+        launch(resident_backward_kernel, -(-groups // cut.problems), args, constants, t)
     grads = [_like(t, g) for t, g in zip(given[:3], out[:3], strict=True)]
     d_lams = [out[3][:, k].contiguous() if out[3] is not None and wanted[3 + k] else None for k in range(2)]
     return *grads, *d_lams

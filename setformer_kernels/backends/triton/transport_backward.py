@@ -48,10 +48,24 @@ def value_products(
     """⟨v_s, dz_j⟩ [BS, MP]; first_t: the first VDEPTH columns of dz, transposed."""
     v = load_rows(value, rows, live, stride, tl.arange(0, VDEPTH), E)
     product = tokens_by(v, first_t, PRECISION, ACROSS)
-    for start in tl.static_range(VDEPTH, EP, VDEPTH):
-        v = load_rows(value, rows, live, stride, start + tl.arange(0, VDEPTH), E)
-        product += tokens_by(v, load_references_t(d_z, start, MP, EP, VDEPTH), PRECISION, ACROSS)
+    if EP > VDEPTH:
+        for start in range(VDEPTH, EP, VDEPTH):
+            v = load_rows(value, rows, live, stride, start + tl.arange(0, VDEPTH), E)
+            product += tokens_by(v, load_references_t(d_z, start, MP, EP, VDEPTH), PRECISION, ACROSS)
     return product
+
+
+@triton.jit
+def store_values(
+    out, weights, d_z, start, inside,
+    MP: tl.constexpr, E: tl.constexpr, EP: tl.constexpr, VDEPTH: tl.constexpr, PRECISION: tl.constexpr,
+    ACROSS: tl.constexpr,
+):  # fmt: skip
+    """Columns start.. of dv_s = Σ_j W^k_sj dz_j."""
+    e = start + tl.arange(0, VDEPTH)
+    d_z_chunk = load_references(d_z, start, MP, EP, VDEPTH)
+    d_v = tokens_by(rounded(weights, d_z_chunk.dtype), d_z_chunk, PRECISION, ACROSS)
+    tl.store(out + e[None, :], rounded(d_v, d_z_chunk.dtype), mask=inside[:, None] & (e < E)[None, :])
 
 
 TOKENS = [
@@ -251,12 +265,12 @@ def key_kernel(
         if d_value is not None:
             out = d_value + b * (stride_dvb * STEP) + h * (stride_dvh * STEP)
             out += rows.to(tl.int64)[:, None] * (stride_dvn * STEP)
-            for chunk in tl.static_range(EP // VDEPTH):
-                if chunk % d_blocks == block:
-                    e = chunk * VDEPTH + tl.arange(0, VDEPTH)
-                    d_z_chunk = load_references(d_z, chunk * VDEPTH, MP, EP, VDEPTH)
-                    d_v = tokens_by(rounded(weights, d_z_chunk.dtype), d_z_chunk, PRECISION, ACROSS)
-                    tl.store(out + e[None, :], rounded(d_v, d_z_chunk.dtype), mask=inside[:, None] & (e < E)[None, :])
+            if EP == VDEPTH:
+                if block == 0:
+                    store_values(out, weights, d_z, 0, inside, MP, E, EP, VDEPTH, PRECISION, ACROSS)
+            else:
+                for chunk in range(block, EP // VDEPTH, d_blocks):
+                    store_values(out, weights, d_z, chunk * VDEPTH, inside, MP, E, EP, VDEPTH, PRECISION, ACROSS)
         v_dz = value_products(value, rows, live, stride_vn * STEP, d_z, d_z_t, MP, E, EP, VDEPTH, PRECISION, ACROSS)
         d_l = weights * (v_dz * use - tl.load(offset + bh * MP + j)[None, :])
         sent = tl.sum(d_l, 1)
