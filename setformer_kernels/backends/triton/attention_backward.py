@@ -9,11 +9,10 @@ from torch import Tensor
 from ...problem import Operands, Options, empty_in_order, replaced
 from .config import padded, tile
 from .gradients import new_partials, parameter_gradients, wants_parameters
-from .launch import device_of
+from .launch import Split, device_of, split_tokens
 from .plan_backward import Cotangents
 from .prepare import prepare
 from .read_backward import read_backward
-from .transport import Split, split_tokens
 from .transport_backward import KeyGradients, transport_backward
 
 

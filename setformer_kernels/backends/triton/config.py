@@ -47,7 +47,7 @@ DEFAULT: dict[tuple[str, str, str], Tile] = {
     ("across", "large", "single"): Tile(16, 16, 8, 1),
     # Half precision: [references, rows] products, so 16 or 32 tokens give every warp 16 references and small tiles.
     ("gradient", "small", "half"): Tile(32, 64, 4, 2),
-    ("gradient", "medium", "half"): Tile(16, 128, 8, 2),
+    ("gradient", "medium", "half"): Tile(16, 64, 8, 1),
     ("gradient", "large", "half"): Tile(16, 64, 8, 1),
     ("gradient", "small", "single"): Tile(16, 32, 4, 1),
     ("gradient", "medium", "single"): Tile(16, 32, 8, 1),
@@ -94,6 +94,7 @@ BLACKWELL = HOPPER | {
 # Without wgmma the operands are registers too: half the head dims at a time keep them within 255.
 AMPERE: dict[tuple[str, str, str], Tile] = {
     ("column", "medium", "half"): Tile(64, 32, 8, 2),
+    ("gradient", "medium", "single"): Tile(16, 16, 8, 1),
 }
 OVERRIDES: dict[str, dict[tuple[str, str, str], Tile]] = {
     "sm_80": AMPERE,

@@ -18,8 +18,8 @@ from .config import Tile, padded, tile
 from .launch import device_of, launch
 from .logits import kernel_value, load_rows
 from .prepare import Prepared, prepare, stride_step, strides, unit_rows
-from .primitives import dot, inverse_norm
-from .whitening import rounded, whitening
+from .primitives import dot, inverse_norm, rounded
+from .whitening import whitening
 
 COUNTS = ["stride_xb", "stride_xh", "stride_xn", "stride_pb", "stride_ph", "stride_pn", "H", "N"]
 

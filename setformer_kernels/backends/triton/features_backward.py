@@ -21,12 +21,11 @@ from torch import Tensor
 from ...problem import empty_in_order
 from .config import INTERPRETER, Tile
 from .features import COUNTS, cut, inverse_lengths, landmark_products, prepared_landmarks, rows_like, unit_landmarks
-from .launch import device_of, launch
+from .launch import device_of, launch, split_tokens
 from .logits import kernel_value, load_rows
 from .prepare import Prepared, stride_step, strides, unit_rows
-from .primitives import dot
-from .transport import split_tokens
-from .whitening import landmark_cosines, rounded, whitening, whitening_backward
+from .primitives import dot, rounded
+from .whitening import landmark_cosines, whitening, whitening_backward
 
 EXTRA = 16  # numbers behind dW and dŵ in a partial sum: dβ of up to 16 blocks of landmarks
 SUM_TILE = Tile(rows=16, depth=256, warps=4, stages=1)  # partial sums are read once: rows · depth loads in flight

@@ -1,12 +1,13 @@
-"""The one door to every launch: facts of the device, and a recorder that takes launches instead of running them.
+"""The one door to every launch: facts of the device, how tokens are shared among programs, and a recorder.
 
-The recorder is how kernels are compiled ahead of time for a GPU that is not there: it sees exactly the arguments and
-constants that the backend would launch.
+The recorder takes launches instead of running them: so kernels are compiled ahead of time for a GPU that is not there,
+with exactly the arguments and constants that the backend would launch.
 """
 
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -81,3 +82,23 @@ def recorded(device: Device) -> Iterator[list[Launch]]:
         yield _taken
     finally:
         _assumed, _taken = before
+
+
+class Split(NamedTuple):
+    """How the tokens of a head are shared among programs."""
+
+    stretch: int  # tokens of one program
+    programs: int  # of one head
+
+
+PROGRAMS_PER_MULTIPROCESSOR = 4  # what the tile table's registers and shared memory let reside at once
+TILES_PER_PROGRAM = 4  # at least: below this, beginning and merging cost more than they spread
+
+
+def split_tokens(length: int, rows: int, heads: int, multiprocessors: int) -> Split:
+    """Enough programs to fill the device once, each with several tiles; more heads than that need no split."""
+    tiles = max(1, math.ceil(length / rows))
+    wanted = math.ceil(PROGRAMS_PER_MULTIPROCESSOR * multiprocessors / max(1, heads))
+    count = max(1, min(wanted, math.ceil(tiles / TILES_PER_PROGRAM)))
+    stretch = math.ceil(tiles / count) * rows
+    return Split(stretch, max(1, math.ceil(length / stretch)))

@@ -15,14 +15,13 @@ from torch import Tensor
 from ...problem import Operands, Options
 from .config import padded, tile
 from .gradients import Partials, across, kernel_sums, position_sums, power_of_two, store_sums, token_gradient, tokens_by
-from .launch import device_of, launch
+from .launch import Split, device_of, launch
 from .logits import head_parameters, load_references, load_references_t, load_rows, token_logits
 from .plan import range_known
 from .plan_backward import few_keys
 from .prepare import Prepared, stride_step, strides, unit_rows
 from .primitives import dot, keep_mask, rounded
 from .read import dropout_constants, dual_potential, load_pooled
-from .transport import Split
 
 COUNTS = [
     "stride_qb", "stride_qh", "stride_qn", "stride_ob", "stride_oh", "stride_on", "stride_db", "stride_dh",

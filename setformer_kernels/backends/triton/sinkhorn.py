@@ -22,9 +22,8 @@ import triton.language as tl
 from torch import Tensor
 
 from .config import INTERPRETER, MIN_BLOCK, Tile, padded
-from .launch import Device, device_of, launch
+from .launch import Device, Split, device_of, launch, split_tokens
 from .primitives import INF, LN2, LOG2E, finite_or_zero, potential
-from .transport import Split, split_tokens
 
 # Numbers of ℓ in one program: 32 registers a thread of eight warps for ℓ, as many for its exponentials and more for
 # addresses.  Twice as many spill, and a problem is not shared by programs.

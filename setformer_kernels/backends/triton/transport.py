@@ -11,7 +11,7 @@ merges the partial sums as it begins, `finish_kernel` those of the last.  Sums r
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ...problem import Operands, Options
 from .config import Tile, padded, tile
-from .launch import device_of, launch
+from .launch import Split, device_of, launch, split_tokens
 from .logits import head_parameters, key_mass, load_references_t, load_rows, token_logits
 from .plan import farthest, log_domain_weights, narrow_weights, potentials_narrow, range_known
 from .prepare import Prepared, stride_step, strides, unit_rows
@@ -187,26 +187,6 @@ def finish_kernel(
 FINISH = Tile(rows=16, depth=256, warps=4, stages=1)  # a [16 splits, 256] tile is 32 numbers a thread
 
 
-class Split(NamedTuple):
-    """How the tokens of a head are shared among programs."""
-
-    stretch: int  # tokens of one program
-    programs: int  # of one head
-
-
-PROGRAMS_PER_MULTIPROCESSOR = 4  # what the tile table's registers and shared memory let reside at once
-TILES_PER_PROGRAM = 4  # at least: below this, beginning and merging cost more than they spread
-
-
-def split_tokens(length: int, rows: int, heads: int, multiprocessors: int) -> Split:
-    """Enough programs to fill the device once, each with several tiles; more heads than that need no split."""
-    tiles = max(1, math.ceil(length / rows))
-    wanted = math.ceil(PROGRAMS_PER_MULTIPROCESSOR * multiprocessors / max(1, heads))
-    count = max(1, min(wanted, math.ceil(tiles / TILES_PER_PROGRAM)))
-    stretch = math.ceil(tiles / count) * rows
-    return Split(stretch, max(1, math.ceil(length / stretch)))
-
-
 def transport(x: Operands, opt: Options, prepared: Prepared) -> tuple[Tensor, Tensor]:
     """z [B, H, M, E] and c [B, H, max(T, 1), M] of the keys and values."""
     b, h, s, _ = x.key.shape
@@ -237,9 +217,7 @@ def warps_across(references: int, known: str, itemsize: int) -> bool:
     return references > (128 if known == "always" and itemsize == 2 else 64)
 
 
-def column_sums(
-    x: Operands, opt: Options, prepared: Prepared, c: Tensor, split: Split | None = None
-) -> tuple[Split, tuple[Tensor, ...]]:
+def column_sums(x: Operands, opt: Options, prepared: Prepared, c: Tensor) -> tuple[Split, tuple[Tensor, ...]]:
     """Writes c^1..c^{T−1}; the last iteration's (peaks, totals [BH, splits, MP], pooled [BH, splits, MP, EP])."""
     key, value = unit_rows(x.key), unit_rows(x.value)
     position = None if x.key_position is None else unit_rows(x.key_position)
@@ -250,7 +228,7 @@ def column_sums(
     known = _range(x, opt)
     across = warps_across(mp, known, key.element_size())
     cut = tile("across" if across else "column", device.family, max(mp, dp, ep), key.element_size())
-    split = split or split_tokens(s, cut.rows, b * h, device.multiprocessors)
+    split = split_tokens(s, cut.rows, b * h, device.multiprocessors)
     new = x.references.new_empty
     sums = [new((b * h, split.programs, mp)) for _ in range(4)]  # (peak, total) of this iteration and of the one before
     pooled = new((b * h, split.programs, mp, ep))

@@ -30,13 +30,12 @@ from .gradients import (
     token_gradient,
     tokens_by,
 )
-from .launch import device_of, launch
+from .launch import Split, device_of, launch
 from .logits import head_parameters, key_mass, load_references, load_references_t, load_rows, token_logits
 from .plan import range_known
 from .plan_backward import Cotangents, column_gradient, load_columns, merged_state, plan_terms, pooling_weights
 from .prepare import Prepared, stride_step, strides, unit_rows
 from .primitives import LN2, dot, finite_or_zero, rounded
-from .transport import Split
 
 
 @triton.jit

@@ -29,15 +29,13 @@ from torch import Tensor
 from .config import INTERPRETER, Tile, padded
 from .launch import device_of, launch
 from .prepare import Prepared
-from .primitives import INTERPRETED, dot
+from .primitives import dot, rounded
 
 # A [64, 64] block is 16 registers a thread; products take 16 columns at a time, since tf32x3 splits each into three.
 TILE = Tile(rows=64, depth=16, warps=8, stages=1)
 GROWTH = 2.0  # largest ρ²: at 3 the largest eigenvalue would be mapped near 0, at 1 there would be twice as many steps
 CONVERGED = 1 - 1e-4  # of low: one more step squares the rest
-SMALLEST_RIDGE = (
-    2.0**-20
-)  # rounding moves the eigenvalues of K_ww by as much: a smaller ridge would not keep A positive
+SMALLEST_RIDGE = 2.0**-20  # rounding moves the eigenvalues of K_ww by as much: a smaller one would not keep A positive
 
 
 def schedule(landmarks: int, ridge: float) -> tuple[int, float]:
@@ -50,18 +48,6 @@ def schedule(landmarks: int, ridge: float) -> tuple[int, float]:
         low = min(scale * low * (3 - square * low * low), scale * (3 - square))
         steps += 1
     return steps, first
-
-
-_INTERPRETED = tl.constexpr(INTERPRETED)
-
-
-@triton.jit
-def rounded(x, dtype: tl.constexpr):
-    """x [float32] to the nearest number of a token dtype."""
-    if _INTERPRETED and dtype == tl.bfloat16:  # the interpreter (Triton 3.2 to 3.9) truncates instead
-        bits = x.to(tl.uint32, bitcast=True)
-        x = (bits + 0x7FFF + ((bits >> 16) & 1)).to(tl.float32, bitcast=True)
-    return x.to(dtype)
 
 
 @triton.jit
