@@ -63,16 +63,19 @@ def potentials_narrow(g, beta, scale, M_TRUE: tl.constexpr, distance=0.0):
 
 
 @triton.jit
+def row_factor(r, mass, relaxation):
+    """a·r^{−λ} [BN]; a quotient where λ = 1, since a power would lose |log r| units in the last place."""
+    return tl.where(relaxation == 1.0, tl.exp2(mass) / r, tl.exp2(mass - relaxation * tl.log2(r)))
+
+
+@triton.jit
 def narrow_weights(exponent, mass, relaxation, UPDATE_ROWS: tl.constexpr):
     """e^{ℓ+f+g − (1−λ)·top} [BN, M], top = max_j g, where `potentials_narrow`; exponent = ℓ + g − top (T = 0: ℓ).
 
     ℓ + g never exceeds top and never falls far below it: no row maximum, no running one, no rescaling of sums.
     """
     p = tl.exp2(exponent)
-    w = mass
-    if UPDATE_ROWS:
-        w -= relaxation * tl.log2(tl.sum(p, 1))
-    return p * tl.exp2(w)[:, None]
+    return p * (row_factor(tl.sum(p, 1), mass, relaxation) if UPDATE_ROWS else tl.exp2(mass))[:, None]
 
 
 @triton.jit

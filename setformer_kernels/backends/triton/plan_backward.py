@@ -20,7 +20,7 @@ from .config import Tile, padded
 from .gradients import Partials, sum_slots
 from .launch import launch
 from .logits import head_parameters
-from .plan import potentials_narrow, range_known, row_update
+from .plan import potentials_narrow, range_known, row_factor, row_update
 from .prepare import Prepared, strides
 from .primitives import INF, LOG2E, finite_or_zero, rounded
 
@@ -172,7 +172,7 @@ def _narrow_terms(kappa, scale, l, mass, lam_a, g, top, P: tl.constexpr):
         p = tl.exp2(tl.fma(kappa, scale + tl.zeros_like(kappa), (g - scale)[None, :] + tl.zeros_like(kappa)))
     r = tl.sum(p, 1)
     log_r = tl.log2(r)
-    return p, r, top + log_r, p * tl.exp2(mass - lam_a * log_r)[:, None]
+    return p, r, top + log_r, p * row_factor(r, mass, lam_a)[:, None]
 
 
 @triton.jit

@@ -41,6 +41,15 @@ def rounded(x, dtype: tl.constexpr):
 
 
 @triton.jit
+def column_sum(x):
+    """Σ over tokens of x [BN, M].  A GPU adds in a tree; numpy, and so the interpreter, one row after the other."""
+    if _INTERPRETED:
+        return tl.sum(tl.sum(tl.reshape(x, [8, x.shape[0] // 8, x.shape[1]]), 1), 0)
+    else:
+        return tl.sum(x, 0)
+
+
+@triton.jit
 def inverse_norm(square):
     """1/‖x‖ from ‖x‖² [BN], and 0 where ‖x‖ ≤ 1e-12."""
     positive = square > NORM_FLOOR

@@ -24,7 +24,7 @@ from .launch import Split, device_of, launch, split_tokens
 from .logits import head_parameters, key_mass, load_references_t, load_rows, token_logits
 from .plan import farthest, log_domain_weights, narrow_weights, potentials_narrow, range_known
 from .prepare import Prepared, stride_step, strides, unit_rows
-from .primitives import INF, LN2, dot, finite_or_zero, merged_log_sum, rounded
+from .primitives import INF, LN2, column_sum, dot, finite_or_zero, merged_log_sum, rounded
 
 COUNTS = (
     "stride_kb", "stride_kh", "stride_kn", "stride_vb", "stride_vh", "stride_vn", "stride_ab", "stride_ah", "stride_an",
@@ -71,12 +71,12 @@ def walk_keys(
         if DEFER:
             tile += weights
         else:
-            total += tl.sum(weights, 0)
+            total += column_sum(weights)
         if POOL:
             v = load_rows(value, rows, live, stride_vn, e, E)
             sums += dot(tl.trans(rounded(weights, v.dtype)), v, PRECISION)
     if NARROW:
-        total = tl.sum(tile, 0) if DEFER else total
+        total = column_sum(tile) if DEFER else total
         peak = tl.zeros_like(g)
         if UPDATE_ROWS:
             peak = tl.where(g > -INF, (1.0 - relaxation) * top - finite_or_zero(g), -INF)
