@@ -6,7 +6,7 @@ TRITON_INTERPRET=1 the kernels run on CPU tensors, in Python, to be tested witho
 
 from __future__ import annotations
 
-import functools
+import importlib.metadata
 import importlib.util
 import os
 from collections.abc import Sequence
@@ -26,14 +26,29 @@ OLDEST = (3, 2)  # the oldest release that the tests run with
 Gradients = Sequence[Tensor | None]
 
 
+def _trouble() -> str:
+    """What is wrong with the installed Triton, without importing it; empty when nothing is."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    try:
+        version = importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:  # under another name, as in builds of torch for AMD
+        return ""
+    wanted = ".".join(map(str, OLDEST))
+    enough = tuple(int(part) for part in version.split("+")[0].split(".")[:2]) >= OLDEST
+    return "" if enough else f"needs triton >= {wanted}, found {version}"
+
+
+# Constants of the process, found once: `unsupported_reasons` is traced by torch.compile.
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+TROUBLE = _trouble()
+
+
 def unsupported_reasons(p: Problem) -> list[str]:
     """Why this backend cannot run `p`; empty when it can."""
-    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-    reasons = ["triton is not installed"] if importlib.util.find_spec("triton") is None else []
-    if p.device != "cuda" and not (p.device == "cpu" and interpreted):
+    reasons = [TROUBLE] if TROUBLE else []
+    if p.device != "cuda" and not (p.device == "cpu" and INTERPRETED):
         reasons.append(f"runs on cuda tensors (on cpu tensors only under TRITON_INTERPRET=1), not on {p.device}")
-    elif not reasons and (trouble := _trouble()):
-        reasons.append(trouble)
     if p.dtype not in DTYPES:
         reasons.append(f"has no kernels for {p.dtype}")
     if p.op != "sinkhorn" and p.M > MAX_REFERENCES:
@@ -43,18 +58,6 @@ def unsupported_reasons(p: Problem) -> list[str]:
     if p.op == "causal" and p.num_iters > 1:
         reasons.append("the causal scan needs num_iters <= 1")
     return reasons
-
-
-@functools.cache
-def _trouble() -> str:
-    """What is wrong with the installed Triton; empty when nothing is."""
-    try:
-        import triton
-    except Exception as error:  # a broken installation must not break a program that can run without it
-        return f"triton does not import: {error}"
-    version = tuple(int(part) for part in triton.__version__.split("+")[0].split(".")[:2])
-    wanted = ".".join(map(str, OLDEST))
-    return "" if version >= OLDEST else f"needs triton >= {wanted}, found {triton.__version__}"
 
 
 def _on_device(t: Tensor) -> AbstractContextManager[Any]:
