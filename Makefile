@@ -14,7 +14,7 @@ help:
 	@echo "make demo      train and compare on real input (3 minutes); results in demo_output/"
 	@echo "make test      the whole test suite"
 	@echo "make bench     the side-by-side benchmark table; results in benchmarks/results/"
-	@echo "make gpu       on a machine with a GPU: tests on real kernels, compute-sanitizer, benchmarks (8 minutes; no installation)"
+	@echo "make gpu       on a machine with a GPU: tests on real kernels, compute-sanitizer, benchmarks (no installation)"
 	@echo "make resources compile every Triton kernel for GPUs that are not there; the table in benchmarks/results/"
 	@echo "make model     what attention has to cost on a GPU, and what the compiled kernels should take there"
 	@echo "make lint      ruff, import layers, clang-format"

@@ -55,7 +55,7 @@ def inverse_norm(square):
     positive = square > NORM_FLOOR
     safe = tl.where(positive, square, 1.0)
     guess = tl.rsqrt(safe)
-    # One Newton step brings the hardware's 23 bits to rounding, at a fifth of the cost of a root and a division.
+    # One Newton step brings the hardware's approximation to rounding, in fewer instructions than a root and a division.
     return tl.where(positive, guess * (1.5 - (0.5 * safe) * guess * guess), 0.0)
 
 
