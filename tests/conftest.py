@@ -27,7 +27,6 @@ FLOAT64_TESTS = (
     "test_vmap_and_vmap_of_grad", "test_vmap_of_pool_features_and_sinkhorn", "test_vmap_with_dropout",
     "test_double_backward_is_refused_never_zero", "test_forward_mode_is_refused_never_zero",
     "test_dropout_is_the_same_on_every_backend_and_in_the_weights", "test_no_random_number_is_drawn_without_dropout",
-    "test_random_calls_match_the_reference",
 )  # fmt: skip
 
 # What a machine with nothing but torch, triton, numpy and pytest (`make gpu`) leaves out.

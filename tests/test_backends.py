@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import math
-import os
 from typing import Any
 
 import pytest
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor
 
 import setformer_kernels.functional as SF
+from setformer_kernels.backends.triton.config import INTERPRETED
 from setformer_kernels.testing import CASES, Case, assert_within_budget, gradients, make, model_inputs
 from setformer_kernels.testing.budget import cast
 
@@ -21,7 +21,6 @@ DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 # A tensor operation takes 0.1 ms on Triton's interpreter.  A GPU runs everything; there float16, which shares its code
 # with bfloat16 but for the range of its weights, runs these, and small gradients are averaged over fewer draws.
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 HALF_CASES = (
     "plain",
     "length_63",

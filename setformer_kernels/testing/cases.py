@@ -51,6 +51,7 @@ CASES = (
     Case("wide", B=1, H=2, D=256, E=128, M=64),
     Case("odd_sizes", D=19, E=33, M=13, L=31, S=47),
     Case("bnhd", layout="bnhd", D=32, E=32),
+    Case("bhdn", layout="bhdn", D=17, E=33),
     Case("expanded", layout="expanded"),
     Case("bool_mask", mask="bool"),
     Case("float_mask", mask="float"),
@@ -75,6 +76,7 @@ CASES = (
     Case("causal_t0", L=100, options={"causal": True, "num_iters": 0}),
     Case("causal_t1", L=100, options={"causal": True, "num_iters": 1}),
     Case("causal_long", B=1, H=2, L=1000, S=1000, M=64, D=64, E=48, options={"causal": True, "num_iters": 1}),
+    Case("causal_bhdn", L=100, layout="bhdn", options={"causal": True, "num_iters": 1}),
     Case("causal_mask", L=100, mask="bool", options={"causal": True, "num_iters": 1}),
     Case(
         "causal_float_mask", L=100, mask="float", options={"causal": True, "num_iters": 1, "reference_relaxation": 0.5}
@@ -132,6 +134,8 @@ def _laid_out(case: Case, t: Tensor, shared: bool = False) -> Tensor:
     """[B, H, N, D] in the case's memory order."""
     if case.layout == "bnhd":
         return t.transpose(1, 2).contiguous().transpose(1, 2)
+    if case.layout == "bhdn":
+        return t.mT.contiguous().mT
     if case.layout == "expanded" and shared:
         return t[:, :1].expand(t.shape)
     return t

@@ -6,12 +6,12 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from ...problem import Operands, Options, empty_in_order, replaced
+from ...problem import Operands, Options, replaced
 from .config import padded, tile
 from .gradients import new_partials, parameter_gradients, wants_parameters
 from .launch import Split, device_of, split_tokens
 from .plan_backward import Cotangents
-from .prepare import prepare
+from .prepare import TOKENS, prepare, token_gradients
 from .read_backward import read_backward
 from .transport_backward import KeyGradients, transport_backward
 
@@ -35,7 +35,8 @@ def _backward(
     d_o, d_z, d_c = incoming
     need = dict(zip(Operands._fields, needs, strict=True))
     prepared = prepare(x, opt)
-    rows = {name: _rows(getattr(x, name), need[name]) for name in ("query", "key", "value", "log_a")}
+    out = token_gradients(x, need)
+    rows = {name: out[name].rows if name in out else None for name in (*TOKENS, "log_a")}
     parameters = wants_parameters(x, needs)
     keys = parameters or any(rows[name] is not None for name in ("key", "value", "log_a"))
     queries = Split(0, 0) if x.query is None else _split(x, x.query)
@@ -49,9 +50,10 @@ def _backward(
         read_backward(x, opt, prepared, state, d_o, queries, rows["query"], part_z, parts)
     if keys:
         given = Cotangents(part_z, queries.programs, *(None if t is None else t.contiguous() for t in (d_z, d_c)))
-        out = KeyGradients(rows["key"], rows["value"], rows["log_a"])
-        transport_backward(x, opt, prepared, state, given, of_keys, out, parts, need["log_b"] and x.log_b is not None)
-    found = {name: _in_order_of(getattr(x, name), t) for name, t in rows.items()}
+        of_rows = KeyGradients(rows["key"], rows["value"], rows["log_a"])
+        log_b = need["log_b"] and x.log_b is not None
+        transport_backward(x, opt, prepared, state, given, of_keys, of_rows, parts, log_b)
+    found: dict[str, Tensor | None] = {name: gradient.delivered() for name, gradient in out.items()}
     found |= parameter_gradients(x, opt, prepared, parts, needs)
     return Operands._make(found.get(name) for name in Operands._fields)
 
@@ -62,19 +64,3 @@ def _split(x: Operands, tokens: Tensor) -> Split:
     widest = max(padded(x.references.shape[1]), padded(d), padded(x.value.shape[-1]))
     cut = tile("gradient", device.family, widest, tokens.element_size())
     return split_tokens(n, cut.rows, b * h, device.multiprocessors)
-
-
-def _rows(like: Tensor | None, wanted: bool) -> Tensor | None:
-    """An empty gradient of a token tensor with unit stride along its last dimension."""
-    if like is None or not wanted:
-        return None
-    out = empty_in_order(like, like.shape)
-    return out if like.ndim == 3 or out.stride(-1) == 1 else like.new_empty(like.shape)
-
-
-def _in_order_of(like: Tensor | None, t: Tensor | None) -> Tensor | None:
-    """`t` in the memory order of `like`: a copy only where the last dimension of that one is not innermost."""
-    if t is None or like is None or like.ndim == 3:
-        return t
-    out = t if like.stride(-1) <= 1 else empty_in_order(like, like.shape)
-    return t if out.stride(-1) == 1 else out.copy_(t)

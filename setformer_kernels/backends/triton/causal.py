@@ -17,14 +17,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...problem import Operands, Options, empty_in_order, replaced
+from ...problem import Operands, Options, replaced
 from .causal_chunk import at_head, chunk_keys, chunk_weights, load_state, query_weights
 from .causal_state import COUNTS, Arguments, Part, parts, states
 from .config import Tile, padded, tile
 from .gradients import power_of_two
 from .launch import device_of, launch
 from .logits import head_parameters, load_references_t, load_rows, token_logits
-from .prepare import prepare, stride_step, strides, unit_rows
+from .prepare import prepare, rows_like, stride_step, strides, unit_rows
 from .primitives import dot, keep_mask, rounded
 from .read import dropout_constants
 
@@ -89,7 +89,7 @@ def causal_kernel(
 def causal(x: Operands, opt: Options) -> Tensor:
     """o [B, H, L, E] in the dtype and memory order of the queries, for T ≤ 1."""
     assert x.query is not None
-    output = empty_in_order(x.query, (*x.query.shape[:-1], x.value.shape[-1]))
+    output = rows_like(x.query, x.value.shape[-1])
     x = with_unit_rows(x)
     prepared = prepare(x, opt)
     device = device_of(x.key)
@@ -98,12 +98,12 @@ def causal(x: Operands, opt: Options) -> Tensor:
     cut = tile("chunk", device.family, max(mp, dp, ep), x.key.element_size())
     chunks = math.ceil(x.key.shape[2] / cut.rows)
     for part in parts(x, prepared, chunks, mp * (ep + 5), device.multiprocessors):
-        written = output[part.batch, part.heads]
+        written = output.rows[part.batch, part.heads]
         arguments = chunk_arguments(part, opt, cut, written)
         log_c, z = states(part, arguments)
         tensors = (*arguments.tensors, log_c, z, written)
         launch(causal_kernel, log_c[..., 0].numel(), (*tensors, *arguments.counts), arguments.constants, cut)
-    return output
+    return output.delivered()
 
 
 def with_unit_rows(x: Operands) -> Operands:

@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...problem import Operands, Options, empty_in_order
+from ...problem import Operands, Options
 from .causal import chunk_arguments, with_unit_rows
 from .causal_chunk import (
     at_head,
@@ -39,7 +39,7 @@ from .config import Tile, padded, tile
 from .gradients import Partials, new_partials, parameter_gradients, wants_parameters
 from .launch import device_of, launch
 from .logits import head_parameters, load_references_t, load_rows, token_logits
-from .prepare import prepare, strides
+from .prepare import TOKENS, Rows, prepare, strides, token_gradients
 from .primitives import INF, LN2, dot, finite_or_zero, rounded
 from .read_backward import read_gradient
 
@@ -215,11 +215,10 @@ def key_kernel(
 
 def causal_backward(x: Operands, opt: Options, d_o: Tensor, needs: Sequence[bool]) -> Operands:
     """Gradients in the order of `Operands`, None where not needed, from d_o [B, H, L, E]."""
-    given, need = x, dict(zip(Operands._fields, needs, strict=True))
+    out = token_gradients(x, dict(zip(Operands._fields, needs, strict=True)))
     x = with_unit_rows(x)
     d_o = d_o if d_o.stride(-1) == 1 else d_o.contiguous()
     prepared = prepare(x, opt)
-    out = {n: empty_in_order(t, t.shape) if need[n] and (t := getattr(given, n)) is not None else None for n in TOKENS}
     whole = new_partials(x, prepared, 1, needs)
     device = device_of(x.key)
     _, mp, dp = prepared.y.shape
@@ -227,17 +226,15 @@ def causal_backward(x: Operands, opt: Options, d_o: Tensor, needs: Sequence[bool
     cut = tile("chunk_backward", device.family, max(mp, dp, ep), x.key.element_size())
     chunks = math.ceil(x.key.shape[2] / cut.rows)
     for part in parts(x, prepared, chunks, mp * (2 * ep + 3 * cut.rows + dp + 8), device.multiprocessors):
-        _part_backward(part, opt, d_o[part.batch, part.heads], part_of(out, part), whole, needs, cut)
-    parameters = parameter_gradients(x, opt, prepared, whole, needs)
-    return Operands._make({**dict.fromkeys(Operands._fields), **out, **parameters}.values())
+        _part_backward(part, opt, d_o[part.batch, part.heads], rows_of(out, part), whole, needs, cut)
+    found: dict[str, Tensor | None] = {name: gradient.delivered() for name, gradient in out.items()}
+    found |= parameter_gradients(x, opt, prepared, whole, needs)
+    return Operands._make(found.get(name) for name in Operands._fields)
 
 
-TOKENS = ("query", "key", "value", "log_a")
-
-
-def part_of(out: dict[str, Tensor | None], part: Part) -> dict[str, Tensor | None]:
-    """The views of token gradients that belong to a part."""
-    return {n: None if t is None else t[part.batch, part.heads] for n, t in out.items()}
+def rows_of(out: dict[str, Rows], part: Part) -> dict[str, Tensor | None]:
+    """The rows of a part in the token gradients, None where not needed."""
+    return {n: out[n].rows[part.batch, part.heads] if n in out else None for n in (*TOKENS, "log_a")}
 
 
 def _part_backward(

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from typing import NamedTuple
+
+# Whether kernels run in Python, on CPU tensors; Triton reads the same variable when it is imported.
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 class Tile(NamedTuple):

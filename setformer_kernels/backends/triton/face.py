@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
-import os
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -17,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ...problem import Operands, Options, Problem
-from .config import MAX_HEAD_DIM, MAX_REFERENCES
+from .config import INTERPRETED, MAX_HEAD_DIM, MAX_REFERENCES
 
 NAME = "triton"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -39,8 +38,7 @@ def _trouble() -> str:
     return "" if enough else f"needs triton >= {wanted}, found {version}"
 
 
-# Constants of the process, found once: `unsupported_reasons` is traced by torch.compile.
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+# A constant of the process, found once: `unsupported_reasons` is traced by torch.compile.
 TROUBLE = _trouble()
 
 

@@ -8,16 +8,15 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...problem import Operands, Options, empty_in_order
+from ...problem import Operands, Options
 from .config import Tile, padded, tile
 from .launch import device_of, launch
 from .logits import kernel_value, load_rows
-from .prepare import Prepared, prepare, stride_step, strides, unit_rows
+from .prepare import Prepared, prepare, rows_like, stride_step, strides, unit_rows
 from .primitives import dot, inverse_norm, rounded
 from .whitening import whitening
 
@@ -89,12 +88,6 @@ def unit_landmarks(landmarks: Tensor) -> Tensor:
     return landmarks if landmarks.stride(-1) == 1 else landmarks.contiguous()
 
 
-def rows_like(x: Tensor, width: int) -> tuple[Tensor, Tensor]:
-    """(a result [B, H, N, width] in the memory order of x, where a kernel writes it: itself if its rows are dense)."""
-    result = empty_in_order(x, (*x.shape[:-1], width))
-    return result, result if result.stride(-1) == 1 else torch.empty_like(result, memory_format=torch.contiguous_format)
-
-
 def cut(x: Tensor, landmarks: Tensor, kind: str) -> tuple[Tile, dict[str, Any]]:
     """The tile of a kernel, and the constants that follow from it and the sizes."""
     r, d = landmarks.shape[1:]
@@ -108,11 +101,11 @@ def features(x: Tensor, landmarks: Tensor, bandwidth: Tensor | None, scalar: flo
     """x [B, H, N, D], landmarks [H, R, D] -> ψ [B, H, N, R]."""
     x_, landmarks = unit_rows(x), unit_landmarks(landmarks)
     b, h, n, _ = x.shape
-    result, psi = rows_like(x, landmarks.shape[1])
+    out = rows_like(x, landmarks.shape[1])
     prepared = prepared_landmarks(x_, landmarks, bandwidth, scalar)
     w = whitening(landmarks, prepared, ridge, x.dtype)
     t, constants = cut(x, landmarks, "features")
-    step = stride_step(x_, psi)
-    args = (x_, prepared.y, w, prepared.parameters, psi, *strides(x_, step), *strides(psi, step), h, n)
+    step = stride_step(x_, out.rows)
+    args = (x_, prepared.y, w, prepared.parameters, out.rows, *strides(x_, step), *strides(out.rows, step), h, n)
     launch(features_kernel, b * h * -(-n // t.rows), args, constants | {"STEP": step}, t)
-    return result if psi is result else result.copy_(psi)
+    return out.delivered()

@@ -20,10 +20,10 @@ from torch import Tensor
 
 from ...problem import empty_in_order
 from .config import INTERPRETER, Tile
-from .features import COUNTS, cut, inverse_lengths, landmark_products, prepared_landmarks, rows_like, unit_landmarks
+from .features import COUNTS, cut, inverse_lengths, landmark_products, prepared_landmarks, unit_landmarks
 from .launch import device_of, launch, split_tokens
 from .logits import kernel_value, load_rows
-from .prepare import Prepared, stride_step, strides, unit_rows
+from .prepare import Prepared, rows_like, stride_step, strides, unit_rows
 from .primitives import dot, rounded
 from .whitening import landmark_cosines, whitening, whitening_backward
 
@@ -98,17 +98,19 @@ def features_backward_kernel(
 
 
 @triton.jit(do_not_specialize=["H", "B", "splits"])
-def sum_kernel(sums, out, H, B, splits, SIZE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    """out[h] = Σ over the batch and the splits of sums [B, H, splits, SIZE]: BLOCK numbers of one head."""
-    h = (tl.program_id(0) // tl.cdiv(SIZE, BLOCK)).to(tl.int64)
-    n = tl.program_id(0) % tl.cdiv(SIZE, BLOCK) * BLOCK + tl.arange(0, BLOCK)
+def sum_kernel(
+    sums, out, H, B, splits, USED: tl.constexpr, SIZE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr
+):
+    """out[h] = Σ over the batch and the splits of the first USED of sums [B, H, splits, SIZE]: BLOCK of one head."""
+    h = (tl.program_id(0) // tl.cdiv(USED, BLOCK)).to(tl.int64)
+    n = tl.program_id(0) % tl.cdiv(USED, BLOCK) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros([BLOCK], tl.float32)
     for start in range(0, B * splits, ROWS):
         part = start + tl.arange(0, ROWS)
         row = (part // splits * H + h) * splits + part % splits
-        mask = (part < B * splits)[:, None] & (n < SIZE)[None, :]
+        mask = (part < B * splits)[:, None] & (n < USED)[None, :]
         total += tl.sum(tl.load(sums + row[:, None] * SIZE + n[None, :], mask=mask, other=0.0), 0)
-    tl.store(out + h * SIZE + n, total, mask=n < SIZE)
+    tl.store(out + h * SIZE + n, total, mask=n < USED)
 
 
 @triton.jit(do_not_specialize=["stride_h", "stride_r", "stride_oh", "stride_or", "stride_od"])
@@ -174,8 +176,9 @@ def _over_tokens(
     launch(features_backward_kernel, programs, (*tensors, d_x, sums, *counts), constants, t)
     out = landmarks.new_empty((h, size))
     if sums is not None:
-        cut_sum: dict[str, Any] = {"SIZE": size, "ROWS": SUM_TILE.rows, "BLOCK": SUM_TILE.depth}
-        launch(sum_kernel, h * -(-size // SUM_TILE.depth), (sums, out, h, b, split.programs), cut_sum, SUM_TILE)
+        used = size - EXTRA + blocks
+        cut_sum: dict[str, Any] = {"USED": used, "SIZE": size, "ROWS": SUM_TILE.rows, "BLOCK": SUM_TILE.depth}
+        launch(sum_kernel, h * -(-used // SUM_TILE.depth), (sums, out, h, b, split.programs), cut_sum, SUM_TILE)
     return out, blocks
 
 
@@ -190,13 +193,13 @@ def features_backward(
 ) -> tuple[Tensor | None, ...]:
     """(dx, d landmarks, d bandwidth), None where not needed."""
     x_, d_psi, landmarks_ = unit_rows(x), unit_rows(d_psi), unit_landmarks(landmarks)
-    result, d_x = rows_like(x, x.shape[-1]) if needs[0] else (None, None)
+    d_x = rows_like(x, x.shape[-1]) if needs[0] else None
     prepared = prepared_landmarks(x_, landmarks_, bandwidth, scalar)
     w = whitening(landmarks_, prepared, ridge, x.dtype)
     wants_bandwidth = needs[2] and bandwidth is not None
-    sums, blocks = _over_tokens(x_, landmarks_, prepared, w, d_psi, d_x, needs[1] or wants_bandwidth)
-    if result is not None and d_x is not None and d_x is not result:
-        result.copy_(d_x)
+    written = None if d_x is None else d_x.rows
+    sums, blocks = _over_tokens(x_, landmarks_, prepared, w, d_psi, written, needs[1] or wants_bandwidth)
+    result = None if d_x is None else d_x.delivered()
     if not (needs[1] or wants_bandwidth):
         return result, None, None
     d_landmarks = empty_in_order(landmarks, landmarks.shape) if needs[1] else None

@@ -14,8 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .config import Tile
-from .primitives import INTERPRETED
+from .config import INTERPRETED, Tile
 
 
 class Device(NamedTuple):
@@ -92,13 +91,13 @@ class Split(NamedTuple):
 
 
 PROGRAMS_PER_MULTIPROCESSOR = 4  # what the tile table's registers and shared memory let reside at once
-TILES_PER_PROGRAM = 4  # at least: below this, beginning and merging cost more than they spread
+LEAST_TILES = 4  # of a program: with fewer, beginning and merging cost more than they spread
 
 
 def split_tokens(length: int, rows: int, heads: int, multiprocessors: int) -> Split:
     """Enough programs to fill the device once, each with several tiles; more heads than that need no split."""
     tiles = max(1, math.ceil(length / rows))
     wanted = math.ceil(PROGRAMS_PER_MULTIPROCESSOR * multiprocessors / max(1, heads))
-    count = max(1, min(wanted, math.ceil(tiles / TILES_PER_PROGRAM)))
+    count = max(1, min(wanted, math.ceil(tiles / LEAST_TILES)))
     stretch = math.ceil(tiles / count) * rows
     return Split(stretch, max(1, math.ceil(length / stretch)))

@@ -6,17 +6,20 @@ and the hyperparameters are one row of numbers however they were given.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...problem import HYPER, Operands, Options
+from ...problem import HYPER, Operands, Options, empty_in_order
 from .config import Tile, padded
 from .launch import launch
 from .primitives import INF, LOG2E, inverse_norm, rounded
 
+TOKENS = ("query", "key", "value")
 ROWS = 16  # references per program: a few thousand numbers in all, so any tile does
 TILE = Tile(rows=ROWS, depth=0, warps=4, stages=1)
 
@@ -106,6 +109,33 @@ def _unit(t: Tensor | None) -> Tensor | None:
 def unit_rows(t: Tensor) -> Tensor:
     """A token tensor with unit stride along its last dimension; copied only where a caller transposed it."""
     return t if t.stride(-1) == 1 else t.contiguous()
+
+
+class Rows(NamedTuple):
+    """An output, and where kernels write it: itself if its last dimension is innermost, else a contiguous one."""
+
+    result: Tensor
+    rows: Tensor
+
+    def delivered(self) -> Tensor:
+        """The output, after the kernels ran."""
+        return self.result if self.rows is self.result else self.result.copy_(self.rows)
+
+
+def rows_like(like: Tensor, width: int) -> Rows:
+    """An empty output [.., width] in the memory order of the token tensor `like`."""
+    result = empty_in_order(like, (*like.shape[:-1], width))
+    innermost = result.stride(-1) == 1
+    return Rows(result, result if innermost else torch.empty_like(result, memory_format=torch.contiguous_format))
+
+
+def token_gradients(x: Operands, need: Mapping[str, bool]) -> dict[str, Rows]:
+    """Empty gradients of the token tensors that need one; that of log a [B, H, S] is written by strides."""
+    out = {n: rows_like(t, t.shape[-1]) for n in TOKENS if need[n] and (t := getattr(x, n)) is not None}
+    if need["log_a"] and x.log_a is not None:
+        d_log_a = empty_in_order(x.log_a, x.log_a.shape)
+        out["log_a"] = Rows(d_log_a, d_log_a)
+    return out
 
 
 def stride_step(*tensors: Tensor | None) -> int:

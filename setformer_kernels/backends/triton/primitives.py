@@ -5,13 +5,12 @@ carried times log2(e), and only what leaves a kernel is in natural units.  Names
 M references padded to a power of two.
 """
 
-import os
-
 import triton
 import triton.language as tl
 
+from .config import INTERPRETED
+
 # Under the interpreter tl.dot multiplies bfloat16 as raw bits (Triton 3.7): operands are widened there, exactly.
-INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 _INTERPRETED = tl.constexpr(INTERPRETED)
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)

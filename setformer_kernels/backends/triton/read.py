@@ -8,12 +8,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...problem import Operands, Options, empty_in_order
+from ...problem import Operands, Options
 from .config import padded, tile
 from .launch import device_of, launch
 from .logits import head_parameters, load_references_t, token_logits
 from .plan import range_known
-from .prepare import Prepared, stride_step, strides, unit_rows
+from .prepare import Prepared, rows_like, stride_step, strides, unit_rows
 from .primitives import LOG2E, dot, finite_or_zero, keep_mask, rounded
 
 COUNTS = (
@@ -114,7 +114,7 @@ def read(x: Operands, opt: Options, prepared: Prepared, z: Tensor, c: Tensor) ->
     query = unit_rows(x.query)
     position = None if x.query_position is None else unit_rows(x.query_position)
     (b, h, l, d), (m, e) = query.shape, z.shape[-2:]
-    output = empty_in_order(x.query, (b, h, l, e))
+    output = rows_like(x.query, e)
     device = device_of(query)
     _, mp, dp = prepared.y.shape
     ep = padded(e)
@@ -122,8 +122,8 @@ def read(x: Operands, opt: Options, prepared: Prepared, z: Tensor, c: Tensor) ->
     splits = max(1, math.ceil(l / (cut.rows * TILES_PER_PROGRAM)))
     threshold, keep_scale = dropout_constants(opt.dropout_p)
     tensors = (query, position, prepared.y, prepared.log_b, prepared.position, prepared.parameters, c, z, x.seed)
-    step = stride_step(query, output)
-    spans = (*strides(query, step), *strides(position), *strides(output, step))
+    step = stride_step(query, output.rows)
+    spans = (*strides(query, step), *strides(position), *strides(output.rows, step))
     counts = (h, l, cut.rows * TILES_PER_PROGRAM, splits, c.shape[2], threshold, keep_scale)
     constants = {
         "RANGE": range_known(x, opt), "T_POSITIVE": opt.num_iters > 0,
@@ -132,5 +132,5 @@ def read(x: Operands, opt: Options, prepared: Prepared, z: Tensor, c: Tensor) ->
         "DROPOUT": x.seed is not None, "STEP": step, "BL": cut.rows,
         "DEPTH": min(cut.depth, dp), "VDEPTH": min(cut.depth, ep), "PRECISION": device.precision,
     }  # fmt: skip
-    launch(read_kernel, b * h * splits, (*tensors, output, *spans, *counts), constants, cut)
-    return output
+    launch(read_kernel, b * h * splits, (*tensors, output.rows, *spans, *counts), constants, cut)
+    return output.delivered()

@@ -74,7 +74,10 @@ def walk_keys(
             total += column_sum(weights)
         if POOL:
             v = load_rows(value, rows, live, stride_vn, e, E)
-            sums += dot(tl.trans(rounded(weights, v.dtype)), v, PRECISION)
+            high = rounded(weights, v.dtype)
+            sums += dot(tl.trans(high), v, PRECISION)
+            if v.dtype != tl.float32:  # the backward subtracts ⟨dz, z⟩ from ⟨dz, v⟩: z needs all of its weights
+                sums += dot(tl.trans(rounded(weights - high.to(tl.float32), v.dtype)), v, PRECISION)
     if NARROW:
         total = column_sum(tile) if DEFER else total
         peak = tl.zeros_like(g)
