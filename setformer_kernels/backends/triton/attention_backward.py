@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from ...problem import Operands, Options, replaced
-from .config import padded, tile
-from .gradients import new_partials, parameter_gradients, wants_parameters
+from .config import padded
+from .gradients import gradient_tile, new_partials, parameter_gradients, wants_parameters
 from .launch import Split, device_of, split_tokens
 from .plan_backward import Cotangents
 from .prepare import TOKENS, prepare, token_gradients
@@ -39,8 +39,9 @@ def _backward(
     rows = {name: out[name].rows if name in out else None for name in (*TOKENS, "log_a")}
     parameters = wants_parameters(x, needs)
     keys = parameters or any(rows[name] is not None for name in ("key", "value", "log_a"))
-    queries = Split(0, 0) if x.query is None else _split(x, x.query)
-    of_keys = _split(x, x.key)
+    rows_per_step = gradient_tile(x, opt).rows
+    queries = Split(0, 0) if x.query is None else _split(x.query, rows_per_step)
+    of_keys = _split(x.key, rows_per_step)
     parts = new_partials(x, prepared, queries.programs + of_keys.programs, needs)
     part_z = None
     if d_o is not None:
@@ -58,9 +59,7 @@ def _backward(
     return Operands._make(found.get(name) for name in Operands._fields)
 
 
-def _split(x: Operands, tokens: Tensor) -> Split:
+def _split(tokens: Tensor, rows: int) -> Split:
     """How the tokens of a head are shared among programs."""
-    device, (b, h, n, d) = device_of(tokens), tokens.shape
-    widest = max(padded(x.references.shape[1]), padded(d), padded(x.value.shape[-1]))
-    cut = tile("gradient", device.family, widest, tokens.element_size())
-    return split_tokens(n, cut.rows, b * h, device.multiprocessors)
+    b, h, n, _ = tokens.shape
+    return split_tokens(n, rows, b * h, device_of(tokens).multiprocessors)

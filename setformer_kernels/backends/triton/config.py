@@ -30,6 +30,7 @@ def padded(n: int) -> int:
 
 # Kinds of kernel, by what a program holds across its loop: "row" kernels hold no accumulator (read, features),
 # "column" kernels hold [M] or [M, depth] sums (transport), "gradient" kernels hold [M, depth] sums beside two tiles.
+# "across" and "gradient_log" are those in the log domain or with warps across the references: peaks beside every sum.
 # Sizes: "small" M, D, E ≤ 64; "medium" ≤ 128; "large" beyond.  "half" and "single" are the token's bytes.
 DEFAULT: dict[tuple[str, str, str], Tile] = {
     # [rows, M] float32 logits are the largest tile a thread holds: rows · M / (32 · warps) registers each.
@@ -42,26 +43,34 @@ DEFAULT: dict[tuple[str, str, str], Tile] = {
     ("column", "small", "half"): Tile(64, 64, 4, 2),
     ("column", "medium", "half"): Tile(128, 64, 8, 2),
     ("column", "large", "half"): Tile(32, 32, 8, 1),
-    ("column", "small", "single"): Tile(32, 32, 4, 1),
+    ("column", "small", "single"): Tile(32, 16, 4, 1),
     ("column", "medium", "single"): Tile(32, 32, 8, 1),
     ("column", "large", "single"): Tile(16, 16, 8, 1),
+    ("across", "small", "half"): Tile(32, 64, 4, 2),
+    ("across", "small", "single"): Tile(32, 16, 4, 1),
     ("across", "medium", "half"): Tile(64, 64, 8, 2),
     ("across", "large", "half"): Tile(32, 32, 8, 1),
     ("across", "medium", "single"): Tile(32, 32, 8, 1),
     ("across", "large", "single"): Tile(16, 16, 8, 1),
     # Half precision: [references, rows] products, so 16 or 32 tokens give every warp 16 references and small tiles.
-    ("gradient", "small", "half"): Tile(32, 64, 4, 2),
+    ("gradient", "small", "half"): Tile(32, 64, 8, 2),
     ("gradient", "medium", "half"): Tile(16, 64, 8, 1),
     ("gradient", "large", "half"): Tile(16, 64, 8, 1),
-    ("gradient", "small", "single"): Tile(16, 32, 4, 1),
+    ("gradient", "small", "single"): Tile(16, 32, 8, 1),
     ("gradient", "medium", "single"): Tile(16, 32, 8, 1),
     ("gradient", "large", "single"): Tile(16, 16, 8, 1),
+    ("gradient_log", "small", "half"): Tile(32, 64, 8, 2),
+    ("gradient_log", "medium", "half"): Tile(16, 64, 8, 1),
+    ("gradient_log", "large", "half"): Tile(16, 64, 8, 1),
+    ("gradient_log", "small", "single"): Tile(16, 32, 8, 1),
+    ("gradient_log", "medium", "single"): Tile(16, 32, 8, 1),
+    ("gradient_log", "large", "single"): Tile(16, 16, 8, 1),
     # "chunk": the causal kernels hold several [rows, M] tiles at once and no sums across a loop.
     ("chunk", "small", "half"): Tile(32, 64, 8, 1),
     ("chunk", "medium", "half"): Tile(32, 32, 8, 1),
     ("chunk", "large", "half"): Tile(16, 32, 8, 1),
     ("chunk", "small", "single"): Tile(16, 32, 8, 1),
-    ("chunk", "medium", "single"): Tile(16, 32, 8, 1),
+    ("chunk", "medium", "single"): Tile(16, 16, 8, 1),
     ("chunk", "large", "single"): Tile(16, 16, 8, 1),
     ("chunk_backward", "small", "half"): Tile(32, 64, 4, 1),
     ("chunk_backward", "medium", "half"): Tile(16, 32, 8, 1),
@@ -87,6 +96,11 @@ DEFAULT: dict[tuple[str, str, str], Tile] = {
 # With 227 KiB of shared memory, 128 head dims stay in one product: nothing of the references is loaded twice.
 HOPPER: dict[tuple[str, str, str], Tile] = {
     ("row", "medium", "half"): Tile(64, 128, 4, 2),
+    # wgmma wants 128 rows of eight warps; values in two products with their weights leave half the columns at a time.
+    ("column", "medium", "half"): Tile(128, 32, 8, 2),
+    # Four warps and 16 rows: two blocks share a multiprocessor without spilling, and issue fewer instructions a row.
+    ("gradient", "small", "half"): Tile(16, 64, 4, 2),
+    ("gradient_log", "small", "half"): Tile(16, 32, 4, 2),
 }
 # 64 rows would go to tcgen05, whose results live in tensor memory: by the model the exponentials are then taken twice.
 BLACKWELL = HOPPER | {
@@ -94,11 +108,14 @@ BLACKWELL = HOPPER | {
     ("row", "medium", "half"): Tile(32, 64, 4, 2),
     ("column", "small", "half"): Tile(32, 64, 4, 2),
     ("column", "medium", "half"): Tile(32, 64, 8, 2),
+    ("gradient", "small", "half"): Tile(32, 64, 8, 2),
+    ("gradient_log", "small", "half"): Tile(16, 64, 8, 2),
 }
 # Without wgmma the operands are registers too: half the head dims at a time keep them within 255.
 AMPERE: dict[tuple[str, str, str], Tile] = {
     ("column", "medium", "half"): Tile(64, 32, 8, 2),
     ("gradient", "medium", "single"): Tile(16, 16, 8, 1),
+    ("gradient_log", "medium", "single"): Tile(16, 16, 8, 1),
 }
 OVERRIDES: dict[str, dict[tuple[str, str, str], Tile]] = {
     "sm_80": AMPERE,

@@ -19,8 +19,9 @@ import triton.language as tl
 from torch import Tensor
 
 from ...problem import HYPER, Operands, Options, empty_in_order
-from .config import Tile
-from .launch import Device, launch
+from .config import Tile, padded, tile
+from .launch import Device, device_of, launch
+from .plan import range_known
 from .prepare import Prepared
 from .primitives import dot, exact_scale, inverse_norm, rounded
 
@@ -64,6 +65,13 @@ def wants_parameters(x: Operands, needs: Sequence[bool]) -> bool:
     """Whether any gradient beyond those of tokens and key masses is needed."""
     need = dict(zip(Operands._fields, needs, strict=True))
     return any(need[name] and getattr(x, name) is not None for name in PARAMETERS)
+
+
+def gradient_tile(x: Operands, opt: Options) -> Tile:
+    """The tile of the passes over queries and keys."""
+    m, d, e = x.references.shape[1], x.key.shape[-1], x.value.shape[-1]
+    kind = "gradient" if range_known(x, opt) == "always" else "gradient_log"
+    return tile(kind, device_of(x.key).family, padded(max(m, d, e)), x.key.element_size())
 
 
 def across(device: Device, tokens: Tensor) -> bool:

@@ -13,8 +13,18 @@ import triton.language as tl
 from torch import Tensor
 
 from ...problem import Operands, Options
-from .config import padded, tile
-from .gradients import Partials, across, kernel_sums, position_sums, power_of_two, store_sums, token_gradient, tokens_by
+from .config import padded
+from .gradients import (
+    Partials,
+    across,
+    gradient_tile,
+    kernel_sums,
+    position_sums,
+    power_of_two,
+    store_sums,
+    token_gradient,
+    tokens_by,
+)
 from .launch import Split, device_of, launch
 from .logits import head_parameters, load_references, load_references_t, load_rows, token_logits
 from .plan import range_known
@@ -177,7 +187,7 @@ def read_backward(
     _, mp, dp = prepared.y.shape
     ep = padded(e)
     device = device_of(query)
-    cut = tile("gradient", device.family, max(mp, dp, ep), query.element_size())
+    cut = gradient_tile(x, opt)
     threshold, keep_scale = dropout_constants(opt.dropout_p)
     step = stride_step(query, d_o, d_query)
     spans = (*strides(query, step), *strides(d_o, step), *strides(d_query, step), *strides(x.log_a), *strides(position))

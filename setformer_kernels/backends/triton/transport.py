@@ -230,7 +230,8 @@ def column_sums(x: Operands, opt: Options, prepared: Prepared, c: Tensor) -> tup
     ep = padded(e)
     known = _range(x, opt)
     across = warps_across(mp, known, key.element_size())
-    cut = tile("across" if across else "column", device.family, max(mp, dp, ep), key.element_size())
+    kind = "column" if known == "always" and not across else "across"
+    cut = tile(kind, device.family, max(mp, dp, ep), key.element_size())
     split = split_tokens(s, cut.rows, b * h, device.multiprocessors)
     new = x.references.new_empty
     sums = [new((b * h, split.programs, mp)) for _ in range(4)]  # (peak, total) of this iteration and of the one before

@@ -18,10 +18,11 @@ import triton.language as tl
 from torch import Tensor
 
 from ...problem import Operands, Options
-from .config import padded, tile
+from .config import padded
 from .gradients import (
     Partials,
     across,
+    gradient_tile,
     kernel_sums,
     position_sums,
     power_of_two,
@@ -350,7 +351,7 @@ def transport_backward(
     _, mp, dp = prepared.y.shape
     ep, iterations = padded(e), state[1].shape[2]
     device = device_of(key)
-    cut = tile("gradient", device.family, max(mp, dp, ep), key.element_size())
+    cut = gradient_tile(x, opt)
     step = stride_step(key, value, out.key, out.value)
     uniform = -math.log2(s) if s else 0.0
     spans = (*strides(key, step), *strides(value, step), *strides(x.log_a), *strides(position), h, s, *split, uniform)
