@@ -101,6 +101,7 @@ HOPPER: dict[tuple[str, str, str], Tile] = {
     # Four warps and 16 rows: two blocks share a multiprocessor without spilling, and issue fewer instructions a row.
     ("gradient", "small", "half"): Tile(16, 64, 4, 2),
     ("gradient_log", "small", "half"): Tile(16, 32, 4, 2),
+    ("chunk_backward", "small", "single"): Tile(16, 32, 8, 1),
 }
 # 64 rows would go to tcgen05, whose results live in tensor memory: by the model the exponentials are then taken twice.
 BLACKWELL = HOPPER | {
@@ -116,6 +117,7 @@ AMPERE: dict[tuple[str, str, str], Tile] = {
     ("column", "medium", "half"): Tile(64, 32, 8, 2),
     ("gradient", "medium", "single"): Tile(16, 16, 8, 1),
     ("gradient_log", "medium", "single"): Tile(16, 16, 8, 1),
+    ("gradient_log", "small", "single"): Tile(16, 16, 8, 1),
 }
 OVERRIDES: dict[str, dict[tuple[str, str, str], Tile]] = {
     "sm_80": AMPERE,
