@@ -1,0 +1,16 @@
+"""SeTformer models: transformers for images and text whose attention is SeT attention."""
+
+from .layers import initialize_references
+from .sizes import VISION_SIZES, VisionSize
+from .vision import SeTformer, setformer_base, setformer_nano, setformer_small, setformer_tiny
+
+__all__ = [
+    "VISION_SIZES",
+    "SeTformer",
+    "VisionSize",
+    "initialize_references",
+    "setformer_base",
+    "setformer_nano",
+    "setformer_small",
+    "setformer_tiny",
+]
