@@ -2,11 +2,18 @@
 
 from .layers import initialize_references
 from .sizes import VISION_SIZES, VisionSize
+from .text import MaskedLMHead, Pooler, SequenceHead, TextEncoder, TextModel, TokenHead
 from .vision import SeTformer, setformer_base, setformer_nano, setformer_small, setformer_tiny
 
 __all__ = [
     "VISION_SIZES",
+    "MaskedLMHead",
+    "Pooler",
     "SeTformer",
+    "SequenceHead",
+    "TextEncoder",
+    "TextModel",
+    "TokenHead",
     "VisionSize",
     "initialize_references",
     "setformer_base",

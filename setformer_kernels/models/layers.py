@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -87,9 +88,10 @@ def _placing(model: nn.Module) -> Iterator[None]:
 
 
 def _place(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    options = {name: kwargs[name] for name in ("key_padding_mask", "key_position") if kwargs.get(name) is not None}
+    """A forward pre-hook: args and kwargs are those of the call."""
+    call = inspect.signature(module.forward).bind(*args, **kwargs).arguments
+    options = {name: call[name] for name in ("key_padding_mask", "key_position") if call.get(name) is not None}
     if isinstance(module, SeTPooling):
-        module.initialize_references(args[0], **options)
+        module.initialize_references(call["x"], **options)
     elif isinstance(module, SeTAttention):
-        _, key, value = args[:3]
-        module.initialize_references(key, value=value, **options)
+        module.initialize_references(call["key"], value=call["value"], **options)
