@@ -30,8 +30,12 @@ FLOAT64_TESTS = (
     "test_random_calls_match_the_reference",
 )  # fmt: skip
 
-# What a machine with nothing but torch, triton, numpy and pytest (`make gpu`) leaves out.
-NEEDS = {"test_fuzz.py": "hypothesis", "test_demo_parts.py": "sklearn"}
+# What a machine with nothing but torch, triton, numpy and pytest (`make gpu`) leaves out, and what only `make
+# test-models` has.
+NEEDS = {
+    "test_fuzz.py": "hypothesis", "test_demo_parts.py": "sklearn", "models/test_heads.py": "transformers",
+    "models/test_timm.py": "timm", "models/test_transformers.py": "transformers",
+}  # fmt: skip
 collect_ignore = [file for file, module in NEEDS.items() if importlib.util.find_spec(module) is None]
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..nn import SeTAttention, SeTPooling
+from .transport import SetTransport
 
 
 class DropPath(nn.Module):
@@ -78,7 +79,7 @@ def initialize_references(model: nn.Module, *args: Any, **kwargs: Any) -> None:
 @contextmanager
 def _placing(model: nn.Module) -> Iterator[None]:
     """Within it, each SeT layer places its references on the tokens that it is about to be called with."""
-    layers = [module for module in model.modules() if isinstance(module, (SeTAttention, SeTPooling))]
+    layers = [module for module in model.modules() if isinstance(module, (SeTAttention, SeTPooling, SetTransport))]
     handles = [layer.register_forward_pre_hook(_place, with_kwargs=True) for layer in layers]
     try:
         yield
@@ -95,3 +96,5 @@ def _place(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
         module.initialize_references(call["x"], **options)
     elif isinstance(module, SeTAttention):
         module.initialize_references(call["key"], value=call["value"], **options)
+    elif isinstance(module, SetTransport):
+        module.initialize_references(call["k"], call["v"], call.get("key_mask"))

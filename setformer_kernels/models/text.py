@@ -105,12 +105,12 @@ class TextEncoder(nn.Module):
         self.blocks = nn.ModuleList(
             TextBlock(width, num_heads, hidden, dropout, layer_norm_eps, position_scale, options) for _ in range(depth)
         )
-        self.grad_checkpointing = False
+        self.gradient_checkpointing = False
         self.apply(initialize_weights)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recomputes each block in the backward pass: memory of one block's activations instead of all blocks'."""
-        self.grad_checkpointing = enable
+        self.gradient_checkpointing = enable
 
     def forward(
         self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None,
@@ -123,7 +123,7 @@ class TextEncoder(nn.Module):
         padding = None if attention_mask is None else ~there
         position = unit_positions(there)
         for block in self.blocks:
-            if self.grad_checkpointing and torch.is_grad_enabled():
+            if self.gradient_checkpointing and torch.is_grad_enabled():
                 x = checkpoint(block, x, padding, position, use_reentrant=False)
             else:
                 x = block(x, padding, position)

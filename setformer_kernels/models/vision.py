@@ -72,7 +72,7 @@ class Stage(nn.Module):
         self.downsample = downsample
         self.blocks = nn.ModuleList(blocks)
         self.norm = nn.LayerNorm(width)
-        self.grad_checkpointing = False
+        self.gradient_checkpointing = False
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.downsample(x)
@@ -80,7 +80,7 @@ class Stage(nn.Module):
         position = grid_positions(height, width, x.device)
         x = x.flatten(1, 2)
         for block in self.blocks:
-            if self.grad_checkpointing and torch.is_grad_enabled():
+            if self.gradient_checkpointing and torch.is_grad_enabled():
                 x = checkpoint(block, x, position, use_reentrant=False)
             else:
                 x = block(x, position)
@@ -94,17 +94,20 @@ class PoolHead(nn.Module):
     side, [B, M·C].
     """
 
-    def __init__(self, width: int, num_classes: int, pool: str, num_heads: int, num_references: int) -> None:
+    def __init__(
+        self, width: int, num_classes: int, pool: str, num_heads: int, num_references: int, dropout: float = 0.0
+    ) -> None:  # fmt: skip
         super().__init__()
         if pool not in POOLS:
             raise ValueError(f"pool must be one of {', '.join(POOLS)}, got {pool!r}")
         self.pool = SeTPooling(width, num_heads, num_references=num_references) if pool == "set" else None
         self.num_features = width * (num_references if pool == "set" else 1)
+        self.dropout = nn.Dropout(dropout)
         self.fc = nn.Linear(self.num_features, num_classes) if num_classes > 0 else nn.Identity()
 
     def forward(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         pooled = x.mean((1, 2)) if self.pool is None else self.pool(x.flatten(1, 2)).flatten(1)
-        return pooled if pre_logits else self.fc(pooled)
+        return pooled if pre_logits else self.fc(self.dropout(pooled))
 
 
 class SeTformer(nn.Module):
@@ -122,6 +125,7 @@ class SeTformer(nn.Module):
         num_classes: 0 leaves the pooled features.
         pool: of the classification head, "mean" or "set" (`SeTPooling` onto `pool_references` references).
         features_only: no head; forward returns the maps of the stages `out_indices` (0 to 3).
+        dropout: before the classifier.
         drop_path_rate: stochastic depth of the last block; grows linearly from 0.
         layer_scale: γ at the start; 0.1 is CaiT's value for networks of up to 18 blocks.
         position_scale: τ at the start, None for no positional term.  With 4 a reference's Gaussian exp(−τ²d²) has
@@ -139,14 +143,18 @@ class SeTformer(nn.Module):
         self, widths: Sequence[int], depths: Sequence[int], num_heads: Sequence[int], *, mlp_ratio: float = 2.0,
         num_references: int = 64, in_channels: int = 3, num_classes: int = 1000, pool: str = "mean",
         pool_references: int = 4, features_only: bool = False, out_indices: Sequence[int] = (0, 1, 2, 3),
-        drop_path_rate: float = 0.0, layer_scale: float = 0.1, position_scale: float | None = 4.0,
+        dropout: float = 0.0, drop_path_rate: float = 0.0, layer_scale: float = 0.1, position_scale: float | None = 4.0,
         attention: Mapping[str, Any] | None = None,
     ) -> None:  # fmt: skip
         super().__init__()
         check_sizes(widths, depths, num_heads, out_indices)
         self.widths, self.in_channels, self.num_classes = tuple(widths), in_channels, num_classes
         self.out_indices, self.features_only = tuple(out_indices), features_only
-        self._head_arguments = {"num_heads": num_heads[-1], "num_references": pool_references}
+        self._head_arguments: dict[str, Any] = {
+            "num_heads": num_heads[-1],
+            "num_references": pool_references,
+            "dropout": dropout,
+        }
         self.pool = pool
 
         def block(stage: int, drop_path: float) -> VisionBlock:
@@ -180,7 +188,7 @@ class SeTformer(nn.Module):
         """Recomputes each block in the backward pass: memory of one block's activations instead of all blocks'."""
         for stage in self.stages:
             assert isinstance(stage, Stage)
-            stage.grad_checkpointing = enable
+            stage.gradient_checkpointing = enable
 
     def forward_maps(self, image: Tensor) -> list[Tensor]:
         """Maps [B, C_i, h_i, w_i] of all stages there are."""
