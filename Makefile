@@ -8,11 +8,12 @@ PIP := $(RUN) -m pip
 CSRC := $(shell find csrc -name '*.cpp' -o -name '*.hpp' -o -name '*.h' -o -name '*.inc' 2>/dev/null)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test bench gpu resources model lint types sanitize clean
+.PHONY: help demo test test-models bench gpu resources model lint types sanitize clean
 
 help:
 	@echo "make demo      train and compare on real input (3 minutes); results in demo_output/"
 	@echo "make test      the whole test suite"
+	@echo "make test-models  the models in timm and transformers, in .venv-models with the newest torch"
 	@echo "make bench     the side-by-side benchmark table; results in benchmarks/results/"
 	@echo "make gpu       on a machine with a GPU: tests on real kernels, compute-sanitizer, benchmarks (no installation)"
 	@echo "make resources compile every Triton kernel for GPUs that are not there; the table in benchmarks/results/"
@@ -29,6 +30,10 @@ demo: $(VENV)/.installed
 test: $(VENV)/.installed
 	$(RUN) -m setformer_kernels info
 	$(RUN) -m pytest $(PYTEST_FLAGS)
+
+# Another environment: torchvision and timm need the torch that they were built for, the newest.
+test-models: .venv-models/.installed
+	.venv-models/bin/python -m pytest $(PYTEST_FLAGS) tests/models
 
 bench: $(VENV)/.installed
 	$(RUN) -m benchmarks
@@ -56,7 +61,7 @@ sanitize:
 	$(MAKE) -C csrc sanitize
 
 clean:
-	rm -rf $(VENV)/.installed $(VENV)/.lint build dist demo_output *.egg-info setformer_kernels/_C*.so
+	rm -rf $(VENV)/.installed $(VENV)/.lint .venv-models/.installed build dist demo_output *.egg-info setformer_kernels/_C*.so
 
 $(VENV)/.venv-ready: constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
@@ -68,6 +73,12 @@ $(VENV)/.venv-ready: constraints.txt
 # The Python sources are installed in place (editable), so only these inputs ask for a new build of the extension.
 $(VENV)/.installed: $(VENV)/.venv-ready pyproject.toml $(wildcard setup.py) $(CSRC)
 	$(PIP) install -c constraints.txt --build-constraint constraints.txt -e '.[demo,test,bench,triton]'
+	@touch $@
+
+.venv-models/.installed: constraints-models.txt pyproject.toml $(wildcard setup.py) $(CSRC)
+	test -x .venv-models/bin/python || $(PYTHON) -m venv .venv-models
+	.venv-models/bin/python -m pip install --quiet -c constraints-models.txt --build-constraint constraints.txt \
+		-e '.[timm,transformers,test]'
 	@touch $@
 
 $(VENV)/.lint: $(VENV)/.venv-ready pyproject.toml

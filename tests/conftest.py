@@ -29,8 +29,12 @@ FLOAT64_TESTS = (
     "test_dropout_is_the_same_on_every_backend_and_in_the_weights", "test_no_random_number_is_drawn_without_dropout",
 )  # fmt: skip
 
-# What a machine with nothing but torch, triton, numpy and pytest (`make gpu`) leaves out.
-NEEDS = {"test_fuzz.py": "hypothesis", "test_demo_parts.py": "sklearn"}
+# What a machine with nothing but torch, triton, numpy and pytest (`make gpu`) leaves out, and what only `make
+# test-models` has.
+NEEDS = {
+    "test_fuzz.py": "hypothesis", "test_demo_parts.py": "sklearn", "models/test_heads.py": "transformers",
+    "models/test_timm.py": "timm", "models/test_transformers.py": "transformers",
+}  # fmt: skip
 collect_ignore = [file for file, module in NEEDS.items() if importlib.util.find_spec(module) is None]
 
 

@@ -51,8 +51,19 @@ def test_import_adds_nothing_heavy_to_torch() -> None:
     )
     added = {name.partition(".")[0] for name in run("-c", code).stdout.split()}
     heavy = {"triton", "sklearn", "matplotlib", "scipy", "ot", "geomloss", "tqdm", "hypothesis", "pytest", "demo"}
+    heavy |= {"timm", "transformers", "torchvision", "accelerate"}
     assert "setformer_kernels" in added
     assert not added & heavy
+
+
+def test_models_need_no_extra() -> None:
+    code = (
+        "import sys; [sys.modules.__setitem__(name, None) for name in ('timm', 'transformers', 'torchvision')]; "
+        "import torch; from setformer_kernels.models import *; "
+        "assert setformer_nano()(torch.randn(1, 3, 32, 32)).shape == (1, 1000); "
+        "replace_attention(torch.nn.ModuleList([torch.nn.MultiheadAttention(8, 2)]))"
+    )
+    run("-c", code)
 
 
 def test_import_takes_less_than_two_seconds_of_cpu_beyond_torch() -> None:

@@ -1,0 +1,123 @@
+"""SeTformer through timm's registry, and timm's ViT with its attention replaced."""
+
+from __future__ import annotations
+
+import pytest
+import timm
+import torch
+from timm.optim import create_optimizer_v2, param_groups_layer_decay
+
+from setformer_kernels.models import VISION_SIZES, initialize_references, replace_attention, setformer_nano
+from setformer_kernels.models.timm import TimmSeTformer
+
+
+def test_registry_knows_every_size() -> None:
+    assert set(timm.list_models("setformer_*")) == set(VISION_SIZES)
+    model = timm.create_model("setformer_tiny", num_classes=3)
+    assert isinstance(model, TimmSeTformer)
+    assert model.num_features == 768
+    assert model.get_classifier().out_features == 3
+    assert model.default_cfg["input_size"] == (3, 224, 224)
+    assert model.stages[-1].blocks[-1].drop_path.rate == pytest.approx(VISION_SIZES["setformer_tiny"].drop_path_rate)
+
+
+def test_arguments_and_heads() -> None:
+    x = torch.randn(2, 1, 48, 64)
+    model = timm.create_model("setformer_nano", in_chans=1, num_classes=5, global_pool="set", drop_rate=0.1)
+    assert model(x).shape == (2, 5)
+    assert model.head.dropout.p == 0.1
+    assert model.forward_head(model.forward_features(x), pre_logits=True).shape == (2, 4 * 256)
+    model.reset_classifier(7, "avg")
+    assert model(x).shape == (2, 7)
+    model.reset_classifier(0)
+    assert model(x).shape == (2, 256)
+    with pytest.raises(ValueError, match="global_pool must be one of avg, set, got 'max'"):
+        timm.create_model("setformer_nano", global_pool="max")
+
+
+def test_weights_are_those_of_the_backbone() -> None:
+    ours, theirs = setformer_nano(num_classes=5).eval(), timm.create_model("setformer_nano", num_classes=5).eval()
+    theirs.load_state_dict(ours.state_dict())
+    x = torch.randn(1, 3, 64, 64)
+    torch.testing.assert_close(theirs(x), ours(x))
+
+
+@pytest.mark.parametrize("indices", [(0, 1, 2, 3), (1, 2), (0, -1)])
+def test_features_only(indices: tuple[int, ...]) -> None:
+    x, widths = torch.randn(1, 3, 64, 96), VISION_SIZES["setformer_nano"].widths
+    model = timm.create_model("setformer_nano", features_only=True, out_indices=indices)
+    assert model.feature_info.channels() == [widths[i] for i in indices]
+    assert model.feature_info.reduction() == [(4, 8, 16, 32)[i] for i in indices]
+    for y, channels, reduction in zip(
+        model(x), model.feature_info.channels(), model.feature_info.reduction(), strict=True
+    ):
+        assert y.shape == (1, channels, 64 // reduction, 96 // reduction)
+    assert model.model.head is None
+    assert len(model.model.stages) == max(i % 4 for i in indices) + 1
+
+
+def test_intermediates() -> None:
+    model, x = timm.create_model("setformer_nano"), torch.randn(1, 3, 64, 64)
+    last, maps = model.forward_intermediates(x, indices=2, output_fmt="NHWC")
+    torch.testing.assert_close(maps[-1], last.permute(0, 2, 3, 1))
+    assert [y.shape for y in maps] == [(1, 4, 4, 128), (1, 2, 2, 256)]
+
+
+def test_optimizers_of_timm() -> None:
+    model = timm.create_model("setformer_nano")
+    groups = param_groups_layer_decay(model, 0.05, no_weight_decay_list=model.no_weight_decay(), layer_decay=0.5)
+    covered = [id(p) for group in groups for p in group["params"]]
+    assert sorted(covered) == sorted(id(p) for p in model.parameters())
+    scales = {id(p): group["lr_scale"] for group in groups for p in group["params"]}
+    order = [model.stages[0].downsample[0].conv, model.stages[0].blocks[0].norm1, model.stages[3].blocks[0].norm1]
+    first, middle, late = (scales[id(module.weight)] for module in order)
+    assert first < middle < late
+    kept = {id(p) for group in groups if group["weight_decay"] == 0 for p in group["params"]}
+    assert id(model.stages[0].blocks[0].attention.references) in kept
+    optimizer = create_optimizer_v2(model, "adamw", weight_decay=0.05)
+    model.set_grad_checkpointing()
+    model(torch.randn(2, 3, 32, 32)).sum().backward()
+    optimizer.step()
+
+
+def test_saved_and_loaded_as_timm_does(tmp_path) -> None:
+    model = timm.create_model("setformer_nano", num_classes=4).eval()
+    torch.save(model.state_dict(), tmp_path / "model.pth")
+    again = timm.create_model("setformer_nano", num_classes=4, checkpoint_path=str(tmp_path / "model.pth")).eval()
+    x = torch.randn(1, 3, 32, 32)
+    torch.testing.assert_close(again(x), model(x))
+
+
+VIT = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 4, "num_classes": 3}
+
+
+@pytest.mark.parametrize("arguments", [{}, {"qk_norm": True}, {"qkv_bias": False, "attn_drop_rate": 0.3}], ids=str)
+def test_vit_with_its_attention_replaced(arguments: dict) -> None:
+    model = timm.models.VisionTransformer(**VIT, **arguments)
+    before = dict(model.named_parameters())
+    report = replace_attention(model, num_references=5)
+    assert report.replaced == {"blocks.0.attn": "Attention", "blocks.1.attn": "Attention"}
+    assert not report.left
+    after = dict(model.named_parameters())
+    assert all(after[name] is parameter for name, parameter in before.items())
+    x = torch.randn(2, 3, 32, 32)
+    model.eval()
+    initialize_references(model, x)
+    model(x).sum().backward()
+    references = after["blocks.1.attn.set_transport.references"]
+    assert references.grad.any()
+    assert before["blocks.0.attn.qkv.weight"].grad.any()
+
+
+def test_masks_of_a_replaced_vit_attention() -> None:
+    attention = timm.models.VisionTransformer(**VIT).eval()
+    replace_attention(attention, num_references=5)
+    attention = attention.blocks[0].attn
+    x, there = torch.randn(2, 6, 32), torch.arange(6) < 4
+    want = attention(x[:, :4])
+    mask = there.expand(2, 1, 6, 6)
+    torch.testing.assert_close(attention(x, mask)[:, :4], want, rtol=1e-4, atol=1e-5)
+    lowest = torch.zeros(2, 1, 6, 6).masked_fill(~mask, torch.finfo(torch.float32).min)
+    torch.testing.assert_close(attention(x, lowest)[:, :4], want, rtol=1e-4, atol=1e-5)
+    causal = attention(x, is_causal=True)
+    torch.testing.assert_close(causal[:, :4], attention(x[:, :4], is_causal=True), rtol=1e-4, atol=1e-5)
