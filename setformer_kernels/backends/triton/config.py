@@ -70,7 +70,7 @@ DEFAULT: dict[tuple[str, str, str], Tile] = {
     ("chunk", "medium", "half"): Tile(32, 32, 8, 1),
     ("chunk", "large", "half"): Tile(16, 32, 8, 1),
     ("chunk", "small", "single"): Tile(16, 32, 8, 1),
-    ("chunk", "medium", "single"): Tile(16, 16, 8, 1),
+    ("chunk", "medium", "single"): Tile(16, 32, 8, 1),
     ("chunk", "large", "single"): Tile(16, 16, 8, 1),
     ("chunk_backward", "small", "half"): Tile(32, 64, 4, 1),
     ("chunk_backward", "medium", "half"): Tile(16, 32, 8, 1),
@@ -118,6 +118,7 @@ AMPERE: dict[tuple[str, str, str], Tile] = {
     ("gradient", "medium", "single"): Tile(16, 16, 8, 1),
     ("gradient_log", "medium", "single"): Tile(16, 16, 8, 1),
     ("gradient_log", "small", "single"): Tile(16, 16, 8, 1),
+    ("chunk", "medium", "single"): Tile(16, 16, 8, 1),
 }
 OVERRIDES: dict[str, dict[tuple[str, str, str], Tile]] = {
     "sm_80": AMPERE,
