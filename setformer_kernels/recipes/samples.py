@@ -16,9 +16,9 @@ from .glue_tasks import TASKS
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("kind", choices=["classify", *(f"glue/{task}" for task in TASKS)])
+    parser.add_argument("kind", choices=["classify", "segment", *(f"glue/{task}" for task in TASKS)])
     parser.add_argument("folder", type=Path, metavar="FOLDER")
-    parser.add_argument("--size", type=int, help="training samples (default: 1347 of the digits, else 600)")
+    parser.add_argument("--size", type=int, help="training samples (default: all 1347 digits, 48 scenes, 600 texts)")
     parser.add_argument("--seed", type=int, default=0)
 
 
@@ -27,6 +27,8 @@ def run(args: argparse.Namespace) -> None:
         raise RecipeError(f"{args.folder} is not empty")
     if args.kind == "classify":
         write_digits(args.folder, args.size)
+    elif args.kind == "segment":
+        write_scenes(args.folder, args.size or 48, args.seed)
     else:
         write_glue(args.folder, args.kind.partition("/")[2], args.size or 600, args.seed)
     print(f"written: {args.folder}")
@@ -42,6 +44,39 @@ def write_digits(folder: Path, size: int | None = None) -> None:
             path = folder / split / f"digit_{labels[row]}" / f"{row:04}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
             pixels.resize((32, 32), Image.Resampling.BILINEAR).convert("RGB").save(path)
+
+
+SCENE_CLASSES = 3  # of write_scenes: 1 is the background, 2 a disc, 3 a square
+
+
+def write_scenes(folder: Path, size: int, seed: int = 0) -> None:
+    """Discs without red and squares without green on noise, 64 to 96 pixels a side; a quarter as many to validate."""
+    draw = np.random.default_rng(seed)
+    for split, count in (("training", size), ("validation", max(size // 4, 1))):
+        for kind in ("images", "annotations"):
+            (folder / kind / split).mkdir(parents=True, exist_ok=True)
+        for n in range(count):
+            image, mask = scene(draw)
+            name = f"ADE_{'train' if split == 'training' else 'val'}_{n + 1:08}"
+            Image.fromarray(image).save(folder / "images" / split / f"{name}.jpg", quality=95)
+            Image.fromarray(mask).save(folder / "annotations" / split / f"{name}.png")
+
+
+def scene(draw: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """Pixels [h, w, 3] and class numbers [h, w], with a border that is not labelled."""
+    h, w = draw.integers(64, 97, 2)
+    image = draw.integers(0, 60, (h, w, 3)) + draw.integers(0, 60, 3)
+    mask = np.ones((h, w), np.uint8)
+    rows, columns = np.mgrid[:h, :w]
+    for number in (2, 3):
+        radius = draw.integers(10, 16)
+        y, x = draw.integers(radius, h - radius), draw.integers(radius, w - radius)
+        a, b = abs(rows - y), abs(columns - x)
+        inside = a**2 + b**2 <= radius**2 if number == 2 else np.maximum(a, b) <= radius
+        image[inside] = draw.integers(130, 256, 3) * (np.arange(3) != number - 2)
+        mask[inside] = number
+    mask[:2] = 0
+    return image.astype(np.uint8), mask
 
 
 GOOD, BAD = ("good", "bright", "happy", "fine", "lovely"), ("bad", "dull", "sad", "poor", "awful")

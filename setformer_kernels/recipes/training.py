@@ -100,7 +100,8 @@ def training_arguments(args: argparse.Namespace, own: Mapping[str, Any]) -> Trai
 def execute(args: argparse.Namespace, job: Job) -> dict[str, float]:
     """Trains (unless args.evaluate) and evaluates; what was measured, as written to metrics.json."""
     if args.gradient_checkpointing:
-        job.model.activation_checkpointing_enable()
+        able = (m for m in job.model.modules() if getattr(m, "supports_gradient_checkpointing", False))
+        next(able).activation_checkpointing_enable()  # of a model around a backbone, the backbone
     checkpoint = None if args.evaluate else resumable(args, job.model)
     if job.train is not None and checkpoint is None:
         job.place_references(job.model)

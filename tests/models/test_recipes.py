@@ -18,7 +18,8 @@ from safetensors.torch import load_file
 from setformer_kernels.models.transformers import SeTformerForMaskedLM, SeTformerTextConfig
 from setformer_kernels.recipes.__main__ import main
 from setformer_kernels.recipes.glue_tasks import TASKS, read_examples
-from setformer_kernels.recipes.samples import write_digits, write_glue
+from setformer_kernels.recipes.samples import write_digits, write_glue, write_scenes
+from setformer_kernels.recipes.segment import MeanIou, confusion
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL_IMAGES = ["--model", "setformer_nano", "--image-size", "32", "--no-flip", "--cpu"]
@@ -161,6 +162,68 @@ def test_what_bad_checkpoints_get(few_digits: Path, tmp_path: Path, capsys: pyte
     (model / "config.json").write_text('{"architectures": ["BertModel"]}')
     message = fails(capsys, *other, model)
     assert "must be of SeTformerForImageClassification, got ['BertModel']" in message
+
+
+SMALL_SCENES = ["--model", "setformer_nano", "--classes", 3, "--head-channels", 32, "--crop-size", 64, "--cpu"]
+
+
+def test_scenes_are_segmented_and_the_saved_model_scores_the_same(tmp_path: Path) -> None:
+    recipe("samples", "segment", tmp_path / "data")
+    training = ["--epochs", 12, "--batch-size", 8, "--learning-rate", "2e-3"]
+    recipe("segment", tmp_path / "data", "--output", tmp_path / "run", *SMALL_SCENES, *training)
+    measured = metrics(tmp_path / "run")
+    assert measured["miou"] > 0.75
+    assert measured["pixel_accuracy"] > 0.9
+    saved = ["--evaluate", tmp_path / "run" / "model", *SMALL_SCENES]
+    recipe("segment", tmp_path / "data", "--output", tmp_path / "again", *saved)
+    assert metrics(tmp_path / "again") == pytest.approx(measured)
+
+
+def test_mean_iou_is_that_of_the_pixels() -> None:
+    classes, score = 4, MeanIou(4)
+    predicted, labels = torch.randint(classes - 1, (2, 5, 6)), torch.randint(classes - 1, (2, 5, 6))
+    labels[0, 0] = 255
+    for n, matrix in enumerate(confusion(predicted, labels, classes)):
+        got = score(transformers.EvalPrediction(matrix[None], None), compute_result=n == 1)
+    p, y = predicted[labels != 255], labels[labels != 255]
+    ious = [((p == c) & (y == c)).sum() / ((p == c) | (y == c)).sum() for c in range(classes - 1)]
+    assert got["miou"] == pytest.approx(float(torch.stack(ious).mean()))
+    assert got["pixel_accuracy"] == pytest.approx(float((p == y).double().mean()))
+    assert not score.matrix.any()
+
+
+def test_segmentation_starts_from_a_classifier(few_digits: Path, tmp_path: Path) -> None:
+    run = ["--epochs", 1, "--batch-size", 48]
+    recipe("classify", few_digits, *SMALL_IMAGES, *run, "--output", tmp_path / "classifier")
+    recipe("samples", "segment", tmp_path / "data", "--size", 4)
+    trained = tmp_path / "classifier" / "model"
+    switches = ["--backbone", trained, "--gradient-checkpointing", "--precision", "bf16", "--learning-rate", 0]
+    recipe("segment", tmp_path / "data", *SMALL_SCENES, *run, *switches, "--output", tmp_path / "run")
+    want = load_file(trained / "model.safetensors")
+    got = load_file(tmp_path / "run" / "model" / "model.safetensors")
+    for name, value in want.items():
+        if name.startswith("setformer."):
+            torch.testing.assert_close(got[f"backbone.{name}"], value)
+
+
+def test_what_bad_scenes_get(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = tmp_path / "data"
+    run = ["segment", data, "--output", tmp_path / "out", *SMALL_SCENES, "--epochs", 1]
+    assert f"{data / 'images' / 'validation'} holds no images" in fails(capsys, *run)
+    write_scenes(data, 1)
+    mask = data / "annotations" / "training" / "ADE_train_00000001.png"
+    assert "has the class 3, the largest is 2" in fails(capsys, *run, "--classes", 2)
+    assert "--classes must be from 2 to 254, got 1" in fails(capsys, *run, "--classes", 1)
+    assert "model.safetensors is missing" in fails(capsys, *run, "--backbone", data)
+    image = transformers.image_utils.PIL.Image
+    image.new("RGB", (70, 70)).save(mask)
+    assert f"{mask} must have one 8-bit number a pixel (mode L or P), got mode RGB" in fails(capsys, *run)
+    image.new("L", (7, 9)).save(mask)
+    assert f"{mask} and its image must have one size, got 7 × 9 and" in fails(capsys, *run)
+    mask.write_bytes(b"")
+    assert f"{mask} is not an image that can be read" in fails(capsys, *run)
+    mask.unlink()
+    assert f"{mask} is missing: the mask of" in fails(capsys, *run)
 
 
 @pytest.mark.parametrize("task", TASKS)
