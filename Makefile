@@ -13,7 +13,7 @@ CSRC := $(shell find csrc -name '*.cpp' -o -name '*.hpp' -o -name '*.h' -o -name
 help:
 	@echo "make demo      train and compare on real input (3 minutes); results in demo_output/"
 	@echo "make test      the whole test suite"
-	@echo "make test-models  the models in timm and transformers, in .venv-models with the newest torch"
+	@echo "make test-models  the models in timm and transformers, and the recipes, in .venv-models with the newest torch"
 	@echo "make bench     the side-by-side benchmark table; results in benchmarks/results/"
 	@echo "make gpu       on a machine with a GPU: tests on real kernels, compute-sanitizer, benchmarks (no installation)"
 	@echo "make resources compile every Triton kernel for GPUs that are not there; the table in benchmarks/results/"
@@ -77,8 +77,9 @@ $(VENV)/.installed: $(VENV)/.venv-ready pyproject.toml $(wildcard setup.py) $(CS
 
 .venv-models/.installed: constraints-models.txt pyproject.toml $(wildcard setup.py) $(CSRC)
 	test -x .venv-models/bin/python || $(PYTHON) -m venv .venv-models
+	.venv-models/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt pip
 	.venv-models/bin/python -m pip install --quiet -c constraints-models.txt --build-constraint constraints.txt \
-		-e '.[timm,transformers,test]'
+		-e '.[timm,transformers,recipes,test]'
 	@touch $@
 
 $(VENV)/.lint: $(VENV)/.venv-ready pyproject.toml

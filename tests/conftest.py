@@ -33,7 +33,8 @@ FLOAT64_TESTS = (
 # test-models` has.
 NEEDS = {
     "test_fuzz.py": "hypothesis", "test_demo_parts.py": "sklearn", "models/test_heads.py": "transformers",
-    "models/test_timm.py": "timm", "models/test_transformers.py": "transformers",
+    "models/test_recipes.py": "transformers", "models/test_timm.py": "timm",
+    "models/test_transformers.py": "transformers",
 }  # fmt: skip
 collect_ignore = [file for file, module in NEEDS.items() if importlib.util.find_spec(module) is None]
 

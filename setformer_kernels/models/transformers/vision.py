@@ -85,6 +85,7 @@ class SeTformerBackbone(BackboneMixin, SeTformerPreTrainedModel):
     """The maps of `config.out_features`, for detectors and segmenters."""
 
     has_attentions = False
+    _keys_to_ignore_on_load_unexpected = (r"^head\.",)  # of a classifier
 
     def __init__(self, config: SeTformerConfig) -> None:
         super().__init__(config)

@@ -1,0 +1,1 @@
+"""Training recipes on the standard data formats: `python -m setformer_kernels.recipes`."""

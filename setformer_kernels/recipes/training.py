@@ -1,0 +1,191 @@
+"""What all recipes share: transformers' Trainer (and so Accelerate), checkpoints that survive a kill, records."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from torch import nn
+from torch.utils.data import Dataset
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
+
+from .curve import write_curve
+from .errors import RecipeError
+
+COMPLETE = "complete"  # the file that a checkpoint gets last
+# References and where they stand are directions and places: decay would only shrink them towards each other.
+NO_DECAY = re.compile(r"references$|reference_position$|position_scale$|gamma\d$|log_epsilon$|reference_log_mass$")
+
+
+def add_training_arguments(parser: argparse.ArgumentParser, **defaults: Any) -> None:
+    """Options that every recipe has."""
+    parser.add_argument("--output", type=Path, required=True, help="folder for checkpoints, curve and results")
+    parser.add_argument("--epochs", type=float, default=defaults["epochs"])
+    parser.add_argument("--batch-size", type=int, default=defaults["batch_size"], help="per device")
+    parser.add_argument("--learning-rate", type=float, default=defaults["learning_rate"])
+    parser.add_argument("--weight-decay", type=float, default=0.05)
+    parser.add_argument("--warmup", type=float, default=0.05, help="share of the steps")
+    parser.add_argument("--accumulate", type=int, default=1, help="batches an optimizer step")
+    parser.add_argument("--precision", choices=["float32", "bf16", "fp16"], default="float32", help="mixed precision")
+    parser.add_argument("--gradient-checkpointing", action="store_true", help="less memory, a second forward pass")
+    parser.add_argument("--save-every", type=int, default=0, help="steps between checkpoints; 0: once an epoch")
+    parser.add_argument("--workers", type=int, default=0, help="processes that load data, per device")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--cpu", action="store_true", help="leave accelerators alone")
+    parser.add_argument("--resume", action="store_true", help="go on from the last complete checkpoint in --output")
+    parser.add_argument("--evaluate", type=Path, metavar="MODEL", help="only evaluate this saved model")
+
+
+def decays(name: str, parameter: nn.Parameter) -> bool:
+    """Whether weight decay acts on a parameter: on matrices, save those of NO_DECAY."""
+    return parameter.dim() > 1 and not NO_DECAY.search(name)
+
+
+class RecipeTrainer(Trainer):
+    """transformers' Trainer, with decay where it makes sense."""
+
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        return [name for name, parameter in model.named_parameters() if decays(name, parameter)]
+
+
+@dataclass
+class Job:
+    """What a recipe hands over to be trained and evaluated."""
+
+    model: PreTrainedModel
+    train: Dataset | None
+    evaluations: Mapping[str, Dataset]  # by name; the one called "" needs no name
+    collate: Callable[[list[Any]], dict[str, Any]]
+    metrics: Callable[..., dict[str, float]]
+    place_references: Callable[[PreTrainedModel], None]
+    processor: Any = None  # saved beside the model
+    own_arguments: dict[str, Any] = field(default_factory=dict)  # of TrainingArguments
+    trainer: type[RecipeTrainer] = RecipeTrainer
+
+
+class MarkComplete(TrainerCallback):
+    """The marker is the last thing written: what a kill left half-written has none, and resuming passes it over."""
+
+    def on_save(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
+        PartialState().wait_for_everyone()  # every process writes its own random state
+        if state.is_world_process_zero:
+            write_atomically(Path(args.output_dir) / f"checkpoint-{state.global_step}" / COMPLETE, "")
+
+
+def training_arguments(args: argparse.Namespace, own: Mapping[str, Any]) -> TrainingArguments:
+    saving = (
+        {"save_strategy": "steps", "save_steps": args.save_every} if args.save_every else {"save_strategy": "epoch"}
+    )
+    return TrainingArguments(**{
+        "output_dir": str(args.output), "num_train_epochs": args.epochs, "learning_rate": args.learning_rate,
+        "per_device_train_batch_size": args.batch_size, "per_device_eval_batch_size": args.batch_size,
+        "weight_decay": args.weight_decay, "warmup_steps": args.warmup, "lr_scheduler_type": "cosine",
+        "gradient_accumulation_steps": args.accumulate, "bf16": args.precision == "bf16",
+        "fp16": args.precision == "fp16", "dataloader_num_workers": args.workers, "seed": args.seed,
+        "data_seed": args.seed, "use_cpu": args.cpu, "eval_strategy": "epoch", "logging_steps": 10,
+        "save_total_limit": 2, "report_to": "none", "remove_unused_columns": False,
+        "dataloader_pin_memory": torch.cuda.is_available() and not args.cpu, **saving, **own,
+    })  # fmt: skip
+
+
+def execute(args: argparse.Namespace, job: Job) -> dict[str, float]:
+    """Trains (unless args.evaluate) and evaluates; what was measured, as written to metrics.json."""
+    if args.gradient_checkpointing:
+        able = (m for m in job.model.modules() if getattr(m, "supports_gradient_checkpointing", False))
+        next(able).activation_checkpointing_enable()  # of a model around a backbone, the backbone
+    checkpoint = None if args.evaluate else resumable(args, job.model)
+    if job.train is not None and checkpoint is None:
+        job.place_references(job.model)
+    trainer = job.trainer(
+        job.model, training_arguments(args, job.own_arguments), job.collate, job.train,
+        next(iter(job.evaluations.values())), job.processor, compute_metrics=job.metrics, callbacks=[MarkComplete()],
+    )  # fmt: skip
+    if job.train is not None:
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    measured = evaluate(trainer, job.evaluations)
+    if trainer.is_world_process_zero():
+        record(args.output, trainer, measured, trained=job.train is not None)
+    return measured
+
+
+def evaluate(trainer: Trainer, evaluations: Mapping[str, Dataset]) -> dict[str, float]:
+    measured = {}
+    for name, dataset in evaluations.items():
+        prefix = f"{name}_" if name else ""
+        for key, value in trainer.evaluate(dataset).items():
+            if not re.search(r"runtime|per_second|epoch|preparation", key):
+                measured[prefix + key.removeprefix("eval_")] = float(value)
+    return measured
+
+
+def record(output: Path, trainer: Trainer, measured: dict[str, float], trained: bool) -> None:
+    """metrics.json; of a training also model/, curve.csv and curve.png."""
+    print(", ".join(f"{name} {value:.4f}" for name, value in measured.items()))
+    output.mkdir(parents=True, exist_ok=True)
+    write_atomically(output / "metrics.json", json.dumps(measured, indent=2) + "\n")
+    if trained:
+        write_curve(trainer.state.log_history, output)
+        partial, final = output / "model.partial", output / "model"
+        shutil.rmtree(partial, ignore_errors=True)
+        trainer.save_model(str(partial))
+        shutil.rmtree(final, ignore_errors=True)
+        partial.rename(final)
+
+
+def write_atomically(path: Path, text: str) -> None:
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text)
+    os.replace(partial, path)
+
+
+def resumable(args: argparse.Namespace, model: PreTrainedModel) -> Path | None:
+    """The last complete checkpoint of args.output, checked to be of this model; None for a run from the start."""
+    there = sorted(args.output.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
+    complete = [path for path in there if (path / COMPLETE).is_file()]
+    if not args.resume:
+        if complete:
+            raise RecipeError(f"--output {args.output} holds the checkpoints of a run: add --resume, or name another")
+        return None
+    if not complete:
+        raise RecipeError(f"--resume: {args.output} has no complete checkpoint (checkpoint-*/{COMPLETE})")
+    check_variant(complete[-1] / "config.json", model)
+    return complete[-1]
+
+
+def check_variant(path: Path, model: PreTrainedModel) -> None:
+    """The configuration at path is that of the model; RecipeError with the first difference otherwise."""
+    saved, wanted = read_json(path), json.loads(model.config.to_json_string(use_diff=False))
+    passing = {"architectures", "dtype", "transformers_version", "problem_type", "_name_or_path"}
+    for name in sorted(wanted.keys() & saved.keys() - passing):
+        if saved[name] != wanted[name]:
+            raise RecipeError(f"{path} is of another variant: {name} is {saved[name]!r}, this run has {wanted[name]!r}")
+
+
+def read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text())
+    except OSError as error:
+        raise RecipeError(f"{path} cannot be read: {error.strerror}") from error
+    except json.JSONDecodeError as error:
+        raise RecipeError(f"{path} is not JSON: {error}") from error
+
+
+def load_model(model_class: type[PreTrainedModel], folder: Path) -> PreTrainedModel:
+    """A saved model of this class."""
+    config = read_json(folder / "config.json")
+    if config.get("architectures") != [model_class.__name__]:
+        raise RecipeError(
+            f"{folder / 'config.json'} must be of {model_class.__name__}, got {config.get('architectures')}"
+        )
+    if not (folder / "model.safetensors").is_file():
+        raise RecipeError(f"{folder / 'model.safetensors'} is missing")
+    return model_class.from_pretrained(folder)
