@@ -30,7 +30,7 @@ FLOAT64_TESTS = (
 )  # fmt: skip
 
 # What a machine with nothing but torch, triton, numpy and pytest (`make gpu`) leaves out.
-NEEDS = {"test_fuzz.py": "hypothesis", "test_demo_parts.py": "sklearn"}
+NEEDS = {"test_fuzz.py": "hypothesis", "test_demo_parts.py": "sklearn", "test_benchmarks_quality.py": "sklearn"}
 collect_ignore = [file for file, module in NEEDS.items() if importlib.util.find_spec(module) is None]
 
 

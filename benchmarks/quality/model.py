@@ -29,7 +29,11 @@ class Mixing(nn.MultiheadAttention):
     def mix(self, q: Tensor, k: Tensor, v: Tensor, present: Tensor | None) -> Tensor:
         raise NotImplementedError
 
-    def forward(self, query, key, value, key_padding_mask=None, need_weights=False):
+    def forward(
+        self, query: Tensor, key: Tensor, value: Tensor, key_padding_mask: Tensor | None = None,
+        need_weights: bool = False,
+    ) -> tuple[Tensor, None]:  # fmt: skip
+        """The call of nn.MultiheadAttention where key and value are the query [B,L,embed_dim]; no weights."""
         packed = F.linear(query, self.in_proj_weight, self.in_proj_bias)
         q, k, v = (split_heads(x, self.num_heads, True) for x in packed.chunk(3, -1))
         heads = self.mix(q, k, v, None if key_padding_mask is None else ~key_padding_mask)
