@@ -251,6 +251,7 @@ def test_quick_run_writes_a_row_a_run_and_resumes(tmp_path: Path, capsys: pytest
     path = tmp_path / "quick.csv"
     assert quick(tmp_path, "--task", "digits") == 0
     assert "| softmax |" in capsys.readouterr().out
+    assert path.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
     first = results.read(path)
     with path.open(newline="") as file:
         columns = next(csv.reader(file))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import itertools
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch
 
 from benchmarks.hardware import ROOT
 from benchmarks.quality import results, table, train
+from benchmarks.quality.plot import draw
 from benchmarks.quality.results import Setting
 from benchmarks.quality.tasks import TASKS
 from benchmarks.results import stamp
@@ -44,7 +46,7 @@ def plan(quick: bool, names: list[str] | None) -> list[Setting]:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Make the runs that have no row, and print the table."""
+    """Make the runs that have no row, draw the plot, print the table."""
     torch.set_num_threads(arguments.threads)
     on = stamp(arguments.threads, "cpu")
     arguments.out.mkdir(parents=True, exist_ok=True)
@@ -57,6 +59,8 @@ def run(arguments: argparse.Namespace) -> None:
         results.write(path, rows)
         what = f"{one.task.name}, {one.variant.name}, seed {one.seed}"
         print(f"{i + 1}/{len(left)} {what}: {one.task.metric} {found.score:.3f}", flush=True)
+    if importlib.util.find_spec("matplotlib") is not None:
+        draw(rows, path.with_suffix(".png"))
     print(f"\n{table.render(rows)}\n\n{path}: {len(rows)} rows")
 
 

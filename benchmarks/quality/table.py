@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from statistics import mean, stdev
 
 from benchmarks.quality.results import Record
-from benchmarks.quality.tasks import TASKS
+from benchmarks.quality.tasks import TASKS, Task
 
 
 def scores(rows: Sequence[Record], task: str, variant: str) -> list[float]:
@@ -22,12 +22,21 @@ def cell(found: Sequence[float]) -> str:
     return f"{mean(found):.1f}" + (f" ± {stdev(found):.1f}" if len(found) > 1 else "")
 
 
+def measured_tasks(rows: Sequence[Record]) -> list[Task]:
+    """The tasks that have rows, in the order of `TASKS`."""
+    return [task for task in TASKS if any(one["task"] == task.name for one in rows)]
+
+
+def variants(rows: Sequence[Record]) -> list[str]:
+    """The variants in the order in which they were run: softmax attention first."""
+    return list(dict.fromkeys(one["variant"] for one in rows))
+
+
 def render(rows: Sequence[Record]) -> str:
     """The table for a README, and what it was measured on."""
-    tasks = [task for task in TASKS if any(one["task"] == task.name for one in rows)]
-    names = list(dict.fromkeys(one["variant"] for one in rows))
+    tasks = measured_tasks(rows)
     head = ["", *(f"{task.title}: {task.metric}" for task in tasks)]
-    body = [[name, *(cell(scores(rows, task.name, name)) for task in tasks)] for name in names]
+    body = [[name, *(cell(scores(rows, task.name, name)) for task in tasks)] for name in variants(rows)]
     lines = [head, ["---"] * len(head), *body]
     seeds = sorted({int(one["seed"]) for one in rows})
     stamps = sorted({(one["cpu"], one["threads"], one["torch"], one["commit"], one["date"]) for one in rows})
