@@ -7,17 +7,16 @@ import importlib.util
 import json
 import sys
 import time
-from datetime import datetime, timezone
 from pathlib import Path
 
 import torch
 
 from benchmarks.cases import full_plan, quick_plan
 from benchmarks.correctness import Wrong, check
-from benchmarks.hardware import ROOT, commit, cpu_flags, cpu_model, default_threads, environment
+from benchmarks.hardware import ROOT, default_threads, environment
 from benchmarks.measure import CLOCKS
 from benchmarks.plot import draw
-from benchmarks.results import Row, Stamp, read_csv, write_csv
+from benchmarks.results import Row, read_csv, stamp, write_csv
 from benchmarks.runner import Run
 from benchmarks.table import render
 
@@ -42,19 +41,6 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _stamp(arguments: argparse.Namespace) -> Stamp:
-    return Stamp(
-        commit=commit(),
-        cpu=cpu_model(),
-        cpu_flags=cpu_flags(),
-        threads=arguments.threads,
-        device=arguments.device,
-        torch=torch.__version__,
-        python=sys.version.split()[0],
-        date=datetime.now(timezone.utc).date().isoformat(),
-    )
-
-
 def run(arguments: argparse.Namespace) -> None:
     """Check, measure, write the CSV, the environment and the plot, print the table."""
     start = time.perf_counter()
@@ -62,13 +48,13 @@ def run(arguments: argparse.Namespace) -> None:
     plan = quick_plan() if arguments.quick else full_plan()
     about = environment(arguments.threads)
     about["correctness"] = check(plan, log=print)
-    stamp = _stamp(arguments)
+    on = stamp(arguments.threads, arguments.device)
     arguments.out.mkdir(parents=True, exist_ok=True)
-    path = arguments.out / f"{arguments.name or f'{arguments.device}_{stamp.date}'}.csv"
+    path = arguments.out / f"{arguments.name or f'{arguments.device}_{on.date}'}.csv"
     rows: list[Row] = []
     for group in Run(plan, arguments.threads, arguments.device, arguments.only).rows():
         rows += group
-        write_csv(path, rows, stamp)
+        write_csv(path, rows, on)
     about["seconds"] = round(time.perf_counter() - start, 1)
     path.with_suffix(".json").write_text(json.dumps(about, indent=2) + "\n")
     plot(path, path.with_suffix(".png"))

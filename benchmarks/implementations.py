@@ -40,12 +40,18 @@ def _sdpa(x: AttentionInputs) -> Tensor:
     return F.scaled_dot_product_attention(x.query, x.key, x.value)
 
 
-def _elu(x: AttentionInputs) -> Tensor:
-    """Linear attention with the elu + 1 feature map (Katharopoulos et al., 2020)."""
-    q, k = F.elu(x.query) + 1, F.elu(x.key) + 1  # [B, H, L, D], [B, H, S, D]
-    state = k.transpose(-1, -2) @ x.value  # [B, H, D, E]
+def elu_attention(query: Tensor, key: Tensor, value: Tensor, present: Tensor | None = None) -> Tensor:
+    """Linear attention with the elu + 1 feature map (Katharopoulos et al., 2020); present [B, 1 or H, S] bool."""
+    q, k = F.elu(query) + 1, F.elu(key) + 1  # [B, H, L, D], [B, H, S, D]
+    if present is not None:
+        k = k * present.unsqueeze(-1)
+    state = k.transpose(-1, -2) @ value  # [B, H, D, E]
     normaliser = q @ k.sum(dim=-2).unsqueeze(-1)  # [B, H, L, 1]
     return (q @ state) / normaliser
+
+
+def _elu(x: AttentionInputs) -> Tensor:
+    return elu_attention(x.query, x.key, x.value)
 
 
 def attention(entry: Entry) -> Attention:

@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import csv
 import math
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
+
+import torch
+
+from benchmarks.hardware import commit, cpu_flags, cpu_model
 
 OK, SKIPPED, UNAVAILABLE, FAILED = "ok", "skipped", "unavailable", "failed"
 
@@ -24,6 +30,20 @@ class Stamp:
     torch: str
     python: str
     date: str
+
+
+def stamp(threads: int, device: str) -> Stamp:
+    """The stamp of a run that starts now, on a CPU."""
+    return Stamp(
+        commit=commit(),
+        cpu=cpu_model(),
+        cpu_flags=cpu_flags(),
+        threads=threads,
+        device=device,
+        torch=torch.__version__,
+        python=sys.version.split()[0],
+        date=datetime.now(timezone.utc).date().isoformat(),
+    )
 
 
 @dataclass(frozen=True)

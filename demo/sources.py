@@ -25,22 +25,23 @@ SEED = 0
 
 @dataclass
 class Corpus:
-    """Bytes of whole files; `train` one array a class, `test` chunks [N, LENGTH] with their class [N]."""
+    """Bytes of whole files; `train` one array a class, `test` chunks [N, length] with their class [N]."""
 
     packages: list[str]
     train: list[np.ndarray]
     test_tokens: Tensor
     test_labels: Tensor
     files: tuple[int, int]  # train, test
+    length: int = LENGTH
 
     def sample(self, batch_size: int, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
-        """Random windows of the training files [batch_size, LENGTH], every class equally often, and their classes."""
+        """Random windows of the training files [batch_size, length], every class equally often, and their classes."""
         labels = rng.integers(len(self.train), size=batch_size)
         windows = []
         for label in labels:
             data = self.train[label]
-            start = rng.integers(len(data) - LENGTH + 1)
-            windows.append(data[start : start + LENGTH])
+            start = rng.integers(len(data) - self.length + 1)
+            windows.append(data[start : start + self.length])
         return torch.from_numpy(np.stack(windows)).long(), torch.from_numpy(labels)
 
 
@@ -62,13 +63,13 @@ def read(path: Path) -> np.ndarray:
     return np.frombuffer(path.read_bytes(), dtype=np.uint8)
 
 
-def chunks(data: np.ndarray) -> np.ndarray:
-    """The whole chunks of one file, without overlap: [N, LENGTH]."""
-    count = len(data) // LENGTH
-    return data[: count * LENGTH].reshape(count, LENGTH)
+def chunks(data: np.ndarray, length: int) -> np.ndarray:
+    """The whole chunks of one file, without overlap: [N, length]."""
+    count = len(data) // length
+    return data[: count * length].reshape(count, length)
 
 
-def load(library: Path | None = None) -> Corpus:
+def load(library: Path | None = None, length: int = LENGTH, max_test_chunks: int = MAX_TEST_CHUNKS) -> Corpus:
     """Split each package's files at random, `TEST_SHARE` of the files for the test."""
     files = package_files(library or Path(sysconfig.get_paths()["stdlib"]))
     rng = random.Random(SEED)
@@ -77,8 +78,8 @@ def load(library: Path | None = None) -> Corpus:
         paths = rng.sample(paths, len(paths))
         cut = max(1, round(TEST_SHARE * len(paths)))
         train.append(np.concatenate([read(path) for path in paths[cut:]]))
-        test += [(chunk, label) for path in paths[:cut] for chunk in chunks(read(path))]
+        test += [(chunk, label) for path in paths[:cut] for chunk in chunks(read(path), length)]
         count = [count[0] + len(paths) - cut, count[1] + cut]
-    test = rng.sample(test, min(len(test), MAX_TEST_CHUNKS))
+    test = rng.sample(test, min(len(test), max_test_chunks))
     tokens = torch.from_numpy(np.stack([chunk for chunk, _ in test])).long()
-    return Corpus(list(files), train, tokens, torch.tensor([label for _, label in test]), (count[0], count[1]))
+    return Corpus(list(files), train, tokens, torch.tensor([label for _, label in test]), (count[0], count[1]), length)

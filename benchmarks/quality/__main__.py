@@ -1,0 +1,86 @@
+"""`python -m benchmarks.quality [run] [options]`: train what has no row yet; `table CSV`: print the table of a file."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import itertools
+import sys
+from pathlib import Path
+
+import torch
+
+from benchmarks.hardware import ROOT
+from benchmarks.quality import results, table, train
+from benchmarks.quality.plot import draw
+from benchmarks.quality.results import Setting
+from benchmarks.quality.tasks import TASKS
+from benchmarks.results import stamp
+
+SEEDS = (0, 1, 2)
+QUICK = tuple(variant for variant in train.VARIANTS if variant.name in ("softmax", "SeT", "SeT, k-means start"))
+
+
+def parser() -> argparse.ArgumentParser:
+    found = argparse.ArgumentParser(prog="python -m benchmarks.quality", description=__doc__)
+    commands = found.add_subparsers(dest="command")
+    run = commands.add_parser("run", help="train and score everything (the default)")
+    run.add_argument("--quick", action="store_true", help="every code path in seconds; the scores mean nothing")
+    run.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results", help="folder of the results")
+    run.add_argument("--name", help="file name without ending (default: quality and date)")
+    run.add_argument("--threads", type=int, default=1, help="torch threads (default: 1)")
+    run.add_argument("--task", choices=[task.name for task in TASKS], action="append", help="only this (repeatable)")
+    shown = commands.add_parser("table", help="print the table of a results file")
+    shown.add_argument("csv", type=Path)
+    return found
+
+
+def plan(quick: bool, names: list[str] | None) -> list[Setting]:
+    """Every run, in the order in which they are made: variant by variant."""
+    variants, seeds = (QUICK, SEEDS[:1]) if quick else (train.VARIANTS, SEEDS)
+    tasks = [task for task in TASKS if not names or task.name in names]
+    return [
+        Setting(task, variant, task.budget.quick() if quick else task.budget, seed)
+        for variant, task, seed in itertools.product(variants, tasks, seeds)
+    ]
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Make the runs that have no row, draw the plot, print the table."""
+    torch.set_num_threads(arguments.threads)
+    on = stamp(arguments.threads, "cpu")
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    path = arguments.out / f"{arguments.name or f'quality_{on.date}'}.csv"
+    rows = results.read(path)
+    left = results.missing(plan(arguments.quick, arguments.task), rows)
+    for i, one in enumerate(left):
+        found = train.run(one.task, one.variant, one.seed, one.budget)
+        rows.append(results.row(one, found, on))
+        results.write(path, rows)
+        what = f"{one.task.name}, {one.variant.name}, seed {one.seed}"
+        print(f"{i + 1}/{len(left)} {what}: {one.task.metric} {found.score:.3f}", flush=True)
+    if importlib.util.find_spec("matplotlib") is not None:
+        draw(rows, path.with_suffix(".png"))
+    print(f"\n{table.render(rows)}\n\n{path}: {len(rows)} rows")
+
+
+def main(argv: list[str] | None = None) -> int:
+    words = list(sys.argv[1:] if argv is None else argv)
+    if not words or (words[0].startswith("-") and words[0] not in ("-h", "--help")):
+        words.insert(0, "run")
+    arguments = parser().parse_args(words)
+    try:
+        if arguments.command == "table":
+            if not (rows := results.read(arguments.csv)):
+                raise ValueError(f"{arguments.csv} holds no results")
+            print(table.render(rows))
+        else:
+            run(arguments)
+    except (ValueError, OSError) as error:
+        print(f"benchmarks.quality: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

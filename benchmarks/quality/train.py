@@ -1,0 +1,94 @@
+"""One run: a task, a variant and a seed to a score."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+import torch
+
+from benchmarks.quality.model import Alone, Attention, Elu, Encoder, Softmax
+from benchmarks.quality.tasks import Budget, Task
+from demo.models import place_references
+from demo.training import Trainer, predict, rate
+from setformer_kernels import SeTAttention
+
+TEST_BATCH = 50
+PLACING = 8  # sequences whose keys the references are placed on, where they are
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One attention.  The fields after `kind` are SeT's own, and those of `SET` are its defaults in this table."""
+
+    name: str
+    kind: str = "set"  # "softmax", "elu", "alone"
+    num_iters: int = 3
+    num_references: int = 64
+    value_map: str = "linear"
+    positions: bool = True
+    epsilon: float = 0.05
+    bandwidth: float = 1.0
+    placed: bool = False  # references start at k-means centres of the first keys
+
+    def attention(self, position_dim: int) -> Attention:
+        """The module to build, for tokens with `position_dim` coordinates."""
+        if self.kind != "set":
+            return {"softmax": Softmax, "elu": Elu, "alone": Alone}[self.kind]
+        return partial(
+            SeTAttention, batch_first=True, num_references=self.num_references, num_iters=self.num_iters,
+            value_map=self.value_map, epsilon=self.epsilon, bandwidth=self.bandwidth,
+            position_dim=position_dim if self.positions else 0,
+        )  # fmt: skip
+
+
+SOFTMAX, SET = Variant("softmax", kind="softmax"), Variant("SeT")
+VARIANTS = (
+    SOFTMAX,
+    SET,
+    Variant("elu linear", kind="elu"),
+    Variant("no attention", kind="alone"),
+    Variant("SeT, T = 0", num_iters=0),
+    Variant("SeT, T = 1", num_iters=1),
+    Variant("SeT, T = 5", num_iters=5),
+    Variant("SeT, M = 16", num_references=16),
+    Variant("SeT, RKHS values", value_map="rkhs"),
+    Variant("SeT, no positions", positions=False),
+    Variant("SeT, ε = 0.2", epsilon=0.2),
+    Variant("SeT, ε = 0.0125", epsilon=0.0125),
+    Variant("SeT, β = 4", bandwidth=4.0),
+    Variant("SeT, k-means start", placed=True),
+)
+
+
+@dataclass(frozen=True)
+class Result:
+    """What one run gave."""
+
+    score: float
+    final_loss: float  # of the last ten steps, training
+    parameters: int
+
+
+def initial(task: Task, variant: Variant, seed: int) -> Encoder:
+    """The model of a variant; whatever softmax attention has too starts from the same values for all variants."""
+    torch.manual_seed(seed)
+    softmax = task.build(SOFTMAX.attention(0))
+    model = task.build(variant.attention(softmax.position.shape[1]))
+    model.load_state_dict(softmax.state_dict(), strict=False)
+    return model
+
+
+def run(task: Task, variant: Variant, seed: int, budget: Budget) -> Result:
+    """Train with the budget, then score the test."""
+    data, rng = task.data(budget), np.random.default_rng(seed)
+    model = initial(task, variant, seed)
+    if variant.placed:
+        place_references(model, data.sample(PLACING, copy.deepcopy(rng))[0])
+    trainer = Trainer(model, lambda: data.sample(budget.batch, rng))
+    steps = range(budget.steps)
+    losses = [trainer.step(budget.learning_rate * rate((i + 0.5) / budget.steps))[0] for i in steps]
+    score = task.score(predict(model, data.tokens, TEST_BATCH), data.labels)
+    return Result(score, float(np.mean(losses[-10:])), sum(p.numel() for p in model.parameters()))
