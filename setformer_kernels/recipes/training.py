@@ -188,4 +188,7 @@ def load_model(model_class: type[PreTrainedModel], folder: Path) -> PreTrainedMo
         )
     if not (folder / "model.safetensors").is_file():
         raise RecipeError(f"{folder / 'model.safetensors'} is missing")
-    return model_class.from_pretrained(folder)
+    model, loading = model_class.from_pretrained(folder, output_loading_info=True)
+    if missing := sorted(loading["missing_keys"]):
+        raise RecipeError(f"{folder / 'model.safetensors'} lacks {len(missing)} of the weights, {missing[0]} first")
+    return model

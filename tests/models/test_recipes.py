@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from setformer_kernels.models.transformers import SeTformerForMaskedLM, SeTformerTextConfig
 from setformer_kernels.recipes.__main__ import main
@@ -157,6 +157,10 @@ def test_what_bad_checkpoints_get(few_digits: Path, tmp_path: Path, capsys: pyte
     other = ["classify", data, *SMALL_IMAGES, "--output", tmp_path / "out", "--evaluate"]
     assert "has 1 classes (a, ...), the model 10 (digit_0" in fails(capsys, *other, model)
     assert f"{data / 'config.json'} cannot be read" in fails(capsys, *other, data)
+    weights = load_file(model / "model.safetensors")
+    weights.pop("head.fc.bias")
+    save_file(weights, model / "model.safetensors", {"format": "pt"})
+    assert "model.safetensors lacks 1 of the weights, head.fc.bias first" in fails(capsys, *other, model)
     (model / "model.safetensors").unlink()
     assert "model.safetensors is missing" in fails(capsys, *other, model)
     (model / "config.json").write_text('{"architectures": ["BertModel"]}')
