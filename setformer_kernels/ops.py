@@ -47,8 +47,9 @@ def features_problem(x: Tensor, landmarks: Tensor) -> Problem:
     return Problem("features", x.device.type, x.dtype, D=x.shape[-1], M=landmarks.shape[-2])
 
 
-def sinkhorn_problem(log_kernel: Tensor) -> Problem:
-    return Problem("sinkhorn", log_kernel.device.type, log_kernel.dtype, M=log_kernel.shape[-1])
+def sinkhorn_problem(log_kernel: Tensor, rows: int = 0, backward: bool = False) -> Problem:
+    m = log_kernel.shape[-1]
+    return Problem("sinkhorn", log_kernel.device.type, log_kernel.dtype, M=m, N=rows, backward=backward)
 
 
 def _split(args: Sequence[Any]) -> tuple[Operands, Options]:
@@ -129,12 +130,13 @@ def _fake_features(x: Tensor, w: Tensor, *_: Any) -> Tensor:
 
 
 def _run_sinkhorn(log_kernel: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    return dispatch.implementation(sinkhorn_problem(log_kernel), args[-1]).sinkhorn(log_kernel, *args[:-1])
+    problem = sinkhorn_problem(log_kernel, log_kernel.shape[1])
+    return dispatch.implementation(problem, args[-1]).sinkhorn(log_kernel, *args[:-1])
 
 
 def _run_sinkhorn_backward(d_f: Tensor, d_g: Tensor, c: Tensor, iters: Tensor, *args: Any) -> Sequence[Tensor | None]:
     tensors, scalars, (backend, needs) = args[:5], args[5], args[-2:]
-    module = dispatch.implementation(sinkhorn_problem(tensors[0]), backend)
+    module = dispatch.implementation(sinkhorn_problem(tensors[0], tensors[0].shape[1], backward=True), backend)
     return module.sinkhorn_backward(*tensors, scalars, c, iters, d_f, d_g, needs)
 
 

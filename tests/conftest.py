@@ -21,7 +21,7 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic pro
 from setformer_kernels import dispatch
 
 NATIVE = tuple(dispatch.NATIVE)
-GPU_BACKENDS = ("triton",)
+GPU_BACKENDS = ("cuda", "triton")
 # Written in float64, which GPU backends do not have.
 FLOAT64_TESTS = (
     "test_vmap_and_vmap_of_grad", "test_vmap_of_pool_features_and_sinkhorn", "test_vmap_with_dropout",

@@ -1,0 +1,36 @@
+// What device.cuh is on a machine without a GPU: every thread of a block is a fiber, and a collective is a place where
+// a fiber waits until all that take part have arrived.
+//
+// - Fibers run one at a time, each until its next collective, in ascending or descending order of threads.  A kernel
+//   whose barriers suffice gives the same bits in both orders.
+// - Shared memory is a heap buffer of exactly the size asked for, so that AddressSanitizer sees what lies outside, and
+//   is full of NaN when a block starts.
+// - A wait that can never end (a barrier that some threads do not reach, two different collectives) ends the program.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+#include <functional>
+
+namespace sfk::shim {
+
+struct Grid {
+  int64_t blocks;
+  int threads, cluster;
+  size_t shared;
+};
+
+void set_descending(bool on);
+void run(const Grid& grid, const std::function<void()>& kernel);
+
+int thread_index();
+int block_threads();
+int64_t block_index();
+int cluster_size();
+int cluster_rank();
+void* shared_memory();
+void* map_shared(void* p, int rank);
+void sync_block();
+void sync_cluster();
+float shuffle_xor(float x, int mask);
+
+}  // namespace sfk::shim
