@@ -31,8 +31,8 @@ ISA_FLAGS = {
     "cpu/kernels_avx2.cpp": ["-mavx2", "-mfma"],
     "cpu/kernels_avx512.cpp": [*(f"-mavx512{part}" for part in ("f", "bw", "dq", "vl")), "-mfma", *WIDE],
 }
-CUDA = ["cuda/bindings.cpp", "cuda/device.cu", "cuda/sinkhorn.cu"]
-NVCC_FLAGS = ["-std=c++17", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
+CUDA = ["cuda/bindings.cpp", *(f"cuda/{path.name}" for path in sorted(Path("csrc", "cuda").glob("*.cu")))]
+NVCC_FLAGS = ["-std=c++17", "-O3", "--expt-relaxed-constexpr", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
 PTX = "90"  # what GPUs that are newer than the list compile for themselves
 
 
@@ -97,6 +97,7 @@ class Build(build_ext):
             super().build_extension(ext)
 
     def add_cuda(self, ext: Extension) -> None:
+        self.force = True  # the dates of the sources do not tell whether an extension that is there has CUDA
         if ".cu" not in self.compiler.src_extensions:
             self.compiler.src_extensions = [*self.compiler.src_extensions, ".cu"]
         ext.sources = [*ext.sources, *(f"csrc/{name}" for name in CUDA)]

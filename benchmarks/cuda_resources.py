@@ -53,7 +53,17 @@ def compiled(source: Path) -> Iterator[Row]:
     """The rows of one file, every architecture in one run of nvcc."""
     targets = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in ARCHITECTURES]
     with tempfile.TemporaryDirectory() as folder:
-        command = ["nvcc", "-std=c++17", "-O3", *targets, "-Xptxas", "-v", "-c", str(source)]
+        command = [
+            "nvcc",
+            "-std=c++17",
+            "-O3",
+            "--expt-relaxed-constexpr",
+            *targets,
+            "-Xptxas",
+            "-v",
+            "-c",
+            str(source),
+        ]
         done = subprocess.run([*command, "-o", str(Path(folder, "out.o"))], capture_output=True, text=True, check=False)
     if done.returncode != 0:
         raise RuntimeError(done.stderr)

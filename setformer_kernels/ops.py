@@ -12,6 +12,7 @@ Saved for the backward: the inputs, c and z; nothing else of length L or S.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from types import ModuleType
 from typing import Any
 
@@ -56,8 +57,9 @@ def _split(args: Sequence[Any]) -> tuple[Operands, Options]:
     return Operands(*args[:N_OPERANDS]), Options(*args[N_OPERANDS:])
 
 
-def _backend(op: str, x: Operands, opt: Options) -> ModuleType:
-    return dispatch.implementation(attention_problem(op, x, opt), opt.backend)
+def _backend(op: str, x: Operands, opt: Options, backward: bool = False) -> ModuleType:
+    problem = replace(attention_problem(op, x, opt), N=x.key.shape[-2], backward=backward)
+    return dispatch.implementation(problem, opt.backend)
 
 
 def _run_attention(*args: Any) -> tuple[Tensor, ...]:
@@ -67,7 +69,7 @@ def _run_attention(*args: Any) -> tuple[Tensor, ...]:
 
 def _run_attention_backward(d_o: Tensor, z: Tensor, c: Tensor, *args: Any) -> Sequence[Tensor | None]:
     x, opt = _split(args[:-1])
-    return _backend("attention", x, opt).attention_backward(x, opt, z, c, d_o, args[-1])
+    return _backend("attention", x, opt, backward=True).attention_backward(x, opt, z, c, d_o, args[-1])
 
 
 def _fake_state(x: Operands, opt: Options) -> tuple[Tensor, Tensor]:
@@ -94,7 +96,7 @@ def _run_pool(*args: Any) -> tuple[Tensor, ...]:
 
 def _run_pool_backward(d_z: Tensor, z: Tensor, c: Tensor, *args: Any) -> Sequence[Tensor | None]:
     x, opt = _split(args[:-1])
-    return _backend("pool", x, opt).pool_backward(x, opt, z, c, d_z, None, args[-1])
+    return _backend("pool", x, opt, backward=True).pool_backward(x, opt, z, c, d_z, None, args[-1])
 
 
 def _run_causal(*args: Any) -> Tensor:
@@ -104,7 +106,7 @@ def _run_causal(*args: Any) -> Tensor:
 
 def _run_causal_backward(d_o: Tensor, *args: Any) -> Sequence[Tensor | None]:
     x, opt = _split(args[:-1])
-    return _backend("causal", x, opt).causal_backward(x, opt, d_o, args[-1])
+    return _backend("causal", x, opt, backward=True).causal_backward(x, opt, d_o, args[-1])
 
 
 def _run_features(x: Tensor, w: Tensor, bandwidth: Tensor | None, scalar: float, ridge: float, backend: str) -> Tensor:

@@ -83,7 +83,7 @@ class Problem:
     num_iters: int = 0
     kernel: str = "rbf"
     dropout: bool = False
-    N: int = 0  # rows (sinkhorn)
+    N: int = 0  # keys, or rows (sinkhorn)
     backward: bool = False  # the gradient of the op, from what its forward saves
 
 

@@ -5,6 +5,7 @@ Where there is a GPU the same tests run on it too.
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import math
 import re
@@ -24,6 +25,9 @@ from torch import Tensor
 import setformer_kernels.functional as SF
 from setformer_kernels import dispatch
 from setformer_kernels.backends import cuda, eager
+from setformer_kernels.problem import Operands, Options
+from setformer_kernels.testing import ALL_CASES, CASES, Case, assert_within_budget, gradients, model_inputs
+from setformer_kernels.testing.budget import cast
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = ROOT / "csrc" / "cuda"
@@ -63,6 +67,86 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 @pytest.mark.parametrize("kind", ["plain", "masses", "minus_infinity", "wide", "relaxed", "tolerance"])
 def test_sinkhorn_within_the_error_budget(kind: str, T: int, backend: str, poisoned_memory: None) -> None:
     test_backends.test_sinkhorn_within_the_error_budget(kind, T, torch.float32, backend)
+
+
+# The gradient is another backend's, from the z and c of this one.  Where a column's weights are exp of nearly nothing,
+# the rounding of c to float32 is all the error there is, and a backward that does not share its forward's other
+# roundings is over the budget even from the exact c, rounded.
+OUTPUT_ONLY = (("length_1", torch.float32), ("one_key", torch.float32))
+NOT_CAUSAL = [case for case in CASES if not case.options.get("causal")]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("case", NOT_CAUSAL, ids=lambda case: case.name)
+def test_attention_within_the_error_budget(case: Case, dtype: torch.dtype, backend: str, poisoned_memory: None) -> None:
+    """The output, and every gradient that another backend makes of what this one saves."""
+    if not test_backends.fits(case, dtype):
+        pytest.skip("out of float16's range")
+    inputs, cotangent, exact, model = test_backends.expected(case.name, dtype, torch.get_default_device())
+    call = functools.partial(SF.set_attention, backend=backend)
+    if (case.name, dtype) == ("wide", torch.float32):
+        with pytest.raises(ValueError, match="do not fit"):
+            call(**cast(inputs, torch.float32, dtype))
+        return
+    fast = gradients(call, cast(inputs, torch.float32, dtype), cotangent)
+    if (case.name, dtype) in OUTPUT_ONLY:
+        fast = {"output": fast["output"]}
+    assert_within_budget(test_backends.large(fast), exact, model, case.name)
+
+
+@pytest.mark.parametrize("name", ["plain", "t1", "no_key", "tensors", "far_positions", "length_1000"])
+def test_pooling_within_the_error_budget(name: str, backend: str, poisoned_memory: None) -> None:
+    case = ALL_CASES[name]
+    test_backends.test_pooling_within_the_error_budget(case, torch.float32, backend)
+
+
+@pytest.mark.parametrize(("B", "L", "S"), [(0, 5, 5), (2, 0, 4), (0, 0, 3), (2, 3, 0), (2, 0, 0)])
+def test_empty_batches_queries_and_keys(B: int, L: int, S: int, backend: str) -> None:
+    test_backends.test_empty_batches_queries_and_keys(B, L, S, False, backend)
+
+
+def test_masked_content_is_never_read(backend: str) -> None:
+    test_backends.test_masked_content_never_reaches_an_output_or_a_gradient(False, backend)
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2, 3), (0, 2, 1, 3), (2, 0, 1, 3), (1, 0, 2, 3)])
+def test_output_keeps_the_memory_order(order: tuple[int, ...], backend: str) -> None:
+    test_backends.test_output_and_gradients_keep_the_memory_order_of_the_inputs(order, backend)
+
+
+# S, L, M, D, E: one block; clusters of all sizes, some blocks without keys; several passes over the values.
+SHAPES = {"block": (60, 33, 7, 16, 16), "pair": (300, 20, 64, 64, 64), "eight": (1100, 700, 40, 32, 48),
+          "empty_blocks": (129, 2000, 16, 16, 8), "passes": (200, 40, 80, 24, 100)}  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("epsilon", [0.05, 0.002])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_attention_of_every_layout(
+    shape: str, epsilon: float, dtype: torch.dtype, shim: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Within the budget, in both orders of threads alike; ε = 0.002 leaves the range of the scaled form."""
+    monkeypatch.setattr(cuda, "_C", shim)
+    s, l, m, d, e = SHAPES[shape]
+    q, k, v = (torch.randn(1, 2, n, w, dtype=torch.float64) for n, w in ((l, d), (s, d), (s, e)))
+    inputs = {"query": q, "key": k, "value": v, "references": torch.randn(2, m, d, dtype=torch.float64)}
+    reference = functools.partial(SF.set_attention, backend="reference", epsilon=epsilon)
+    cotangent = torch.randn(1, 2, l, e, dtype=torch.float64)
+    exact, model = model_inputs(reference, inputs, dtype, cotangent)
+    given = {name: t.detach() for name, t in cast(inputs, torch.float32, dtype).items()}
+    x = Operands(**{name: given.get(name) for name in Operands._fields})
+    results = []
+    for descending in (False, True):
+        shim.set_descending(descending)
+        results.append(cuda.attention(x, Options(scalars=(1.0, epsilon, 1.0, 1.0, 1.0))))
+    shim.set_descending(False)
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    assert_within_budget({"output": results[0][0]}, exact, model, shape)
+
+
+def test_which_backend_takes_the_gradient() -> None:
+    problem = dispatch.Problem("attention", "cuda", torch.float32, 64, 64, 64, backward=True)
+    assert any("gradient of attention" in reason for reason in cuda.unsupported_reasons(problem))
 
 
 def problem(n: int, m: int, groups: int = 2) -> list[Tensor]:

@@ -33,4 +33,8 @@ std::string sinkhorn_refusal(const Device& device, int64_t N, int64_t M, bool ba
 void sinkhorn(const SinkhornParams& p, const Device& device, void* stream);
 void sinkhorn_backward(const SinkhornParams& p, const Device& device, void* stream);
 
+// The same for attention or pooling: p's sizes and the dtype of its keys.
+std::string attention_refusal(const Device& device, const AttentionParams& p);
+void attention(const AttentionParams& p, const Device& device, void* stream);
+
 }  // namespace sfk::cuda

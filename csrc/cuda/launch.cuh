@@ -14,6 +14,15 @@ namespace sfk::cuda {
 
 constexpr int kOldest = 8;  // the compute capability that cp.async and bfloat16 products came with
 
+inline std::string too_old(const Device& device) {
+  return "needs compute capability " + std::to_string(kOldest) + ".0 or newer, found " + std::to_string(device.major) +
+         "." + std::to_string(device.minor);
+}
+inline std::string shared_memory_of(const Device& device) {
+  return "the shared memory of " + std::to_string(device.clusters) + " block(s) of " +
+         std::to_string(device.shared / 1024) + " KB";
+}
+
 struct Grid {
   int64_t blocks;  // of all clusters together
   int threads, cluster;

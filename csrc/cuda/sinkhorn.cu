@@ -52,13 +52,10 @@ void run(void (*kernel)(SinkhornParams), const char* name, const SinkhornParams&
 }  // namespace
 
 std::string sinkhorn_refusal(const Device& device, int64_t N, int64_t M, bool backward) {
-  if (device.major < kOldest)
-    return "needs compute capability " + std::to_string(kOldest) + ".0 or newer, found " +
-           std::to_string(device.major) + "." + std::to_string(device.minor);
+  if (device.major < kOldest) return too_old(device);
   if (layout(device, 1, N, M, backward).cluster) return "";
   return "a problem of " + std::to_string(N) + " x " + std::to_string(M) + (backward ? " and its gradient" : "") +
-         " does not fit into the shared memory of " + std::to_string(device.clusters) + " block(s) of " +
-         std::to_string(device.shared / 1024) + " KB";
+         " does not fit into " + shared_memory_of(device);
 }
 
 void sinkhorn(const SinkhornParams& p, const Device& device, void* stream) {

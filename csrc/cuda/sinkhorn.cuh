@@ -2,34 +2,13 @@
 // among the blocks of a cluster, a warp takes a row, and then a strip of 32 columns.
 //
 //   g⁰ = log b;  f^t = log a − λ_a LSE_j(ℓ + g^{t−1});  c^t = LSE_s(ℓ + f^t);  g^t = log b − λ_b c^t
-//
-// Sums go lane by lane, warp by warp, block by block in a fixed order: results repeat bit for bit.  What every block
-// knows of the columns is computed by every block alike.
 #pragma once
-#include "../params.h"
-#include "device.cuh"
+#include "columns.cuh"
 
 namespace sfk {
 namespace {
 
 constexpr int kSinkhornThreads = 512;
-
-// Hands out shared memory; with no memory it only counts.
-struct Arena {
-  float* base = nullptr;
-  int64_t used = 0;  // floats
-  SFK_BOTH float* take(int64_t n) {
-    float* p = base ? base + used : nullptr;
-    used += n;
-    return p;
-  }
-};
-
-// Strips of 32 columns, and how many warps share the rows of one.
-struct Strips {
-  int count, sharing;
-  SFK_BOTH Strips(int M, int warps) : count((M + kWarp - 1) / kWarp), sharing(count < warps ? warps / count : 1) {}
-};
 
 // Shared memory of a block that has `rows` rows.
 struct SinkhornShared {
@@ -78,23 +57,7 @@ struct Share {
     lam_a = p.lam_a.data ? read(p.lam_a, group) : static_cast<float>(p.scalars[0]);
     lam_b = p.lam_b.data ? read(p.lam_b, group) : static_cast<float>(p.scalars[1]);
   }
-  SFK_DEVICE static float* at(const View& v, int64_t i, int64_t j = 0, int64_t k = 0) {
-    return static_cast<float*>(v.data) + i * v.stride[0] + j * v.stride[1] + k * v.stride[2];
-  }
-  SFK_DEVICE static float read(const View& v, int64_t i, int64_t j = 0, int64_t k = 0) { return *at(v, i, j, k); }
 };
-
-struct LogSum {
-  float peak, total;  // Σ exp = total·e^peak
-  SFK_DEVICE float value() const { return total > 0 ? peak + logf(total) : kNone; }
-};
-
-SFK_DEVICE float finite_or_zero(float x) { return x == kNone ? 0.0f : x; }
-
-// log mass − λ·log_sum; −∞ where nothing can be sent.
-SFK_DEVICE float potential(float log_mass, float lam, float log_sum) {
-  return log_sum == kNone ? kNone : log_mass - lam * log_sum;
-}
 
 // LSE_j(row_j + add_j), by a warp.
 SFK_DEVICE LogSum row_sum(const float* row, const float* add, int M) {
@@ -110,64 +73,15 @@ SFK_DEVICE LogSum row_sum(const float* row, const float* add, int M) {
 template <class Shared>
 SFK_DEVICE void load_problem(const SinkhornParams& p, const Share& s, const Shared& shared) {
   for (int i = warp_index(); i < s.rows; i += block_warps())
-    for (int j = lane_index(); j < s.M; j += kWarp)
-      shared.l[i * s.M + j] = Share::read(p.log_kernel, s.group, s.row0 + i, j);
+    for (int j = lane_index(); j < s.M; j += kWarp) shared.l[i * s.M + j] = read(p.log_kernel, s.group, s.row0 + i, j);
   const float row = -logf(static_cast<float>(s.N)), column = -logf(static_cast<float>(s.M));
   for (int i = thread_index(); i < s.rows; i += block_threads())
-    shared.log_a[i] = p.log_a.data ? Share::read(p.log_a, s.group, s.row0 + i) : row;
+    shared.log_a[i] = p.log_a.data ? read(p.log_a, s.group, s.row0 + i) : row;
   for (int j = thread_index(); j < s.M; j += block_threads())
-    shared.log_b[j] = p.log_b.data ? Share::read(p.log_b, s.group, j) : column;
+    shared.log_b[j] = p.log_b.data ? read(p.log_b, s.group, j) : column;
 }
 
-// What `visit(column j, share k)` makes of every column, each by `sharing` warps: share k takes rows k, k + sharing, ..
-template <class Visit>
-SFK_DEVICE void each_column(int M, Visit visit) {
-  const Strips strips(M, block_warps());
-  for (int w = warp_index(); w < strips.count * strips.sharing; w += block_warps()) {
-    const int j = w % strips.count * kWarp + lane_index();
-    if (j < M) visit(j, w / strips.count);
-  }
-}
-
-// Σ_s exp(ℓ_sj + f_s) over the rows of this block, into peak and total.
-SFK_DEVICE void column_sums(const Share& s, const SinkhornShared& shared, float* peak_out, float* total_out) {
-  const int sharing = Strips(s.M, block_warps()).sharing, M = s.M;
-  each_column(M, [&](int j, int share) {
-    float peak = kNone, total = 0;
-    for (int i = share; i < s.rows; i += sharing) peak = fmaxf(peak, shared.l[i * M + j] + shared.f[i]);
-    const float base = finite_or_zero(peak);
-    for (int i = share; i < s.rows; i += sharing) total += exp_approx(shared.l[i * M + j] + shared.f[i] - base);
-    shared.part_peak[share * M + j] = peak, shared.part_total[share * M + j] = total;
-  });
-  sync_block();
-  for (int j = thread_index(); j < M; j += block_threads()) {
-    float peak = kNone, total = 0;
-    for (int k = 0; k < sharing; ++k) peak = fmaxf(peak, shared.part_peak[k * M + j]);
-    for (int k = 0; k < sharing; ++k)
-      total += shared.part_total[k * M + j] * exp_approx(shared.part_peak[k * M + j] - finite_or_zero(peak));
-    peak_out[j] = peak, total_out[j] = total;
-  }
-}
-
-// c_j over all blocks of the cluster.
-SFK_DEVICE float column_total(const Share& s, float* peaks, float* totals, int j) {
-  LogSum sum = {kNone, 0};
-  for (int r = 0; r < s.ranks; ++r) sum.peak = fmaxf(sum.peak, map_shared(peaks, r)[j]);
-  const float base = finite_or_zero(sum.peak);
-  for (int r = 0; r < s.ranks; ++r) sum.total += map_shared(totals, r)[j] * exp_approx(map_shared(peaks, r)[j] - base);
-  return sum.value();
-}
-
-// The largest x of the block, for every thread.
-SFK_DEVICE float block_max(float x, float* scratch) {
-  x = warp_max(x);
-  if (lane_index() == 0) scratch[warp_index()] = x;
-  sync_block();
-  for (int w = 0; w < block_warps(); ++w) x = fmaxf(x, scratch[w]);
-  return x;
-}
-
-SFK_KERNEL(kSinkhornThreads) sinkhorn_kernel(const SinkhornParams p) {
+SFK_KERNEL(kSinkhornThreads, 1) sinkhorn_kernel(const SinkhornParams p) {
   Arena arena{static_cast<float*>(shared_memory())};
   const Share s(p);
   const SinkhornShared shared(arena, (s.N + s.ranks - 1) / s.ranks, s.M, block_warps());
@@ -184,13 +98,14 @@ SFK_KERNEL(kSinkhornThreads) sinkhorn_kernel(const SinkhornParams p) {
       if (lane_index() == 0) shared.f[i] = f;
     }
     sync_block();
-    float *peaks = shared.peak + t % 2 * s.M, *totals = shared.total + t % 2 * s.M;
-    column_sums(s, shared, peaks, totals);
+    const int turn = t % 2 * s.M;
+    const ColumnSums sums = {shared.part_peak, shared.part_total, shared.peak + turn, shared.total + turn};
+    column_log_sums(shared.l, s.M, s.rows, s.M, shared.f, sums);
     sync_cluster();
     float moved = 0;
     for (int j = thread_index(); j < s.M; j += block_threads()) {
-      const float c = column_total(s, peaks, totals, j);
-      if (s.rank == 0) *Share::at(p.c, s.group, t, j) = c;
+      const float c = column_total(sums, j).value();
+      if (s.rank == 0) *at(p.c, s.group, t, j) = c;
       if (T == 0) continue;
       const float next = potential(shared.log_b[j], s.lam_b, c);
       if (next != shared.g[j]) moved = fmaxf(moved, fabsf(next - shared.g[j]));
@@ -202,13 +117,13 @@ SFK_KERNEL(kSinkhornThreads) sinkhorn_kernel(const SinkhornParams p) {
     }
   }
   sync_cluster();  // nobody leaves while another still reads its sums
-  for (int i = thread_index(); i < s.rows; i += block_threads()) *Share::at(p.f, s.group, s.row0 + i) = shared.f[i];
+  for (int i = thread_index(); i < s.rows; i += block_threads()) *at(p.f, s.group, s.row0 + i) = shared.f[i];
   if (s.rank != 0) return;
   if (thread_index() == 0) p.iters[s.group] = ran;
   for (int j = thread_index(); j < s.M; j += block_threads()) {
-    *Share::at(p.g, s.group, j) = shared.g[j];
+    *at(p.g, s.group, j) = shared.g[j];
     for (int t = ran; t < T; ++t)  // rows past the last iteration repeat it
-      *Share::at(p.c, s.group, t, j) = Share::read(p.c, s.group, ran - 1, j);
+      *at(p.c, s.group, t, j) = read(p.c, s.group, ran - 1, j);
   }
 }
 
@@ -217,8 +132,8 @@ SFK_DEVICE float backward_columns(const SinkhornParams& p, const Share& s, const
                                   const float* dg, int t) {
   float d_lam_b = 0;
   for (int j = thread_index(); j < s.M; j += block_threads()) {
-    const float c = Share::read(p.c, s.group, t - 1, j), d = c == kNone ? 0.0f : dg[j];
-    const float before = t > 1 ? Share::read(p.c, s.group, t - 2, j) : 0.0f;
+    const float c = read(p.c, s.group, t - 1, j), d = c == kNone ? 0.0f : dg[j];
+    const float before = t > 1 ? read(p.c, s.group, t - 2, j) : 0.0f;
     shared.g[j] = t > 1 ? potential(shared.log_b[j], s.lam_b, before) : shared.log_b[j];
     shared.c[j] = c, shared.dc[j] = -s.lam_b * d;
     shared.d_log_b[j] += d;
@@ -243,7 +158,7 @@ SFK_DEVICE float backward_rows(const SinkhornParams& p, const Share& s, const Si
       df += q;
     }
     df = warp_sum(df);
-    if (last && f != kNone) df += Share::read(p.d_f, s.group, s.row0 + i);
+    if (last && f != kNone) df += read(p.d_f, s.group, s.row0 + i);
     d_lam_a -= df * finite_or_zero(log_sum);
     if (lane_index() != 0) continue;
     shared.row_peak[i] = finite_or_zero(sum.peak);
@@ -273,38 +188,27 @@ SFK_DEVICE void backward_sums(const Share& s, const SinkhornBackwardShared& shar
   }
 }
 
-// Σ over the block of x, for every thread.
-SFK_DEVICE float block_sum(float x, float* scratch) {
-  x = warp_sum(x);
-  sync_block();
-  if (lane_index() == 0) scratch[warp_index()] = x;
-  sync_block();
-  x = 0;
-  for (int w = 0; w < block_warps(); ++w) x += scratch[w];
-  return x;
-}
-
 SFK_DEVICE void start_backward(const SinkhornParams& p, const Share& s, const SinkhornBackwardShared& shared, int ran) {
   for (int i = warp_index(); i < s.rows; i += block_warps())
     for (int j = lane_index(); j < s.M; j += kWarp) shared.dl[i * s.M + j] = 0;
   for (int i = thread_index(); i < s.rows; i += block_threads())
-    shared.d_log_a[i] = ran ? 0.0f : Share::read(p.d_f, s.group, s.row0 + i);
+    shared.d_log_a[i] = ran ? 0.0f : read(p.d_f, s.group, s.row0 + i);
   for (int j = thread_index(); j < s.M; j += block_threads())
-    shared.d_log_b[j] = 0, shared.dg[j] = s.rank ? 0.0f : Share::read(p.d_g, s.group, j);
+    shared.d_log_b[j] = 0, shared.dg[j] = s.rank ? 0.0f : read(p.d_g, s.group, j);
 }
 
 SFK_DEVICE void store_backward(const SinkhornParams& p, const Share& s, const SinkhornBackwardShared& shared) {
   for (int i = warp_index(); p.d_log_kernel.data && i < s.rows; i += block_warps())
     for (int j = lane_index(); j < s.M; j += kWarp)
-      *Share::at(p.d_log_kernel, s.group, s.row0 + i, j) = shared.dl[i * s.M + j];
+      *at(p.d_log_kernel, s.group, s.row0 + i, j) = shared.dl[i * s.M + j];
   for (int i = thread_index(); p.d_log_a.data && i < s.rows; i += block_threads())
-    *Share::at(p.d_log_a, s.group, s.row0 + i) = shared.d_log_a[i];
+    *at(p.d_log_a, s.group, s.row0 + i) = shared.d_log_a[i];
   for (int j = thread_index(); p.d_log_b.data && s.rank == 0 && j < s.M; j += block_threads())
-    *Share::at(p.d_log_b, s.group, j) = shared.d_log_b[j];
+    *at(p.d_log_b, s.group, j) = shared.d_log_b[j];
 }
 
 // dg^t stands as one part a block in the halves of dg by turns; every block adds the parts in the order of ranks.
-SFK_KERNEL(kSinkhornThreads) sinkhorn_backward_kernel(const SinkhornParams p) {
+SFK_KERNEL(kSinkhornThreads, 1) sinkhorn_backward_kernel(const SinkhornParams p) {
   Arena arena{static_cast<float*>(shared_memory())};
   const Share s(p);
   const SinkhornBackwardShared shared(arena, (s.N + s.ranks - 1) / s.ranks, s.M, block_warps());
@@ -335,7 +239,7 @@ SFK_KERNEL(kSinkhornThreads) sinkhorn_backward_kernel(const SinkhornParams p) {
   if (p.d_lam.data && s.rank == 0 && thread_index() == 0) {
     float total = 0;
     for (int r = 0; r < s.ranks; ++r) total += *map_shared(shared.d_lam_a, r);
-    *Share::at(p.d_lam, s.group, 0) = total, *Share::at(p.d_lam, s.group, 1) = d_lam_b;
+    *at(p.d_lam, s.group, 0) = total, *at(p.d_lam, s.group, 1) = d_lam_b;
   }
   sync_cluster();
 }

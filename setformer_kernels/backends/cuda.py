@@ -13,11 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..problem import Problem, empty_in_order
-from ._extension import MODULE, REASON, view
+from ..problem import Operands, Options, Problem, empty_in_order
+from ._extension import DTYPE_CODES, MODULE, REASON, view
 
 NAME = "cuda"
-OPS = ("sinkhorn",)
+OPS = ("attention", "pool", "sinkhorn")
+WITHOUT_BACKWARD = ("attention", "pool")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 _C: Any = MODULE
 _DEVICE = "cuda"  # tests run the kernels' source on the CPU
@@ -29,18 +31,52 @@ def unsupported_reasons(p: Problem) -> list[str]:
     reasons = [_TROUBLE] if _TROUBLE else []
     if p.op not in OPS:
         reasons.append(f"has no kernel for {p.op} yet")
+    if p.backward and p.op in WITHOUT_BACKWARD:
+        reasons.append(f"has no kernel for the gradient of {p.op} yet")
     if p.device != _DEVICE:
         reasons.append(f"runs on {_DEVICE} tensors, not on {p.device}")
-    if p.dtype != torch.float32:
+    if p.dtype not in (DTYPES if p.op != "sinkhorn" else DTYPES[:1]):
         reasons.append(f"has no kernels for {p.dtype}")
-    if not reasons and p.N and (reason := _C.cuda_sinkhorn_refusal(p.N, p.M, p.backward)):
+    if not reasons and p.N and (reason := _refusal(p)):
         reasons.append(reason)
     return reasons
+
+
+def _refusal(p: Problem) -> str:
+    """Why the chip does not hold `p`; empty when it does."""
+    if p.op == "sinkhorn":
+        return _C.cuda_sinkhorn_refusal(p.N, p.M, p.backward)
+    return _C.cuda_attention_refusal(p.N, p.M, p.D, p.E, p.P, DTYPE_CODES[p.dtype])
 
 
 def _where(t: Tensor) -> tuple[int, int]:
     """(device, its current stream)."""
     return (t.device.index, torch.cuda.current_stream(t.device).cuda_stream) if t.is_cuda else (0, 0)
+
+
+def _run(x: Operands, opt: Options, o: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Fills o where there is one; z [B, H, M, E] and c [B, H, max(T, 1), M]."""
+    b, h, _, e = x.value.shape
+    m = x.references.shape[1]
+    z = x.key.new_empty((b, h, m, e), dtype=torch.float32)
+    c = x.key.new_empty((b, h, max(opt.num_iters, 1), m), dtype=torch.float32)
+    seed = 0 if x.seed is None else x.seed.data_ptr()
+    views = tuple([view(t) for t in x[:-1]])
+    constants = (tuple(opt.scalars), opt.kernel == "dot", opt.num_iters, opt.dropout_p, seed)
+    _C.cuda_attention(views, *constants, view(o), view(z), view(c), *_where(x.key))
+    return z, c
+
+
+def attention(x: Operands, opt: Options) -> tuple[Tensor, Tensor, Tensor]:
+    """o [B, H, L, E], z [B, H, M, E], c [B, H, max(T, 1), M]."""
+    assert x.query is not None
+    o = empty_in_order(x.query, (*x.query.shape[:-1], x.value.shape[-1]))
+    return o, *_run(x, opt, o)
+
+
+def pool(x: Operands, opt: Options) -> tuple[Tensor, Tensor]:
+    """z [B, H, M, E], c [B, H, max(T, 1), M]."""
+    return _run(x._replace(query=None, query_position=None), opt, None)
 
 
 def sinkhorn(

@@ -26,11 +26,20 @@ bool descending = false;
   std::abort();
 }
 
+// What a lane brings to a collective.
+union Slot {
+  float value;
+  const void* row;
+  struct {
+    uint32_t a[4], b[2];
+  } operands;
+};
+
 // Where `size` fibers meet.  Two sets of slots: nobody is two meetings ahead of the slowest reader.
 struct Meeting {
   int size = 0, arrived = 0, kind = 0;
   unsigned past = 0;
-  float slots[2][kLanes];
+  Slot slots[2][kLanes];
 };
 
 struct Block {
@@ -52,6 +61,9 @@ struct Fiber {
   bool started = false, done = false;
   const Meeting* at = nullptr;  // waits there while `seen` is the number of past meetings
   unsigned seen = 0;
+  std::vector<std::pair<void*, const void*>> copies;
+  std::vector<size_t> groups;  // how many copies each committed group has
+  size_t uncommitted = 0;
   bool runnable() const { return !done && (!at || at->past != seen); }
 };
 
@@ -143,10 +155,10 @@ void enter() {
 Fiber& self() { return now->fibers[now->current]; }
 
 // Waits for everyone; returns the slots that were filled for this meeting.
-const float* meet(Meeting& m, int kind, int slot, float value) {
+const Slot* meet(Meeting& m, int kind, int slot, const Slot& value) {
   if (m.arrived == 0) m.kind = kind;
   if (m.kind != kind) fail("two different collectives meet: kinds", m.kind, kind);
-  float* slots = m.slots[m.past % 2];
+  Slot* slots = m.slots[m.past % 2];
   if (slot >= 0) slots[slot] = value;
   if (++m.arrived == m.size) {
     m.arrived = 0;
@@ -213,12 +225,101 @@ void* map_shared(void* p, int rank) {
   return now->blocks[rank].shared.get() + (static_cast<unsigned char*>(p) - self().block->shared.get());
 }
 
-void sync_block() { meet(self().block->all, 1, -1, 0); }
-void sync_cluster() { meet(now->all, 2, -1, 0); }
+void sync_block() { meet(self().block->all, 1, -1, {}); }
+void sync_cluster() { meet(now->all, 2, -1, {}); }
+
+namespace {
+
+const Slot* meet_warp(int kind, const Slot& value) {
+  Fiber& me = self();
+  return meet(me.block->warps[me.thread / kLanes], kind, me.thread % kLanes, value);
+}
+
+}  // namespace
+
+void sync_warp() { meet_warp(3, {}); }
 
 float shuffle_xor(float x, int mask) {
+  Slot mine;
+  mine.value = x;
+  return meet_warp(4, mine)[self().thread % kLanes ^ mask].value;
+}
+
+float from_bf16(uint16_t x) {
+  const uint32_t bits = static_cast<uint32_t>(x) << 16;
+  float y;
+  std::memcpy(&y, &bits, 4);
+  return y;
+}
+float from_f16(uint16_t x) {
+  _Float16 y;
+  std::memcpy(&y, &x, 2);
+  return static_cast<float>(y);
+}
+uint16_t to_bf16(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  if ((bits & 0x7fffffff) > 0x7f800000) return 0x7fff;
+  return static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+uint16_t to_f16(float x) {
+  const _Float16 y = static_cast<_Float16>(x);
+  uint16_t bits;
+  std::memcpy(&bits, &y, 2);
+  return bits;
+}
+
+void copy16_async(void* shared, const void* global) {
+  if (reinterpret_cast<uintptr_t>(shared) % 16 || reinterpret_cast<uintptr_t>(global) % 16)
+    fail("a copy of 16 bytes that is not aligned: thread", self().thread, 0);
+  self().copies.emplace_back(shared, global);
+  ++self().uncommitted;
+}
+void copies_commit() {
+  self().groups.push_back(self().uncommitted);
+  self().uncommitted = 0;
+}
+void copies_wait(int pending) {
+  Fiber& me = self();
+  while (me.groups.size() > static_cast<size_t>(pending)) {
+    for (size_t i = 0; i < me.groups.front(); ++i) std::memcpy(me.copies[i].first, me.copies[i].second, 16);
+    me.copies.erase(me.copies.begin(), me.copies.begin() + me.groups.front());
+    me.groups.erase(me.groups.begin());
+  }
+}
+
+void load_matrices(uint32_t (&r)[4], const void* row, bool transposed) {
+  if (reinterpret_cast<uintptr_t>(row) % 16) fail("a matrix row that is not aligned: thread", self().thread, 0);
+  Slot mine;
+  mine.row = row;
+  const Slot* slots = meet_warp(transposed ? 6 : 5, mine);
+  const int lane = self().thread % kLanes, g = lane / 4, t = lane % 4;
+  for (int i = 0; i < 4; ++i) {
+    const auto at = [&](int y, int x) { return static_cast<const uint16_t*>(slots[8 * i + y].row)[x]; };
+    const uint16_t low = transposed ? at(2 * t, g) : at(g, 2 * t);
+    const uint16_t high = transposed ? at(2 * t + 1, g) : at(g, 2 * t + 1);
+    r[i] = low | static_cast<uint32_t>(high) << 16;
+  }
+}
+
+void multiply_add(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, bool bf16) {
+  Slot mine;
+  for (int i = 0; i < 4; ++i) mine.operands.a[i] = a[i];
+  mine.operands.b[0] = b0, mine.operands.b[1] = b1;
+  const Slot* slots = meet_warp(7, mine);
   const int lane = self().thread % kLanes;
-  return meet(self().block->warps[self().thread / kLanes], 3, lane, x)[lane ^ mask];
+  const auto half = [&](uint32_t both, int k) {
+    const uint16_t bits = static_cast<uint16_t>(k % 2 ? both >> 16 : both);
+    return bf16 ? from_bf16(bits) : from_f16(bits);
+  };
+  for (int i = 0; i < 4; ++i) {
+    const int row = i / 2, column = 2 * (lane % 4) + i % 2;  // row g + 8·row
+    for (int k = 0; k < 16; ++k) {
+      const int t = k % 8 / 2, late = k / 8;
+      const float x = half(slots[lane / 4 * 4 + t].operands.a[row + 2 * late], k);
+      c[i] += x * half(slots[column * 4 + t].operands.b[late], k);
+    }
+  }
 }
 
 }  // namespace sfk::shim

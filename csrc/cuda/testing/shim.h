@@ -31,6 +31,20 @@ void* shared_memory();
 void* map_shared(void* p, int rank);
 void sync_block();
 void sync_cluster();
+void sync_warp();
 float shuffle_xor(float x, int mask);
+
+float from_bf16(uint16_t x);
+float from_f16(uint16_t x);
+uint16_t to_bf16(float x);
+uint16_t to_f16(float x);
+
+// Asynchronous copies happen when they are waited for, so that a missing wait shows.
+void copy16_async(void* shared, const void* global);
+void copies_commit();
+void copies_wait(int pending);
+
+void load_matrices(uint32_t (&r)[4], const void* row, bool transposed);
+void multiply_add(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, bool bf16);
 
 }  // namespace sfk::shim
