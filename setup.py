@@ -36,12 +36,17 @@ NVCC_FLAGS = ["-std=c++17", "-O3", "--expt-relaxed-constexpr", "-Xcompiler", "-f
 PTX = "90"  # what GPUs that are newer than the list compile for themselves
 
 
+def nvcc() -> str:
+    """The compiler of CUDA_HOME, or the one on PATH; empty where there is none."""
+    folder = os.environ.get("CUDA_HOME", "")
+    return (shutil.which("nvcc", path=str(Path(folder, "bin"))) if folder else None) or shutil.which("nvcc") or ""
+
+
 def cuda_toolkit() -> str:
-    """The folder of the CUDA toolkit whose nvcc comes first on PATH; empty where there is none."""
-    nvcc = shutil.which("nvcc")
-    if nvcc is None:
+    """The folder that nvcc belongs to; empty where there is none."""
+    if not nvcc():
         return ""
-    told = subprocess.run([nvcc, "--dryrun", "none.cu"], capture_output=True, text=True, timeout=60).stderr
+    told = subprocess.run([nvcc(), "--dryrun", "none.cu"], capture_output=True, text=True, timeout=60).stderr
     tops = [line.partition("TOP=")[2].strip() for line in told.splitlines() if "TOP=" in line]
     return str(Path(tops[0]).resolve()) if tops else ""
 
@@ -52,7 +57,7 @@ def cuda_wanted() -> bool:
     if choice not in ("auto", "0", "1"):
         sys.exit(f"SETFORMER_KERNELS_CUDA must be auto, 0 or 1, got {choice!r}")
     if choice == "1" and not cuda_toolkit():
-        sys.exit("SETFORMER_KERNELS_CUDA=1 needs nvcc on PATH")
+        sys.exit("SETFORMER_KERNELS_CUDA=1 needs nvcc, on PATH or in CUDA_HOME")
     has_gpu = any(Path("/dev").glob("nvidia[0-9]*"))
     return choice == "1" or (choice == "auto" and has_gpu and bool(cuda_toolkit()))
 
@@ -132,7 +137,7 @@ class Build(build_ext):
 
         def compile_one(obj, src, ext_, cc_args, extra, pp_opts):  # type: ignore[no-untyped-def]
             if str(src).endswith(".cu"):
-                command = ["nvcc", *NVCC_FLAGS, *cuda_architectures(), "-c", str(src), "-o", str(obj)]
+                command = [nvcc(), *NVCC_FLAGS, *cuda_architectures(), "-c", str(src), "-o", str(obj)]
                 print(shlex.join(command))
                 if subprocess.run(command).returncode != 0:
                     raise CompileError(f"nvcc cannot compile {src}")

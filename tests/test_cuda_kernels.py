@@ -5,6 +5,7 @@ Where there is a GPU the same tests run on it too.
 
 from __future__ import annotations
 
+import fcntl
 import functools
 import importlib.util
 import math
@@ -39,7 +40,10 @@ def shim() -> ModuleType:
     if shutil.which("g++") is None or shutil.which("make") is None:
         pytest.skip("needs g++ and make")
     command = ["make", "--silent", "-C", str(ROOT / "csrc"), "cuda-shim", f"PYTHON={sys.executable}"]
-    subprocess.run(command, check=True, timeout=600)
+    (ROOT / "build").mkdir(exist_ok=True)
+    with (ROOT / "build" / "shim.lock").open("w") as lock:  # one build for all processes of a parallel run
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        subprocess.run(command, check=True, timeout=600)
     spec = importlib.util.spec_from_file_location("cuda_shim", ROOT / "build" / "shim" / "cuda_shim.so")
     assert spec is not None
     assert spec.loader is not None
@@ -208,6 +212,17 @@ def test_both_orders_of_threads_agree_bit_for_bit(size: str, shim: ModuleType, m
         results.append(both_ways(cuda, inputs, 3, None))
     shim.set_descending(False)
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("barrier", [True, False])
+def test_the_two_orders_show_a_missing_barrier(barrier: bool, shim: ModuleType) -> None:
+    found = []
+    for descending in (False, True):
+        shim.set_descending(descending)
+        found.append(shim.neighbours(barrier))
+    shim.set_descending(False)
+    assert (found[0] == found[1]) == barrier
+    assert (found[0] == [(i + 1) % 64 for i in range(64)]) == barrier
 
 
 def test_any_strides(backend: str, poisoned_memory: None) -> None:
