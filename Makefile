@@ -5,10 +5,10 @@ PYTEST_FLAGS ?= -q
 
 RUN := $(VENV)/bin/python
 PIP := $(RUN) -m pip
-CSRC := $(shell find csrc -name '*.cpp' -o -name '*.hpp' -o -name '*.h' -o -name '*.inc' 2>/dev/null)
+CSRC := $(shell find csrc -name '*.cpp' -o -name '*.hpp' -o -name '*.h' -o -name '*.inc' -o -name '*.cu' -o -name '*.cuh' 2>/dev/null)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-models bench gpu resources model lint types sanitize clean
+.PHONY: help demo test test-models bench gpu resources cuda-resources model lint types sanitize clean
 
 help:
 	@echo "make demo      train and compare on real input (3 minutes); results in demo_output/"
@@ -17,6 +17,7 @@ help:
 	@echo "make bench     the side-by-side benchmark table; results in benchmarks/results/"
 	@echo "make gpu       on a machine with a GPU: tests on real kernels, compute-sanitizer, benchmarks (no installation)"
 	@echo "make resources compile every Triton kernel for GPUs that are not there; the table in benchmarks/results/"
+	@echo "make cuda-resources  compile every CUDA kernel with nvcc for GPUs that are not there; the table in benchmarks/results/"
 	@echo "make model     what attention has to cost on a GPU, and what the compiled kernels should take there"
 	@echo "make lint      ruff, import layers, clang-format"
 	@echo "make types     mypy on the package"
@@ -45,6 +46,9 @@ gpu:
 resources: $(VENV)/.installed
 	$(RUN) -m benchmarks.resources
 
+cuda-resources: $(VENV)/.installed
+	$(RUN) -m benchmarks.cuda_resources
+
 model: $(VENV)/.installed
 	$(RUN) -m benchmarks.model
 
@@ -59,6 +63,7 @@ types: $(VENV)/.installed $(VENV)/.lint
 
 sanitize:
 	$(MAKE) -C csrc sanitize
+	$(MAKE) -C csrc cuda-sanitize
 
 clean:
 	rm -rf $(VENV)/.installed $(VENV)/.lint .venv-models/.installed build dist demo_output *.egg-info setformer_kernels/_C*.so

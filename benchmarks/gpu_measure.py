@@ -83,12 +83,16 @@ class Measure:
         self.deadline = time.monotonic() + seconds
         self.on_gpu = plan.device == "cuda"
         self.clock: Clock = event_clock if self.on_gpu else wall_clock
-        self.backends = [name for name in dispatch.NATIVE if name != "cpu" and self._able(name)]
+        self.backends = [name for name in dispatch.NATIVE if name != "cpu" and self._able(name, plan.check)]
 
-    def _able(self, name: str) -> bool:
-        case = self.plan.check
-        problem = Problem("attention", self.plan.device, case.dtype, D=case.D, E=case.D, M=case.M, num_iters=3)
+    def _able(self, name: str, case: GpuCase) -> bool:
+        sizes = {"D": case.D, "E": case.D, "M": case.M, "N": case.L}
+        problem = Problem("attention", self.plan.device, case.dtype, num_iters=3, **sizes)
         return not dispatch.NATIVE[name].unsupported_reasons(problem)
+
+    def _backends_of(self, case: GpuCase) -> list[str]:
+        """Those that hold the case's keys."""
+        return [name for name in self.backends if self._able(name, case)]
 
     def rows(self) -> Iterator[list[Row]]:
         """The rows of the run, group by group; nothing is timed before it is right."""
@@ -96,7 +100,7 @@ class Measure:
             raise RuntimeError(f"no GPU backend can run here: {dispatch.available_backends()}")
         yield [self._checked(name, T) for name in self.backends for T in (3, 1)]
         yield [self._probe(name) for name in PROBES]
-        yield [self._host_row(name) for name in self.backends]
+        yield [self._host_row(name) for name in self.backends if name != "cuda"]  # its launch is not seen from Python
         parts: list[tuple[Any, Callable[[Any], list[Row]]]] = [(case, self._case_rows) for case in self.plan.cases]
         parts += [(case, self._memory_rows) for case in self.plan.memory]
         parts += [(size, self._sinkhorn_rows) for size in self.plan.sinkhorn]
@@ -154,7 +158,7 @@ class Measure:
         """Everything this case is timed against, as plain calls."""
         found: dict[Entry, tuple[Callable[[Inputs], Tensor], int]] = {}
         for T in case.iterations:
-            for name in self.backends:
+            for name in self._backends_of(case):
                 found[Entry(name, T)] = (functools.partial(set_attention, T=T, backend=name), 4)
             if case.reference:
                 found[Entry("reference", T)] = (functools.partial(set_attention, T=T, backend="reference"), 4)
@@ -183,7 +187,7 @@ class Measure:
         budget = 1.0 if case.L < 65536 else 4.0
         samples = interleave(ready, budget if self.on_gpu else 0.05, self.clock)
         per_call = {entry: [s / counts[entry] for s in taken] for entry, taken in samples.items()}
-        base = self.backends[0]
+        base = self.backends[-1]  # Triton, which runs every case
         for entry, taken in per_call.items():
             row = replace(_filled(_row(case, entry.impl, entry.T), taken), note=notes[entry])
             rows.append(_against(row, taken, per_call.get(Entry(base, entry.T or 3)), per_call.get(Entry(base, 1))))
@@ -203,7 +207,7 @@ class Measure:
     def _memory_rows(self, case: GpuCase) -> list[Row]:
         """Peak bytes of one forward and backward beyond inputs, output and gradients."""
         rows = []
-        entries = [(name, T) for T in case.iterations for name in self.backends]
+        entries = [(name, T) for T in case.iterations for name in self._backends_of(case)]
         for name, T in [*entries, ("reference", 3)]:
             row = _row(case, name, T, metric="memory", unit="bytes", work=4.0 * case.token_bytes())
             if not self.on_gpu:

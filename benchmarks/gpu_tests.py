@@ -18,7 +18,15 @@ from typing import Any, NamedTuple
 ROOT = Path(__file__).resolve().parents[1]  # nothing is imported that needs torch: every share starts anew
 SHARE, REPORT = "SETFORMER_TEST_SHARE", "SETFORMER_TEST_REPORT"
 # Last, if there is time: they test what no GPU changes.
-LAST = ("test_install", "test_demo", "test_benchmarks", "test_gpu_command", "test_triton_resources", "test_cpu")
+LAST = (
+    "test_install",
+    "test_demo",
+    "test_benchmarks",
+    "test_gpu_command",
+    "test_triton_resources",
+    "test_cuda_resources",
+    "test_cpu",
+)
 # Installed plugins are not loaded (one unknown warning would be an error), and the options that need them are dropped.
 CONTINUE = "--continue-on-collection-errors"
 OPTIONS = (
@@ -34,7 +42,7 @@ OPTIONS = (
 
 
 def _rank(nodeid: str) -> int:
-    if "triton" in nodeid.lower() and "test_triton_resources" not in nodeid:
+    if any(name in nodeid.lower() for name in ("triton", "cuda_kernels")) and "test_triton_resources" not in nodeid:
         return 0
     return 2 if any(name in nodeid for name in LAST) else 1
 

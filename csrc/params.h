@@ -28,6 +28,7 @@ struct AttentionParams {
   double scalars[kNumHyper] = {1, 0.05, 1, 1, 1};
   double dropout_p = 0;
   uint64_t seed = 0;
+  const int64_t* seed_at = nullptr;  // the seed in the device's memory, where it is not to be waited for
   int32_t threads = 1;
   bool f64 = false;
 

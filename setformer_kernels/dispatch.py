@@ -6,12 +6,14 @@ from types import ModuleType
 
 import torch
 
-from .backends import cpu, eager
+from .backends import cpu, cuda, eager
 from .backends.triton import face as triton
 from .problem import Problem
 
 REFERENCE = "reference"
-NATIVE: dict[str, ModuleType] = {module.NAME: module for module in (cpu, triton)}  # in the order `auto` tries them
+NATIVE: dict[str, ModuleType] = {
+    module.NAME: module for module in (cpu, cuda, triton)
+}  # in the order `auto` tries them
 EAGER = eager  # behind the ops where no native backend is left: an exported graph on another machine
 
 
@@ -43,5 +45,10 @@ def select(problem: Problem, requested: str = "auto") -> str:
 
 
 def implementation(problem: Problem, requested: str) -> ModuleType:
-    """The backend module an op calls on real tensors: the selected native one, or the eager one."""
+    """The backend module an op calls on real tensors: the selected native one, or the eager one.
+
+    All backends save the same for the backward: where the requested one has none for this size, another one runs it.
+    """
+    if problem.backward and requested in NATIVE and NATIVE[requested].unsupported_reasons(problem):
+        requested = "auto"
     return NATIVE.get(select(problem, requested), EAGER)

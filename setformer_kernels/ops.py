@@ -12,6 +12,7 @@ Saved for the backward: the inputs, c and z; nothing else of length L or S.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from types import ModuleType
 from typing import Any
 
@@ -47,16 +48,18 @@ def features_problem(x: Tensor, landmarks: Tensor) -> Problem:
     return Problem("features", x.device.type, x.dtype, D=x.shape[-1], M=landmarks.shape[-2])
 
 
-def sinkhorn_problem(log_kernel: Tensor) -> Problem:
-    return Problem("sinkhorn", log_kernel.device.type, log_kernel.dtype, M=log_kernel.shape[-1])
+def sinkhorn_problem(log_kernel: Tensor, rows: int = 0, backward: bool = False) -> Problem:
+    m = log_kernel.shape[-1]
+    return Problem("sinkhorn", log_kernel.device.type, log_kernel.dtype, M=m, N=rows, backward=backward)
 
 
 def _split(args: Sequence[Any]) -> tuple[Operands, Options]:
     return Operands(*args[:N_OPERANDS]), Options(*args[N_OPERANDS:])
 
 
-def _backend(op: str, x: Operands, opt: Options) -> ModuleType:
-    return dispatch.implementation(attention_problem(op, x, opt), opt.backend)
+def _backend(op: str, x: Operands, opt: Options, backward: bool = False) -> ModuleType:
+    problem = replace(attention_problem(op, x, opt), N=x.key.shape[-2], backward=backward)
+    return dispatch.implementation(problem, opt.backend)
 
 
 def _run_attention(*args: Any) -> tuple[Tensor, ...]:
@@ -66,7 +69,7 @@ def _run_attention(*args: Any) -> tuple[Tensor, ...]:
 
 def _run_attention_backward(d_o: Tensor, z: Tensor, c: Tensor, *args: Any) -> Sequence[Tensor | None]:
     x, opt = _split(args[:-1])
-    return _backend("attention", x, opt).attention_backward(x, opt, z, c, d_o, args[-1])
+    return _backend("attention", x, opt, backward=True).attention_backward(x, opt, z, c, d_o, args[-1])
 
 
 def _fake_state(x: Operands, opt: Options) -> tuple[Tensor, Tensor]:
@@ -93,7 +96,7 @@ def _run_pool(*args: Any) -> tuple[Tensor, ...]:
 
 def _run_pool_backward(d_z: Tensor, z: Tensor, c: Tensor, *args: Any) -> Sequence[Tensor | None]:
     x, opt = _split(args[:-1])
-    return _backend("pool", x, opt).pool_backward(x, opt, z, c, d_z, None, args[-1])
+    return _backend("pool", x, opt, backward=True).pool_backward(x, opt, z, c, d_z, None, args[-1])
 
 
 def _run_causal(*args: Any) -> Tensor:
@@ -103,7 +106,7 @@ def _run_causal(*args: Any) -> Tensor:
 
 def _run_causal_backward(d_o: Tensor, *args: Any) -> Sequence[Tensor | None]:
     x, opt = _split(args[:-1])
-    return _backend("causal", x, opt).causal_backward(x, opt, d_o, args[-1])
+    return _backend("causal", x, opt, backward=True).causal_backward(x, opt, d_o, args[-1])
 
 
 def _run_features(x: Tensor, w: Tensor, bandwidth: Tensor | None, scalar: float, ridge: float, backend: str) -> Tensor:
@@ -129,12 +132,13 @@ def _fake_features(x: Tensor, w: Tensor, *_: Any) -> Tensor:
 
 
 def _run_sinkhorn(log_kernel: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    return dispatch.implementation(sinkhorn_problem(log_kernel), args[-1]).sinkhorn(log_kernel, *args[:-1])
+    problem = sinkhorn_problem(log_kernel, log_kernel.shape[1])
+    return dispatch.implementation(problem, args[-1]).sinkhorn(log_kernel, *args[:-1])
 
 
 def _run_sinkhorn_backward(d_f: Tensor, d_g: Tensor, c: Tensor, iters: Tensor, *args: Any) -> Sequence[Tensor | None]:
     tensors, scalars, (backend, needs) = args[:5], args[5], args[-2:]
-    module = dispatch.implementation(sinkhorn_problem(tensors[0]), backend)
+    module = dispatch.implementation(sinkhorn_problem(tensors[0], tensors[0].shape[1], backward=True), backend)
     return module.sinkhorn_backward(*tensors, scalars, c, iters, d_f, d_g, needs)
 
 

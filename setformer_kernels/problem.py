@@ -68,7 +68,10 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
 
 @dataclass(frozen=True)
 class Problem:
-    """The static facts a backend needs to say whether it can run: nothing here depends on values, lengths included."""
+    """The static facts a backend needs to say whether it can run: nothing here depends on values.
+
+    Lengths are 0 where a call is traced with unknown ones; inside the ops they are real integers.
+    """
 
     op: str  # "attention", "pool", "causal", "features", "sinkhorn"
     device: str  # device type
@@ -80,6 +83,8 @@ class Problem:
     num_iters: int = 0
     kernel: str = "rbf"
     dropout: bool = False
+    N: int = 0  # keys, or rows (sinkhorn)
+    backward: bool = False  # the gradient of the op, from what its forward saves
 
 
 def empty_in_order(like: Tensor, shape: tuple[int, ...] | torch.Size) -> Tensor:

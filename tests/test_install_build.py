@@ -55,7 +55,9 @@ def sdist(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_sdist_has_every_source_the_extension_needs(sdist: Path) -> None:
-    needed = [path for path in (ROOT / "csrc").rglob("*") if path.suffix in (".cpp", ".h", ".hpp", ".inc")]
+    needed = [
+        path for path in (ROOT / "csrc").rglob("*") if path.suffix in (".cpp", ".h", ".hpp", ".inc", ".cu", ".cuh")
+    ]
     needed = [path.relative_to(ROOT) for path in needed if "testing" not in path.parts]
     assert needed
     assert [str(path) for path in needed if not (sdist / path).exists()] == []

@@ -1,9 +1,10 @@
-// Moving rows between strided tensors of any dtype and packed tiles of F, and Philox.
+// Moving rows between strided tensors of any dtype and packed tiles of F.
 #pragma once
 #include <algorithm>
 #include <utility>
 
 #include "../params.h"
+#include "../philox.h"
 #include "gemm.h"
 #include "scratch.h"
 
@@ -218,23 +219,6 @@ void inverse_norms(const F* x, int64_t n, int64_t ld, F* inv, F* norms = nullptr
     for (int64_t i = 0; i < rows; ++i) inv[first + i] = static_cast<F>(square[i]);
     for (int64_t i = 0; norms && i < rows; ++i) norms[first + i] = norm[i] <= 1e-12 ? F(0) : static_cast<F>(norm[i]);
   }
-}
-
-// First word of Philox4x32-10 with counter (n_lo, n_hi, 0, 0).
-inline uint32_t philox(uint64_t seed, uint64_t n) {
-  uint32_t c0 = static_cast<uint32_t>(n), c1 = static_cast<uint32_t>(n >> 32), c2 = 0, c3 = 0;
-  uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
-  for (int round = 0; round < 10; ++round) {
-    const uint64_t p0 = 0xD2511F53ull * c0, p1 = 0xCD9E8D57ull * c2;
-    const uint32_t n0 = static_cast<uint32_t>(p1 >> 32) ^ c1 ^ k0, n2 = static_cast<uint32_t>(p0 >> 32) ^ c3 ^ k1;
-    c1 = static_cast<uint32_t>(p1);
-    c3 = static_cast<uint32_t>(p0);
-    c0 = n0;
-    c2 = n2;
-    k0 += 0x9E3779B9u;
-    k1 += 0xBB67AE85u;
-  }
-  return c0;
 }
 
 }  // namespace

@@ -13,15 +13,13 @@ from torch import Tensor
 
 from ..problem import DTYPES, HYPER, Operands, Options, Problem, compute_dtype, empty_in_order
 from ._extension import MODULE, REASON
+from ._extension import view as _view
 
 NAME = "cpu"
 _C: Any = MODULE
-DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3, torch.int64: 4}
 # A thread keeps an [M, E] state and [96, max(M, D, E)] tiles: beyond this they would leave the second-level cache.
 MAX_REFERENCES = 1024
 MAX_HEAD_DIM = 1024
-
-View = tuple[int, tuple[int, ...], tuple[int, ...], int]
 
 
 def unsupported_reasons(p: Problem) -> list[str]:
@@ -38,10 +36,6 @@ def unsupported_reasons(p: Problem) -> list[str]:
     if p.op == "causal" and p.num_iters > 1:
         reasons.append("the causal scan needs num_iters <= 1")
     return reasons
-
-
-def _view(t: Tensor | None) -> View | None:
-    return None if t is None else (t.data_ptr(), t.shape, t.stride(), DTYPE_CODES[t.dtype])
 
 
 def _empty_like(t: Tensor, shape: tuple[int, ...] | torch.Size | None = None) -> Tensor:

@@ -1,0 +1,40 @@
+// What the CUDA kernels offer to the bindings: neither torch nor CUDA in sight.
+#pragma once
+#include <string>
+
+#include "../params.h"
+
+namespace sfk::cuda {
+
+// What a device can hold, as far as kernels ask.
+struct Device {
+  int major = 0, minor = 0;  // compute capability
+  int processors = 0;        // streaming multiprocessors
+  int64_t shared = 0;        // bytes of shared memory that one block may have
+  int clusters = 1;          // blocks of a cluster, 1 where there are none
+};
+
+int device_count();
+Device device(int index);
+
+// Makes a device the current one for as long as it lives.
+class OnDevice {
+ public:
+  explicit OnDevice(int index);
+  ~OnDevice();
+  OnDevice(const OnDevice&) = delete;
+
+ private:
+  int before_;
+};
+
+// Why a device cannot take a problem of N rows and M columns; empty when it can.
+std::string sinkhorn_refusal(const Device& device, int64_t N, int64_t M, bool backward);
+void sinkhorn(const SinkhornParams& p, const Device& device, void* stream);
+void sinkhorn_backward(const SinkhornParams& p, const Device& device, void* stream);
+
+// The same for attention or pooling: p's sizes and the dtype of its keys.
+std::string attention_refusal(const Device& device, const AttentionParams& p);
+void attention(const AttentionParams& p, const Device& device, void* stream);
+
+}  // namespace sfk::cuda

@@ -1,0 +1,84 @@
+// The CUDA kernels' own source on the shim, under sanitizers; every launch in both orders of threads, which must agree
+// bit for bit.
+#include <cstring>
+
+#include "../../testing/cases.h"
+#include "../cuda.h"
+#include "shim.h"
+
+using namespace sfk;
+
+namespace {
+
+// The bytes of a view's elements.
+std::vector<unsigned char> contents(const View& v) {
+  const int64_t bytes = v.dtype == Dtype::f32 ? 4 : 2;
+  std::vector<unsigned char> all;
+  for (int64_t i = 0; v && i < v.size[0]; ++i)
+    for (int64_t j = 0; j < v.size[1]; ++j)
+      for (int64_t k = 0; k < v.size[2]; ++k)
+        for (int64_t l = 0; l < v.size[3]; ++l) {
+          const int64_t at = i * v.stride[0] + j * v.stride[1] + k * v.stride[2] + l * v.stride[3];
+          const unsigned char* p = static_cast<const unsigned char*>(v.data) + at * bytes;
+          all.insert(all.end(), p, p + bytes);
+        }
+  return all;
+}
+
+template <class Params>
+void in_both_orders(const Params& p, void (*kernel)(const Params&, const cuda::Device&, void*),
+                    std::initializer_list<const View*> results) {
+  std::vector<unsigned char> found[2];
+  for (int order = 0; order < 2; ++order) {
+    shim::set_descending(order == 1);
+    kernel(p, cuda::device(0), nullptr);
+    for (const View* v : results)
+      for (unsigned char x : contents(*v)) found[order].push_back(x);
+  }
+  expect(found[0] == found[1], "order of threads", 1, 0);
+}
+
+void sinkhorn(const SinkhornParams& p) { in_both_orders(p, cuda::sinkhorn, {&p.f, &p.g, &p.c}); }
+void sinkhorn_backward(const SinkhornParams& p) {
+  in_both_orders(p, cuda::sinkhorn_backward, {&p.d_log_kernel, &p.d_log_a, &p.d_log_b, &p.d_lam});
+}
+
+// A contiguous tensor of the same sizes in 16 bits, in a buffer of exactly its size; NaN stays NaN.
+View in_half(const View& v, Dtype dtype, std::unique_ptr<uint16_t[]>& memory) {
+  View half = v;
+  int64_t count = 1;
+  for (int d = 3; d >= 0; --d) half.stride[d] = count, count *= v.size[d];
+  memory.reset(new uint16_t[count]);
+  half.data = memory.get(), half.dtype = dtype;
+  const std::vector<unsigned char> from = contents(v);
+  for (int64_t i = 0; i < count; ++i) {
+    float x;
+    std::memcpy(&x, from.data() + 4 * i, 4);
+    memory[i] = dtype == Dtype::bf16 ? shim::to_bf16(x) : shim::to_f16(x);
+  }
+  return half;
+}
+
+void attention(const AttentionParams& p) {
+  for (Dtype dtype : {Dtype::bf16, Dtype::f16}) {
+    std::unique_ptr<uint16_t[]> memory[4];
+    AttentionParams half = p;
+    half.query = in_half(p.query, dtype, memory[0]), half.key = in_half(p.key, dtype, memory[1]);
+    half.value = in_half(p.value, dtype, memory[2]), half.o = in_half(p.o, dtype, memory[3]);
+    in_both_orders(half, cuda::attention, {&half.o, &half.z, &half.c});
+  }
+  in_both_orders(p, cuda::attention, {&p.o, &p.z, &p.c});
+}
+void another_backend(const AttentionParams&) {}  // takes the gradient
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  const int rounds = argc > 1 ? std::atoi(argv[1]) : 5;
+  KernelTable kernels = {};
+  kernels.sinkhorn = sinkhorn, kernels.sinkhorn_backward = sinkhorn_backward;
+  kernels.attention = attention, kernels.attention_backward = another_backend;
+  for (int i = 0; i < rounds; ++i) sinkhorn_case<float>(kernels), attention_case<float>(kernels, false);
+  std::printf("cuda: %d rounds, %d failures\n", rounds, failures);
+  return failures ? 1 : 0;
+}

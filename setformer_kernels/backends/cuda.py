@@ -1,0 +1,127 @@
+"""The CUDA C++ backend: solvers that keep a whole problem on the chip; what does not fit is left to Triton.
+
+Called below autograd on real CUDA tensors, on the current stream of their device; any strides.  Nothing here waits for
+the device or allocates on it but through torch, so calls can be captured into CUDA graphs.  The kernels are in
+csrc/cuda.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..problem import Operands, Options, Problem, empty_in_order
+from ._extension import DTYPE_CODES, MODULE, REASON, view
+
+NAME = "cuda"
+OPS = ("attention", "pool", "sinkhorn")
+WITHOUT_BACKWARD = ("attention", "pool")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+_C: Any = MODULE
+_DEVICE = "cuda"  # tests run the kernels' source on the CPU
+_TROUBLE = REASON or ("" if hasattr(MODULE, "cuda_sinkhorn") else "the C++ extension was built without CUDA")
+
+
+def unsupported_reasons(p: Problem) -> list[str]:
+    """Why this backend cannot run `p`; empty when it can."""
+    reasons = [_TROUBLE] if _TROUBLE else []
+    if p.op not in OPS:
+        reasons.append(f"has no kernel for {p.op} yet")
+    if p.backward and p.op in WITHOUT_BACKWARD:
+        reasons.append(f"has no kernel for the gradient of {p.op} yet")
+    if p.device != _DEVICE:
+        reasons.append(f"runs on {_DEVICE} tensors, not on {p.device}")
+    if p.dtype not in (DTYPES if p.op != "sinkhorn" else DTYPES[:1]):
+        reasons.append(f"has no kernels for {p.dtype}")
+    if not reasons and p.N and (reason := _refusal(p)):
+        reasons.append(reason)
+    return reasons
+
+
+def _refusal(p: Problem) -> str:
+    """Why the chip does not hold `p`; empty when it does."""
+    if p.op == "sinkhorn":
+        return _C.cuda_sinkhorn_refusal(p.N, p.M, p.backward)
+    return _C.cuda_attention_refusal(p.N, p.M, p.D, p.E, p.P, DTYPE_CODES[p.dtype])
+
+
+def _where(t: Tensor) -> tuple[int, int]:
+    """(device, its current stream)."""
+    return (t.device.index, torch.cuda.current_stream(t.device).cuda_stream) if t.is_cuda else (0, 0)
+
+
+def _run(x: Operands, opt: Options, o: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Fills o where there is one; z [B, H, M, E] and c [B, H, max(T, 1), M]."""
+    b, h, _, e = x.value.shape
+    m = x.references.shape[1]
+    z = x.key.new_empty((b, h, m, e), dtype=torch.float32)
+    c = x.key.new_empty((b, h, max(opt.num_iters, 1), m), dtype=torch.float32)
+    seed = 0 if x.seed is None else x.seed.data_ptr()
+    views = tuple([view(t) for t in x[:-1]])
+    constants = (tuple(opt.scalars), opt.kernel == "dot", opt.num_iters, opt.dropout_p, seed)
+    _C.cuda_attention(views, *constants, view(o), view(z), view(c), *_where(x.key))
+    return z, c
+
+
+def attention(x: Operands, opt: Options) -> tuple[Tensor, Tensor, Tensor]:
+    """o [B, H, L, E], z [B, H, M, E], c [B, H, max(T, 1), M]."""
+    assert x.query is not None
+    o = empty_in_order(x.query, (*x.query.shape[:-1], x.value.shape[-1]))
+    return o, *_run(x, opt, o)
+
+
+def pool(x: Operands, opt: Options) -> tuple[Tensor, Tensor]:
+    """z [B, H, M, E], c [B, H, max(T, 1), M]."""
+    return _run(x._replace(query=None, query_position=None), opt, None)
+
+
+def sinkhorn(
+    log_kernel: Tensor,
+    log_a: Tensor | None,
+    log_b: Tensor | None,
+    lam_a: Tensor | None,
+    lam_b: Tensor | None,
+    scalars: Sequence[float],
+    num_iters: int,
+    tol: float | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """f [G, N], g [G, M], c [G, max(T, 1), M], iters [G]."""
+    groups, n, m = log_kernel.shape
+    f, g = log_kernel.new_empty((groups, n)), log_kernel.new_empty((groups, m))
+    c = log_kernel.new_empty((groups, max(num_iters, 1), m))
+    iters = log_kernel.new_empty(groups, dtype=torch.int64)
+    tensors = (log_kernel, log_a, log_b, lam_a, lam_b, f, g, c, iters, None, None, None, None, None, None)
+    limit = -1.0 if tol is None else tol
+    _C.cuda_sinkhorn(tuple([view(t) for t in tensors]), tuple(scalars), num_iters, limit, False, *_where(log_kernel))
+    return f, g, c, iters
+
+
+def sinkhorn_backward(
+    log_kernel: Tensor,
+    log_a: Tensor | None,
+    log_b: Tensor | None,
+    lam_a: Tensor | None,
+    lam_b: Tensor | None,
+    scalars: Sequence[float],
+    c: Tensor,
+    iters: Tensor,
+    d_f: Tensor,
+    d_g: Tensor,
+    needs: Sequence[bool],
+) -> tuple[Tensor | None, ...]:
+    """(d log_kernel, d log_a, d log_b, dλ_a, dλ_b), None where not needed."""
+    inputs = (log_kernel, log_a, log_b, lam_a, lam_b)
+    wanted = [n and t is not None for t, n in zip(inputs, needs, strict=True)]
+    grads = [
+        empty_in_order(t, t.shape) if n and t is not None else None for t, n in zip(inputs[:3], wanted[:3], strict=True)
+    ]
+    d_lam = log_kernel.new_empty((log_kernel.shape[0], 2)) if any(wanted[3:]) else None
+    tensors = (*inputs, None, None, c, iters, d_f, d_g, *grads, d_lam)
+    views = tuple([view(t) for t in tensors])
+    _C.cuda_sinkhorn(views, tuple(scalars), c.shape[1], -1.0, True, *_where(log_kernel))
+    d_lams = [d_lam[:, i].contiguous() if d_lam is not None and wanted[3 + i] else None for i in range(2)]
+    return *grads, *d_lams

@@ -1,0 +1,269 @@
+"""The CUDA kernels' own source, run on the CPU by the shim of csrc/cuda/testing, against the float64 reference.
+
+Where there is a GPU the same tests run on it too.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import functools
+import importlib.util
+import math
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import test_backends
+import torch
+from torch import Tensor
+
+import setformer_kernels.functional as SF
+from setformer_kernels import dispatch
+from setformer_kernels.backends import cuda, eager
+from setformer_kernels.problem import Operands, Options
+from setformer_kernels.testing import ALL_CASES, CASES, Case, assert_within_budget, gradients, model_inputs
+from setformer_kernels.testing.budget import cast
+
+ROOT = Path(__file__).resolve().parents[1]
+SOURCES = ROOT / "csrc" / "cuda"
+
+
+@pytest.fixture(scope="session")
+def shim() -> ModuleType:
+    """The kernels built for the CPU."""
+    if shutil.which("g++") is None or shutil.which("make") is None:
+        pytest.skip("needs g++ and make")
+    command = ["make", "--silent", "-C", str(ROOT / "csrc"), "cuda-shim", f"PYTHON={sys.executable}"]
+    (ROOT / "build").mkdir(exist_ok=True)
+    with (ROOT / "build" / "shim.lock").open("w") as lock:  # one build for all processes of a parallel run
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        subprocess.run(command, check=True, timeout=600)
+    spec = importlib.util.spec_from_file_location("cuda_shim", ROOT / "build" / "shim" / "cuda_shim.so")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(params=["shim", "gpu"])
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """The CUDA backend on a GPU, or with its kernels on the CPU."""
+    if request.param == "shim":
+        monkeypatch.setattr(cuda, "_C", request.getfixturevalue("shim"))
+        monkeypatch.setattr(cuda, "_TROUBLE", "")
+        monkeypatch.setattr(cuda, "_DEVICE", "cpu")
+        yield "cuda"
+    elif not torch.cuda.is_available() or cuda._TROUBLE:
+        pytest.skip(cuda._TROUBLE or "no GPU")
+    else:
+        with torch.device("cuda"):
+            yield "cuda"
+
+
+@pytest.mark.parametrize("T", [0, 1, 7])
+@pytest.mark.parametrize("kind", ["plain", "masses", "minus_infinity", "wide", "relaxed", "tolerance"])
+def test_sinkhorn_within_the_error_budget(kind: str, T: int, backend: str, poisoned_memory: None) -> None:
+    test_backends.test_sinkhorn_within_the_error_budget(kind, T, torch.float32, backend)
+
+
+# The gradient is another backend's, from the z and c of this one.  Where a column's weights are exp of nearly nothing,
+# the rounding of c to float32 is all the error there is, and a backward that does not share its forward's other
+# roundings is over the budget even from the exact c, rounded.
+OUTPUT_ONLY = (("length_1", torch.float32), ("one_key", torch.float32))
+NOT_CAUSAL = [case for case in CASES if not case.options.get("causal")]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("case", NOT_CAUSAL, ids=lambda case: case.name)
+def test_attention_within_the_error_budget(case: Case, dtype: torch.dtype, backend: str, poisoned_memory: None) -> None:
+    """The output, and every gradient that another backend makes of what this one saves."""
+    if not test_backends.fits(case, dtype):
+        pytest.skip("out of float16's range")
+    inputs, cotangent, exact, model = test_backends.expected(case.name, dtype, torch.get_default_device())
+    call = functools.partial(SF.set_attention, backend=backend)
+    if (case.name, dtype) == ("wide", torch.float32):
+        with pytest.raises(ValueError, match="do not fit"):
+            call(**cast(inputs, torch.float32, dtype))
+        return
+    fast = gradients(call, cast(inputs, torch.float32, dtype), cotangent)
+    if (case.name, dtype) in OUTPUT_ONLY:
+        fast = {"output": fast["output"]}
+    assert_within_budget(test_backends.large(fast), exact, model, case.name)
+
+
+@pytest.mark.parametrize("name", ["plain", "t1", "no_key", "tensors", "far_positions", "length_1000"])
+def test_pooling_within_the_error_budget(name: str, backend: str, poisoned_memory: None) -> None:
+    case = ALL_CASES[name]
+    test_backends.test_pooling_within_the_error_budget(case, torch.float32, backend)
+
+
+@pytest.mark.parametrize(("B", "L", "S"), [(0, 5, 5), (2, 0, 4), (0, 0, 3), (2, 3, 0), (2, 0, 0)])
+def test_empty_batches_queries_and_keys(B: int, L: int, S: int, backend: str) -> None:
+    test_backends.test_empty_batches_queries_and_keys(B, L, S, False, backend)
+
+
+def test_masked_content_is_never_read(backend: str) -> None:
+    test_backends.test_masked_content_never_reaches_an_output_or_a_gradient(False, backend)
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2, 3), (0, 2, 1, 3), (2, 0, 1, 3), (1, 0, 2, 3)])
+def test_output_keeps_the_memory_order(order: tuple[int, ...], backend: str) -> None:
+    test_backends.test_output_and_gradients_keep_the_memory_order_of_the_inputs(order, backend)
+
+
+# S, L, M, D, E: one block; clusters of all sizes, some blocks without keys; several passes over the values.
+SHAPES = {"block": (60, 33, 7, 16, 16), "pair": (300, 20, 64, 64, 64), "eight": (1100, 700, 40, 32, 48),
+          "empty_blocks": (129, 2000, 16, 16, 8), "passes": (200, 40, 80, 24, 100)}  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("epsilon", [0.05, 0.002])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_attention_of_every_layout(
+    shape: str, epsilon: float, dtype: torch.dtype, shim: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Within the budget, in both orders of threads alike; ε = 0.002 leaves the range of the scaled form."""
+    monkeypatch.setattr(cuda, "_C", shim)
+    s, l, m, d, e = SHAPES[shape]
+    q, k, v = (torch.randn(1, 2, n, w, dtype=torch.float64) for n, w in ((l, d), (s, d), (s, e)))
+    inputs = {"query": q, "key": k, "value": v, "references": torch.randn(2, m, d, dtype=torch.float64)}
+    reference = functools.partial(SF.set_attention, backend="reference", epsilon=epsilon)
+    cotangent = torch.randn(1, 2, l, e, dtype=torch.float64)
+    exact, model = model_inputs(reference, inputs, dtype, cotangent)
+    given = {name: t.detach() for name, t in cast(inputs, torch.float32, dtype).items()}
+    x = Operands(**{name: given.get(name) for name in Operands._fields})
+    results = []
+    for descending in (False, True):
+        shim.set_descending(descending)
+        results.append(cuda.attention(x, Options(scalars=(1.0, epsilon, 1.0, 1.0, 1.0))))
+    shim.set_descending(False)
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    assert_within_budget({"output": results[0][0]}, exact, model, shape)
+
+
+def test_which_backend_takes_the_gradient() -> None:
+    problem = dispatch.Problem("attention", "cuda", torch.float32, 64, 64, 64, backward=True)
+    assert any("gradient of attention" in reason for reason in cuda.unsupported_reasons(problem))
+
+
+def problem(n: int, m: int, groups: int = 2) -> list[Tensor]:
+    """ℓ [G, N, M], log a, log b, λ_a, λ_b [G], with −∞ here and there."""
+    l = 2 * torch.randn(groups, n, m)
+    log_a, log_b = torch.randn(groups, n).log_softmax(-1), torch.randn(groups, m).log_softmax(-1)
+    if n > 5 and m > 5:
+        l[0, 3], l[-1, :, 2], l[0, 4, 5], log_a[0, 1], log_b[0, 0] = [-math.inf] * 5
+    return [l, log_a, log_b, 0.5 + torch.rand(groups) / 2, 0.5 + torch.rand(groups) / 2]
+
+
+def both_ways(module: Any, inputs: list[Tensor], num_iters: int, tol: float | None) -> list[Tensor]:
+    """f, g, c, iters and the gradients of a fixed combination of f and g."""
+    f, g, c, iters = module.sinkhorn(*inputs, (1.0, 1.0), num_iters, tol)
+    d_f = torch.where(f > -math.inf, torch.cos(torch.arange(f.shape[1])), 0).to(f.dtype)
+    d_g = torch.where(g > -math.inf, torch.sin(torch.arange(g.shape[1])), 0).to(f.dtype)
+    grads = module.sinkhorn_backward(*inputs, (1.0, 1.0), c, iters, d_f, d_g, (True,) * 5)
+    return [f, g, c, iters, *grads]
+
+
+# One block; a cluster with ragged shares; more columns than strips of a block; one row, one column.
+SIZES = {
+    "small": (20, 37),
+    "cluster": (150, 70),
+    "wide": (9, 700),
+    "row": (1, 40),
+    "column": (40, 1),
+    "large": (300, 190),
+}
+
+
+@pytest.mark.parametrize("num_iters", [0, 1, 3])
+@pytest.mark.parametrize("size", SIZES)
+def test_sinkhorn_of_every_layout(size: str, num_iters: int, backend: str, poisoned_memory: None) -> None:
+    inputs = problem(*SIZES[size])
+    found = both_ways(cuda, inputs, num_iters, None)
+    exact = both_ways(eager, [t.double() for t in inputs], num_iters, None)
+    for got, want in zip(found, exact, strict=True):
+        torch.testing.assert_close(got.double(), want.double(), rtol=2e-5, atol=2e-5 * max(1, num_iters))
+
+
+def test_a_tolerance_stops_each_problem_by_itself(backend: str, poisoned_memory: None) -> None:
+    inputs = problem(150, 70)
+    inputs[0][1] = 0.01 * inputs[0][1].nan_to_num(neginf=0)  # nearly constant: one iteration is nearly all
+    _, _, c, iters, *_ = both_ways(cuda, inputs, 5, 0.05)
+    assert torch.equal(iters, eager.sinkhorn(*[t.double() for t in inputs], (1.0, 1.0), 5, 0.05)[3])
+    ran = int(iters[1])
+    assert ran < iters[0]
+    assert torch.equal(c[1, ran - 1 :], c[1, ran - 1].expand(5 - ran + 1, -1))
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_both_orders_of_threads_agree_bit_for_bit(size: str, shim: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A barrier that is missing lets one order read what the other has not written yet."""
+    monkeypatch.setattr(cuda, "_C", shim)
+    inputs, results = problem(*SIZES[size]), []
+    for descending in (False, True):
+        shim.set_descending(descending)
+        results.append(both_ways(cuda, inputs, 3, None))
+    shim.set_descending(False)
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("barrier", [True, False])
+def test_the_two_orders_show_a_missing_barrier(barrier: bool, shim: ModuleType) -> None:
+    found = []
+    for descending in (False, True):
+        shim.set_descending(descending)
+        found.append(shim.neighbours(barrier))
+    shim.set_descending(False)
+    assert (found[0] == found[1]) == barrier
+    assert (found[0] == [(i + 1) % 64 for i in range(64)]) == barrier
+
+
+def test_any_strides(backend: str, poisoned_memory: None) -> None:
+    l, log_a, log_b, lam_a, lam_b = problem(20, 37)
+    strided = [l.mT.contiguous().mT, log_a[:1].expand(2, -1), log_b.mT.contiguous().mT, lam_a[:1].expand(2), lam_b]
+    found = both_ways(cuda, strided, 2, None)
+    dense = both_ways(cuda, [t.contiguous() for t in strided], 2, None)
+    assert all(torch.equal(a, b) for a, b in zip(found, dense, strict=True))
+    assert found[4].stride() == strided[0].stride()
+
+
+def test_what_does_not_fit_says_why_and_goes_to_another_backend(backend: str) -> None:
+    l = torch.randn(1, 1500, 400)
+    facts = {"device": l.device.type, "dtype": torch.float32, "M": 400}
+    too_large = dispatch.Problem("sinkhorn", **facts, N=1500)
+    assert any("1500 x 400" in reason for reason in cuda.unsupported_reasons(too_large))
+    assert dispatch.implementation(too_large, "auto") is not cuda
+    with pytest.raises(ValueError, match="1500 x 400"):
+        SF.sinkhorn(l, num_iters=1, backend=backend)
+
+
+def test_a_gradient_that_does_not_fit_comes_from_another_backend(backend: str) -> None:
+    """The forward's capacity is twice the backward's: 700 x 500 numbers fit once, not twice."""
+    l = torch.randn(1, 700, 500, requires_grad=True)
+    with torch.no_grad():
+        f, g = SF.sinkhorn(l, num_iters=2, backend=backend)
+    want = SF.sinkhorn(l, num_iters=2, backend="reference")
+    torch.testing.assert_close((f, g), want, rtol=1e-4, atol=1e-4)
+    grads = [torch.autograd.grad(SF.sinkhorn(l, num_iters=2, backend=b)[0].square().sum(), l)[0]
+             for b in (backend, "reference")]  # fmt: skip
+    torch.testing.assert_close(*grads, rtol=1e-3, atol=1e-4)
+
+
+def test_what_has_no_kernel_is_told() -> None:
+    reasons = cuda.unsupported_reasons(dispatch.Problem("features", "cuda", torch.float32, 64, 64, 64))
+    assert any("no kernel for features" in reason for reason in reasons)
+    assert any("float64" in r for r in cuda.unsupported_reasons(dispatch.Problem("sinkhorn", "cuda", torch.float64)))
+
+
+def test_assembly_and_the_hardware_stand_behind_one_door() -> None:
+    forbidden = re.compile(r"\basm\b|__shfl|__syncthreads|threadIdx|blockIdx|__shared__")
+    for path in SOURCES.rglob("*"):
+        if path.suffix in (".cu", ".cuh") and path.name != "device.cuh":
+            assert not forbidden.search(path.read_text()), path
