@@ -1,0 +1,333 @@
+// Transport and pooling on the chip: a cluster of blocks has one head, each block a share of its keys.
+//
+// The keys are read once.  Their logits, or e^{ℓ − row maximum} where the range allows, stay in shared memory through
+// all iterations; then the values are pooled along the plan.
+// Scaled: K = e^{ℓ−m}, a row's factor is u = e^{log a + (1−λ_a) m − λ_a log(K G) − ref}, G = e^{g − max g}; no
+// exponential of a tile.  It holds while every K G is a normal number; where it is not, the head starts again in the
+// log domain, decided on the device and by all blocks alike.
+#pragma once
+#include "tiles.cuh"
+
+namespace sfk {
+namespace {
+
+constexpr int kThreads = 256;
+constexpr int kWarps = kThreads / kWarp;
+// Blocks that a processor's registers hold: two of small heads; float32 tokens leave shared memory for one.
+template <class T>
+constexpr int kBlocks = sizeof(T) == 2 ? 2 : 1;
+constexpr int kValueRows = 64;    // values in shared memory at a time, twice
+constexpr float kRange = 80;      // e^−80 leaves sums of products normal numbers
+constexpr float kLeast = 1e-27f;  // a column's sum below this has lost digits to underflow
+
+// Shared memory of a block with `rows` keys (a multiple of 16).
+template <class T>
+struct AttentionShared {
+  int rows, y_length, v_length;
+  float* l;                                // [rows,stride], in the end [warps·16,stride]: ℓ or K; the queries' weights
+  T *y, *staged, *z;                       // ŷ [Mp,y_length]; tiles of keys, values, queries; z [Mp,v_length]
+  float* part;                             // [warps,16,32] of z; lies where z will
+  float *log_a, *top, *weight;             // [rows] log masses, row maxima, f or u
+  float *log_b, *g, *G, *c;                // [Mp]
+  float *peaks, *factor;                   // [Mp] of the columns' sums; what the plan's columns are multiplied by
+  float *part_peak, *part_total;           // see ColumnSums
+  float *peak, *total;                     // [2,Mp]
+  float *pi, *inverse, *scratch, *lowest;  // [Mp,P] [warps,16] [warps] [1]
+
+  SFK_BOTH AttentionShared(Arena& arena, const AttentionParams& p, int rows_) : rows(rows_) {
+    const int M = static_cast<int>(p.M), Mp = padded(M), sharing = Strips(M, kWarps).sharing;
+    y_length = row_length<T>(p.D), v_length = row_length<T>(p.E);
+    const int tiles = kWarps * kBuffers<T> * kTile * y_length, values = 2 * kValueRows * v_length;
+    const int pooled = Mp * v_length, parts = kWarps * kTile * kNarrow * static_cast<int>(sizeof(float) / sizeof(T));
+    const int queries = kWarps * kTile;
+    l = arena.take(static_cast<int64_t>(rows > queries ? rows : queries) * Head::row_stride(Mp));
+    y = tokens(arena, Mp * y_length), staged = tokens(arena, tiles > values ? tiles : values);
+    z = tokens(arena, pooled > parts ? pooled : parts);
+    part = reinterpret_cast<float*>(z);
+    log_b = arena.take(Mp), g = arena.take(Mp), G = arena.take(Mp), c = arena.take(Mp);
+    peaks = arena.take(Mp), factor = arena.take(Mp);
+    peak = arena.take(2 * Mp), total = arena.take(2 * Mp);
+    part_peak = arena.take(sharing * M), part_total = arena.take(sharing * M);
+    log_a = arena.take(rows), top = arena.take(rows), weight = arena.take(rows);
+    pi = arena.take(Mp * (p.ref_pos.data ? p.P : 0));
+    inverse = arena.take(queries), scratch = arena.take(kWarps), lowest = arena.take(1);
+  }
+  SFK_BOTH static T* tokens(Arena& arena, int n) {  // a multiple of 16 bytes
+    return reinterpret_cast<T*>(arena.take(static_cast<int64_t>((n * sizeof(T) + 15) / 16 * 4)));
+  }
+};
+
+// The keys of this block.
+struct KeyShare {
+  int64_t first;
+  int count;
+  SFK_BOTH static int64_t each(int64_t S, int ranks) { return (S + ranks - 1) / ranks; }
+  SFK_DEVICE explicit KeyShare(int64_t S) {
+    const int64_t share = each(S, cluster_size()), start = cluster_rank() * share;
+    first = start < S ? start : S;
+    count = static_cast<int>(first + share < S ? share : S - first);
+  }
+};
+
+// ŷ (y for "dot"), log b, π of the head, and log a of this block's keys.
+template <class T>
+SFK_DEVICE void load_head(const AttentionParams& p, const Head& head, const KeyShare& keys,
+                          const AttentionShared<T>& shared) {
+  const int D = static_cast<int>(p.D), depth = shared.y_length - kShift<T>;
+#pragma unroll 1
+  for (int j = warp_index(); j < head.Mp; j += kWarps) {
+    float square = 0;
+    for (int d = lane_index(); j < head.M && d < D; d += kWarp) {
+      const float y = read(p.references, head.h, j, d);
+      square += y * y;
+    }
+    square = warp_sum(square);
+    const float scale = !head.rbf ? 1.0f : square > 1e-24f ? 1 / sqrtf(square) : 0.0f;
+    for (int d = lane_index(); d < depth; d += kWarp)
+      shared.y[j * shared.y_length + d] =
+          rounded<T>(j < head.M && d < D ? read(p.references, head.h, j, d) * scale : 0.0f);
+  }
+  const float uniform = -logf(static_cast<float>(head.M)), mass = -logf(static_cast<float>(p.S));
+  for (int j = thread_index(); j < head.Mp; j += kThreads) {
+    shared.log_b[j] = j >= head.M ? kNone : p.log_b.data ? read(p.log_b, head.h, j) : uniform;
+#pragma unroll 1
+    for (int c = 0; c < head.P; ++c) shared.pi[j * head.P + c] = j < head.M ? read(p.ref_pos, head.h, j, c) : 0.0f;
+  }
+  for (int i = thread_index(); i < shared.rows; i += kThreads)
+    shared.log_a[i] = i >= keys.count ? kNone : p.log_a.data ? read(p.log_a, head.b, head.h, keys.first + i) : mass;
+}
+
+// This warp's way over tokens first.. first + count of a head, in tiles up to `padded_count`.
+template <class T>
+SFK_DEVICE Walk<T> walk_over(const Rows<T>& from, const Head& head, const AttentionShared<T>& shared, int64_t first,
+                             int count, int padded_count, const float* mass) {
+  T* buffers = shared.staged + warp_index() * kBuffers<T> * kTile * shared.y_length;
+  float* inverse = shared.inverse + warp_index() * kTile;
+  return {from, first, count, padded_count / kTile, mass, head.rbf, buffers, shared.y_length, inverse};
+}
+
+// The keys' logits or, scaled, K and lowest = min ℓ − m of this block.
+template <class T>
+SFK_DEVICE void load_keys(const AttentionParams& p, const Head& head, const KeyShare& keys,
+                          const AttentionShared<T>& shared, bool scaled) {
+  const Positions positions(p.key_pos, head);
+  float lowest = 0;
+  const auto walk =
+      walk_over(Rows<T>(p.key, head.b, head.h), head, shared, keys.first, keys.count, shared.rows, shared.log_a);
+  walk.each(warp_index(), kWarps, [&](int tile, const TileOf<T>& x) {
+    const int g = lane_index() / 4;
+    float top[2], sum[2], *out = shared.l + tile * kTile * head.stride, *tops = shared.top + tile * kTile;
+    tile_logits(head, x, shared.y, shared.y_length, shared.pi, positions, nullptr, out, top);
+    if (lane_index() % 4 == 0) tops[g] = top[0], tops[g + 8] = top[1];
+    if (scaled) lowest = fminf(lowest, tile_exp(head, out, top, sum));
+  });
+  lowest = -block_max(-lowest, shared.scratch);
+  if (thread_index() == 0) *shared.lowest = lowest;
+}
+
+struct Span {
+  float top, spread;  // of the finite g; spread is ∞ where there is none
+};
+
+// The same on every warp.
+SFK_DEVICE Span span_of(const float* g, int M) {
+  float top = kNone, below = kNone;
+  for (int j = lane_index(); j < M; j += kWarp) {
+    top = fmaxf(top, g[j]);
+    if (g[j] != kNone) below = fmaxf(below, -g[j]);
+  }
+  top = warp_max(top), below = warp_max(below);
+  return {top, top == kNone ? INFINITY : top + below};
+}
+
+// One row for eight lanes: visit(i) by all of them, with the row's sums over the lanes taken by `octet`.
+template <class Op>
+SFK_DEVICE float octet(float x, Op op) {
+  for (int mask = 4; mask > 0; mask /= 2) x = op(x, shuffle_xor(x, mask));
+  return x;
+}
+
+// Scaled: weight = log a + (1−λ_a) m − λ_a log(K G) of every row; returns the largest of this block.
+SFK_DEVICE float scaled_rows(const Head& head, int rows, const float* l, const float* G, const float* log_a,
+                             const float* top, float* weight, float lam, float* scratch) {
+  float most = kNone;
+  const int first = lane_index() % 8 * 4;
+  for (int i = warp_index() * 4 + lane_index() / 8; i < rows; i += kWarps * 4) {
+    float sum = 0;
+    for (int j = first; j < head.Mp; j += 32)
+      sum = dot(*reinterpret_cast<const Vec4*>(l + i * head.stride + j), *reinterpret_cast<const Vec4*>(G + j), sum);
+    sum = octet(sum, [](float a, float b) { return a + b; });
+    const float w = log_a[i] + top[i] * (1 - lam) - lam * logf(sum);
+    if (lane_index() % 8 == 0) weight[i] = w;
+    most = fmaxf(most, w);
+  }
+  return block_max(most, scratch);
+}
+
+// Log domain: weight = f = log a − λ_a LSE_j(ℓ + g).
+SFK_DEVICE void log_rows(const Head& head, int rows, const float* l, const float* g, const float* log_a, float* weight,
+                         float lam, bool update) {
+#pragma unroll 1
+  for (int i = warp_index() * 4 + lane_index() / 8; i < rows; i += kWarps * 4) {
+    float peak = kNone, total = 0;
+    for (int j = lane_index() % 8; j < head.M; j += 8) peak = fmaxf(peak, l[i * head.stride + j] + g[j]);
+    peak = octet(peak, [](float a, float b) { return fmaxf(a, b); });
+    for (int j = lane_index() % 8; j < head.M; j += 8)
+      total += exp_approx(l[i * head.stride + j] + g[j] - finite_or_zero(peak));
+    total = octet(total, [](float a, float b) { return a + b; });
+    const float f = update ? potential(log_a[i], lam, LogSum{peak, total}.value()) : log_a[i];
+    if (lane_index() % 8 == 0) weight[i] = f;
+  }
+}
+
+// Scaled: u = e^{weight − ref} in place, and Σ_s K_sj u_s by columns.
+SFK_DEVICE void scaled_columns(const Head& head, int rows, const float* l, float* weight, float ref,
+                               const ColumnSums& sums) {
+  for (int i = thread_index(); i < rows; i += kThreads) weight[i] = exp_approx(weight[i] - finite_or_zero(ref));
+  sync_block();
+  const int sharing = Strips(head.M, kWarps).sharing;
+  each_column(head.M, [&](int j, int share) {
+    float total = 0;
+    for (int i = share; i < rows; i += sharing) total = fmaf(l[i * head.stride + j], weight[i], total);
+    sums.part_peak[share * head.M + j] = ref, sums.part_total[share * head.M + j] = total;
+  });
+  merge_parts(sums, head.M);
+}
+
+// One pass over the keys on the chip: the sums of this block's columns.  Returns ref (0 in the log domain).
+template <class T, bool kLog>
+SFK_DEVICE float iterate(const Head& head, const AttentionShared<T>& shared, const ColumnSums& sums, const Span& span,
+                         float lam, bool update) {
+  const int rows = shared.rows;
+  if (kLog) {
+    log_rows(head, rows, shared.l, shared.g, shared.log_a, shared.weight, lam, update);
+    sync_block();
+    column_log_sums(shared.l, head.stride, rows, head.M, shared.weight, sums);
+    return 0;
+  }
+  const float top = finite_or_zero(span.top);
+  for (int j = thread_index(); j < head.Mp; j += kThreads) shared.G[j] = exp_approx(shared.g[j] - top);
+  sync_block();
+  const float ref =
+      scaled_rows(head, rows, shared.l, shared.G, shared.log_a, shared.top, shared.weight, lam, shared.scratch);
+  sync_block();
+  scaled_columns(head, rows, shared.l, shared.weight, ref, sums);
+  return ref;
+}
+
+// The smallest ℓ − m of the cluster; once every block has written its own.
+SFK_DEVICE float cluster_lowest(float* lowest) {
+  float least = 0;
+#pragma unroll 1
+  for (int r = 0; r < cluster_size(); ++r) least = fminf(least, *map_shared(lowest, r));
+  return least;
+}
+
+// All iterations; leaves c^T, and weight and factor such that the plan's column is l·weight·factor.  False where the
+// scaled form does not hold.
+template <class T, bool kLog>
+SFK_DEVICE bool solve(const AttentionParams& p, const Head& head, const AttentionShared<T>& shared) {
+  const int iterations = static_cast<int>(p.T), M = head.M;
+  const float lam = iterations ? head.lam_a : 0.0f;
+  float lowest = 0;
+  for (int j = thread_index(); j < head.Mp; j += kThreads) shared.g[j] = shared.log_b[j];
+#pragma unroll 1
+  for (int t = 0; t < (iterations ? iterations : 1); ++t) {
+    const int turn = t % 2 * head.Mp;
+    const ColumnSums sums = {shared.part_peak, shared.part_total, shared.peak + turn, shared.total + turn};
+    sync_block();
+    const Span span = span_of(shared.g, M);
+    const float ref = iterate<T, kLog>(head, shared, sums, span, lam, iterations > 0);
+    sync_cluster();
+    if (!kLog && t == 0) lowest = cluster_lowest(shared.lowest);
+    const float shift = kLog ? 0.0f : -lam * finite_or_zero(span.top);
+    bool holds = span.spread - lowest <= kRange;
+    for (int j = thread_index(); j < M; j += kThreads) {
+      const LogSum sum = column_total(sums, j);
+      const float c = sum.total > 0 ? static_cast<float>(double{logf(sum.total)} + sum.peak + shift) : kNone;
+      holds = holds && sum.total > kLeast;
+      // The plan's columns are divided by their sums: c, rounded, would leave them short of 1 by the rounding.
+      shared.c[j] = c, shared.peaks[j] = sum.peak;
+      shared.factor[j] = sum.total > 0 ? (kLog ? 1.0f : exp_approx(ref - sum.peak)) / sum.total : 0.0f;
+      if (cluster_rank() == 0) *at(p.c, head.b, head.h, t, j) = c;
+      if (iterations) shared.g[j] = potential(shared.log_b[j], head.lam_b, c);
+    }
+    if (!kLog && block_max(holds ? 0.0f : 1.0f, shared.scratch) > 0) return false;
+  }
+  for (int j = M + thread_index(); j < head.Mp; j += kThreads) shared.factor[j] = 0;
+  sync_block();
+  return true;
+}
+
+// Log domain: ℓ -> the plan's columns W^k in place, short of `factor`.
+template <class T>
+SFK_DEVICE void form_plan(const Head& head, const AttentionShared<T>& shared) {
+#pragma unroll 1
+  for (int i = warp_index(); i < shared.rows; i += kWarps)
+    for (int j = lane_index(); j < head.Mp; j += kWarp) {
+      float& l = shared.l[i * head.stride + j];
+      l = shared.factor[j] > 0 ? exp_approx((l + shared.weight[i]) - shared.peaks[j]) : 0.0f;
+    }
+  sync_block();
+  for (int i = thread_index(); i < shared.rows; i += kThreads) shared.weight[i] = 1;
+}
+
+// z += W^kᵀ v of this block's keys, for the 16 references and 32 columns of the values that this warp has.
+template <class T>
+SFK_DEVICE void pool_part(const AttentionParams& p, const Head& head, const KeyShare& keys,
+                          const AttentionShared<T>& shared, int j0, int e0, bool active, float (&acc)[kNarrow / 8][4]) {
+  const Rows<T> from(p.value, head.b, head.h);
+  const int ld = shared.v_length, left = ld - kShift<T> - e0, tiles = (left < kNarrow ? left : kNarrow) / 8;
+  const auto fetch = [&](int first) {
+    const int rows = shared.rows - first < kValueRows ? shared.rows - first : kValueRows;
+    if (rows > 0)
+      stage(from, shared.staged + first / kValueRows % 2 * kValueRows * ld, ld, rows, keys.first + first,
+            keys.count - first, shared.log_a + first, thread_index(), kThreads);
+    copies_commit();
+  };
+  fetch(0);
+  for (int first = 0; first < shared.rows; first += kValueRows) {
+    fetch(first + kValueRows);
+    copies_wait<1>();
+    sync_block();
+    const int depth = shared.rows - first < kValueRows ? shared.rows - first : kValueRows;
+    const T* v = shared.staged + first / kValueRows % 2 * kValueRows * ld + e0;
+    const auto weight = [&](int j, int s) {
+      return shared.l[(first + s) * head.stride + j0 + j] * shared.weight[first + s] * shared.factor[j0 + j];
+    };
+    if (active) weights_product<T, true>(acc, weight, v, ld, depth, tiles);
+    sync_block();
+  }
+  copies_wait<0>();
+}
+
+// z_j = Σ_s W^k_sj v_s, summed over the blocks of the cluster in the order of their ranks.
+template <class T>
+SFK_DEVICE void pool(const AttentionParams& p, const Head& head, const KeyShare& keys,
+                     const AttentionShared<T>& shared) {
+  const int across = (padded(p.E) + kNarrow - 1) / kNarrow, tasks = head.Mp / kTile * across;
+  const int g = lane_index() / 4, t = lane_index() % 4;
+  for (int done = 0; done < tasks; done += kWarps) {
+    const int task = done + warp_index();
+    float acc[kNarrow / 8][4] = {};
+    pool_part(p, head, keys, shared, task / across * kTile, task % across * kNarrow, task < tasks, acc);
+    for (int n = 0; n < kNarrow / 8; ++n)
+      for (int e = 0; e < 4; ++e)
+        shared.part[(warp_index() * kTile + g + e / 2 * 8) * kNarrow + n * 8 + 2 * t + e % 2] = acc[n][e];
+    sync_cluster();
+    for (int k = cluster_rank() * kThreads + thread_index(); k < kWarps * kTile * kNarrow;
+         k += cluster_size() * kThreads) {
+      const int which = done + k / (kTile * kNarrow);
+      const int j = which / across * kTile + k / kNarrow % kTile, e = which % across * kNarrow + k % kNarrow;
+      if (which >= tasks || j >= head.M || e >= p.E) continue;
+      float sum = 0;
+#pragma unroll 1
+      for (int r = 0; r < cluster_size(); ++r) sum += map_shared(shared.part, r)[k];
+      *at(p.z, head.b, head.h, j, e) = sum;
+    }
+    sync_cluster();
+  }
+}
+
+}  // namespace
+}  // namespace sfk
