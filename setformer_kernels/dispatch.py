@@ -11,9 +11,9 @@ from .backends.triton import face as triton
 from .problem import Problem
 
 REFERENCE = "reference"
-NATIVE: dict[str, ModuleType] = {
-    module.NAME: module for module in (cpu, cuda, triton)
-}  # in the order `auto` tries them
+# In the order `auto` tries them.  cuda comes last until it has a backward of its own: another backend's, from the c
+# that this one rounded, can leave the error budget where gradients cancel.
+NATIVE: dict[str, ModuleType] = {module.NAME: module for module in (cpu, triton, cuda)}
 EAGER = eager  # behind the ops where no native backend is left: an exported graph on another machine
 
 
