@@ -94,8 +94,10 @@ def _name_the_unknown(model: nn.Module, report: ReplacementReport) -> None:
     for name in called:
         inner = any(other != name and other.startswith(f"{name}.") for other in (*called, *known))
         inside = any(name == other or name.startswith(f"{other}.") for other in known)
-        if not inner and not inside and not isinstance(model.get_submodule(name), SeTAttention):
-            report.left[name] = f"no rule for {type(model.get_submodule(name)).__name__}"
+        module = model.get_submodule(name)
+        ours = isinstance(module, SeTAttention) or hasattr(module, "set_transport")
+        if not inner and not inside and not ours:
+            report.left[name] = f"no rule for {type(module).__name__}"
 
 
 def _refuse_changed_weights(module: nn.Module) -> None:

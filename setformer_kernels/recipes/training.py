@@ -82,9 +82,9 @@ class MarkComplete(TrainerCallback):
 
 
 def training_arguments(args: argparse.Namespace, own: Mapping[str, Any]) -> TrainingArguments:
-    saving = (
-        {"save_strategy": "steps", "save_steps": args.save_every} if args.save_every else {"save_strategy": "epoch"}
-    )
+    saving: dict[str, Any] = {"save_strategy": "epoch"}
+    if args.save_every:
+        saving = {"save_strategy": "steps", "save_steps": args.save_every}
     return TrainingArguments(**{
         "output_dir": str(args.output), "num_train_epochs": args.epochs, "learning_rate": args.learning_rate,
         "per_device_train_batch_size": args.batch_size, "per_device_eval_batch_size": args.batch_size,
@@ -103,10 +103,12 @@ def execute(args: argparse.Namespace, job: Job) -> dict[str, float]:
         able = (m for m in job.model.modules() if getattr(m, "supports_gradient_checkpointing", False))
         next(able).activation_checkpointing_enable()  # of a model around a backbone, the backbone
     checkpoint = None if args.evaluate else resumable(args, job.model)
+    arguments = training_arguments(args, job.own_arguments)  # also sets up the processes
+    discard_incomplete(args.output)
     if job.train is not None and checkpoint is None:
         job.place_references(job.model)
     trainer = job.trainer(
-        job.model, training_arguments(args, job.own_arguments), job.collate, job.train,
+        job.model, arguments, job.collate, job.train,
         next(iter(job.evaluations.values())), job.processor, compute_metrics=job.metrics, callbacks=[MarkComplete()],
     )  # fmt: skip
     if job.train is not None:
@@ -149,7 +151,8 @@ def write_atomically(path: Path, text: str) -> None:
 
 def resumable(args: argparse.Namespace, model: PreTrainedModel) -> Path | None:
     """The last complete checkpoint of args.output, checked to be of this model; None for a run from the start."""
-    there = sorted(args.output.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
+    there = [path for path in args.output.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()]
+    there.sort(key=lambda path: int(path.name.removeprefix("checkpoint-")))
     complete = [path for path in there if (path / COMPLETE).is_file()]
     if not args.resume:
         if complete:
@@ -159,6 +162,17 @@ def resumable(args: argparse.Namespace, model: PreTrainedModel) -> Path | None:
         raise RecipeError(f"--resume: {args.output} has no complete checkpoint (checkpoint-*/{COMPLETE})")
     check_variant(complete[-1] / "config.json", model)
     return complete[-1]
+
+
+def discard_incomplete(output: Path) -> None:
+    """Removes what a kill left half-written: it would count among the checkpoints that are kept."""
+    processes = PartialState()
+    processes.wait_for_everyone()
+    if processes.is_main_process:
+        for path in output.glob("checkpoint-*"):
+            if path.is_dir() and not (path / COMPLETE).is_file():
+                shutil.rmtree(path)
+    processes.wait_for_everyone()
 
 
 def check_variant(path: Path, model: PreTrainedModel) -> None:

@@ -154,6 +154,7 @@ print(peak_memory(), loss.item())
 """
 
 
+@pytest.mark.slow
 def test_sixteen_thousand_tokens_train_in_linear_memory() -> None:
     def peak(length: int) -> float:
         command = [sys.executable, "-c", PEAK, str(length)]

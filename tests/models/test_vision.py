@@ -161,6 +161,7 @@ def test_autocast_stays_near_float32() -> None:
     assert (y.float() - want).norm() < 0.05 * want.norm()
 
 
+@pytest.mark.slow
 def test_compile_without_graph_breaks_and_without_recompiling_for_a_size() -> None:
     torch._dynamo.reset()
     model = small(features_only=True, out_indices=(1,)).float()  # two stages have every kind of code there is
