@@ -205,6 +205,7 @@ def test_variants_are_what_their_names_say() -> None:
     assert default.extra_repr().replace("batch_first=True", "batch_first=False") == plain.extra_repr()
     assert default.bandwidth == plain.bandwidth
     changed = {"T = 0": ("num_iters", 0), "T = 1": ("num_iters", 1), "T = 5": ("num_iters", 5)}
+    changed |= {"ε = 0.2": ("epsilon", 0.2), "ε = 0.0125": ("epsilon", 0.0125)}
     changed |= {"M = 16": ("num_references", 16), "RKHS values": ("value_map", "rkhs")}
     for name, (field, value) in changed.items():
         assert getattr(modules[f"SeT, {name}"], field) == value

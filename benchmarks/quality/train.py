@@ -52,6 +52,8 @@ VARIANTS = (
     Variant("SeT, M = 16", num_references=16),
     Variant("SeT, RKHS values", value_map="rkhs"),
     Variant("SeT, no positions", positions=False),
+    Variant("SeT, ε = 0.2", epsilon=0.2),
+    Variant("SeT, ε = 0.0125", epsilon=0.0125),
 )
 
 
