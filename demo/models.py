@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -67,17 +66,14 @@ def build_pair(build: Callable[[Attention], Classifier], name: str, num_referenc
 
 
 @torch.no_grad()
-def place_references(model: nn.Module, tokens: Tensor) -> None:
+def place_references(model: Classifier, tokens: Tensor) -> None:
     """Put every layer's references on the k-means centres of its keys for some sample tokens (no labels used)."""
 
-    def place(module: SeTAttention, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> None:
-        absent, position = kwargs.get("key_padding_mask"), kwargs.get("key_position")
-        module.initialize_references(args[0], absent, key_position=position)
+    def place(module: SeTAttention, args: tuple[Tensor, ...]) -> None:
+        module.initialize_references(args[0])
 
     layers = [module for module in model.modules() if isinstance(module, SeTAttention)]
-    handles = [
-        layer.register_forward_pre_hook(place, with_kwargs=True) for layer in layers
-    ]  # a layer sees its predecessors' new ones
+    handles = [layer.register_forward_pre_hook(place) for layer in layers]  # a layer sees its predecessors' new ones
     model(tokens)
     for handle in handles:
         handle.remove()

@@ -19,9 +19,9 @@ from benchmarks.quality import __main__ as command
 from benchmarks.quality import listops, results, shapes, table, tasks, train
 from benchmarks.quality.model import Alone, Elu, Softmax, sinusoids
 from demo import sources
-from demo.models import place_references
 from setformer_kernels import SeTAttention
 
+ROOT = Path(__file__).resolve().parents[1]
 TASKS = {task.name: task for task in tasks.TASKS}
 NAMES = {"[MIN": "MIN", "[MAX": "MAX", "[MED": "MED", "[SM": "SM"}
 FUNCTIONS = {
@@ -205,25 +205,12 @@ def test_variants_are_what_their_names_say() -> None:
     assert default.extra_repr().replace("batch_first=True", "batch_first=False") == plain.extra_repr()
     assert default.bandwidth == plain.bandwidth
     changed = {"T = 0": ("num_iters", 0), "T = 1": ("num_iters", 1), "T = 5": ("num_iters", 5)}
-    changed |= {"M = 16": ("num_references", 16), "RKHS values": ("value_map", "rkhs"), "β = 4": ("bandwidth", 4.0)}
     changed |= {"ε = 0.2": ("epsilon", 0.2), "ε = 0.0125": ("epsilon", 0.0125)}
+    changed |= {"M = 16": ("num_references", 16), "RKHS values": ("value_map", "rkhs")}
     for name, (field, value) in changed.items():
         assert getattr(modules[f"SeT, {name}"], field) == value
         assert getattr(modules["SeT"], field) == getattr(plain, field)
     assert modules["SeT"].position_dim == 2
-
-
-def test_references_are_placed_where_the_keys_are_padding_left_out() -> None:
-    task, variant = TASKS["listops"], train.Variant("few", num_references=4, placed=True)
-    first, second = (train.initial(task, variant, 0) for _ in range(2))
-    start = first.blocks[0].attention.references.clone()
-    tokens = torch.randint(1, 16, (4, 10))
-    for model, sample in ((first, tokens), (second, nn.functional.pad(tokens, (0, 6), value=listops.PAD))):
-        torch.manual_seed(0)
-        place_references(model, sample)
-    assert not torch.equal(first.blocks[0].attention.references, start)
-    for a, b in zip(first.parameters(), second.parameters(), strict=True):
-        torch.testing.assert_close(a, b)
 
 
 def test_sinusoids_tell_all_positions_apart() -> None:
@@ -258,7 +245,7 @@ def test_quick_run_writes_a_row_a_run_and_resumes(tmp_path: Path, capsys: pytest
     assert {"task", "variant", "seed", "metric", "num_iters", "steps", *results.MEASURED, *results.SHARED} <= set(
         columns
     )
-    assert [row["variant"] for row in first] == ["softmax", "SeT", "SeT, k-means start"]
+    assert [row["variant"] for row in first] == ["softmax", "SeT", "SeT, RKHS values"]
     assert first[0]["num_references"] == ""
     assert first[1]["num_references"] == "64"
     for row in first:
@@ -301,3 +288,12 @@ def test_table_cells_are_means_with_spread() -> None:
     assert table.cell([90.0, 94.0, 92.0]) == "92.0 ± 2.0"
     assert table.cell([90.0]) == "90.0"
     assert table.cell([]) == "not measured"
+
+
+def test_the_readme_shows_the_table_of_complete_results() -> None:
+    readme = (ROOT / "README.md").read_text()
+    (name,) = set(re.findall(r"\(benchmarks/results/(quality_\S+\.csv)\)", readme))
+    rows = results.read(ROOT / "benchmarks" / "results" / name)
+    assert results.missing(command.plan(False, None), rows) == []
+    lines = table.render(rows).splitlines()
+    assert [line for line in lines if line not in readme] == []

@@ -18,7 +18,7 @@ from benchmarks.quality.tasks import TASKS
 from benchmarks.results import stamp
 
 SEEDS = (0, 1, 2)
-QUICK = tuple(variant for variant in train.VARIANTS if variant.name in ("softmax", "SeT", "SeT, k-means start"))
+QUICK = tuple(variant for variant in train.VARIANTS if variant.name in ("softmax", "SeT", "SeT, RKHS values"))
 
 
 def parser() -> argparse.ArgumentParser:

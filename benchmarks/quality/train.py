@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass
 from functools import partial
 
@@ -11,12 +10,10 @@ import torch
 
 from benchmarks.quality.model import Alone, Attention, Elu, Encoder, Softmax
 from benchmarks.quality.tasks import Budget, Task
-from demo.models import place_references
 from demo.training import Trainer, predict, rate
 from setformer_kernels import SeTAttention
 
 TEST_BATCH = 50
-PLACING = 8  # sequences whose keys the references are placed on, where they are
 
 
 @dataclass(frozen=True)
@@ -31,7 +28,6 @@ class Variant:
     positions: bool = True
     epsilon: float = 0.05
     bandwidth: float = 1.0
-    placed: bool = False  # references start at k-means centres of the first keys
 
     def attention(self, position_dim: int) -> Attention:
         """The module to build, for tokens with `position_dim` coordinates."""
@@ -58,8 +54,6 @@ VARIANTS = (
     Variant("SeT, no positions", positions=False),
     Variant("SeT, ε = 0.2", epsilon=0.2),
     Variant("SeT, ε = 0.0125", epsilon=0.0125),
-    Variant("SeT, β = 4", bandwidth=4.0),
-    Variant("SeT, k-means start", placed=True),
 )
 
 
@@ -85,8 +79,6 @@ def run(task: Task, variant: Variant, seed: int, budget: Budget) -> Result:
     """Train with the budget, then score the test."""
     data, rng = task.data(budget), np.random.default_rng(seed)
     model = initial(task, variant, seed)
-    if variant.placed:
-        place_references(model, data.sample(PLACING, copy.deepcopy(rng))[0])
     trainer = Trainer(model, lambda: data.sample(budget.batch, rng))
     steps = range(budget.steps)
     losses = [trainer.step(budget.learning_rate * rate((i + 0.5) / budget.steps))[0] for i in steps]
