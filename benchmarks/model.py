@@ -12,9 +12,10 @@ A prediction, not a measurement: it needs triton and no GPU.
     backward, keys, last         k, v, dk, dv                    2NM(3D + 2E)                 2NM
 
 so 4 tensor moves forward and 11 forward + backward at T ≤ 1, the *copy floor*, whatever T.  References, column sums and
-z are M/N of that and not counted.  Bytes move at a copy's rate (0.9 of the data sheet), exponentials at 16 a clock and
-multiprocessor, products at the data sheet's dense bf16 rate.  floor = max(bytes/rate, exps/rate, FLOPs/rate), of the
-whole call; keys that stay in the L2 cache between passes can beat it at short lengths.
+z are M/N of that and not counted.  `resident forward` is the CUDA C++ backend's, whose keys stay on the chip: 4NM
+exponentials and the copy floor's bytes for every T.  Bytes move at a copy's rate (0.9 of the data sheet), exponentials
+at 16 a clock and multiprocessor, products at the data sheet's dense bf16 rate.  floor = max(bytes/rate, exps/rate,
+FLOPs/rate), of the whole call; keys that stay in the L2 cache between passes can beat it at short lengths.
 
 **Prediction.**  Every launch of the call is compiled for the GPU.  Per iteration of its loop over tokens a program
 needs warps · instructions/4 issue cycles, warps · 2 cycles per exponential or other MUFU result, warps · 32/lanes
@@ -74,6 +75,18 @@ def stages(call: Call) -> list[Work]:
     columns = [work(f"columns {n + 1}", D + E * (n == 0), D + E * (n == 0)) for n in range(passes - 1)]
     last = work("key gradients", 2 * (D + E), 3 * D + 2 * E)
     return [work("query gradients", 2 * D + E, 3 * D + 2 * E), *columns, last]
+
+
+def resident(call: Call) -> Work:
+    """The CUDA C++ backend's forward, one launch: every token tensor moves once, whatever T.
+
+    z and c are written and the references read in float32, once a head: what the blocks of a cluster read again comes
+    from the L2 cache.  Pooling takes two products, of the weights' high and low parts.
+    """
+    N, M, D, E = call.L, call.M, call.D, call.E
+    heads, parameters = call.B * call.H, 4 * M * (D + E + max(call.T, 1))
+    moved = HALF * 2 * N * (D + E) + parameters
+    return Work("resident forward", heads * moved, heads * 2 * N * M * (2 * D + 3 * E), heads * 4 * N * M)
 
 
 def total(name: str, parts: Sequence[Work]) -> Work:
@@ -272,12 +285,13 @@ def row(gpu: Gpu, L: int, T: int, both: bool, predicting: Callable[[Call, Gpu], 
 
 def stage_table(L: int, T: int) -> str:
     """Counts of every stage."""
-    lines = ["| stage | bytes | FLOPs | exps |", "|---|---|---|---|"]
+    found = []
     for backward in (False, True):
         parts = stages(Call("attention", L=L, T=T, backward=backward))
-        parts = [*parts, total("**backward**" if backward else "**forward**", parts)]
-        lines += [f"| {p.name} | {p.bytes:.3g} | {p.flops:.3g} | {p.exps:.3g} |" for p in parts]
-    return "\n".join(lines)
+        found += [*parts, total("**backward**" if backward else "**forward**", parts)]
+    found.append(resident(Call("attention", L=L, T=T)))
+    lines = [f"| {p.name} | {p.bytes:.3g} | {p.flops:.3g} | {p.exps:.3g} |" for p in found]
+    return "\n".join(["| stage | bytes | FLOPs | exps |", "|---|---|---|---|", *lines])
 
 
 def table(rows: Sequence[Row]) -> str:

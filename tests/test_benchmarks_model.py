@@ -47,6 +47,14 @@ def test_the_floor_at_64k_is_the_designs() -> None:
     assert found["exps"] == pytest.approx(138e-6, rel=0.01)
 
 
+def test_the_resident_forward_moves_what_a_copy_moves() -> None:
+    call = Call("attention", L=4096, T=3)
+    tensors = 2 * call.B * call.H * call.L * (2 * call.D + 2 * call.E)
+    assert tensors <= model.resident(call).bytes <= 1.1 * tensors
+    assert model.resident(call).bytes - model.resident(replace(call, T=1)).bytes == 4 * call.B * call.H * call.M * 2
+    assert "| resident forward |" in model.stage_table(4096, 3)
+
+
 def test_products_of_a_forward() -> None:
     call = Call("attention", L=100, T=1, B=2, H=3, D=8, E=4, M=5)
     assert model.total("", model.stages(call)).flops == 2 * 3 * 2 * 100 * 5 * (8 + 4) * 2  # keys, pool, queries, read
