@@ -179,7 +179,7 @@ def parts(x: Operands, prepared: Prepared, chunks: int, numbers: int, multiproce
     b, h, s, d = x.key.shape
     tokens = b * h * s * 2 * (d + x.value.shape[-1]) * x.key.element_size()
     at_once = int(WORKSPACE_SHARE * tokens) // max(1, 4 * chunks * numbers)
-    at_once = max(1, at_once, multiprocessors // max(1, chunks))
+    at_once = max(1, at_once, math.ceil(multiprocessors / max(1, chunks)))
     batches, heads = max(1, at_once // h), min(h, at_once)
     for b0 in range(0, b, batches):
         for h0 in range(0, h, heads):
