@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import json
 import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -16,9 +18,13 @@ from .glue_tasks import TASKS
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("kind", choices=["classify", "segment", *(f"glue/{task}" for task in TASKS)])
+    parser.add_argument("kind", choices=["classify", "detect", "segment", *(f"glue/{task}" for task in TASKS)])
     parser.add_argument("folder", type=Path, metavar="FOLDER")
-    parser.add_argument("--size", type=int, help="training samples (default: all 1347 digits, 48 scenes, 600 texts)")
+    parser.add_argument(
+        "--size",
+        type=int,
+        help="training samples (default: all 1347 digits, 160 images of shapes, 48 scenes, 600 texts)",
+    )
     parser.add_argument("--seed", type=int, default=0)
 
 
@@ -27,6 +33,8 @@ def run(args: argparse.Namespace) -> None:
         raise RecipeError(f"{args.folder} is not empty")
     if args.kind == "classify":
         write_digits(args.folder, args.size)
+    elif args.kind == "detect":
+        write_shapes(args.folder, args.size or 160, args.seed)
     elif args.kind == "segment":
         write_scenes(args.folder, args.size or 48, args.seed)
     else:
@@ -77,6 +85,53 @@ def scene(draw: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
         mask[inside] = number
     mask[:2] = 0
     return image.astype(np.uint8), mask
+
+
+SHAPES = [  # as in COCO, the ids have gaps
+    {"supercategory": "shape", "id": 7, "name": "disc"},
+    {"supercategory": "shape", "id": 9, "name": "square"},
+]
+
+
+def write_shapes(folder: Path, size: int, seed: int = 0) -> None:
+    """A bright disc and a bright square on plain 64 × 64 images, in COCO's layout; a quarter as many to validate."""
+    draw = np.random.default_rng(seed)
+    (folder / "annotations").mkdir(parents=True, exist_ok=True)
+    for split, count in (("train2017", size), ("val2017", max(size // 4, 1))):
+        (folder / split).mkdir(exist_ok=True)
+        images: list[dict[str, Any]] = []
+        annotations: list[dict[str, Any]] = []
+        for n in range(1, count + 1):
+            name = f"{n:012}.jpg"
+            images.append({"license": 1, "file_name": name, "height": 64, "width": 64, "id": n})
+            pixels = np.full((64, 64, 3), draw.integers(0, 40), np.uint8)
+            for left, category in zip((0, 32), draw.permutation(2), strict=True):
+                row = paint_shape(draw, pixels, int(category), left)
+                annotations.append({**row, "image_id": n, "id": len(annotations) + 1})
+            Image.fromarray(pixels).save(folder / split / name, quality=95)
+        content = {
+            "info": {"description": "shapes"}, "licenses": [{"id": 1, "name": "none"}], "images": images,
+            "annotations": annotations, "categories": SHAPES,
+        }  # fmt: skip
+        (folder / "annotations" / f"instances_{split}.json").write_text(json.dumps(content))
+
+
+def paint_shape(draw: np.random.Generator, pixels: np.ndarray, category: int, left: int) -> dict[str, Any]:
+    """A disc (0) or a square (1) in the columns from left to left + 32 of pixels [64, 64, 3], and its annotation."""
+    radius = int(draw.integers(10, 15))
+    y, x = int(draw.integers(radius, 64 - radius)), left + int(draw.integers(radius, 32 - radius))
+    corners = (48, 4)[category]
+    angles = (np.arange(corners) + 0.5) * (2 * np.pi / corners)
+    reach = radius / np.cos(np.pi / corners)  # of the corners; the sides touch the circle
+    points = np.stack([x + reach * np.cos(angles), y + reach * np.sin(angles)], 1)  # coordinates of pixels' edges
+    rows, columns = np.mgrid[:64, :64] + 0.5 - np.array([y, x])[:, None, None]
+    inside = rows**2 + columns**2 <= radius**2 if category == 0 else np.maximum(abs(rows), abs(columns)) <= radius
+    pixels[inside] = draw.integers(170, 256, 3) * (np.arange(3) != category)
+    return {
+        "segmentation": [points.flatten().round(2).tolist()], "iscrowd": 0, "category_id": SHAPES[category]["id"],
+        "bbox": [x - radius, y - radius, 2 * radius, 2 * radius],
+        "area": corners / 2 * float(reach**2 * np.sin(2 * np.pi / corners)),
+    }  # fmt: skip
 
 
 GOOD, BAD = ("good", "bright", "happy", "fine", "lovely"), ("bad", "dull", "sad", "poor", "awful")

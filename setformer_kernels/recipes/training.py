@@ -65,7 +65,7 @@ class Job:
     train: Dataset | None
     evaluations: Mapping[str, Dataset]  # by name; the one called "" needs no name
     collate: Callable[[list[Any]], dict[str, Any]]
-    metrics: Callable[..., dict[str, float]]
+    metrics: Callable[..., dict[str, float]] | None  # None where the trainer measures itself
     place_references: Callable[[PreTrainedModel], None]
     processor: Any = None  # saved beside the model
     own_arguments: dict[str, Any] = field(default_factory=dict)  # of TrainingArguments
@@ -189,7 +189,7 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text())
     except OSError as error:
         raise RecipeError(f"{path} cannot be read: {error.strerror}") from error
-    except json.JSONDecodeError as error:
+    except ValueError as error:  # not UTF-8 either
         raise RecipeError(f"{path} is not JSON: {error}") from error
 
 
