@@ -9,6 +9,7 @@ import importlib.util
 import os
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from types import ModuleType
 
 import pytest
@@ -32,9 +33,9 @@ FLOAT64_TESTS = (
 # What a machine with nothing but torch, triton, numpy and pytest (`make gpu`) leaves out, and what only `make
 # test-models` has.
 NEEDS = {
-    "test_fuzz.py": "hypothesis", "test_demo_parts.py": "sklearn",
-    "test_benchmarks_quality.py": "sklearn", "models/test_heads.py": "transformers",
-    "models/test_recipes.py": "transformers", "models/test_timm.py": "timm",
+    "test_fuzz.py": "hypothesis", "test_demo_parts.py": "sklearn", "test_benchmarks_quality.py": "sklearn",
+    "models/test_heads.py": "transformers", "models/test_recipes.py": "transformers",
+    "models/test_recipe_detect.py": "transformers", "models/test_timm.py": "timm",
     "models/test_transformers.py": "transformers",
 }  # fmt: skip
 collect_ignore = [file for file, module in NEEDS.items() if importlib.util.find_spec(module) is None]
@@ -84,3 +85,13 @@ def native(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> I
         pytest.skip("; ".join(reasons))
     with torch.device(device):
         yield request.param
+
+
+@pytest.fixture(scope="session")
+def few_digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """96 digits as an ImageFolder tree, for the recipes."""
+    from setformer_kernels.recipes.samples import write_digits
+
+    folder = tmp_path_factory.mktemp("few")
+    write_digits(folder, 96)
+    return folder
