@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..problem import DTYPES, HYPER, Operands, Options, Problem, compute_dtype, empty_in_order
+from . import _extension
 from ._extension import MODULE, REASON
 from ._extension import view as _view
 
@@ -231,15 +232,11 @@ def sinkhorn(
     tol: float | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """f [G, N], g [G, M], c [G, max(T, 1), M], iters [G]."""
-    groups, n, m = log_kernel.shape
-    f, g = log_kernel.new_empty((groups, n)), log_kernel.new_empty((groups, m))
-    c = log_kernel.new_empty((groups, max(num_iters, 1), m))
-    iters = torch.empty(groups, dtype=torch.int64)
-    tensors = (log_kernel, log_a, log_b, lam_a, lam_b, f, g, c, iters, None, None, None, None, None, None)
-    limit = -1.0 if tol is None else tol
-    views = tuple([_view(t) for t in tensors])
-    _C.sinkhorn(views, tuple(scalars), num_iters, limit, torch.get_num_threads(), False)
-    return f, g, c, iters
+    limit, threads = -1.0 if tol is None else tol, torch.get_num_threads()
+    inputs = (log_kernel, log_a, log_b, lam_a, lam_b)
+    return _extension.sinkhorn(
+        inputs, num_iters, lambda views: _C.sinkhorn(views, tuple(scalars), num_iters, limit, threads, False)
+    )
 
 
 def sinkhorn_backward(
@@ -256,12 +253,8 @@ def sinkhorn_backward(
     needs: Sequence[bool],
 ) -> tuple[Tensor | None, ...]:
     """(d log_kernel, d log_a, d log_b, dλ_a, dλ_b), None where not needed."""
-    inputs = (log_kernel, log_a, log_b, lam_a, lam_b)
-    wanted = [n and t is not None for t, n in zip(inputs, needs, strict=True)]
-    grads = [_empty_like(t) if n and t is not None else None for t, n in zip(inputs[:3], wanted[:3], strict=True)]
-    d_lam = log_kernel.new_empty((log_kernel.shape[0], 2)) if any(wanted[3:]) else None
-    tensors = (*inputs, None, None, c, iters, d_f, d_g, *grads, d_lam)
-    views = tuple([_view(t) for t in tensors])
-    _C.sinkhorn(views, tuple(scalars), c.shape[1] if iters.any() else 0, -1.0, torch.get_num_threads(), True)
-    d_lams = [d_lam[:, i].contiguous() if d_lam is not None and wanted[3 + i] else None for i in range(2)]
-    return *grads, *d_lams
+    inputs, given = (log_kernel, log_a, log_b, lam_a, lam_b), (c, iters, d_f, d_g)
+    done, threads = c.shape[1] if iters.any() else 0, torch.get_num_threads()
+    return _extension.sinkhorn_backward(
+        inputs, given, needs, lambda views: _C.sinkhorn(views, tuple(scalars), done, -1.0, threads, True)
+    )

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..problem import Operands, Options, Problem, empty_in_order
+from . import _extension
 from ._extension import DTYPE_CODES, MODULE, REASON, view
 
 NAME = "cuda"
@@ -90,14 +91,11 @@ def sinkhorn(
     tol: float | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """f [G, N], g [G, M], c [G, max(T, 1), M], iters [G]."""
-    groups, n, m = log_kernel.shape
-    f, g = log_kernel.new_empty((groups, n)), log_kernel.new_empty((groups, m))
-    c = log_kernel.new_empty((groups, max(num_iters, 1), m))
-    iters = log_kernel.new_empty(groups, dtype=torch.int64)
-    tensors = (log_kernel, log_a, log_b, lam_a, lam_b, f, g, c, iters, None, None, None, None, None, None)
-    limit = -1.0 if tol is None else tol
-    _C.cuda_sinkhorn(tuple([view(t) for t in tensors]), tuple(scalars), num_iters, limit, False, *_where(log_kernel))
-    return f, g, c, iters
+    limit, where = -1.0 if tol is None else tol, _where(log_kernel)
+    inputs = (log_kernel, log_a, log_b, lam_a, lam_b)
+    return _extension.sinkhorn(
+        inputs, num_iters, lambda views: _C.cuda_sinkhorn(views, tuple(scalars), num_iters, limit, False, *where)
+    )
 
 
 def sinkhorn_backward(
@@ -114,14 +112,8 @@ def sinkhorn_backward(
     needs: Sequence[bool],
 ) -> tuple[Tensor | None, ...]:
     """(d log_kernel, d log_a, d log_b, dλ_a, dλ_b), None where not needed."""
-    inputs = (log_kernel, log_a, log_b, lam_a, lam_b)
-    wanted = [n and t is not None for t, n in zip(inputs, needs, strict=True)]
-    grads = [
-        empty_in_order(t, t.shape) if n and t is not None else None for t, n in zip(inputs[:3], wanted[:3], strict=True)
-    ]
-    d_lam = log_kernel.new_empty((log_kernel.shape[0], 2)) if any(wanted[3:]) else None
-    tensors = (*inputs, None, None, c, iters, d_f, d_g, *grads, d_lam)
-    views = tuple([view(t) for t in tensors])
-    _C.cuda_sinkhorn(views, tuple(scalars), c.shape[1], -1.0, True, *_where(log_kernel))
-    d_lams = [d_lam[:, i].contiguous() if d_lam is not None and wanted[3 + i] else None for i in range(2)]
-    return *grads, *d_lams
+    inputs, given = (log_kernel, log_a, log_b, lam_a, lam_b), (c, iters, d_f, d_g)
+    where = _where(log_kernel)
+    return _extension.sinkhorn_backward(
+        inputs, given, needs, lambda views: _C.cuda_sinkhorn(views, tuple(scalars), c.shape[1], -1.0, True, *where)
+    )

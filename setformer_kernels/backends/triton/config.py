@@ -52,7 +52,7 @@ DEFAULT: dict[tuple[str, str, str], Tile] = {
     ("across", "large", "half"): Tile(32, 32, 8, 1),
     ("across", "medium", "single"): Tile(32, 32, 8, 1),
     ("across", "large", "single"): Tile(16, 16, 8, 1),
-    # Half precision: [references, rows] products, so 16 or 32 tokens give every warp 16 references and small tiles.
+    # Half precision: [references, rows] products of 16 or 32 tokens; eight warps, as [M, depth] sums spill on four.
     ("gradient", "small", "half"): Tile(32, 64, 8, 2),
     ("gradient", "medium", "half"): Tile(16, 64, 8, 1),
     ("gradient", "large", "half"): Tile(16, 64, 8, 1),
