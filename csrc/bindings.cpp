@@ -21,29 +21,12 @@ void attention(const py::tuple& x, const py::tuple& scalars, bool dot, int64_t T
   causal ? kernels().causal(p) : kernels().attention(p);
 }
 
-// grads: d_o, d_z, d_c, d_query, d_key, d_value, d_log_a, d_references, d_log_b, d_hyper, d_ref_pos.
 void attention_backward(const py::tuple& x, const py::tuple& scalars, bool dot, int64_t T, double dropout_p,
                         uint64_t seed, int threads, const py::object& z, const py::object& c, const py::tuple& grads,
                         bool causal) {
   AttentionParams p = attention_params(x, scalars, dot, T, dropout_p, seed, threads);
-  if (grads.size() != 11) throw std::invalid_argument("wrong number of gradients");
-  const Dtype compute = p.f64 ? Dtype::f64 : Dtype::f32;
   state(p, z, c, !causal);
-  p.d_o = view(grads[0], "d_o", {p.B, p.H, p.L, p.E});
-  p.d_z = view(grads[1], "d_z", {p.B, p.H, p.M, p.E});
-  p.d_c = view(grads[2], "d_c", {p.B, p.H, T > 1 ? T : 1, p.M});
-  p.d_query = view(grads[3], "d_query", {p.B, p.H, p.L, p.D});
-  p.d_key = view(grads[4], "d_key", {p.B, p.H, p.S, p.D});
-  p.d_value = view(grads[5], "d_value", {p.B, p.H, p.S, p.E});
-  p.d_log_a = view(grads[6], "d_log_a", {p.B, p.H, p.S});
-  p.d_references = view(grads[7], "d_references", {p.B, p.H, p.M, p.D});
-  p.d_log_b = view(grads[8], "d_log_b", {p.B, p.H, p.M, 1});
-  p.d_hyper = view(grads[9], "d_hyper", {p.B, p.H, int64_t(kNumHyper), 1});
-  p.d_ref_pos = view(grads[10], "d_ref_pos", {p.B, p.H, p.M, p.P});
-  if (p.d_o || p.d_query) need(p.query, "query"), need(p.d_o, "d_o");
-  for (const View* v : {&p.d_o, &p.d_query, &p.d_key, &p.d_value}) same_dtype(*v, p.key.dtype, "gradient");
-  for (const View* v : {&p.d_z, &p.d_c, &p.d_log_a, &p.d_references, &p.d_log_b, &p.d_hyper, &p.d_ref_pos})
-    same_dtype(*v, compute, "parameter gradient");
+  gradients(p, grads);
   if (causal && (p.L != p.S || T > 1 || !p.d_o)) throw std::invalid_argument("causal needs L = S and T <= 1");
   py::gil_scoped_release nogil;
   causal ? kernels().causal_backward(p) : kernels().attention_backward(p);

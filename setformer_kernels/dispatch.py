@@ -13,7 +13,7 @@ from .problem import Problem
 REFERENCE = "reference"
 # In the order `auto` tries them.  cuda comes last until it has a backward of its own: another backend's, from the c
 # that this one rounded, can leave the error budget where gradients cancel.
-NATIVE: dict[str, ModuleType] = {module.NAME: module for module in (cpu, triton, cuda)}
+NATIVE: dict[str, ModuleType] = {module.NAME: module for module in (cpu, cuda, triton)}
 EAGER = eager  # behind the ops where no native backend is left: an exported graph on another machine
 
 

@@ -6,8 +6,9 @@
 namespace sfk {
 namespace {
 
-// Dropout's mask on the weights of a tile, each lane its own.
-SFK_DEVICE void drop(const AttentionParams& p, const Head& head, float* tile, int64_t first) {
+// visit(weight) for the weights of a tile that dropout takes, each lane its own.
+template <class Visit>
+SFK_DEVICE void each_dropped(const AttentionParams& p, const Head& head, float* tile, int64_t first, Visit visit) {
   const int g = lane_index() / 4, t = lane_index() % 4;
   const uint64_t seed = p.seed_at ? static_cast<uint64_t>(*p.seed_at) : p.seed;
   const uint64_t threshold = static_cast<uint64_t>(p.dropout_p * 4294967296.0);
@@ -18,8 +19,18 @@ SFK_DEVICE void drop(const AttentionParams& p, const Head& head, float* tile, in
 #pragma unroll 1
       for (int c = j; c < j + 2; ++c) {
         const uint64_t n = static_cast<uint64_t>(((head.b * p.H + head.h) * p.L + first + i) * p.M + c);
-        if (philox(seed, n) < threshold) tile[i * head.stride + c] = 0;
+        if (philox(seed, n) < threshold) visit(tile[i * head.stride + c]);
       }
+}
+
+// What the weights that dropout leaves are multiplied by.
+SFK_DEVICE float kept(const AttentionParams& p) {
+  return p.dropout_p <= 0 ? 1.0f : p.dropout_p < 1 ? static_cast<float>(1 / (1 - p.dropout_p)) : 0.0f;
+}
+
+// g^T, from the last c.
+SFK_DEVICE float dual(const AttentionParams& p, const Head& head, float log_b, float c) {
+  return log_b - (p.T ? head.lam_b * finite_or_zero(c) : 0.0f);
 }
 
 // o of one tile of queries, from its weights [16,stride].
@@ -50,22 +61,22 @@ SFK_DEVICE void read_queries(const AttentionParams& p, const Head& head, const A
   const Rows<T> from(p.query, head.b, head.h), to(p.o, head.b, head.h);
   const Positions positions(p.query_pos, head);
 #pragma unroll 1
-  for (int k = thread_index(); k < head.Mp * shared.v_length; k += kThreads) {
+  for (int k = thread_index(); k < head.Mp * shared.v_length; k += block_threads()) {
     const int j = k / shared.v_length, e = k % shared.v_length;
     shared.z[k] = rounded<T>(j < head.M && e < p.E ? *at(p.z, head.b, head.h, j, e) : 0.0f);
   }
-  for (int j = thread_index(); j < head.M; j += kThreads)
-    shared.g[j] = shared.log_b[j] - (p.T ? head.lam_b * finite_or_zero(shared.c[j]) : 0.0f);
+  for (int j = thread_index(); j < head.M; j += block_threads())
+    shared.g[j] = dual(p, head, shared.log_b[j], shared.c[j]);
   sync_block();
-  const float keep = p.dropout_p <= 0 ? 1.0f : p.dropout_p < 1 ? static_cast<float>(1 / (1 - p.dropout_p)) : 0.0f;
+  const float keep = kept(p);
   float* tile = shared.l + warp_index() * kTile * head.stride;
-  const int L = static_cast<int>(p.L), warps = cluster_size() * kWarps;
+  const int L = static_cast<int>(p.L), warps = cluster_size() * block_warps();
   const auto walk = walk_over(from, head, shared, 0, L, padded(L), nullptr);
-  walk.each(cluster_rank() * kWarps + warp_index(), warps, [&](int, const TileOf<T>& x) {
+  walk.each(cluster_rank() * block_warps() + warp_index(), warps, [&](int, const TileOf<T>& x) {
     float top[2], sum[2];
     tile_logits(head, x, shared.y, shared.y_length, shared.pi, positions, shared.g, tile, top);
     tile_exp(head, tile, top, sum);
-    if (p.dropout_p > 0) drop(p, head, tile, x.first);
+    if (p.dropout_p > 0) each_dropped(p, head, tile, x.first, [](float& w) { w = 0; });
     const float scale[2] = {sum[0] > 0 ? keep / sum[0] : 0.0f, sum[1] > 0 ? keep / sum[1] : 0.0f};
     sync_warp();
     read_tile(to, head, shared, tile, x.first, x.count, scale);
@@ -74,12 +85,13 @@ SFK_DEVICE void read_queries(const AttentionParams& p, const Head& head, const A
 
 template <class T>
 SFK_KERNEL(kThreads, kBlocks<T>)
-attention_kernel(const AttentionParams p) {
+attention_kernel(const ResidentParams p) {
   Arena arena{static_cast<float*>(shared_memory())};
   const Head head(p, block_index() / cluster_size());
   const KeyShare keys(p.S);
-  const AttentionShared<T> shared(arena, p, padded(KeyShare::each(p.S, cluster_size())));
-  load_head(p, head, keys, shared);
+  const AttentionShared<T> shared(arena, p, padded(KeyShare::each(p.S, cluster_size())), block_warps());
+  load_references(p, head, shared);
+  load_masses(p, head, keys, shared);
   sync_block();
   bool solved = false;
 #pragma unroll 1

@@ -35,6 +35,17 @@ void attention(const py::tuple& x, const py::tuple& scalars, bool dot, int64_t T
   on_device(device, [&](const cuda::Device& d) { cuda::attention(p, d, reinterpret_cast<void*>(stream)); });
 }
 
+void attention_backward(const py::tuple& x, const py::tuple& scalars, bool dot, int64_t T, double dropout_p,
+                        uintptr_t seed, const py::object& z, const py::object& c, const py::tuple& grads, int device,
+                        uintptr_t stream) {
+  AttentionParams p = attention_params(x, scalars, dot, T, dropout_p, 0, 1);
+  p.seed_at = reinterpret_cast<const int64_t*>(seed);
+  state(p, z, c, true);
+  gradients(p, grads);
+  on_device(device,
+            [&](const cuda::Device& d) { cuda::attention_backward(p, d, reinterpret_cast<void*>(stream)); });
+}
+
 // Why some device of this machine cannot take a problem; empty when all can.
 template <class Refusal>
 std::string refusal(Refusal of) {
@@ -47,12 +58,13 @@ std::string sinkhorn_refusal(int64_t N, int64_t M, bool backward) {
   return refusal([&](const cuda::Device& d) { return cuda::sinkhorn_refusal(d, N, M, backward); });
 }
 
-std::string attention_refusal(int64_t S, int64_t M, int64_t D, int64_t E, int64_t P, int dtype) {
+std::string attention_refusal(int64_t S, int64_t M, int64_t D, int64_t E, int64_t P, int64_t T, int dtype,
+                              bool backward) {
   AttentionParams p;
-  p.S = S, p.M = M, p.D = D, p.E = E, p.P = P;
+  p.S = S, p.M = M, p.D = D, p.E = E, p.P = P, p.T = T;
   p.key.dtype = static_cast<Dtype>(dtype);
   p.ref_pos.data = P ? &p : nullptr;
-  return refusal([&](const cuda::Device& d) { return cuda::attention_refusal(d, p); });
+  return refusal([&](const cuda::Device& d) { return cuda::attention_refusal(d, p, backward); });
 }
 
 py::list devices() {
@@ -70,6 +82,7 @@ void bind_cuda(py::module_& m) {
   m.def("cuda_sinkhorn", &sinkhorn);
   m.def("cuda_sinkhorn_refusal", &sinkhorn_refusal);
   m.def("cuda_attention", &attention);
+  m.def("cuda_attention_backward", &attention_backward);
   m.def("cuda_attention_refusal", &attention_refusal);
   m.def("cuda_devices", &devices,
         "(major, minor, multiprocessors, bytes of shared memory, blocks of a cluster) of each");

@@ -34,7 +34,8 @@ void sinkhorn(const SinkhornParams& p, const Device& device, void* stream);
 void sinkhorn_backward(const SinkhornParams& p, const Device& device, void* stream);
 
 // The same for attention or pooling: p's sizes and the dtype of its keys.
-std::string attention_refusal(const Device& device, const AttentionParams& p);
+std::string attention_refusal(const Device& device, const AttentionParams& p, bool backward);
 void attention(const AttentionParams& p, const Device& device, void* stream);
+void attention_backward(const AttentionParams& p, const Device& device, void* stream);
 
 }  // namespace sfk::cuda

@@ -11,8 +11,7 @@
 namespace sfk {
 namespace {
 
-constexpr int kThreads = 256;
-constexpr int kWarps = kThreads / kWarp;
+constexpr int kThreads = 256;  // the most of a block
 // Blocks that a processor's registers hold: two of small heads; float32 tokens leave shared memory for one.
 template <class T>
 constexpr int kBlocks = sizeof(T) == 2 ? 2 : 1;
@@ -20,40 +19,61 @@ constexpr int kValueRows = 64;    // values in shared memory at a time, twice
 constexpr float kRange = 80;      // e^−80 leaves sums of products normal numbers
 constexpr float kLeast = 1e-27f;  // a column's sum below this has lost digits to underflow
 
-// Shared memory of a block with `rows` keys (a multiple of 16).
-template <class T>
-struct AttentionShared {
-  int rows, y_length, v_length;
-  float* l;                                // [rows,stride], in the end [warps·16,stride]: ℓ or K; the queries' weights
-  T *y, *staged, *z;                       // ŷ [Mp,y_length]; tiles of keys, values, queries; z [Mp,v_length]
-  float* part;                             // [warps,16,32] of z; lies where z will
-  float *log_a, *top, *weight;             // [rows] log masses, row maxima, f or u
-  float *log_b, *g, *G, *c;                // [Mp]
-  float *peaks, *factor;                   // [Mp] of the columns' sums; what the plan's columns are multiplied by
-  float *part_peak, *part_total;           // see ColumnSums
-  float *peak, *total;                     // [2,Mp]
-  float *pi, *inverse, *scratch, *lowest;  // [Mp,P] [warps,16] [warps] [1]
+// A problem and how its kernel is laid out.
+struct ResidentParams : AttentionParams {
+  int32_t buffers = 1;  // backward: steps of tokens in shared memory, 1 or 2
+};
 
-  SFK_BOTH AttentionShared(Arena& arena, const AttentionParams& p, int rows_) : rows(rows_) {
-    const int M = static_cast<int>(p.M), Mp = padded(M), sharing = Strips(M, kWarps).sharing;
-    y_length = row_length<T>(p.D), v_length = row_length<T>(p.E);
-    const int tiles = kWarps * kBuffers<T> * kTile * y_length, values = 2 * kValueRows * v_length;
-    const int pooled = Mp * v_length, parts = kWarps * kTile * kNarrow * static_cast<int>(sizeof(float) / sizeof(T));
-    const int queries = kWarps * kTile;
-    l = arena.take(static_cast<int64_t>(rows > queries ? rows : queries) * Head::row_stride(Mp));
-    y = tokens(arena, Mp * y_length), staged = tokens(arena, tiles > values ? tiles : values);
-    z = tokens(arena, pooled > parts ? pooled : parts);
+// What forward and backward keep of a head and of `rows` keys (a multiple of 16).
+template <class T>
+struct HeadShared {
+  int rows, y_length, v_length;
+  float* l;                         // [rows,stride] or more: ℓ, or K
+  T *y, *staged;                    // ŷ [Mp,y_length]; tiles of tokens
+  float *log_a, *top;               // [rows] log masses, row maxima
+  float *log_b, *pi;                // [Mp] [Mp,P]
+  float *inverse, *scratch, *lowest;  // [warps,16] [warps] [1]
+
+  SFK_BOTH HeadShared(Arena& arena, const AttentionParams& p, int rows_, int warps, int64_t least, int64_t tokens_)
+      : rows(rows_), y_length(row_length<T>(p.D)), v_length(row_length<T>(p.E)) {
+    const int Mp = padded(p.M);
+    const int64_t logits = static_cast<int64_t>(rows) * Head::row_stride(Mp);
+    l = arena.take(logits > least ? logits : least);
+    y = tokens(arena, Mp * y_length), staged = tokens(arena, tokens_);
+    log_a = arena.take(rows), top = arena.take(rows);
+    log_b = arena.take(Mp), pi = arena.take(Mp * (p.ref_pos.data ? p.P : 0));
+    inverse = arena.take(warps * kTile), scratch = arena.take(warps), lowest = arena.take(1);
+  }
+  SFK_BOTH static T* tokens(Arena& arena, int64_t n) {  // a multiple of 16 bytes
+    return reinterpret_cast<T*>(arena.take((n * static_cast<int64_t>(sizeof(T)) + 15) / 16 * 4));
+  }
+};
+
+// Shared memory of a block, forward.
+template <class T>
+struct AttentionShared : HeadShared<T> {
+  T* z;                           // [Mp,v_length]
+  float* part;                    // [warps,16,32] of z; lies where z will
+  float *weight, *g, *G, *c;      // [rows] f or u; [Mp]
+  float *peaks, *factor;          // [Mp] of the columns' sums; what the plan's columns are multiplied by
+  float *part_peak, *part_total;  // see ColumnSums
+  float *peak, *total;            // [2,Mp]
+
+  SFK_BOTH static int64_t staged_numbers(const AttentionParams& p, int warps) {
+    const int64_t tiles = warps * kBuffers<T> * kTile * row_length<T>(p.D), values = 2 * kValueRows * row_length<T>(p.E);
+    return tiles > values ? tiles : values;
+  }
+  SFK_BOTH AttentionShared(Arena& arena, const AttentionParams& p, int rows_, int warps)
+      : HeadShared<T>(arena, p, rows_, warps, int64_t{warps} * kTile * Head::row_stride(padded(p.M)),
+                      staged_numbers(p, warps)) {
+    const int M = static_cast<int>(p.M), Mp = padded(M), sharing = Strips(M, warps).sharing;
+    const int pooled = Mp * this->v_length, parts = warps * kTile * kNarrow * static_cast<int>(sizeof(float) / sizeof(T));
+    z = this->tokens(arena, pooled > parts ? pooled : parts);
     part = reinterpret_cast<float*>(z);
-    log_b = arena.take(Mp), g = arena.take(Mp), G = arena.take(Mp), c = arena.take(Mp);
+    weight = arena.take(rows_), g = arena.take(Mp), G = arena.take(Mp), c = arena.take(Mp);
     peaks = arena.take(Mp), factor = arena.take(Mp);
     peak = arena.take(2 * Mp), total = arena.take(2 * Mp);
     part_peak = arena.take(sharing * M), part_total = arena.take(sharing * M);
-    log_a = arena.take(rows), top = arena.take(rows), weight = arena.take(rows);
-    pi = arena.take(Mp * (p.ref_pos.data ? p.P : 0));
-    inverse = arena.take(queries), scratch = arena.take(kWarps), lowest = arena.take(1);
-  }
-  SFK_BOTH static T* tokens(Arena& arena, int n) {  // a multiple of 16 bytes
-    return reinterpret_cast<T*>(arena.take(static_cast<int64_t>((n * sizeof(T) + 15) / 16 * 4)));
   }
 };
 
@@ -69,13 +89,12 @@ struct KeyShare {
   }
 };
 
-// ŷ (y for "dot"), log b, π of the head, and log a of this block's keys.
+// ŷ (y for "dot"), log b and π of the head.
 template <class T>
-SFK_DEVICE void load_head(const AttentionParams& p, const Head& head, const KeyShare& keys,
-                          const AttentionShared<T>& shared) {
+SFK_DEVICE void load_references(const AttentionParams& p, const Head& head, const HeadShared<T>& shared) {
   const int D = static_cast<int>(p.D), depth = shared.y_length - kShift<T>;
 #pragma unroll 1
-  for (int j = warp_index(); j < head.Mp; j += kWarps) {
+  for (int j = warp_index(); j < head.Mp; j += block_warps()) {
     float square = 0;
     for (int d = lane_index(); j < head.M && d < D; d += kWarp) {
       const float y = read(p.references, head.h, j, d);
@@ -87,19 +106,26 @@ SFK_DEVICE void load_head(const AttentionParams& p, const Head& head, const KeyS
       shared.y[j * shared.y_length + d] =
           rounded<T>(j < head.M && d < D ? read(p.references, head.h, j, d) * scale : 0.0f);
   }
-  const float uniform = -logf(static_cast<float>(head.M)), mass = -logf(static_cast<float>(p.S));
-  for (int j = thread_index(); j < head.Mp; j += kThreads) {
+  const float uniform = -logf(static_cast<float>(head.M));
+  for (int j = thread_index(); j < head.Mp; j += block_threads()) {
     shared.log_b[j] = j >= head.M ? kNone : p.log_b.data ? read(p.log_b, head.h, j) : uniform;
 #pragma unroll 1
     for (int c = 0; c < head.P; ++c) shared.pi[j * head.P + c] = j < head.M ? read(p.ref_pos, head.h, j, c) : 0.0f;
   }
-  for (int i = thread_index(); i < shared.rows; i += kThreads)
+}
+
+// log a of this block's keys.
+template <class T>
+SFK_DEVICE void load_masses(const AttentionParams& p, const Head& head, const KeyShare& keys,
+                            const HeadShared<T>& shared) {
+  const float mass = -logf(static_cast<float>(p.S));
+  for (int i = thread_index(); i < shared.rows; i += block_threads())
     shared.log_a[i] = i >= keys.count ? kNone : p.log_a.data ? read(p.log_a, head.b, head.h, keys.first + i) : mass;
 }
 
 // This warp's way over tokens first.. first + count of a head, in tiles up to `padded_count`.
 template <class T>
-SFK_DEVICE Walk<T> walk_over(const Rows<T>& from, const Head& head, const AttentionShared<T>& shared, int64_t first,
+SFK_DEVICE Walk<T> walk_over(const Rows<T>& from, const Head& head, const HeadShared<T>& shared, int64_t first,
                              int count, int padded_count, const float* mass) {
   T* buffers = shared.staged + warp_index() * kBuffers<T> * kTile * shared.y_length;
   float* inverse = shared.inverse + warp_index() * kTile;
@@ -109,12 +135,12 @@ SFK_DEVICE Walk<T> walk_over(const Rows<T>& from, const Head& head, const Attent
 // The keys' logits or, scaled, K and lowest = min ℓ − m of this block.
 template <class T>
 SFK_DEVICE void load_keys(const AttentionParams& p, const Head& head, const KeyShare& keys,
-                          const AttentionShared<T>& shared, bool scaled) {
+                          const HeadShared<T>& shared, bool scaled) {
   const Positions positions(p.key_pos, head);
   float lowest = 0;
   const auto walk =
       walk_over(Rows<T>(p.key, head.b, head.h), head, shared, keys.first, keys.count, shared.rows, shared.log_a);
-  walk.each(warp_index(), kWarps, [&](int tile, const TileOf<T>& x) {
+  walk.each(warp_index(), block_warps(), [&](int tile, const TileOf<T>& x) {
     const int g = lane_index() / 4;
     float top[2], sum[2], *out = shared.l + tile * kTile * head.stride, *tops = shared.top + tile * kTile;
     tile_logits(head, x, shared.y, shared.y_length, shared.pi, positions, nullptr, out, top);
@@ -152,7 +178,7 @@ SFK_DEVICE float scaled_rows(const Head& head, int rows, const float* l, const f
                              const float* top, float* weight, float lam, float* scratch) {
   float most = kNone;
   const int first = lane_index() % 8 * 4;
-  for (int i = warp_index() * 4 + lane_index() / 8; i < rows; i += kWarps * 4) {
+  for (int i = warp_index() * 4 + lane_index() / 8; i < rows; i += block_warps() * 4) {
     float sum = 0;
     for (int j = first; j < head.Mp; j += 32)
       sum = dot(*reinterpret_cast<const Vec4*>(l + i * head.stride + j), *reinterpret_cast<const Vec4*>(G + j), sum);
@@ -168,7 +194,7 @@ SFK_DEVICE float scaled_rows(const Head& head, int rows, const float* l, const f
 SFK_DEVICE void log_rows(const Head& head, int rows, const float* l, const float* g, const float* log_a, float* weight,
                          float lam, bool update) {
 #pragma unroll 1
-  for (int i = warp_index() * 4 + lane_index() / 8; i < rows; i += kWarps * 4) {
+  for (int i = warp_index() * 4 + lane_index() / 8; i < rows; i += block_warps() * 4) {
     float peak = kNone, total = 0;
     for (int j = lane_index() % 8; j < head.M; j += 8) peak = fmaxf(peak, l[i * head.stride + j] + g[j]);
     peak = octet(peak, [](float a, float b) { return fmaxf(a, b); });
@@ -183,9 +209,9 @@ SFK_DEVICE void log_rows(const Head& head, int rows, const float* l, const float
 // Scaled: u = e^{weight − ref} in place, and Σ_s K_sj u_s by columns.
 SFK_DEVICE void scaled_columns(const Head& head, int rows, const float* l, float* weight, float ref,
                                const ColumnSums& sums) {
-  for (int i = thread_index(); i < rows; i += kThreads) weight[i] = exp_approx(weight[i] - finite_or_zero(ref));
+  for (int i = thread_index(); i < rows; i += block_threads()) weight[i] = exp_approx(weight[i] - finite_or_zero(ref));
   sync_block();
-  const int sharing = Strips(head.M, kWarps).sharing;
+  const int sharing = Strips(head.M, block_warps()).sharing;
   each_column(head.M, [&](int j, int share) {
     float total = 0;
     for (int i = share; i < rows; i += sharing) total = fmaf(l[i * head.stride + j], weight[i], total);
@@ -206,7 +232,7 @@ SFK_DEVICE float iterate(const Head& head, const AttentionShared<T>& shared, con
     return 0;
   }
   const float top = finite_or_zero(span.top);
-  for (int j = thread_index(); j < head.Mp; j += kThreads) shared.G[j] = exp_approx(shared.g[j] - top);
+  for (int j = thread_index(); j < head.Mp; j += block_threads()) shared.G[j] = exp_approx(shared.g[j] - top);
   sync_block();
   const float ref =
       scaled_rows(head, rows, shared.l, shared.G, shared.log_a, shared.top, shared.weight, lam, shared.scratch);
@@ -230,7 +256,7 @@ SFK_DEVICE bool solve(const AttentionParams& p, const Head& head, const Attentio
   const int iterations = static_cast<int>(p.T), M = head.M;
   const float lam = iterations ? head.lam_a : 0.0f;
   float lowest = 0;
-  for (int j = thread_index(); j < head.Mp; j += kThreads) shared.g[j] = shared.log_b[j];
+  for (int j = thread_index(); j < head.Mp; j += block_threads()) shared.g[j] = shared.log_b[j];
 #pragma unroll 1
   for (int t = 0; t < (iterations ? iterations : 1); ++t) {
     const int turn = t % 2 * head.Mp;
@@ -242,7 +268,7 @@ SFK_DEVICE bool solve(const AttentionParams& p, const Head& head, const Attentio
     if (!kLog && t == 0) lowest = cluster_lowest(shared.lowest);
     const float shift = kLog ? 0.0f : -lam * finite_or_zero(span.top);
     bool holds = span.spread - lowest <= kRange;
-    for (int j = thread_index(); j < M; j += kThreads) {
+    for (int j = thread_index(); j < M; j += block_threads()) {
       const LogSum sum = column_total(sums, j);
       const float c = sum.total > 0 ? static_cast<float>(double{logf(sum.total)} + sum.peak + shift) : kNone;
       holds = holds && sum.total > kLeast;
@@ -254,7 +280,7 @@ SFK_DEVICE bool solve(const AttentionParams& p, const Head& head, const Attentio
     }
     if (!kLog && block_max(holds ? 0.0f : 1.0f, shared.scratch) > 0) return false;
   }
-  for (int j = M + thread_index(); j < head.Mp; j += kThreads) shared.factor[j] = 0;
+  for (int j = M + thread_index(); j < head.Mp; j += block_threads()) shared.factor[j] = 0;
   sync_block();
   return true;
 }
@@ -263,13 +289,13 @@ SFK_DEVICE bool solve(const AttentionParams& p, const Head& head, const Attentio
 template <class T>
 SFK_DEVICE void form_plan(const Head& head, const AttentionShared<T>& shared) {
 #pragma unroll 1
-  for (int i = warp_index(); i < shared.rows; i += kWarps)
+  for (int i = warp_index(); i < shared.rows; i += block_warps())
     for (int j = lane_index(); j < head.Mp; j += kWarp) {
       float& l = shared.l[i * head.stride + j];
       l = shared.factor[j] > 0 ? exp_approx((l + shared.weight[i]) - shared.peaks[j]) : 0.0f;
     }
   sync_block();
-  for (int i = thread_index(); i < shared.rows; i += kThreads) shared.weight[i] = 1;
+  for (int i = thread_index(); i < shared.rows; i += block_threads()) shared.weight[i] = 1;
 }
 
 // z += W^kᵀ v of this block's keys, for the 16 references and 32 columns of the values that this warp has.
@@ -282,7 +308,7 @@ SFK_DEVICE void pool_part(const AttentionParams& p, const Head& head, const KeyS
     const int rows = shared.rows - first < kValueRows ? shared.rows - first : kValueRows;
     if (rows > 0)
       stage(from, shared.staged + first / kValueRows % 2 * kValueRows * ld, ld, rows, keys.first + first,
-            keys.count - first, shared.log_a + first, thread_index(), kThreads);
+            keys.count - first, shared.log_a + first, thread_index(), block_threads());
     copies_commit();
   };
   fetch(0);
@@ -307,7 +333,7 @@ SFK_DEVICE void pool(const AttentionParams& p, const Head& head, const KeyShare&
                      const AttentionShared<T>& shared) {
   const int across = (padded(p.E) + kNarrow - 1) / kNarrow, tasks = head.Mp / kTile * across;
   const int g = lane_index() / 4, t = lane_index() % 4;
-  for (int done = 0; done < tasks; done += kWarps) {
+  for (int done = 0; done < tasks; done += block_warps()) {
     const int task = done + warp_index();
     float acc[kNarrow / 8][4] = {};
     pool_part(p, head, keys, shared, task / across * kTile, task % across * kNarrow, task < tasks, acc);
@@ -315,8 +341,8 @@ SFK_DEVICE void pool(const AttentionParams& p, const Head& head, const KeyShare&
       for (int e = 0; e < 4; ++e)
         shared.part[(warp_index() * kTile + g + e / 2 * 8) * kNarrow + n * 8 + 2 * t + e % 2] = acc[n][e];
     sync_cluster();
-    for (int k = cluster_rank() * kThreads + thread_index(); k < kWarps * kTile * kNarrow;
-         k += cluster_size() * kThreads) {
+    for (int k = cluster_rank() * block_threads() + thread_index(); k < block_warps() * kTile * kNarrow;
+         k += cluster_size() * block_threads()) {
       const int which = done + k / (kTile * kNarrow);
       const int j = which / across * kTile + k / kNarrow % kTile, e = which % across * kNarrow + k % kNarrow;
       if (which >= tasks || j >= head.M || e >= p.E) continue;

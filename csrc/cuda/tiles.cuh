@@ -190,10 +190,10 @@ struct Head {
   SFK_DEVICE float hyper(const AttentionParams& p, Hyper which) const {
     return p.hyper[which].data ? read(p.hyper[which], h) : static_cast<float>(p.scalars[which]);
   }
-  SFK_DEVICE float logit(float product, float inverse) const {
-    const float kappa = rbf ? exp_approx(product * (inverse * beta) - beta) : product;
-    return (kappa - 1) * inv_eps + (kappa - 1) * inv_eps_low;
+  SFK_DEVICE float kappa(float product, float inverse) const {
+    return rbf ? exp_approx(product * (inverse * beta) - beta) : product;
   }
+  SFK_DEVICE float logit(float kappa) const { return (kappa - 1) * inv_eps + (kappa - 1) * inv_eps_low; }
 };
 
 // Positions of the tokens of a tile, [.,P]; null where the problem has none.
@@ -211,6 +211,12 @@ struct Positions {
       sum += away * away;
     }
     return sum == sum ? sum : 0.0f;
+  }
+  SFK_DEVICE bool placed(int64_t token, int P) const {
+    float sum = 0;
+#pragma unroll 1
+    for (int c = 0; c < P; ++c) sum += base[token * row + c * column];
+    return sum == sum;
   }
 };
 
@@ -245,7 +251,7 @@ SFK_DEVICE void tile_logits(const Head& head, const TileOf<T>& tile, const T* y,
       for (int e = 0; e < 4; ++e) {
         const int j = first + n * 8 + 2 * t + e % 2, i = g + e / 2 * 8;
         float l = kNone;
-        if (j < head.M) l = head.logit(acc[n][e], inverse[e / 2]) + (add ? add[j] : 0.0f);
+        if (j < head.M) l = head.logit(head.kappa(acc[n][e], inverse[e / 2])) + (add ? add[j] : 0.0f);
         if (head.P && j < head.M && tile.present(i))
           l -= head.tau2 * positions.distance(tile.first + i, pi + j * head.P, head.P);
         out[i * head.stride + j] = l;

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..problem import DTYPES, HYPER, Operands, Options, Problem, compute_dtype, empty_in_order
+from ..problem import DTYPES, Operands, Options, Problem, compute_dtype, empty_in_order
 from . import _extension
 from ._extension import MODULE, REASON
 from ._extension import view as _view
@@ -39,10 +39,6 @@ def unsupported_reasons(p: Problem) -> list[str]:
     return reasons
 
 
-def _empty_like(t: Tensor, shape: tuple[int, ...] | torch.Size | None = None) -> Tensor:
-    return empty_in_order(t, t.shape if shape is None else shape)
-
-
 def _common(x: Operands, opt: Options) -> tuple[Any, ...]:
     """The arguments every attention kernel begins with."""
     seed = 0 if x.seed is None else int(x.seed) & 0xFFFFFFFFFFFFFFFF
@@ -60,7 +56,7 @@ def _new_state(x: Operands, opt: Options) -> tuple[Tensor, Tensor]:
 def attention(x: Operands, opt: Options) -> tuple[Tensor, Tensor, Tensor]:
     """o [B, H, L, E], z [B, H, M, E], c [B, H, max(T, 1), M]."""
     assert x.query is not None
-    o = _empty_like(x.query, (*x.query.shape[:-1], x.value.shape[-1]))
+    o = empty_in_order(x.query, (*x.query.shape[:-1], x.value.shape[-1]))
     z, c = _new_state(x, opt)
     _C.attention(*_common(x, opt), _view(o), _view(z), _view(c), False)
     return o, z, c
@@ -77,7 +73,7 @@ def pool(x: Operands, opt: Options) -> tuple[Tensor, Tensor]:
 def causal(x: Operands, opt: Options) -> Tensor:
     """o [B, H, L, E], for T <= 1."""
     assert x.query is not None
-    o = _empty_like(x.query, (*x.query.shape[:-1], x.value.shape[-1]))
+    o = empty_in_order(x.query, (*x.query.shape[:-1], x.value.shape[-1]))
     _C.attention(*_common(x, opt), _view(o), None, None, True)
     return o
 
@@ -107,49 +103,13 @@ def _backward(
     needs: Sequence[bool],
     causal: bool,
 ) -> Operands:
-    b, h, _, d = x.key.shape
-    m, wide = x.references.shape[1], compute_dtype(x.key.dtype)
-    need = dict(zip(Operands._fields, needs, strict=True))
-
-    def per_batch(wanted: bool, *shape: int) -> Tensor | None:
-        return x.key.new_empty((b, h, *shape), dtype=wide) if wanted else None
-
-    tokens = [_empty_like(t) if n and t is not None else None for t, n in zip(x[:3], needs[:3], strict=True)]
-    d_log_a = _empty_like(x.log_a) if need["log_a"] and x.log_a is not None else None
-    d_references = per_batch(bool(need["references"]), m, d)
-    d_log_b = per_batch(bool(need["log_b"]) and x.log_b is not None, m, 1)
-    first = Operands._fields.index(HYPER[0])
-    d_hyper = per_batch(any(needs[first : first + len(HYPER)]), len(HYPER), 1)
-    d_position = None
-    if need["reference_position"] and x.reference_position is not None:
-        d_position = per_batch(True, m, x.reference_position.shape[-1])
-    outgoing = (*tokens, d_log_a, d_references, d_log_b, d_hyper, d_position)
-    grads = tuple([_view(t) for t in (*incoming, *outgoing)])
-    _C.attention_backward(*_common(x, opt), *map(_view, state), grads, causal)
-
-    hyper = _over_batch(d_hyper)
-    d_hypers = [
-        hyper[:, i, 0].contiguous() if hyper is not None and n and t is not None else None
-        for i, (t, n) in enumerate(zip(x[first : first + 5], needs[first : first + 5], strict=True))
-    ]
-    d_log_b = None if d_log_b is None else d_log_b.squeeze(-1)
-    d_parameters = _in_order(x.references, _over_batch(d_references)), _in_order(x.log_b, _over_batch(d_log_b))
-    d_position = _in_order(x.reference_position, _over_batch(d_position))
-    return Operands._make((*tokens, d_parameters[0], d_log_a, d_parameters[1], *d_hypers, None, None, d_position, None))
-
-
-def _over_batch(t: Tensor | None) -> Tensor | None:
-    """[B, ...] -> [...], in a fixed order."""
-    if t is None:
-        return None
-    return t.squeeze(0) if t.shape[0] == 1 else t.sum(0)
-
-
-def _in_order(like: Tensor | None, t: Tensor | None) -> Tensor | None:
-    """`t` in the memory order of `like`."""
-    if t is None or like is None:
-        return None
-    return t.contiguous() if like.is_contiguous() else empty_in_order(like, t.shape).copy_(t)
+    return _extension.attention_backward(
+        x,
+        needs,
+        lambda grads: _C.attention_backward(
+            *_common(x, opt), *map(_view, state), (*map(_view, incoming), *grads), causal
+        ),
+    )
 
 
 class _Whitening:
@@ -184,7 +144,7 @@ class _Whitening:
 def features(x: Tensor, landmarks: Tensor, bandwidth: Tensor | None, scalar: float, ridge: float) -> Tensor:
     """x [B, H, N, D], landmarks [H, R, D] -> ψ [B, H, N, R]."""
     whitening = _Whitening(landmarks, bandwidth, scalar, ridge).matrix.to(landmarks.dtype)
-    psi = _empty_like(x, (*x.shape[:-1], landmarks.shape[1]))
+    psi = empty_in_order(x, (*x.shape[:-1], landmarks.shape[1]))
     tensors = (x, landmarks, bandwidth, whitening, psi, None, None, None, None, None)
     _C.features(tuple([_view(t) for t in tensors]), scalar, torch.get_num_threads(), False)
     return psi
@@ -203,7 +163,7 @@ def features_backward(
     b, h, _, d = x.shape
     r, wide = landmarks.shape[1], landmarks.dtype
     whitening = _Whitening(landmarks, bandwidth, scalar, ridge)
-    d_x = _empty_like(x) if needs[0] else None
+    d_x = empty_in_order(x, x.shape) if needs[0] else None
     parameters = needs[1] or (needs[2] and bandwidth is not None)
     d_w, d_beta, d_whitening = (
         x.new_empty((b, h, *s), dtype=wide) if parameters else None for s in ((r, d), (1, 1), (r, r))
@@ -214,7 +174,7 @@ def features_backward(
     if d_w is None or d_beta is None or d_whitening is None:
         return d_x, None, None
     from_w, from_beta = whitening.backward(d_whitening.double().sum(0))
-    d_landmarks = _in_order(landmarks, (d_w.double().sum(0) + from_w).to(wide)) if needs[1] else None
+    d_landmarks = _extension.in_order(landmarks, (d_w.double().sum(0) + from_w).to(wide)) if needs[1] else None
     d_bandwidth = (
         (d_beta.double().sum(0).flatten() + from_beta).to(wide) if needs[2] and bandwidth is not None else None
     )

@@ -19,7 +19,6 @@ from ._extension import DTYPE_CODES, MODULE, REASON, view
 
 NAME = "cuda"
 OPS = ("attention", "pool", "sinkhorn")
-WITHOUT_BACKWARD = ("attention", "pool")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 _C: Any = MODULE
@@ -32,8 +31,6 @@ def unsupported_reasons(p: Problem) -> list[str]:
     reasons = [_TROUBLE] if _TROUBLE else []
     if p.op not in OPS:
         reasons.append(f"has no kernel for {p.op} yet")
-    if p.backward and p.op in WITHOUT_BACKWARD:
-        reasons.append(f"has no kernel for the gradient of {p.op} yet")
     if p.device != _DEVICE:
         reasons.append(f"runs on {_DEVICE} tensors, not on {p.device}")
     if p.dtype not in (DTYPES if p.op != "sinkhorn" else DTYPES[:1]):
@@ -47,12 +44,19 @@ def _refusal(p: Problem) -> str:
     """Why the chip does not hold `p`; empty when it does."""
     if p.op == "sinkhorn":
         return _C.cuda_sinkhorn_refusal(p.N, p.M, p.backward)
-    return _C.cuda_attention_refusal(p.N, p.M, p.D, p.E, p.P, DTYPE_CODES[p.dtype])
+    return _C.cuda_attention_refusal(p.N, p.M, p.D, p.E, p.P, p.num_iters, DTYPE_CODES[p.dtype], p.backward)
 
 
 def _where(t: Tensor) -> tuple[int, int]:
     """(device, its current stream)."""
     return (t.device.index, torch.cuda.current_stream(t.device).cuda_stream) if t.is_cuda else (0, 0)
+
+
+def _common(x: Operands, opt: Options) -> tuple[Any, ...]:
+    """The arguments every attention kernel begins with; the seed by its address."""
+    seed = 0 if x.seed is None else x.seed.data_ptr()
+    views = tuple([view(t) for t in x[:-1]])
+    return views, tuple(opt.scalars), opt.kernel == "dot", opt.num_iters, opt.dropout_p, seed
 
 
 def _run(x: Operands, opt: Options, o: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -61,10 +65,7 @@ def _run(x: Operands, opt: Options, o: Tensor | None) -> tuple[Tensor, Tensor]:
     m = x.references.shape[1]
     z = x.key.new_empty((b, h, m, e), dtype=torch.float32)
     c = x.key.new_empty((b, h, max(opt.num_iters, 1), m), dtype=torch.float32)
-    seed = 0 if x.seed is None else x.seed.data_ptr()
-    views = tuple([view(t) for t in x[:-1]])
-    constants = (tuple(opt.scalars), opt.kernel == "dot", opt.num_iters, opt.dropout_p, seed)
-    _C.cuda_attention(views, *constants, view(o), view(z), view(c), *_where(x.key))
+    _C.cuda_attention(*_common(x, opt), view(o), view(z), view(c), *_where(x.key))
     return z, c
 
 
@@ -78,6 +79,35 @@ def attention(x: Operands, opt: Options) -> tuple[Tensor, Tensor, Tensor]:
 def pool(x: Operands, opt: Options) -> tuple[Tensor, Tensor]:
     """z [B, H, M, E], c [B, H, max(T, 1), M]."""
     return _run(x._replace(query=None, query_position=None), opt, None)
+
+
+def attention_backward(x: Operands, opt: Options, z: Tensor, c: Tensor, d_o: Tensor, needs: Sequence[bool]) -> Operands:
+    """Gradients in the order of `Operands`, None where not needed."""
+    return _backward(x, opt, (z, c), (d_o, None, None), needs)
+
+
+def pool_backward(
+    x: Operands, opt: Options, z: Tensor, c: Tensor, d_z: Tensor, d_c: Tensor | None, needs: Sequence[bool]
+) -> Operands:
+    """As `attention_backward`, from the gradients of z and (where given) c."""
+    return _backward(x._replace(query=None, query_position=None), opt, (z, c), (None, d_z, d_c), needs)
+
+
+def _backward(
+    x: Operands,
+    opt: Options,
+    state: tuple[Tensor, Tensor],
+    incoming: tuple[Tensor | None, ...],
+    needs: Sequence[bool],
+) -> Operands:
+    given = tuple([view(t) for t in incoming])
+    return _extension.attention_backward(
+        x,
+        needs,
+        lambda grads: _C.cuda_attention_backward(
+            *_common(x, opt), view(state[0]), view(state[1]), (*given, *grads), *_where(x.key)
+        ),
+    )
 
 
 def sinkhorn(

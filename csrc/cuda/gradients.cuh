@@ -1,0 +1,295 @@
+// From dℓ to the gradients of tokens and parameters: what the passes over queries and keys share.
+//
+// With ĉ_ij = ⟨x̂_i, ŷ_j⟩, dĉ = β κ dℓ/ε (rbf) or dκ = dℓ/ε (dot):
+//
+//   dx_i = (Σ_j dĉ_ij ŷ_j − x̂_i Σ_j dĉ_ij ĉ_ij)/‖x_i‖,   dŷ_j = Σ_i dĉ_ij x̂_i,   dy_j = (dŷ_j − ŷ_j⟨ŷ_j, dŷ_j⟩)/‖y_j‖
+//   dβ = Σ dℓ κ (ĉ − 1)/ε,   dε = −Σ dℓ (κ − 1)/ε²,   dτ = −2τ Σ dℓ ‖p − π‖²,   dπ_j = 2τ² Σ_i dℓ_ij (p_i − π_j)
+//
+// A block goes over its tokens in steps of a tile for every warp.  The sums over tokens stay in shared memory until the
+// blocks of the cluster add theirs, in the order of their ranks.
+#pragma once
+#include "resident.cuh"
+
+namespace sfk {
+namespace {
+
+// Shared memory of a block, backward.  Where two things are named they take turns: before and after the queries.
+template <class T>
+struct BackwardShared : HeadShared<T> {
+  int buffers, sums_length, values_length;  // steps of tokens in memory; rows of dy, of dz
+  float* tile;                              // [warps·16,stride] the queries' weights; lies where the logits will
+  float* d_z;                               // [Mp,values_length] the sums of the queries; the same
+  T* zd;                                    // [Mp,v_length] z; dz
+  float* d_y;                               // [Mp,sums_length] the sums of dŷ
+  float *scale, *factor;                    // [warps,16] x is scaled by; the rows' factor
+  float *columns, *places;                  // [warps,Mp] Σ dS, [warps,Mp,P] Σ dℓ (p − π)
+  float *row_q, *row_r, *row_top, *pooled, *d_log_a;  // [steps,rows] thrice, [rows] twice
+  float *col_q, *col_r, *d_col, *levels;              // [steps,Mp] thrice, [steps,2]
+  float *zdz, *dg, *d_log_b, *part, *parts;           // [Mp] [Mp] [Mp] [sharing,Mp] [2,Mp]
+  float* sums;                                        // [8] of the block, read by the others
+
+  SFK_BOTH static int64_t queries_numbers(const AttentionParams& p, int warps) {
+    return int64_t{warps} * kTile * Head::row_stride(padded(p.M)) + int64_t{padded(p.M)} * (padded(p.E) + 8);
+  }
+  SFK_BOTH static int64_t staged_numbers(const AttentionParams& p, int warps, int buffers) {
+    const int64_t rows = int64_t{warps} * kTile, keys = rows * kBuffers<T> * row_length<T>(p.D);
+    const int64_t pairs = rows * buffers * (row_length<T>(p.D) + row_length<T>(p.E));
+    return keys > pairs ? keys : pairs;
+  }
+  SFK_BOTH BackwardShared(Arena& arena, const AttentionParams& p, int rows_, int warps, int buffers_)
+      : HeadShared<T>(arena, p, rows_, warps, queries_numbers(p, warps), staged_numbers(p, warps, buffers_)),
+        buffers(buffers_),
+        sums_length(padded(p.D) + 8),
+        values_length(padded(p.E) + 8) {
+    const int Mp = padded(p.M), steps = static_cast<int>(p.T > 1 ? p.T : 1), P = static_cast<int>(p.P);
+    tile = this->l, d_z = this->l ? this->l + warps * kTile * Head::row_stride(Mp) : nullptr;
+    zd = this->tokens(arena, Mp * this->v_length);
+    d_y = arena.take(Mp * sums_length);
+    scale = arena.take(warps * kTile), factor = arena.take(warps * kTile);
+    columns = arena.take(warps * Mp), places = arena.take(p.ref_pos.data ? warps * Mp * P : 0);
+    const int64_t all_rows = int64_t{steps} * rows_, all_columns = int64_t{steps} * Mp;
+    row_q = arena.take(all_rows), row_r = arena.take(all_rows), row_top = arena.take(all_rows);
+    pooled = arena.take(rows_), d_log_a = arena.take(rows_);
+    col_q = arena.take(all_columns), col_r = arena.take(all_columns), d_col = arena.take(all_columns);
+    levels = arena.take(2 * steps);
+    zdz = arena.take(Mp), dg = arena.take(Mp), d_log_b = arena.take(Mp);
+    part = arena.take(Strips(Mp, warps).sharing * Mp), parts = arena.take(2 * Mp);
+    sums = arena.take(8);
+  }
+};
+
+// What a thread has seen of the sums for the hyperparameters, in the order of Hyper.
+struct HyperSums {
+  float of[kNumHyper] = {};
+};
+
+// Tokens with what belongs to them, a tile for every warp at a time: x [warps·16,y_length] and w [warps·16,v_length].
+template <class T>
+struct Pairs {
+  const BackwardShared<T>& shared;
+  const Rows<T>*x, *w;  // x may be null
+  int64_t first;  // row 0 of this block
+  int count;      // rows that exist
+  const float* mass;
+
+  SFK_DEVICE T* x_of(int buffer) const {
+    return shared.staged + buffer * block_warps() * kTile * (shared.y_length + shared.v_length);
+  }
+  SFK_DEVICE T* w_of(int buffer) const { return x_of(buffer) + block_warps() * kTile * shared.y_length; }
+  SFK_DEVICE void fetch(int row, int end, int buffer) const {
+    if (row < end) {
+      const float* from = mass ? mass + row : nullptr;
+      const int rows = block_warps() * kTile, index = thread_index(), step = block_threads();
+      if (x) stage(*x, x_of(buffer), shared.y_length, rows, first + row, count - row, from, index, step);
+      stage(*w, w_of(buffer), shared.v_length, rows, first + row, count - row, from, index, step);
+    }
+    copies_commit();
+  }
+  // visit(row, x, w) for the rows start, start + step, .. < end; the barriers before and after are here.
+  template <class Visit>
+  SFK_DEVICE void each(int start, int step, int end, Visit visit) const {
+    const bool ahead = shared.buffers == 2;
+    int buffer = 0;
+    if (ahead) fetch(start, end, 0);
+#pragma unroll 1
+    for (int row = start; row < end; row += step) {
+      fetch(ahead ? row + step : row, end, ahead ? buffer ^ 1 : 0);
+      ahead ? copies_wait<1>() : copies_wait<0>();
+      sync_block();
+      visit(row, x_of(buffer), w_of(buffer));
+      sync_block();
+      if (ahead) buffer ^= 1;
+    }
+    copies_wait<0>();
+  }
+};
+
+// 1/‖x‖ of the rows of this warp's tile as scale·factor; x is multiplied by the scale, a power of two that keeps
+// float16 weights of x in range (1 for the other dtypes, which need none).
+template <class T>
+SFK_DEVICE void scale_tile(const Head& head, const BackwardShared<T>& shared, T* x) {
+  const int row = lane_index() / 2, at = warp_index() * kTile + row, depth = shared.y_length - kShift<T>;
+  const float inverse = head.rbf ? inverse_norm(x, shared.y_length, depth) : 1.0f;
+  float scale = 1;
+  if (std::is_same<T, F16>::value && head.rbf && inverse > 0) {
+    scale = exp2f(rintf(log2f(inverse)));
+    for (int d = lane_index() % 2; d < depth; d += 2) {
+      T& number = x[row * shared.y_length + d];
+      number = rounded<T>(to_float(number) * scale);
+    }
+  }
+  if (lane_index() % 2 == 0) shared.scale[at] = scale, shared.factor[at] = inverse / scale;
+  sync_warp();
+}
+
+// Σ over the 16 rows of a tile of what the lanes hold of rows g and g + 8.
+SFK_DEVICE float over_rows(float x) {
+  for (int mask = 4; mask < kWarp; mask *= 2) x += shuffle_xor(x, mask);
+  return x;
+}
+// Σ over the lanes that share row g.
+SFK_DEVICE float over_columns(float x) {
+  x += shuffle_xor(x, 1);
+  return x + shuffle_xor(x, 2);
+}
+
+// dℓ of rows g and g + 8 and a chunk of columns.
+using Chunk = float[kColumns / 8][4];
+
+// Adds Σ_i dℓ_ij away_i to out[j·step], of this warp's own: away(i, j) by rows 0 and 1.
+template <class Away>
+SFK_DEVICE void add_over_rows(const Chunk& dl, int first, int tiles, float* out, int step, Away away) {
+  const int t = lane_index() % 4;
+#pragma unroll
+  for (int n = 0; n < kColumns / 8; ++n) {
+    if (n >= tiles) break;
+#pragma unroll
+    for (int c = 0; c < 2; ++c) {
+      const int j = first + n * 8 + 2 * t + c;
+      const float sum = over_rows(dl[n][c] * away(0, j) + dl[n][2 + c] * away(1, j));
+      if (lane_index() < 4) out[j * step] += sum;
+    }
+  }
+}
+
+// The positions' part of a chunk: dτ's sum, and Σ_i dℓ_ij (p_i − π_j).
+template <class T>
+SFK_DEVICE void add_places(const Head& head, const BackwardShared<T>& shared, const Positions& positions,
+                           const int64_t (&token)[2], const Chunk& dl, int first, int tiles, HyperSums& sums) {
+  const int t = lane_index() % 4;
+#pragma unroll 1
+  for (int n = 0; n < tiles; ++n)
+    for (int e = 0; e < 4; ++e) {
+      const int j = first + n * 8 + 2 * t + e % 2;
+      if (token[e / 2] < 0 || j >= head.M) continue;
+      sums.of[kPositionScale] += dl[n][e] * positions.distance(token[e / 2], shared.pi + j * head.P, head.P);
+    }
+#pragma unroll 1
+  for (int c = 0; c < head.P; ++c)
+    add_over_rows(dl, first, tiles, shared.places + warp_index() * head.Mp * head.P + c, head.P, [&](int r, int j) {
+      if (token[r] < 0 || j >= head.M || !positions.placed(token[r], head.P)) return 0.0f;
+      return positions.base[token[r] * positions.row + c * positions.column] - shared.pi[j * head.P + c];
+    });
+}
+
+// dĉ of this warp's tile into tile [16,stride], times the rows' factor and as the products will take it.
+// to_logits(first, tiles, chunk) makes dℓ of ⟨w_i, zd_j⟩; along: Σ_j dĉ_ij ĉ_ij of rows g and g + 8.
+template <class T, class ToLogits>
+SFK_DEVICE void gradient_tile(const Head& head, const BackwardShared<T>& shared, const T* x, const T* w, float* tile,
+                              const Positions& positions, const int64_t (&token)[2], ToLogits to_logits,
+                              HyperSums& sums, float (&along)[2]) {
+  const int g = lane_index() / 4, t = lane_index() % 4, yl = shared.y_length, vl = shared.v_length;
+  const float* factors = shared.factor + warp_index() * kTile;
+  const float factor[2] = {factors[g], factors[g + 8]};
+  along[0] = along[1] = 0;
+#pragma unroll 1
+  for (int first = 0; first < head.Mp; first += kColumns) {
+    const int tiles = (head.Mp - first < kColumns ? head.Mp - first : kColumns) / 8;
+    Chunk dl = {}, product = {};
+    rows_product<T>(dl, w, shared.zd + first * vl, vl, vl - kShift<T>, tiles);
+    to_logits(first, tiles, dl);
+    if (head.P) add_places(head, shared, positions, token, dl, first, tiles, sums);
+    rows_product<T>(product, x, shared.y + first * yl, yl, yl - kShift<T>, tiles);
+#pragma unroll
+    for (int n = 0; n < kColumns / 8; ++n) {
+      if (n >= tiles) break;
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        const int r = e / 2;
+        const float kappa = head.kappa(product[n][e], factor[r]), cosine = product[n][e] * factor[r];
+        sums.of[kEpsilon] += dl[n][e] * (kappa - 1);
+        if (head.rbf) sums.of[kBandwidth] += dl[n][e] * (kappa * (cosine - 1));
+        const float d = dl[n][e] * head.inv_eps * (head.rbf ? head.beta * kappa : 1.0f);
+        const float operand = to_float(rounded<T>(d * factor[r]));
+        along[r] += operand * cosine;
+        tile[(g + r * 8) * head.stride + first + n * 8 + 2 * t + e % 2] = operand;
+      }
+    }
+  }
+  along[0] = over_columns(along[0]), along[1] = over_columns(along[1]);
+  sync_warp();
+}
+
+// dx of this warp's tile to the rows of `to` from `first` on, as many as there are.
+template <class T>
+SFK_DEVICE void store_token_gradients(const Rows<T>& to, const Head& head, const BackwardShared<T>& shared, const T* x,
+                                      const float* tile, int64_t first, int count, const float (&along)[2]) {
+  const int g = lane_index() / 4, t = lane_index() % 4, ld = shared.y_length;
+  const float *factor = shared.factor + warp_index() * kTile, *scale = shared.scale + warp_index() * kTile;
+#pragma unroll 1
+  for (int d0 = 0; d0 < ld - kShift<T>; d0 += kNarrow) {
+    const int left = ld - kShift<T> - d0, tiles = (left < kNarrow ? left : kNarrow) / 8;
+    float acc[kNarrow / 8][4] = {};
+    const auto weight = [&](int i, int j) { return tile[i * head.stride + j]; };
+    weights_product<T, false>(acc, weight, shared.y + d0, ld, head.Mp, tiles);
+#pragma unroll
+    for (int n = 0; n < kNarrow / 8; ++n)
+#pragma unroll
+      for (int k = 0; k < 4; ++k) {
+        const int i = g + k / 2 * 8, d = d0 + n * 8 + 2 * t + k % 2;
+        if (i >= count || d >= to.width) continue;
+        const float radial = head.rbf ? to_float(x[i * ld + d]) * factor[i] * along[k / 2] : 0.0f;
+        to.base[(first + i) * to.row + d * to.column] = rounded<T>(scale[i] * (acc[n][k] - radial));
+      }
+  }
+}
+
+// out[j,e] += Σ_i weight(i, j) rows[i,e] over `depth` rows in shared memory, 16 references and 32 columns a warp at a
+// time: every number has one owner.
+template <class T, class Weight>
+SFK_DEVICE void add_products(float* out, int out_length, int Mp, Weight weight, const T* rows, int ld, int depth) {
+  const int width = ld - kShift<T>, across = (width + kNarrow - 1) / kNarrow, tasks = Mp / kTile * across;
+  const int g = lane_index() / 4, t = lane_index() % 4;
+#pragma unroll 1
+  for (int task = warp_index(); task < tasks; task += block_warps()) {
+    const int j0 = task / across * kTile, e0 = task % across * kNarrow;
+    const int tiles = (width - e0 < kNarrow ? width - e0 : kNarrow) / 8;
+    float acc[kNarrow / 8][4] = {};
+    weights_product<T, false>(acc, [&](int j, int i) { return weight(i, j0 + j); }, rows + e0, ld, depth, tiles);
+#pragma unroll
+    for (int n = 0; n < kNarrow / 8; ++n) {
+      if (n >= tiles) break;
+#pragma unroll
+      for (int k = 0; k < 4; ++k) out[(j0 + g + k / 2 * 8) * out_length + e0 + n * 8 + 2 * t + k % 2] += acc[n][k];
+    }
+  }
+}
+
+// The blocks' dŷ added up and taken to dy; each block has its share of the references.
+template <class T>
+SFK_DEVICE void store_references(const AttentionParams& p, const Head& head, const BackwardShared<T>& shared) {
+  const int D = static_cast<int>(p.D), ranks = cluster_size();
+  for (int j = cluster_rank() * block_warps() + warp_index(); j < head.M; j += ranks * block_warps()) {
+    float square = 0, along = 0;
+    for (int d = lane_index(); d < D; d += kWarp) {
+      float sum = 0;
+#pragma unroll 1
+      for (int r = 0; r < ranks; ++r) sum += map_shared(shared.d_y, r)[j * shared.sums_length + d];
+      const float y = read(p.references, head.h, j, d);
+      shared.d_y[j * shared.sums_length + d] = sum;  // no other block reads these rows
+      square += y * y, along += y * sum;
+    }
+    square = warp_sum(square), along = warp_sum(along);
+    const float inverse = square > 1e-24f ? 1 / sqrtf(square) : 0.0f;
+    for (int d = lane_index(); d < D; d += kWarp) {
+      const float sum = shared.d_y[j * shared.sums_length + d];
+      const float unit = read(p.references, head.h, j, d) * inverse;
+      *at(p.d_references, head.b, head.h, j, d) = head.rbf ? (sum - unit * (along * inverse)) * inverse : sum;
+    }
+  }
+}
+
+// dπ, by the first block.
+template <class T>
+SFK_DEVICE void store_places(const AttentionParams& p, const Head& head, const BackwardShared<T>& shared) {
+  for (int k = thread_index(); cluster_rank() == 0 && k < head.M * head.P; k += block_threads()) {
+    float sum = 0;
+#pragma unroll 1
+    for (int r = 0; r < cluster_size(); ++r)
+      for (int w = 0; w < block_warps(); ++w) sum += map_shared(shared.places, r)[w * head.Mp * head.P + k];
+    *at(p.d_ref_pos, head.b, head.h, k / head.P, k % head.P) = 2 * head.tau2 * sum;
+  }
+}
+
+}  // namespace
+}  // namespace sfk
