@@ -110,7 +110,8 @@ inline void state(AttentionParams& p, const py::handle& z, const py::handle& c, 
 }
 
 // grads: d_o, d_z, d_c, d_query, d_key, d_value, d_log_a, d_references, d_log_b, d_hyper, d_ref_pos.
-inline void gradients(AttentionParams& p, const py::tuple& grads) {
+// The parameters' gradients come in `parts`, for the caller to add up.
+inline void gradients(AttentionParams& p, const py::tuple& grads, int64_t parts) {
   if (grads.size() != 11) throw std::invalid_argument("wrong number of gradients");
   const Dtype compute = p.f64 ? Dtype::f64 : Dtype::f32;
   p.d_o = view(grads[0], "d_o", {p.B, p.H, p.L, p.E});
@@ -120,10 +121,10 @@ inline void gradients(AttentionParams& p, const py::tuple& grads) {
   p.d_key = view(grads[4], "d_key", {p.B, p.H, p.S, p.D});
   p.d_value = view(grads[5], "d_value", {p.B, p.H, p.S, p.E});
   p.d_log_a = view(grads[6], "d_log_a", {p.B, p.H, p.S});
-  p.d_references = view(grads[7], "d_references", {p.B, p.H, p.M, p.D});
-  p.d_log_b = view(grads[8], "d_log_b", {p.B, p.H, p.M, 1});
-  p.d_hyper = view(grads[9], "d_hyper", {p.B, p.H, int64_t(kNumHyper), 1});
-  p.d_ref_pos = view(grads[10], "d_ref_pos", {p.B, p.H, p.M, p.P});
+  p.d_references = view(grads[7], "d_references", {parts, p.H, p.M, p.D});
+  p.d_log_b = view(grads[8], "d_log_b", {parts, p.H, p.M, 1});
+  p.d_hyper = view(grads[9], "d_hyper", {parts, p.H, int64_t(kNumHyper), 1});
+  p.d_ref_pos = view(grads[10], "d_ref_pos", {parts, p.H, p.M, p.P});
   if (p.d_o || p.d_query) need(p.query, "query"), need(p.d_o, "d_o");
   for (const View* v : {&p.d_o, &p.d_query, &p.d_key, &p.d_value}) same_dtype(*v, p.key.dtype, "gradient");
   for (const View* v : {&p.d_z, &p.d_c, &p.d_log_a, &p.d_references, &p.d_log_b, &p.d_hyper, &p.d_ref_pos})

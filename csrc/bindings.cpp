@@ -26,7 +26,7 @@ void attention_backward(const py::tuple& x, const py::tuple& scalars, bool dot, 
                         bool causal) {
   AttentionParams p = attention_params(x, scalars, dot, T, dropout_p, seed, threads);
   state(p, z, c, !causal);
-  gradients(p, grads);
+  gradients(p, grads, p.B);
   if (causal && (p.L != p.S || T > 1 || !p.d_o)) throw std::invalid_argument("causal needs L = S and T <= 1");
   py::gil_scoped_release nogil;
   causal ? kernels().causal_backward(p) : kernels().attention_backward(p);

@@ -43,7 +43,8 @@ struct AttentionParams {
   View d_o, d_z, d_c;                              // incoming gradients, shaped as o, z, c
   View d_query, d_key, d_value;                    // outgoing, in the dtype of q, k, v
   View d_log_a;                                    // [B,H,S] F
-  View d_references, d_log_b, d_hyper, d_ref_pos;  // [B,H,M,D] [B,H,M] [B,H,5] [B,H,M,P] F: not yet summed over B
+  // [B,H,M,D] [B,H,M] [B,H,5] [B,H,M,P] F: not yet summed over B (cuda: over its groups of batch elements)
+  View d_references, d_log_b, d_hyper, d_ref_pos;
 };
 
 // ψ(x) = ‖x‖ W κ(w, x̂) with a given whitening W = (K_ww + δI)^{-1/2}.

@@ -7,21 +7,24 @@
 namespace sfk::cuda {
 namespace {
 
-constexpr int kTokensABlock = 128;  // a tile of 16 for every warp: smaller shares leave warps without work
+constexpr int kReserved = 1024;  // bytes of shared memory that the runtime takes of every block
+
+constexpr int kMostWarps = kThreads / kWarp;
 
 struct Layout {
-  int cluster = 0, buffers = 1;
+  int cluster = 0, warps = kMostWarps, buffers = 1;
   size_t shared = 0;
+  int64_t problems = 1, groups = 0;  // see ResidentParams
 };
 
 template <class T>
 size_t shared_bytes(const AttentionParams& p, const Layout& l, bool backward) {
-  const int rows = padded(KeyShare::each(p.S, l.cluster)), warps = kThreads / kWarp;
+  const int rows = padded(KeyShare::each(p.S, l.cluster));
   Arena arena;
   if (backward)
-    BackwardShared<T>(arena, p, rows, warps, l.buffers);
+    BackwardShared<T>(arena, p, rows, l.warps, l.buffers);
   else
-    AttentionShared<T>(arena, p, rows, warps);
+    AttentionShared<T>(arena, p, rows, l.warps);
   return static_cast<size_t>(arena.used) * sizeof(float);
 }
 
@@ -35,17 +38,35 @@ bool fits(const Device& device, const AttentionParams& p, bool backward, Layout&
   return false;
 }
 
-// The smallest cluster that holds the keys, then larger ones while they leave no processor without work.
+// The smallest cluster that holds the keys, then larger ones while they leave no processor without work and every warp
+// with a tile of its own.
+Layout with_warps(const Device& device, const AttentionParams& p, bool backward, int warps) {
+  Layout best;
+  for (int cluster = 1; cluster <= device.clusters; cluster *= 2) {
+    Layout next;
+    next.cluster = cluster, next.warps = warps;
+    if (!fits(device, p, backward, next)) continue;
+    const bool worth =
+        std::max(p.S, p.L) >= int64_t{kTile} * warps * cluster && p.B * p.H * cluster <= device.processors;
+    if (best.cluster == 0 || worth) best = next;
+  }
+  return best;
+}
+
+// As many warps as there are tiles, fewer where memory asks for it; then, where heads outnumber the blocks that run at
+// a time, several batch elements for each, which then load the references once and add up their gradients.
 Layout layout(const Device& device, const AttentionParams& p, bool backward) {
   Layout best;
   if (std::max({p.S, p.L, p.D, p.E, p.M}) > (int64_t{1} << 24) || p.T > (1 << 16)) return best;
-  for (int cluster = 1; cluster <= device.clusters; cluster *= 2) {
-    Layout next{cluster};
-    if (!fits(device, p, backward, next)) continue;
-    const bool worth =
-        std::max(p.S, p.L) >= int64_t{kTokensABlock} * cluster && p.B * p.H * cluster <= device.processors;
-    if (best.cluster == 0 || worth) best = next;
-  }
+  int warps = kMostWarps;
+  while (warps > 1 && std::max(p.S, p.L) <= int64_t{kTile} * warps / 2) warps /= 2;
+  for (; warps > 0 && best.cluster == 0; warps /= 2) best = with_warps(device, p, backward, warps);
+  if (best.cluster == 0) return best;
+  const int64_t by_memory = device.shared / static_cast<int64_t>(best.shared + kReserved);
+  const int64_t by_threads = (backward ? 1 : 2) * kMostWarps / best.warps;  // see the kernels' launch bounds
+  const int64_t blocks = device.processors * std::max<int64_t>(1, std::min(by_memory, by_threads));
+  if (best.cluster == 1) best.problems = std::max<int64_t>(1, std::min(p.B, (p.B * p.H + blocks - 1) / blocks));
+  best.groups = (p.B + best.problems - 1) / best.problems;
   return best;
 }
 
@@ -58,9 +79,10 @@ void run(const char* name, Kernel f32, Kernel bf16, Kernel f16, const AttentionP
   if (l.cluster == 0) throw std::invalid_argument(std::string(name) + ": the keys do not fit on the chip");
   if (p.key.dtype == Dtype::f64) throw std::invalid_argument(std::string(name) + " has no kernels for float64");
   ResidentParams all;
-  static_cast<AttentionParams&>(all) = p, all.buffers = l.buffers;
+  static_cast<AttentionParams&>(all) = p;
+  all.buffers = l.buffers, all.problems = static_cast<int32_t>(l.problems), all.groups = l.groups;
   const Kernel kernel = p.key.dtype == Dtype::f32 ? f32 : p.key.dtype == Dtype::bf16 ? bf16 : f16;
-  launch(kernel, name, {p.B * p.H * l.cluster, kThreads, l.cluster, l.shared}, all, stream);
+  launch(kernel, name, {p.H * l.groups * l.cluster, l.warps * kWarp, l.cluster, l.shared}, all, stream);
 }
 
 }  // namespace
@@ -72,6 +94,8 @@ std::string attention_refusal(const Device& device, const AttentionParams& p, bo
          ", E = " + std::to_string(p.E) + (backward ? " and their gradient" : "") + " do not fit into " +
          shared_memory_of(device);
 }
+
+int64_t gradient_parts(const Device& device, const AttentionParams& p) { return layout(device, p, true).groups; }
 
 void attention(const AttentionParams& p, const Device& device, void* stream) {
   run("attention", attention_kernel<float>, attention_kernel<BF16>, attention_kernel<F16>, p, device, stream, false);

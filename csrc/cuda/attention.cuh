@@ -33,17 +33,41 @@ SFK_DEVICE float dual(const AttentionParams& p, const Head& head, float log_b, f
   return log_b - (p.T ? head.lam_b * finite_or_zero(c) : 0.0f);
 }
 
-// o of one tile of queries, from its weights [16,stride].
+// acc += W z of a tile and 8·tiles columns of z: W in registers where it is one chunk of 16 bits, else in memory.
 template <class T>
-SFK_DEVICE void read_tile(const Rows<T>& to, const Head& head, const AttentionShared<T>& shared, const float* tile,
-                          int64_t first, int64_t count, const float (&scale)[2]) {
+struct ReadProduct {
+  SFK_DEVICE static void run(float (&acc)[kNarrow / 8][4], const Head& head, bool in_registers, const Chunk& w,
+                             const float* tile, const T* z, int ld, int tiles) {
+    const auto weight = [&](int i, int j) { return tile[i * head.stride + j]; };
+    if (!in_registers) return weights_product<T>(acc, weight, z, ld, head.Mp, tiles);
+#pragma unroll
+    for (int n = 0; n < kColumns / 8; n += 2) {
+      if (n * 8 >= head.Mp) break;
+      // The places of a product's results are those of its left operand.
+      const uint32_t a[4] = {pack<T>(w[n][0], w[n][1]), pack<T>(w[n][2], w[n][3]), pack<T>(w[n + 1][0], w[n + 1][1]),
+                             pack<T>(w[n + 1][2], w[n + 1][3])};
+      columns_product<T>(acc, a, z + n * 8 * ld, ld, tiles);
+    }
+  }
+};
+template <>
+struct ReadProduct<float> {
+  SFK_DEVICE static void run(float (&acc)[kNarrow / 8][4], const Head& head, bool, const Chunk&, const float* tile,
+                             const float* z, int ld, int tiles) {
+    weights_product<float>(acc, [&](int i, int j) { return tile[i * head.stride + j]; }, z, ld, head.Mp, tiles);
+  }
+};
+
+// o of one tile of queries.
+template <class T>
+SFK_DEVICE void read_tile(const Rows<T>& to, const Head& head, const AttentionShared<T>& shared, bool in_registers,
+                          const Chunk& w, const float* tile, int64_t first, int64_t count, const float (&scale)[2]) {
   const int g = lane_index() / 4, t = lane_index() % 4, ld = shared.v_length;
 #pragma unroll 1
   for (int e0 = 0; e0 < ld - kShift<T>; e0 += kNarrow) {
     const int left = ld - kShift<T> - e0, tiles = (left < kNarrow ? left : kNarrow) / 8;
     float acc[kNarrow / 8][4] = {};
-    const auto weight = [&](int i, int j) { return tile[i * head.stride + j]; };
-    weights_product<T, false>(acc, weight, shared.z + e0, ld, head.Mp, tiles);
+    ReadProduct<T>::run(acc, head, in_registers, w, tile, shared.z + e0, ld, tiles);
 #pragma unroll
     for (int n = 0; n < kNarrow / 8; ++n)
 #pragma unroll
@@ -74,23 +98,20 @@ SFK_DEVICE void read_queries(const AttentionParams& p, const Head& head, const A
   const auto walk = walk_over(from, head, shared, 0, L, padded(L), nullptr);
   walk.each(cluster_rank() * block_warps() + warp_index(), warps, [&](int, const TileOf<T>& x) {
     float top[2], sum[2];
-    tile_logits(head, x, shared.y, shared.y_length, shared.pi, positions, shared.g, tile, top);
-    tile_exp(head, tile, top, sum);
+    Chunk w;
+    tile_weights(head, x, shared.y, shared.y_length, shared.pi, positions, shared.g, true, tile, w, top, sum);
     if (p.dropout_p > 0) each_dropped(p, head, tile, x.first, [](float& w) { w = 0; });
     const float scale[2] = {sum[0] > 0 ? keep / sum[0] : 0.0f, sum[1] > 0 ? keep / sum[1] : 0.0f};
     sync_warp();
-    read_tile(to, head, shared, tile, x.first, x.count, scale);
+    const bool in_registers = head.Mp <= kColumns && p.dropout_p <= 0;
+    read_tile(to, head, shared, in_registers, w, tile, x.first, x.count, scale);
   });
 }
 
+// One batch element of the head.
 template <class T>
-SFK_KERNEL(kThreads, kBlocks<T>)
-attention_kernel(const ResidentParams p) {
-  Arena arena{static_cast<float*>(shared_memory())};
-  const Head head(p, block_index() / cluster_size());
+SFK_DEVICE void attend(const AttentionParams& p, const Head& head, const AttentionShared<T>& shared) {
   const KeyShare keys(p.S);
-  const AttentionShared<T> shared(arena, p, padded(KeyShare::each(p.S, cluster_size())), block_warps());
-  load_references(p, head, shared);
   load_masses(p, head, keys, shared);
   sync_block();
   bool solved = false;
@@ -98,11 +119,25 @@ attention_kernel(const ResidentParams p) {
   for (int attempt = 0; attempt < 2 && !solved; ++attempt) {
     load_keys(p, head, keys, shared, attempt == 0);
     solved = attempt == 0 ? solve<T, false>(p, head, shared) : solve<T, true>(p, head, shared);
-    if (attempt == 1) form_plan(head, shared);
+    if (solved) attempt == 0 ? form_plan<T, false>(head, shared) : form_plan<T, true>(head, shared);
     sync_cluster();
   }
   pool(p, head, keys, shared);
   if (p.o.data) read_queries(p, head, shared);
+}
+
+template <class T>
+SFK_KERNEL(kThreads, kBlocks<T>)
+attention_kernel(const ResidentParams p) {
+  Arena arena{static_cast<float*>(shared_memory())};
+  Head head = first_problem(p);
+  const AttentionShared<T> shared(arena, p, padded(KeyShare::each(p.S, cluster_size())), block_warps());
+  load_references(p, head, shared);
+#pragma unroll 1
+  for (int n = 0; n < p.problems && head.b < p.B; ++n, ++head.b) {
+    attend(p, head, shared);
+    sync_block();
+  }
 }
 
 }  // namespace

@@ -39,7 +39,7 @@ struct QueryTile {
     float sum[2] = {};
 #pragma unroll 1
     for (int first = 0; first < head.Mp; first += kColumns) {
-      const int tiles = (head.Mp - first < kColumns ? head.Mp - first : kColumns) / 8;
+      const int tiles = chunk_tiles(head, first);
       Chunk product = {};
       rows_product<T>(product, d_o, shared.zd + first * ld, ld, ld - kShift<T>, tiles);
 #pragma unroll
@@ -90,9 +90,9 @@ SFK_DEVICE void read_backward(const AttentionParams& p, const Head& head, const 
     scale_tile(head, shared, x);
     const float* factor = shared.factor + warp_index() * kTile;
     float top[2], sum[2], along[2];
-    tile_logits(head, TileOf<T>{x, factor, row, count, nullptr}, shared.y, yl, shared.pi, positions, shared.dg, tile,
-                top);
-    tile_exp(head, tile, top, sum);
+    Chunk w;
+    tile_weights(head, TileOf<T>{x, factor, row, count, nullptr}, shared.y, yl, shared.pi, positions, shared.dg, true,
+                 tile, w, top, sum);
     for (int r = 0; r < 2; ++r) rows.scale[r] = sum[r] > 0 ? 1 / sum[r] : 0.0f;
     if (p.dropout_p > 0) each_dropped(p, head, tile, row, [](float& w) { w = -w; });
     sync_warp();
@@ -114,6 +114,14 @@ SFK_DEVICE void read_backward(const AttentionParams& p, const Head& head, const 
   });
 }
 
+// The parameters' sums, over all problems of the cluster, start at 0.
+template <class T>
+SFK_DEVICE void clear_parameters(const Head& head, const BackwardShared<T>& shared) {
+  for (int k = thread_index(); k < head.Mp * shared.sums_length; k += block_threads()) shared.d_y[k] = 0;
+  for (int k = thread_index(); k < block_warps() * head.Mp * head.P; k += block_threads()) shared.places[k] = 0;
+  for (int j = thread_index(); j < head.Mp; j += block_threads()) shared.d_log_b[j] = 0;
+}
+
 // z for the queries' products, g^T in dg, and sums that start at 0.
 template <class T>
 SFK_DEVICE void start_backward(const AttentionParams& p, const Head& head, const BackwardShared<T>& shared, bool lone) {
@@ -124,14 +132,10 @@ SFK_DEVICE void start_backward(const AttentionParams& p, const Head& head, const
     const int j = k / ld, e = k % ld;
     shared.zd[k] = rounded<T>(use && j < head.M && e < p.E ? *at(p.z, head.b, head.h, j, e) : 0.0f);
   }
-  for (int j = thread_index(); j < head.Mp; j += block_threads()) {
+  for (int j = thread_index(); j < head.Mp; j += block_threads())
     shared.dg[j] = j < head.M ? dual(p, head, shared.log_b[j], *at(p.c, head.b, head.h, last, j)) : kNone;
-    shared.d_log_b[j] = 0;
-  }
   for (int k = thread_index(); k < head.Mp * shared.values_length; k += block_threads()) shared.d_z[k] = 0;
-  for (int k = thread_index(); k < head.Mp * shared.sums_length; k += block_threads()) shared.d_y[k] = 0;
   for (int k = thread_index(); k < block_warps() * head.Mp; k += block_threads()) shared.columns[k] = 0;
-  for (int k = thread_index(); k < block_warps() * head.Mp * head.P; k += block_threads()) shared.places[k] = 0;
   for (int i = thread_index(); i < shared.rows; i += block_threads()) shared.d_log_a[i] = 0;
   sync_block();
 }
@@ -169,30 +173,28 @@ SFK_DEVICE void merge_queries(const AttentionParams& p, const Head& head, const 
   sync_cluster();  // the keys' logits go where dz was
 }
 
-// What the blocks know of the parameters, added up in the order of their ranks.
+// What the blocks know of the parameters, added up in the order of their ranks, to place `group` of this head.
 template <class T>
-SFK_DEVICE void store_parameters(const AttentionParams& p, const Head& head, const BackwardShared<T>& shared,
-                                 const KeyShare& keys, HyperSums& sums) {
+SFK_DEVICE void store_parameters(const ResidentParams& p, const Head& head, const BackwardShared<T>& shared,
+                                 int64_t group, const HyperSums& sums) {
 #pragma unroll
   for (int k = 0; k < kNumHyper; ++k) {
     const float total = block_sum(sums.of[k], shared.scratch);
     if (thread_index() == 0) shared.sums[k] = total;
   }
   sync_cluster();
-  if (p.d_references.data) store_references(p, head, shared);
-  if (p.d_ref_pos.data) store_places(p, head, shared);
-  for (int i = thread_index(); p.d_log_a.data && i < keys.count; i += block_threads())
-    *at(p.d_log_a, head.b, head.h, keys.first + i) = shared.d_log_a[i];
+  if (p.d_references.data) store_references(p, head, shared, group);
+  if (p.d_ref_pos.data) store_places(p, head, shared, group);
   for (int j = thread_index(); p.d_log_b.data && cluster_rank() == 0 && j < head.M; j += block_threads())
-    *at(p.d_log_b, head.b, head.h, j) = shared.d_log_b[j];
+    *at(p.d_log_b, group, head.h, j) = shared.d_log_b[j];
   const int k = thread_index();
   if (p.d_hyper.data && cluster_rank() == 0 && k < kNumHyper) {
     float total = 0;
 #pragma unroll 1
     for (int r = 0; r < (k == kLambdaB ? 1 : cluster_size()); ++r) total += map_shared(shared.sums, r)[k];
-    const float tau = head.hyper(p, kPositionScale);
-    const float factors[kNumHyper] = {head.inv_eps, -head.inv_eps * head.inv_eps, 1, 1, -2 * tau};
-    *at(p.d_hyper, head.b, head.h, k) = total * factors[k];
+    const float factors[kNumHyper] = {head.inv_eps, -head.inv_eps * head.inv_eps, 1, 1,
+                                      -2 * head.hyper(p, kPositionScale)};
+    *at(p.d_hyper, group, head.h, k) = total * factors[k];
   }
   sync_cluster();  // nobody leaves while another still reads its sums
 }
@@ -204,17 +206,15 @@ SFK_DEVICE void keys_backward(const AttentionParams& p, const Head& head, const 
   pass.run();
   pass.finish(sums);
   sums.of[kLambdaA] += pass.d_lam_a, sums.of[kLambdaB] += pass.d_lam_b;
+  for (int i = thread_index(); p.d_log_a.data && i < keys.count; i += block_threads())
+    *at(p.d_log_a, head.b, head.h, keys.first + i) = shared.d_log_a[i];
 }
 
+// One batch element of the head.
 template <class T>
-SFK_KERNEL(kThreads, 1)
-attention_backward_kernel(const ResidentParams p) {
-  Arena arena{static_cast<float*>(shared_memory())};
-  const Head head(p, block_index() / cluster_size());
+SFK_DEVICE void attend_backward(const AttentionParams& p, const Head& head, const BackwardShared<T>& shared,
+                                HyperSums& sums) {
   const KeyShare keys(p.S);
-  const BackwardShared<T> shared(arena, p, padded(KeyShare::each(p.S, cluster_size())), block_warps(), p.buffers);
-  HyperSums sums;
-  load_references(p, head, shared);
   load_masses(p, head, keys, shared);
   sync_block();
   const bool lone = few_keys(shared);
@@ -231,7 +231,23 @@ attention_backward_kernel(const ResidentParams p) {
     sync_block();
     keys_backward<T, true>(p, head, keys, shared, lone, sums);
   }
-  store_parameters(p, head, shared, keys, sums);
+  sync_block();
+}
+
+template <class T>
+SFK_KERNEL(kThreads, 1)
+attention_backward_kernel(const ResidentParams p) {
+  Arena arena{static_cast<float*>(shared_memory())};
+  Head head = first_problem(p);
+  const int rows = padded(KeyShare::each(p.S, cluster_size()));
+  const BackwardShared<T> shared(arena, p, rows, block_warps(), p.buffers);
+  HyperSums sums;
+  load_references(p, head, shared);
+  clear_parameters(head, shared);
+  const int64_t group = head.b / p.problems;
+#pragma unroll 1
+  for (int n = 0; n < p.problems && head.b < p.B; ++n, ++head.b) attend_backward(p, head, shared, sums);
+  store_parameters(p, head, shared, group, sums);
 }
 
 }  // namespace

@@ -41,7 +41,7 @@ void attention_backward(const py::tuple& x, const py::tuple& scalars, bool dot, 
   AttentionParams p = attention_params(x, scalars, dot, T, dropout_p, 0, 1);
   p.seed_at = reinterpret_cast<const int64_t*>(seed);
   state(p, z, c, true);
-  gradients(p, grads);
+  gradients(p, grads, cuda::gradient_parts(cuda::device(device), p));
   on_device(device,
             [&](const cuda::Device& d) { cuda::attention_backward(p, d, reinterpret_cast<void*>(stream)); });
 }
@@ -56,6 +56,10 @@ std::string refusal(Refusal of) {
 
 std::string sinkhorn_refusal(int64_t N, int64_t M, bool backward) {
   return refusal([&](const cuda::Device& d) { return cuda::sinkhorn_refusal(d, N, M, backward); });
+}
+
+int64_t gradient_parts(const py::tuple& x, const py::tuple& scalars, int64_t T, int device) {
+  return cuda::gradient_parts(cuda::device(device), attention_params(x, scalars, false, T, 0, 0, 1));
 }
 
 std::string attention_refusal(int64_t S, int64_t M, int64_t D, int64_t E, int64_t P, int64_t T, int dtype,
@@ -83,6 +87,7 @@ void bind_cuda(py::module_& m) {
   m.def("cuda_sinkhorn_refusal", &sinkhorn_refusal);
   m.def("cuda_attention", &attention);
   m.def("cuda_attention_backward", &attention_backward);
+  m.def("cuda_gradient_parts", &gradient_parts);
   m.def("cuda_attention_refusal", &attention_refusal);
   m.def("cuda_devices", &devices,
         "(major, minor, multiprocessors, bytes of shared memory, blocks of a cluster) of each");

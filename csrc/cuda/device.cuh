@@ -35,6 +35,9 @@ struct F16 {
 struct alignas(16) Vec4 {
   float x, y, z, w;
 };
+struct alignas(16) Bits4 {
+  uint32_t x, y, z, w;
+};
 
 #ifdef SFK_SHIM
 

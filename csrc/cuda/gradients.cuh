@@ -133,9 +133,6 @@ SFK_DEVICE float over_columns(float x) {
   return x + shuffle_xor(x, 2);
 }
 
-// dℓ of rows g and g + 8 and a chunk of columns.
-using Chunk = float[kColumns / 8][4];
-
 // Adds Σ_i dℓ_ij away_i to out[j·step], of this warp's own: away(i, j) by rows 0 and 1.
 template <class Away>
 SFK_DEVICE void add_over_rows(const Chunk& dl, int first, int tiles, float* out, int step, Away away) {
@@ -157,9 +154,11 @@ template <class T>
 SFK_DEVICE void add_places(const Head& head, const BackwardShared<T>& shared, const Positions& positions,
                            const int64_t (&token)[2], const Chunk& dl, int first, int tiles, HyperSums& sums) {
   const int t = lane_index() % 4;
-#pragma unroll 1
-  for (int n = 0; n < tiles; ++n)
+#pragma unroll
+  for (int n = 0; n < kColumns / 8; ++n)
+#pragma unroll
     for (int e = 0; e < 4; ++e) {
+      if (n >= tiles) break;
       const int j = first + n * 8 + 2 * t + e % 2;
       if (token[e / 2] < 0 || j >= head.M) continue;
       sums.of[kPositionScale] += dl[n][e] * positions.distance(token[e / 2], shared.pi + j * head.P, head.P);
@@ -184,7 +183,7 @@ SFK_DEVICE void gradient_tile(const Head& head, const BackwardShared<T>& shared,
   along[0] = along[1] = 0;
 #pragma unroll 1
   for (int first = 0; first < head.Mp; first += kColumns) {
-    const int tiles = (head.Mp - first < kColumns ? head.Mp - first : kColumns) / 8;
+    const int tiles = chunk_tiles(head, first);
     Chunk dl = {}, product = {};
     rows_product<T>(dl, w, shared.zd + first * vl, vl, vl - kShift<T>, tiles);
     to_logits(first, tiles, dl);
@@ -221,7 +220,7 @@ SFK_DEVICE void store_token_gradients(const Rows<T>& to, const Head& head, const
     const int left = ld - kShift<T> - d0, tiles = (left < kNarrow ? left : kNarrow) / 8;
     float acc[kNarrow / 8][4] = {};
     const auto weight = [&](int i, int j) { return tile[i * head.stride + j]; };
-    weights_product<T, false>(acc, weight, shared.y + d0, ld, head.Mp, tiles);
+    weights_product<T>(acc, weight, shared.y + d0, ld, head.Mp, tiles);
 #pragma unroll
     for (int n = 0; n < kNarrow / 8; ++n)
 #pragma unroll
@@ -245,7 +244,7 @@ SFK_DEVICE void add_products(float* out, int out_length, int Mp, Weight weight, 
     const int j0 = task / across * kTile, e0 = task % across * kNarrow;
     const int tiles = (width - e0 < kNarrow ? width - e0 : kNarrow) / 8;
     float acc[kNarrow / 8][4] = {};
-    weights_product<T, false>(acc, [&](int j, int i) { return weight(i, j0 + j); }, rows + e0, ld, depth, tiles);
+    weights_product<T>(acc, [&](int j, int i) { return weight(i, j0 + j); }, rows + e0, ld, depth, tiles);
 #pragma unroll
     for (int n = 0; n < kNarrow / 8; ++n) {
       if (n >= tiles) break;
@@ -257,7 +256,8 @@ SFK_DEVICE void add_products(float* out, int out_length, int Mp, Weight weight, 
 
 // The blocks' dŷ added up and taken to dy; each block has its share of the references.
 template <class T>
-SFK_DEVICE void store_references(const AttentionParams& p, const Head& head, const BackwardShared<T>& shared) {
+SFK_DEVICE void store_references(const AttentionParams& p, const Head& head, const BackwardShared<T>& shared,
+                                 int64_t group) {
   const int D = static_cast<int>(p.D), ranks = cluster_size();
   for (int j = cluster_rank() * block_warps() + warp_index(); j < head.M; j += ranks * block_warps()) {
     float square = 0, along = 0;
@@ -274,20 +274,21 @@ SFK_DEVICE void store_references(const AttentionParams& p, const Head& head, con
     for (int d = lane_index(); d < D; d += kWarp) {
       const float sum = shared.d_y[j * shared.sums_length + d];
       const float unit = read(p.references, head.h, j, d) * inverse;
-      *at(p.d_references, head.b, head.h, j, d) = head.rbf ? (sum - unit * (along * inverse)) * inverse : sum;
+      *at(p.d_references, group, head.h, j, d) = head.rbf ? (sum - unit * (along * inverse)) * inverse : sum;
     }
   }
 }
 
 // dπ, by the first block.
 template <class T>
-SFK_DEVICE void store_places(const AttentionParams& p, const Head& head, const BackwardShared<T>& shared) {
+SFK_DEVICE void store_places(const AttentionParams& p, const Head& head, const BackwardShared<T>& shared,
+                             int64_t group) {
   for (int k = thread_index(); cluster_rank() == 0 && k < head.M * head.P; k += block_threads()) {
     float sum = 0;
 #pragma unroll 1
     for (int r = 0; r < cluster_size(); ++r)
       for (int w = 0; w < block_warps(); ++w) sum += map_shared(shared.places, r)[w * head.Mp * head.P + k];
-    *at(p.d_ref_pos, head.b, head.h, k / head.P, k % head.P) = 2 * head.tau2 * sum;
+    *at(p.d_ref_pos, group, head.h, k / head.P, k % head.P) = 2 * head.tau2 * sum;
   }
 }
 

@@ -21,7 +21,9 @@ constexpr float kLeast = 1e-27f;  // a column's sum below this has lost digits t
 
 // A problem and how its kernel is laid out.
 struct ResidentParams : AttentionParams {
-  int32_t buffers = 1;  // backward: steps of tokens in shared memory, 1 or 2
+  int32_t buffers = 1;   // backward: steps of tokens in shared memory, 1 or 2
+  int32_t problems = 1;  // batch elements that a cluster takes one after another, all of one head
+  int64_t groups = 1;    // clusters of a head: ⌈B/problems⌉
 };
 
 // What forward and backward keep of a head and of `rows` keys (a multiple of 16).
@@ -89,6 +91,12 @@ struct KeyShare {
   }
 };
 
+// The head of this cluster and the first of its batch elements.
+SFK_DEVICE Head first_problem(const ResidentParams& p) {
+  const int64_t cluster = block_index() / cluster_size();
+  return Head(p, cluster % p.groups * p.problems, cluster / p.groups);
+}
+
 // ŷ (y for "dot"), log b and π of the head.
 template <class T>
 SFK_DEVICE void load_references(const AttentionParams& p, const Head& head, const HeadShared<T>& shared) {
@@ -143,9 +151,10 @@ SFK_DEVICE void load_keys(const AttentionParams& p, const Head& head, const KeyS
   walk.each(warp_index(), block_warps(), [&](int tile, const TileOf<T>& x) {
     const int g = lane_index() / 4;
     float top[2], sum[2], *out = shared.l + tile * kTile * head.stride, *tops = shared.top + tile * kTile;
-    tile_logits(head, x, shared.y, shared.y_length, shared.pi, positions, nullptr, out, top);
+    Chunk l;
+    lowest = fminf(lowest, tile_weights(head, x, shared.y, shared.y_length, shared.pi, positions, nullptr, scaled, out,
+                                        l, top, sum));
     if (lane_index() % 4 == 0) tops[g] = top[0], tops[g + 8] = top[1];
-    if (scaled) lowest = fminf(lowest, tile_exp(head, out, top, sum));
   });
   lowest = -block_max(-lowest, shared.scratch);
   if (thread_index() == 0) *shared.lowest = lowest;
@@ -285,18 +294,85 @@ SFK_DEVICE bool solve(const AttentionParams& p, const Head& head, const Attentio
   return true;
 }
 
-// Log domain: ℓ -> the plan's columns W^k in place, short of `factor`.
-template <class T>
-SFK_DEVICE void form_plan(const Head& head, const AttentionShared<T>& shared) {
-#pragma unroll 1
-  for (int i = warp_index(); i < shared.rows; i += block_warps())
-    for (int j = lane_index(); j < head.Mp; j += kWarp) {
-      float& l = shared.l[i * head.stride + j];
-      l = shared.factor[j] > 0 ? exp_approx((l + shared.weight[i]) - shared.peaks[j]) : 0.0f;
-    }
-  sync_block();
-  for (int i = thread_index(); i < shared.rows; i += block_threads()) shared.weight[i] = 1;
+// Where a row of the plan in 16 bits keeps column j: every chunk of columns as high parts, then low parts.
+SFK_DEVICE int half_place(int Mp, int j, bool low) {
+  const int first = j / kColumns * kColumns, width = Mp - first < kColumns ? Mp - first : kColumns;
+  return 2 * first + (j - first) + (low ? width : 0);
 }
+
+// Eight numbers in the place of eight floats of the row, as two numbers of T each: rounding them once would be felt.
+template <class T>
+struct PlanRow {
+  SFK_DEVICE static void store(float* row, int Mp, int j, const float (&w)[8]) {
+    uint32_t high[4], low[4];
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+      high[k] = pack<T>(w[2 * k], w[2 * k + 1]);
+      const T h0 = {static_cast<uint16_t>(high[k])}, h1 = {static_cast<uint16_t>(high[k] >> 16)};
+      low[k] = pack<T>(w[2 * k] - to_float(h0), w[2 * k + 1] - to_float(h1));
+    }
+    T* halves = reinterpret_cast<T*>(row);
+    *reinterpret_cast<Bits4*>(halves + half_place(Mp, j, false)) = {high[0], high[1], high[2], high[3]};
+    *reinterpret_cast<Bits4*>(halves + half_place(Mp, j, true)) = {low[0], low[1], low[2], low[3]};
+  }
+};
+template <>
+struct PlanRow<float> {
+  SFK_DEVICE static void store(float* row, int, int j, const float (&w)[8]) {
+    *reinterpret_cast<Vec4*>(row + j) = {w[0], w[1], w[2], w[3]};
+    *reinterpret_cast<Vec4*>(row + j + 4) = {w[4], w[5], w[6], w[7]};
+  }
+};
+
+// K or ℓ -> the plan's columns W^k in place.  A row is eight lanes' work.
+template <class T, bool kLog>
+SFK_DEVICE void form_plan(const Head& head, const AttentionShared<T>& shared) {
+  const int part = lane_index() % 8 * 8;
+#pragma unroll 1
+  for (int i = warp_index() * 4 + lane_index() / 8; i < shared.rows; i += block_warps() * 4) {
+    float* row = shared.l + i * head.stride;
+    const float u = shared.weight[i];
+#pragma unroll 1
+    for (int first = 0; first < head.Mp; first += kColumns) {
+      const int j = first + part;
+      float w[8];
+#pragma unroll
+      for (int k = 0; k < 8 && j < head.Mp; ++k) {
+        const float l = row[j + k], factor = shared.factor[j + k];
+        w[k] = !kLog ? l * u * factor : factor > 0 ? exp_approx((l + u) - shared.peaks[j + k]) * factor : 0.0f;
+      }
+      sync_warp();
+      if (j < head.Mp) PlanRow<T>::store(row, head.Mp, j, w);
+    }
+  }
+  sync_block();
+}
+
+// acc += Wᵀ v of 16 references from j0 on, `depth` rows of the plan and 8·tiles columns of v [depth,.].
+template <class T>
+struct PlanProduct {
+  SFK_DEVICE static void run(float (&acc)[kNarrow / 8][4], const Head& head, const float* plan, int j0, const T* v,
+                             int ld, int depth, int tiles) {
+    const int lane = lane_index(), j = j0 + lane / 8 % 2 * 8, pitch = head.stride * 2;
+    const T* rows = reinterpret_cast<const T*>(plan) + (lane / 16 * 8 + lane % 8) * pitch;
+    const int high = half_place(head.Mp, j, false), low = half_place(head.Mp, j, true);
+#pragma unroll 1
+    for (int k = 0; k < depth; k += kTile) {
+      uint32_t a[4];
+      load_matrices_transposed(a, rows + k * pitch + high);
+      columns_product<T>(acc, a, v + k * ld, ld, tiles);
+      load_matrices_transposed(a, rows + k * pitch + low);
+      columns_product<T>(acc, a, v + k * ld, ld, tiles);
+    }
+  }
+};
+template <>
+struct PlanProduct<float> {
+  SFK_DEVICE static void run(float (&acc)[kNarrow / 8][4], const Head& head, const float* plan, int j0, const float* v,
+                             int ld, int depth, int tiles) {
+    weights_product<float>(acc, [&](int j, int s) { return plan[s * head.stride + j0 + j]; }, v, ld, depth, tiles);
+  }
+};
 
 // z += W^kᵀ v of this block's keys, for the 16 references and 32 columns of the values that this warp has.
 template <class T>
@@ -318,10 +394,7 @@ SFK_DEVICE void pool_part(const AttentionParams& p, const Head& head, const KeyS
     sync_block();
     const int depth = shared.rows - first < kValueRows ? shared.rows - first : kValueRows;
     const T* v = shared.staged + first / kValueRows % 2 * kValueRows * ld + e0;
-    const auto weight = [&](int j, int s) {
-      return shared.l[(first + s) * head.stride + j0 + j] * shared.weight[first + s] * shared.factor[j0 + j];
-    };
-    if (active) weights_product<T, true>(acc, weight, v, ld, depth, tiles);
+    if (active) PlanProduct<T>::run(acc, head, shared.l + first * head.stride, j0, v, ld, depth, tiles);
     sync_block();
   }
   copies_wait<0>();

@@ -12,6 +12,9 @@ constexpr int kTile = 16;     // tokens of a tile: the rows of a tensor-core pro
 constexpr int kColumns = 64;  // columns of products in registers at a time: 32 registers a thread
 constexpr int kNarrow = 32;   // the same where the weights take registers too
 
+// What a lane has of a tile's products with kColumns references or less: rows g and g + 8.
+using Chunk = float[kColumns / 8][4];
+
 // 16 bytes: they shift a row by four banks, so that eight rows lie in different ones.
 template <class T>
 constexpr int kShift = 16 / sizeof(T);
@@ -75,7 +78,7 @@ SFK_DEVICE float inverse_norm(const T* x, int ld, int depth) {
 
 // acc += X Yᵀ of the tile X [16,depth] and 8·tiles rows of Y [.,depth].
 template <class T>
-SFK_DEVICE void rows_product(float (&acc)[kColumns / 8][4], const T* x, const T* y, int ld, int depth, int tiles) {
+SFK_DEVICE void rows_product(Chunk& acc, const T* x, const T* y, int ld, int depth, int tiles) {
   const int lane = lane_index();
 #pragma unroll 1
   for (int k = 0; k < depth; k += kTile) {
@@ -96,7 +99,7 @@ SFK_DEVICE float dot(const Vec4& a, const Vec4& b, float c) {
 }
 
 template <>
-SFK_DEVICE void rows_product<float>(float (&acc)[kColumns / 8][4], const float* x, const float* y, int ld, int depth,
+SFK_DEVICE void rows_product<float>(Chunk& acc, const float* x, const float* y, int ld, int depth,
                                     int tiles) {
   const int g = lane_index() / 4, t = lane_index() % 4;
 #pragma unroll 1
@@ -114,37 +117,37 @@ SFK_DEVICE void rows_product<float>(float (&acc)[kColumns / 8][4], const float* 
   }
 }
 
-// acc += W B of weights W [16,depth], weight(i, k), and 8·tiles columns of rows B [depth,.].  kSplit: the weights as
-// two numbers of T each, where rounding them once would be felt.
-template <class T, bool kSplit, class Weight>
+// acc += A B of A [16,16] in registers and 8·tiles columns of rows B [16,.].
+template <class T>
+SFK_DEVICE void columns_product(float (&acc)[kNarrow / 8][4], const uint32_t (&a)[4], const T* b, int ld, int tiles) {
+  const int lane = lane_index();
+#pragma unroll
+  for (int n = 0; n < kNarrow / 8; n += 2) {
+    if (n >= tiles) break;
+    uint32_t r[4];
+    load_matrices_transposed(r, b + lane % 16 * ld + n * 8 + lane / 16 * 8);
+    multiply_add<T>(acc[n], a, r[0], r[1]), multiply_add<T>(acc[n + 1], a, r[2], r[3]);
+  }
+}
+
+// acc += W B of weights W [16,depth], weight(i, k), and 8·tiles columns of rows B [depth,.].
+template <class T, class Weight>
 struct WeightsProduct {
   SFK_DEVICE static void run(float (&acc)[kNarrow / 8][4], Weight weight, const T* b, int ld, int depth, int tiles) {
-    const int lane = lane_index(), g = lane / 4, t = lane % 4;
+    const int g = lane_index() / 4, t = lane_index() % 4;
 #pragma unroll 1
     for (int k = 0; k < depth; k += kTile) {
-      uint32_t high[4], low[4];
+      uint32_t a[4];
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const float w0 = weight(g + i % 2 * 8, k + 2 * t + i / 2 * 8);
-        const float w1 = weight(g + i % 2 * 8, k + 2 * t + i / 2 * 8 + 1);
-        high[i] = pack<T>(w0, w1);
-        const T h0 = {static_cast<uint16_t>(high[i])}, h1 = {static_cast<uint16_t>(high[i] >> 16)};
-        low[i] = kSplit ? pack<T>(w0 - to_float(h0), w1 - to_float(h1)) : 0;
-      }
-#pragma unroll
-      for (int n = 0; n < kNarrow / 8; n += 2) {
-        if (n >= tiles) break;
-        uint32_t r[4];
-        load_matrices_transposed(r, b + (k + lane % 16) * ld + n * 8 + lane / 16 * 8);
-        multiply_add<T>(acc[n], high, r[0], r[1]), multiply_add<T>(acc[n + 1], high, r[2], r[3]);
-        if (kSplit) multiply_add<T>(acc[n], low, r[0], r[1]), multiply_add<T>(acc[n + 1], low, r[2], r[3]);
-      }
+      for (int i = 0; i < 4; ++i)
+        a[i] = pack<T>(weight(g + i % 2 * 8, k + 2 * t + i / 2 * 8), weight(g + i % 2 * 8, k + 2 * t + i / 2 * 8 + 1));
+      columns_product<T>(acc, a, b + k * ld, ld, tiles);
     }
   }
 };
 
-template <bool kSplit, class Weight>
-struct WeightsProduct<float, kSplit, Weight> {
+template <class Weight>
+struct WeightsProduct<float, Weight> {
   SFK_DEVICE static void run(float (&acc)[kNarrow / 8][4], Weight weight, const float* b, int ld, int depth,
                              int tiles) {
     const int g = lane_index() / 4, t = lane_index() % 4;
@@ -162,9 +165,9 @@ struct WeightsProduct<float, kSplit, Weight> {
   }
 };
 
-template <class T, bool kSplit, class Weight>
+template <class T, class Weight>
 SFK_DEVICE void weights_product(float (&acc)[kNarrow / 8][4], Weight weight, const T* b, int ld, int depth, int tiles) {
-  WeightsProduct<T, kSplit, Weight>::run(acc, weight, b, ld, depth, tiles);
+  WeightsProduct<T, Weight>::run(acc, weight, b, ld, depth, tiles);
 }
 
 // The head's constants.
@@ -174,9 +177,9 @@ struct Head {
   bool rbf;
   float beta, inv_eps, inv_eps_low, lam_a, lam_b, tau2;  // 1/ε = inv_eps + inv_eps_low
   SFK_BOTH static int row_stride(int Mp) { return (Mp + 23) / 32 * 32 + 8; }
-  SFK_DEVICE Head(const AttentionParams& p, int64_t index)
-      : b(index / p.H),
-        h(index % p.H),
+  SFK_DEVICE Head(const AttentionParams& p, int64_t b_, int64_t h_)
+      : b(b_),
+        h(h_),
         M(static_cast<int>(p.M)),
         Mp(padded(p.M)),
         stride(row_stride(Mp)),
@@ -232,56 +235,115 @@ struct TileOf {
   SFK_DEVICE bool present(int i) const { return i < count && (!mass || mass[i] != kNone); }
 };
 
-// ℓ + add [Mp] of a tile into out [16,stride], −∞ beyond M; top: the maxima of rows g and g + 8.
+// ℓ + add of a tile and the references first.. first + 8·tiles, −∞ beyond M; top: raised to the maxima of the rows as far
+// as this lane sees them.
 template <class T>
-SFK_DEVICE void tile_logits(const Head& head, const TileOf<T>& tile, const T* y, int ld, const float* pi,
-                            const Positions& positions, const float* add, float* out, float (&top)[2]) {
+SFK_DEVICE void chunk_logits(const Head& head, const TileOf<T>& tile, const T* y, int ld, const float* pi,
+                             const Positions& positions, const float* add, int first, int tiles, Chunk& l,
+                             float (&top)[2]) {
   const int g = lane_index() / 4, t = lane_index() % 4;
   const float inverse[2] = {tile.inverse[g], tile.inverse[g + 8]};
-  top[0] = top[1] = kNone;
-#pragma unroll 1
-  for (int first = 0; first < head.Mp; first += kColumns) {
-    float acc[kColumns / 8][4] = {};
-    const int tiles = (head.Mp - first < kColumns ? head.Mp - first : kColumns) / 8;
-    rows_product<T>(acc, tile.x, y + first * ld, ld, ld - kShift<T>, tiles);
+  rows_product<T>(l, tile.x, y + first * ld, ld, ld - kShift<T>, tiles);
 #pragma unroll
-    for (int n = 0; n < kColumns / 8; ++n) {
-      if (n >= tiles) break;
+  for (int n = 0; n < kColumns / 8; ++n) {
+    if (n >= tiles) break;
 #pragma unroll
-      for (int e = 0; e < 4; ++e) {
-        const int j = first + n * 8 + 2 * t + e % 2, i = g + e / 2 * 8;
-        float l = kNone;
-        if (j < head.M) l = head.logit(head.kappa(acc[n][e], inverse[e / 2])) + (add ? add[j] : 0.0f);
-        if (head.P && j < head.M && tile.present(i))
-          l -= head.tau2 * positions.distance(tile.first + i, pi + j * head.P, head.P);
-        out[i * head.stride + j] = l;
-        top[e / 2] = fmaxf(top[e / 2], l);
-      }
+    for (int e = 0; e < 4; ++e) {
+      const int j = first + n * 8 + 2 * t + e % 2, i = g + e / 2 * 8;
+      float x = kNone;
+      if (j < head.M) x = head.logit(head.kappa(l[n][e], inverse[e / 2])) + (add ? add[j] : 0.0f);
+      if (head.P && j < head.M && tile.present(i))
+        x -= head.tau2 * positions.distance(tile.first + i, pi + j * head.P, head.P);
+      l[n][e] = x;
+      top[e / 2] = fmaxf(top[e / 2], x);
     }
   }
-  for (int mask = 1; mask < 4; mask *= 2)
-    for (int r = 0; r < 2; ++r) top[r] = fmaxf(top[r], shuffle_xor(top[r], mask));
 }
 
-// x -> e^{x − top} of the tile, in place, each lane its own; sum: of rows g and g + 8; returns the smallest finite
-// x − top that this lane saw.
-SFK_DEVICE float tile_exp(const Head& head, float* tile, const float (&top)[2], float (&sum)[2]) {
-  const int g = lane_index() / 4, t = lane_index() % 4;
-  float lowest = 0;
-  for (int r = 0; r < 2; ++r) {
-    const float base = finite_or_zero(top[r]);
-    sum[r] = 0;
-#pragma unroll 1
-    for (int j = 2 * t; j < head.Mp; j += 8)
-      for (int c = j; c < j + 2; ++c) {
-        float& x = tile[(g + r * 8) * head.stride + c];
-        const float below = x - base;
-        if (below != kNone) lowest = fminf(lowest, below);
-        x = exp_approx(below);
-        sum[r] += x;
-      }
-    for (int mask = 1; mask < 4; mask *= 2) sum[r] += shuffle_xor(sum[r], mask);
+// Maxima and sums of rows g and g + 8, for the four lanes that share them.
+SFK_DEVICE void row_maxima(float (&x)[2]) {
+  for (int mask = 1; mask < 4; mask *= 2)
+    for (int r = 0; r < 2; ++r) x[r] = fmaxf(x[r], shuffle_xor(x[r], mask));
+}
+SFK_DEVICE void row_sums(float (&x)[2]) {
+  for (int mask = 1; mask < 4; mask *= 2)
+    for (int r = 0; r < 2; ++r) x[r] += shuffle_xor(x[r], mask);
+}
+
+// x -> e^{x − top}; adds to sum, and lowers `lowest` to the smallest finite x − top.
+SFK_DEVICE void exp_chunk(Chunk& l, int tiles, const float (&top)[2], float (&sum)[2], float& lowest) {
+  const float base[2] = {finite_or_zero(top[0]), finite_or_zero(top[1])};
+#pragma unroll
+  for (int n = 0; n < kColumns / 8; ++n) {
+    if (n >= tiles) break;
+#pragma unroll
+    for (int e = 0; e < 4; ++e) {
+      const float below = l[n][e] - base[e / 2];
+      if (below != kNone) lowest = fminf(lowest, below);
+      l[n][e] = exp_approx(below);
+      sum[e / 2] += l[n][e];
+    }
   }
+}
+
+// Between a lane's registers and its places of a tile [16,stride].
+SFK_DEVICE void store_chunk(const Head& head, const Chunk& l, int first, int tiles, float* out) {
+  const int g = lane_index() / 4, t = lane_index() % 4;
+#pragma unroll
+  for (int n = 0; n < kColumns / 8; ++n) {
+    if (n >= tiles) break;
+#pragma unroll
+    for (int r = 0; r < 2; ++r)
+      *reinterpret_cast<Vec2*>(out + (g + r * 8) * head.stride + first + n * 8 + 2 * t) = {l[n][2 * r], l[n][2 * r + 1]};
+  }
+}
+SFK_DEVICE void load_chunk(const Head& head, Chunk& l, int first, int tiles, const float* from) {
+  const int g = lane_index() / 4, t = lane_index() % 4;
+#pragma unroll
+  for (int n = 0; n < kColumns / 8; ++n) {
+    if (n >= tiles) break;
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const Vec2 x = *reinterpret_cast<const Vec2*>(from + (g + r * 8) * head.stride + first + n * 8 + 2 * t);
+      l[n][2 * r] = x.x, l[n][2 * r + 1] = x.y;
+    }
+  }
+}
+
+// 8-column pieces of the chunk that starts at `first`.
+SFK_DEVICE int chunk_tiles(const Head& head, int first) {
+  return (head.Mp - first < kColumns ? head.Mp - first : kColumns) / 8;
+}
+
+// e^{ℓ + add − top} of a tile (or ℓ + add itself) in out [16,stride], and all of it in `last` where the references are
+// one chunk.  top and sum: of rows g and g + 8; returns the smallest finite ℓ + add − top that this lane saw.
+template <class T>
+SFK_DEVICE float tile_weights(const Head& head, const TileOf<T>& tile, const T* y, int ld, const float* pi,
+                              const Positions& positions, const float* add, bool exponentials, float* out, Chunk& last,
+                              float (&top)[2], float (&sum)[2]) {
+  const bool one = head.Mp <= kColumns;
+  float lowest = 0;
+  top[0] = top[1] = kNone, sum[0] = sum[1] = 0;
+#pragma unroll 1
+  for (int first = 0; first < head.Mp; first += kColumns) {
+    const int tiles = chunk_tiles(head, first);
+#pragma unroll
+    for (int n = 0; n < kColumns / 8; ++n)
+#pragma unroll
+      for (int e = 0; e < 4; ++e) last[n][e] = 0;
+    chunk_logits(head, tile, y, ld, pi, positions, add, first, tiles, last, top);
+    if (!one || !exponentials) store_chunk(head, last, first, tiles, out);
+  }
+  row_maxima(top);
+  if (!exponentials) return lowest;
+#pragma unroll 1
+  for (int first = 0; first < head.Mp; first += kColumns) {
+    const int tiles = chunk_tiles(head, first);
+    if (!one) load_chunk(head, last, first, tiles, out);
+    exp_chunk(last, tiles, top, sum, lowest);
+    store_chunk(head, last, first, tiles, out);
+  }
+  row_sums(sum);
   return lowest;
 }
 

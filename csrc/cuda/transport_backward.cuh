@@ -77,7 +77,7 @@ SFK_DEVICE void KeyPass<T, kLog>::pool_rows() {
     float sum[2] = {};
 #pragma unroll 1
     for (int first = 0; first < head.Mp; first += kColumns) {
-      const int tiles = (head.Mp - first < kColumns ? head.Mp - first : kColumns) / 8;
+      const int tiles = chunk_tiles(head, first);
       Chunk product = {};
       rows_product<T>(product, w + warp_index() * kTile * ld, shared.zd + first * ld, ld, ld - kShift<T>, tiles);
 #pragma unroll
@@ -238,7 +238,7 @@ SFK_DEVICE void KeyPass<T, kLog>::store_values(const Rows<T>& to, int row, int c
   for (int e0 = 0; e0 < ld - kShift<T>; e0 += kNarrow) {
     const int left = ld - kShift<T> - e0, tiles = (left < kNarrow ? left : kNarrow) / 8;
     float acc[kNarrow / 8][4] = {};
-    weights_product<T, false>(acc, weight, shared.zd + e0, ld, head.Mp, tiles);
+    weights_product<T>(acc, weight, shared.zd + e0, ld, head.Mp, tiles);
 #pragma unroll
     for (int n = 0; n < kNarrow / 8; ++n)
 #pragma unroll

@@ -24,39 +24,39 @@ def view(t: Tensor | None) -> View | None:
 Views = tuple[View | None, ...]
 
 
-def attention_backward(x: Operands, needs: Sequence[bool], run: Callable[[Views], None]) -> Operands:
-    """Gradients in the order of `Operands`, None where not needed; `run` fills views of them, parameters per batch."""
-    b, h, _, d = x.key.shape
+def attention_backward(x: Operands, needs: Sequence[bool], parts: int, run: Callable[[Views], None]) -> Operands:
+    """Gradients in the order of `Operands`, None where not needed; `run` fills views of them, parameters in parts."""
+    h, d = x.key.shape[1], x.key.shape[3]
     m, wide = x.references.shape[1], compute_dtype(x.key.dtype)
     need = dict(zip(Operands._fields, needs, strict=True))
 
-    def per_batch(wanted: bool, *shape: int) -> Tensor | None:
-        return x.key.new_empty((b, h, *shape), dtype=wide) if wanted else None
+    def in_parts(wanted: bool, *shape: int) -> Tensor | None:
+        return x.key.new_empty((parts, h, *shape), dtype=wide) if wanted else None
 
     tokens = [
         empty_in_order(t, t.shape) if n and t is not None else None for t, n in zip(x[:3], needs[:3], strict=True)
     ]
     d_log_a = empty_in_order(x.log_a, x.log_a.shape) if need["log_a"] and x.log_a is not None else None
-    d_references = per_batch(need["references"], m, d)
-    d_log_b = per_batch(need["log_b"] and x.log_b is not None, m, 1)
+    d_references = in_parts(need["references"], m, d)
+    d_log_b = in_parts(need["log_b"] and x.log_b is not None, m, 1)
     first = Operands._fields.index(HYPER[0])
     hypers = [n and t is not None for t, n in zip(x[first : first + 5], needs[first : first + 5], strict=True)]
-    d_hyper = per_batch(any(hypers), len(HYPER), 1)
+    d_hyper = in_parts(any(hypers), len(HYPER), 1)
     d_position = None
     if need["reference_position"] and x.reference_position is not None:
-        d_position = per_batch(True, m, x.reference_position.shape[-1])
+        d_position = in_parts(True, m, x.reference_position.shape[-1])
     run(tuple([view(t) for t in (*tokens, d_log_a, d_references, d_log_b, d_hyper, d_position)]))
 
-    hyper = _over_batch(d_hyper)
+    hyper = _added_up(d_hyper)
     d_hypers = [hyper[:, i, 0].contiguous() if hyper is not None and n else None for i, n in enumerate(hypers)]
     d_log_b = None if d_log_b is None else d_log_b.squeeze(-1)
-    d_parameters = in_order(x.references, _over_batch(d_references)), in_order(x.log_b, _over_batch(d_log_b))
-    d_position = in_order(x.reference_position, _over_batch(d_position))
+    d_parameters = in_order(x.references, _added_up(d_references)), in_order(x.log_b, _added_up(d_log_b))
+    d_position = in_order(x.reference_position, _added_up(d_position))
     return Operands._make((*tokens, d_parameters[0], d_log_a, d_parameters[1], *d_hypers, None, None, d_position, None))
 
 
-def _over_batch(t: Tensor | None) -> Tensor | None:
-    """[B, ...] -> [...], in a fixed order."""
+def _added_up(t: Tensor | None) -> Tensor | None:
+    """[parts, ...] -> [...], in a fixed order."""
     if t is None:
         return None
     return t.squeeze(0) if t.shape[0] == 1 else t.sum(0)

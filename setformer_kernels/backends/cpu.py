@@ -106,6 +106,7 @@ def _backward(
     return _extension.attention_backward(
         x,
         needs,
+        x.key.shape[0],
         lambda grads: _C.attention_backward(
             *_common(x, opt), *map(_view, state), (*map(_view, incoming), *grads), causal
         ),

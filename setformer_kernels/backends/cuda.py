@@ -100,13 +100,13 @@ def _backward(
     incoming: tuple[Tensor | None, ...],
     needs: Sequence[bool],
 ) -> Operands:
-    given = tuple([view(t) for t in incoming])
+    given, common, where = tuple([view(t) for t in incoming]), _common(x, opt), _where(x.key)
+    parts = _C.cuda_gradient_parts(common[0], common[1], opt.num_iters, where[0])
     return _extension.attention_backward(
         x,
         needs,
-        lambda grads: _C.cuda_attention_backward(
-            *_common(x, opt), view(state[0]), view(state[1]), (*given, *grads), *_where(x.key)
-        ),
+        parts,
+        lambda grads: _C.cuda_attention_backward(*common, view(state[0]), view(state[1]), (*given, *grads), *where),
     )
 
 
