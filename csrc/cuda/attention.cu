@@ -18,14 +18,22 @@ struct Layout {
 };
 
 template <class T>
+AttentionShared<T> placed(const AttentionParams& p, const Layout& l, Arena& arena, AttentionShared<T>*) {
+  return {arena, p, padded(KeyShare::each(p.S, l.cluster)), l.warps};
+}
+template <class T>
+BackwardShared<T> placed(const AttentionParams& p, const Layout& l, Arena& arena, BackwardShared<T>*) {
+  return {arena, p, padded(KeyShare::each(p.S, l.cluster)), l.warps, l.buffers};
+}
+
+template <class T>
 size_t shared_bytes(const AttentionParams& p, const Layout& l, bool backward) {
-  const int rows = padded(KeyShare::each(p.S, l.cluster));
   Arena arena;
   if (backward)
-    BackwardShared<T>(arena, p, rows, l.warps, l.buffers);
+    placed(p, l, arena, static_cast<BackwardShared<T>*>(nullptr));
   else
-    AttentionShared<T>(arena, p, rows, l.warps);
-  return static_cast<size_t>(arena.used) * sizeof(float);
+    placed(p, l, arena, static_cast<AttentionShared<T>*>(nullptr));
+  return arena.used * sizeof(float);
 }
 
 // Whether a layout fits, with two steps of tokens in memory where there is room for them.
@@ -53,6 +61,9 @@ Layout with_warps(const Device& device, const AttentionParams& p, bool backward,
   return best;
 }
 
+// The number of references, padded, whose kernel takes a problem; 0 for the one that takes any.
+int known(const AttentionParams& p) { return p.key.dtype != Dtype::f32 && padded(p.M) == kUsual ? kUsual : 0; }
+
 // As many warps as there are tiles, fewer where memory asks for it; then, where heads outnumber the blocks that run at
 // a time, several batch elements for each, which then load the references once and add up their gradients.
 Layout layout(const Device& device, const AttentionParams& p, bool backward) {
@@ -63,26 +74,28 @@ Layout layout(const Device& device, const AttentionParams& p, bool backward) {
   for (; warps > 0 && best.cluster == 0; warps /= 2) best = with_warps(device, p, backward, warps);
   if (best.cluster == 0) return best;
   const int64_t by_memory = device.shared / static_cast<int64_t>(best.shared + kReserved);
-  const int64_t by_threads = (backward ? 1 : 2) * kMostWarps / best.warps;  // see the kernels' launch bounds
+  const int64_t by_threads = (backward ? 1 : blocks_a_processor(known(p))) * kMostWarps / best.warps;
   const int64_t blocks = device.processors * std::max<int64_t>(1, std::min(by_memory, by_threads));
   if (best.cluster == 1) best.problems = std::max<int64_t>(1, std::min(p.B, (p.B * p.H + blocks - 1) / blocks));
   best.groups = (p.B + best.problems - 1) / best.problems;
   return best;
 }
 
-using Kernel = void (*)(ResidentParams);
-
-void run(const char* name, Kernel f32, Kernel bf16, Kernel f16, const AttentionParams& p, const Device& device,
-         void* stream, bool backward) {
-  if (p.B * p.H == 0) return;
-  const Layout l = layout(device, p, backward);
-  if (l.cluster == 0) throw std::invalid_argument(std::string(name) + ": the keys do not fit on the chip");
-  if (p.key.dtype == Dtype::f64) throw std::invalid_argument(std::string(name) + " has no kernels for float64");
-  ResidentParams all;
-  static_cast<AttentionParams&>(all) = p;
-  all.buffers = l.buffers, all.problems = static_cast<int32_t>(l.problems), all.groups = l.groups;
-  const Kernel kernel = p.key.dtype == Dtype::f32 ? f32 : p.key.dtype == Dtype::bf16 ? bf16 : f16;
+template <class Shared>
+void run(void (*kernel)(Launch<Shared>), const char* name, const AttentionParams& p, const Layout& l, void* stream) {
+  Launch<Shared> all(p);
+  all.problems = static_cast<int32_t>(l.problems), all.groups = l.groups;
+  Arena arena;
+  all.shared = placed(p, l, arena, static_cast<Shared*>(nullptr));
   launch(kernel, name, {p.H * l.groups * l.cluster, l.warps * kWarp, l.cluster, l.shared}, all, stream);
+}
+
+// The layout of a problem that a kernel is asked to run.
+Layout known_layout(const Device& device, const AttentionParams& p, bool backward) {
+  if (p.key.dtype == Dtype::f64) throw std::invalid_argument("attention has no kernels for float64");
+  const Layout l = layout(device, p, backward);
+  if (l.cluster == 0) throw std::invalid_argument("attention: the keys do not fit on the chip");
+  return l;
 }
 
 }  // namespace
@@ -98,12 +111,23 @@ std::string attention_refusal(const Device& device, const AttentionParams& p, bo
 int64_t gradient_parts(const Device& device, const AttentionParams& p) { return layout(device, p, true).groups; }
 
 void attention(const AttentionParams& p, const Device& device, void* stream) {
-  run("attention", attention_kernel<float>, attention_kernel<BF16>, attention_kernel<F16>, p, device, stream, false);
+  if (p.B * p.H == 0) return;
+  const Layout l = known_layout(device, p, false);
+  const auto go = [&](auto* kernel) { run(kernel, "attention", p, l, stream); };
+  const bool bf16 = p.key.dtype == Dtype::bf16;
+  if (p.key.dtype == Dtype::f32) return go(attention_kernel<float, 0>);
+  if (known(p)) return bf16 ? go(attention_kernel<BF16, kUsual>) : go(attention_kernel<F16, kUsual>);
+  bf16 ? go(attention_kernel<BF16, 0>) : go(attention_kernel<F16, 0>);
 }
 
 void attention_backward(const AttentionParams& p, const Device& device, void* stream) {
-  run("attention_backward", attention_backward_kernel<float>, attention_backward_kernel<BF16>,
-      attention_backward_kernel<F16>, p, device, stream, true);
+  if (p.B * p.H == 0) return;
+  const Layout l = known_layout(device, p, true);
+  const auto go = [&](auto* kernel) { run(kernel, "attention_backward", p, l, stream); };
+  const bool bf16 = p.key.dtype == Dtype::bf16;
+  if (p.key.dtype == Dtype::f32) return go(attention_backward_kernel<float, 0>);
+  if (known(p)) return bf16 ? go(attention_backward_kernel<BF16, kUsual>) : go(attention_backward_kernel<F16, kUsual>);
+  bf16 ? go(attention_backward_kernel<BF16, 0>) : go(attention_backward_kernel<F16, 0>);
 }
 
 }  // namespace sfk::cuda

@@ -42,7 +42,7 @@ struct ReadProduct {
     if (!in_registers) return weights_product<T>(acc, weight, z, ld, head.Mp, tiles);
 #pragma unroll
     for (int n = 0; n < kColumns / 8; n += 2) {
-      if (n * 8 >= head.Mp) break;
+      if (n * 8 >= head.Mp) continue;
       // The places of a product's results are those of its left operand.
       const uint32_t a[4] = {pack<T>(w[n][0], w[n][1]), pack<T>(w[n][2], w[n][3]), pack<T>(w[n + 1][0], w[n + 1][1]),
                              pack<T>(w[n + 1][2], w[n + 1][3])};
@@ -99,7 +99,7 @@ SFK_DEVICE void read_queries(const AttentionParams& p, const Head& head, const A
   walk.each(cluster_rank() * block_warps() + warp_index(), warps, [&](int, const TileOf<T>& x) {
     float top[2], sum[2];
     Chunk w;
-    tile_weights(head, x, shared.y, shared.y_length, shared.pi, positions, shared.g, true, tile, w, top, sum);
+    tile_weights<T>(head, x, shared.y, shared.y_length, shared.pi, positions, shared.g, true, tile, w, top, sum);
     if (p.dropout_p > 0) each_dropped(p, head, tile, x.first, [](float& w) { w = 0; });
     const float scale[2] = {sum[0] > 0 ? keep / sum[0] : 0.0f, sum[1] > 0 ? keep / sum[1] : 0.0f};
     sync_warp();
@@ -126,16 +126,14 @@ SFK_DEVICE void attend(const AttentionParams& p, const Head& head, const Attenti
   if (p.o.data) read_queries(p, head, shared);
 }
 
-template <class T>
-SFK_KERNEL(kThreads, kBlocks<T>)
-attention_kernel(const ResidentParams p) {
-  Arena arena{static_cast<float*>(shared_memory())};
-  Head head = first_problem(p);
-  const AttentionShared<T> shared(arena, p, padded(KeyShare::each(p.S, cluster_size())), block_warps());
-  load_references(p, head, shared);
+template <class T, int kKnown>
+SFK_KERNEL(kThreads, blocks_a_processor(kKnown))
+attention_kernel(const Launch<AttentionShared<T>> p) {
+  Head head = first_problem(p, kKnown);
+  load_references(p, head, p.shared);
 #pragma unroll 1
   for (int n = 0; n < p.problems && head.b < p.B; ++n, ++head.b) {
-    attend(p, head, shared);
+    attend(p, head, p.shared);
     sync_block();
   }
 }

@@ -44,7 +44,7 @@ struct QueryTile {
       rows_product<T>(product, d_o, shared.zd + first * ld, ld, ld - kShift<T>, tiles);
 #pragma unroll
       for (int n = 0; n < kColumns / 8; ++n) {
-        if (n >= tiles) break;
+        if (n >= tiles) continue;
 #pragma unroll
         for (int e = 0; e < 4; ++e) {
           const float w = weights[(g + e / 2 * 8) * head.stride + first + n * 8 + 2 * t + e % 2];
@@ -60,7 +60,7 @@ struct QueryTile {
     const int g = lane_index() / 4, t = lane_index() % 4;
 #pragma unroll
     for (int n = 0; n < kColumns / 8; ++n) {
-      if (n >= tiles) break;
+      if (n >= tiles) continue;
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
         const int r = e / 2;
@@ -70,7 +70,7 @@ struct QueryTile {
       }
     }
     float* columns = shared.columns + warp_index() * head.Mp;
-    add_over_rows(dl, first, tiles, columns, 1, [](int, int) { return 1.0f; });
+    add_over_rows(dl, first, tiles, columns, 1, [](int, int, float d) { return d; });
   }
 };
 
@@ -91,7 +91,7 @@ SFK_DEVICE void read_backward(const AttentionParams& p, const Head& head, const 
     const float* factor = shared.factor + warp_index() * kTile;
     float top[2], sum[2], along[2];
     Chunk w;
-    tile_weights(head, TileOf<T>{x, factor, row, count, nullptr}, shared.y, yl, shared.pi, positions, shared.dg, true,
+    tile_weights<T>(head, TileOf<T>{x, factor, row, count, nullptr}, shared.y, yl, shared.pi, positions, shared.dg, true,
                  tile, w, top, sum);
     for (int r = 0; r < 2; ++r) rows.scale[r] = sum[r] > 0 ? 1 / sum[r] : 0.0f;
     if (p.dropout_p > 0) each_dropped(p, head, tile, row, [](float& w) { w = -w; });
@@ -192,9 +192,10 @@ SFK_DEVICE void store_parameters(const ResidentParams& p, const Head& head, cons
     float total = 0;
 #pragma unroll 1
     for (int r = 0; r < (k == kLambdaB ? 1 : cluster_size()); ++r) total += map_shared(shared.sums, r)[k];
-    const float factors[kNumHyper] = {head.inv_eps, -head.inv_eps * head.inv_eps, 1, 1,
-                                      -2 * head.hyper(p, kPositionScale)};
-    *at(p.d_hyper, group, head.h, k) = total * factors[k];
+    if (k == kBandwidth) total *= head.inv_eps;
+    if (k == kEpsilon) total *= -head.inv_eps * head.inv_eps;
+    if (k == kPositionScale) total *= -2 * head.hyper(p, kPositionScale);
+    *at(p.d_hyper, group, head.h, k) = total;
   }
   sync_cluster();  // nobody leaves while another still reads its sums
 }
@@ -234,20 +235,17 @@ SFK_DEVICE void attend_backward(const AttentionParams& p, const Head& head, cons
   sync_block();
 }
 
-template <class T>
+template <class T, int kKnown>
 SFK_KERNEL(kThreads, 1)
-attention_backward_kernel(const ResidentParams p) {
-  Arena arena{static_cast<float*>(shared_memory())};
-  Head head = first_problem(p);
-  const int rows = padded(KeyShare::each(p.S, cluster_size()));
-  const BackwardShared<T> shared(arena, p, rows, block_warps(), p.buffers);
+attention_backward_kernel(const Launch<BackwardShared<T>> p) {
+  Head head = first_problem(p, kKnown);
   HyperSums sums;
-  load_references(p, head, shared);
-  clear_parameters(head, shared);
+  load_references(p, head, p.shared);
+  clear_parameters(head, p.shared);
   const int64_t group = head.b / p.problems;
 #pragma unroll 1
-  for (int n = 0; n < p.problems && head.b < p.B; ++n, ++head.b) attend_backward(p, head, shared, sums);
-  store_parameters(p, head, shared, group, sums);
+  for (int n = 0; n < p.problems && head.b < p.B; ++n, ++head.b) attend_backward(p, head, p.shared, sums);
+  store_parameters(p, head, p.shared, group, sums);
 }
 
 }  // namespace

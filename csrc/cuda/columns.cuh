@@ -9,13 +9,13 @@
 namespace sfk {
 namespace {
 
-// Hands out shared memory, in pieces that start at multiples of 16 bytes; with no memory it only counts.
+// Hands out shared memory, in pieces that start at multiples of 16 bytes.
 struct Arena {
-  float* base = nullptr;
-  int64_t used = 0;  // floats
-  SFK_BOTH float* take(int64_t n) {
-    float* p = base ? base + used : nullptr;
-    used += (n + 3) / 4 * 4;
+  int used = 0;  // floats
+  template <class T = float>
+  SFK_BOTH Place<T> take(int64_t n) {
+    const Place<T> p = {used};
+    used += static_cast<int>((n * static_cast<int64_t>(sizeof(T)) + 15) / 16) * 4;
     return p;
   }
 };

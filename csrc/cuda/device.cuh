@@ -206,6 +206,18 @@ SFK_DEVICE void multiply_add(float (&c)[4], const uint32_t (&a)[4], uint32_t b0,
 
 #endif
 
+// Numbers in shared memory, by where they start: as a number of 32 bits, which every thread has alike, a place costs
+// less than a pointer does.  Used as the pointer it stands for.
+template <class T>
+struct Place {
+  int at = 0;  // in floats
+  SFK_DEVICE operator T*() const { return reinterpret_cast<T*>(static_cast<float*>(shared_memory()) + at); }
+};
+template <class T>
+SFK_DEVICE T* map_shared(const Place<T>& place, int rank) {
+  return map_shared(static_cast<T*>(place), rank);
+}
+
 SFK_DEVICE float to_float(float x) { return x; }
 template <class T>
 SFK_DEVICE T rounded(float x) {

@@ -16,34 +16,35 @@ namespace {
 // Shared memory of a block, backward.  Where two things are named they take turns: before and after the queries.
 template <class T>
 struct BackwardShared : HeadShared<T> {
-  int buffers, sums_length, values_length;  // steps of tokens in memory; rows of dy, of dz
-  float* tile;                              // [warps·16,stride] the queries' weights; lies where the logits will
-  float* d_z;                               // [Mp,values_length] the sums of the queries; the same
-  T* zd;                                    // [Mp,v_length] z; dz
-  float* d_y;                               // [Mp,sums_length] the sums of dŷ
-  float *scale, *factor;                    // [warps,16] x is scaled by; the rows' factor
-  float *columns, *places;                  // [warps,Mp] Σ dS, [warps,Mp,P] Σ dℓ (p − π)
-  float *row_q, *row_r, *row_top, *pooled, *d_log_a;  // [steps,rows] thrice, [rows] twice
-  float *col_q, *col_r, *d_col, *levels;              // [steps,Mp] thrice, [steps,2]
-  float *zdz, *dg, *d_log_b, *part, *parts;           // [Mp] [Mp] [Mp] [sharing,Mp] [2,Mp]
-  float* sums;                                        // [8] of the block, read by the others
+  int buffers, sums_length, values_length;  // steps of tokens in memory, 1 or 2; rows of dy, of dz
+  Place<float> tile;                              // [warps·16,stride] the queries' weights; lies where the logits will
+  Place<float> d_z;                               // [Mp,values_length] the sums of the queries; the same
+  Place<T> zd;                                    // [Mp,v_length] z; dz
+  Place<float> d_y;                               // [Mp,sums_length] the sums of dŷ
+  Place<float> scale, factor;                    // [warps,16] x is scaled by; the rows' factor
+  Place<float> columns, places;                  // [warps,Mp] Σ dS, [warps,Mp,P] Σ dℓ (p − π)
+  Place<float> row_q, row_r, row_top, pooled, d_log_a;  // [steps,rows] thrice, [rows] twice
+  Place<float> col_q, col_r, d_col, levels;              // [steps,Mp] thrice, [steps,2]
+  Place<float> zdz, dg, d_log_b, part, parts;           // [Mp] [Mp] [Mp] [sharing,Mp] [2,Mp]
+  Place<float> sums;                                        // [8] of the block, read by the others
 
-  SFK_BOTH static int64_t queries_numbers(const AttentionParams& p, int warps) {
-    return int64_t{warps} * kTile * Head::row_stride(padded(p.M)) + int64_t{padded(p.M)} * (padded(p.E) + 8);
+  static int64_t queries_numbers(const AttentionParams& p, int warps) {
+    return int64_t{warps} * kTile * ResidentParams::row_stride(p.M) + int64_t{padded(p.M)} * (padded(p.E) + 8);
   }
-  SFK_BOTH static int64_t staged_numbers(const AttentionParams& p, int warps, int buffers) {
+  static int64_t staged_numbers(const AttentionParams& p, int warps, int buffers) {
     const int64_t rows = int64_t{warps} * kTile, keys = rows * kBuffers<T> * row_length<T>(p.D);
     const int64_t pairs = rows * buffers * (row_length<T>(p.D) + row_length<T>(p.E));
     return keys > pairs ? keys : pairs;
   }
-  SFK_BOTH BackwardShared(Arena& arena, const AttentionParams& p, int rows_, int warps, int buffers_)
+  BackwardShared() = default;
+  BackwardShared(Arena& arena, const AttentionParams& p, int rows_, int warps, int buffers_)
       : HeadShared<T>(arena, p, rows_, warps, queries_numbers(p, warps), staged_numbers(p, warps, buffers_)),
         buffers(buffers_),
         sums_length(padded(p.D) + 8),
         values_length(padded(p.E) + 8) {
     const int Mp = padded(p.M), steps = static_cast<int>(p.T > 1 ? p.T : 1), P = static_cast<int>(p.P);
-    tile = this->l, d_z = this->l ? this->l + warps * kTile * Head::row_stride(Mp) : nullptr;
-    zd = this->tokens(arena, Mp * this->v_length);
+    tile = this->l, d_z.at = this->l.at + warps * kTile * ResidentParams::row_stride(p.M);
+    zd = arena.take<T>(Mp * this->v_length);
     d_y = arena.take(Mp * sums_length);
     scale = arena.take(warps * kTile), factor = arena.take(warps * kTile);
     columns = arena.take(warps * Mp), places = arena.take(p.ref_pos.data ? warps * Mp * P : 0);
@@ -133,17 +134,17 @@ SFK_DEVICE float over_columns(float x) {
   return x + shuffle_xor(x, 2);
 }
 
-// Adds Σ_i dℓ_ij away_i to out[j·step], of this warp's own: away(i, j) by rows 0 and 1.
-template <class Away>
-SFK_DEVICE void add_over_rows(const Chunk& dl, int first, int tiles, float* out, int step, Away away) {
+// Adds Σ_i term(i, j, dℓ_ij) to out[j·step], of this warp's own; i: 0 and 1 for rows g and g + 8.
+template <class Term>
+SFK_DEVICE void add_over_rows(const Chunk& dl, int first, int tiles, float* out, int step, Term term) {
   const int t = lane_index() % 4;
 #pragma unroll
   for (int n = 0; n < kColumns / 8; ++n) {
-    if (n >= tiles) break;
+    if (n >= tiles) continue;
 #pragma unroll
     for (int c = 0; c < 2; ++c) {
       const int j = first + n * 8 + 2 * t + c;
-      const float sum = over_rows(dl[n][c] * away(0, j) + dl[n][2 + c] * away(1, j));
+      const float sum = over_rows(term(0, j, dl[n][c]) + term(1, j, dl[n][2 + c]));
       if (lane_index() < 4) out[j * step] += sum;
     }
   }
@@ -153,22 +154,19 @@ SFK_DEVICE void add_over_rows(const Chunk& dl, int first, int tiles, float* out,
 template <class T>
 SFK_DEVICE void add_places(const Head& head, const BackwardShared<T>& shared, const Positions& positions,
                            const int64_t (&token)[2], const Chunk& dl, int first, int tiles, HyperSums& sums) {
-  const int t = lane_index() % 4;
-#pragma unroll
-  for (int n = 0; n < kColumns / 8; ++n)
-#pragma unroll
-    for (int e = 0; e < 4; ++e) {
-      if (n >= tiles) break;
-      const int j = first + n * 8 + 2 * t + e % 2;
-      if (token[e / 2] < 0 || j >= head.M) continue;
-      sums.of[kPositionScale] += dl[n][e] * positions.distance(token[e / 2], shared.pi + j * head.P, head.P);
-    }
+  const bool placed[2] = {token[0] >= 0 && positions.placed(token[0], head.P),
+                          token[1] >= 0 && positions.placed(token[1], head.P)};
 #pragma unroll 1
-  for (int c = 0; c < head.P; ++c)
-    add_over_rows(dl, first, tiles, shared.places + warp_index() * head.Mp * head.P + c, head.P, [&](int r, int j) {
-      if (token[r] < 0 || j >= head.M || !positions.placed(token[r], head.P)) return 0.0f;
-      return positions.base[token[r] * positions.row + c * positions.column] - shared.pi[j * head.P + c];
-    });
+  for (int c = 0; c < head.P; ++c) {
+    float p[2];
+    for (int r = 0; r < 2; ++r) p[r] = placed[r] ? positions.coordinate(token[r], c) : 0.0f;
+    add_over_rows(dl, first, tiles, shared.places + warp_index() * head.Mp * head.P + c, head.P,
+                  [&](int r, int j, float d) {
+                    const float away = placed[r] ? d * (p[r] - shared.pi[j * head.P + c]) : 0.0f;
+                    sums.of[kPositionScale] += placed[r] ? away * (p[r] - shared.pi[j * head.P + c]) : 0.0f;
+                    return away;
+                  });
+  }
 }
 
 // dĉ of this warp's tile into tile [16,stride], times the rows' factor and as the products will take it.
@@ -191,7 +189,7 @@ SFK_DEVICE void gradient_tile(const Head& head, const BackwardShared<T>& shared,
     rows_product<T>(product, x, shared.y + first * yl, yl, yl - kShift<T>, tiles);
 #pragma unroll
     for (int n = 0; n < kColumns / 8; ++n) {
-      if (n >= tiles) break;
+      if (n >= tiles) continue;
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
         const int r = e / 2;
@@ -247,7 +245,7 @@ SFK_DEVICE void add_products(float* out, int out_length, int Mp, Weight weight, 
     weights_product<T>(acc, [&](int j, int i) { return weight(i, j0 + j); }, rows + e0, ld, depth, tiles);
 #pragma unroll
     for (int n = 0; n < kNarrow / 8; ++n) {
-      if (n >= tiles) break;
+      if (n >= tiles) continue;
 #pragma unroll
       for (int k = 0; k < 4; ++k) out[(j0 + g + k / 2 * 8) * out_length + e0 + n * 8 + 2 * t + k % 2] += acc[n][k];
     }

@@ -12,66 +12,65 @@ namespace sfk {
 namespace {
 
 constexpr int kThreads = 256;  // the most of a block
-// Blocks that a processor's registers hold: two of small heads; float32 tokens leave shared memory for one.
-template <class T>
-constexpr int kBlocks = sizeof(T) == 2 ? 2 : 1;
+// Blocks of the forward kernel that a processor's registers hold: two where the number of references is known.
+constexpr int blocks_a_processor(int known) { return known ? 2 : 1; }
 constexpr int kValueRows = 64;    // values in shared memory at a time, twice
 constexpr float kRange = 80;      // e^−80 leaves sums of products normal numbers
 constexpr float kLeast = 1e-27f;  // a column's sum below this has lost digits to underflow
 
-// A problem and how its kernel is laid out.
-struct ResidentParams : AttentionParams {
-  int32_t buffers = 1;   // backward: steps of tokens in shared memory, 1 or 2
-  int32_t problems = 1;  // batch elements that a cluster takes one after another, all of one head
-  int64_t groups = 1;    // clusters of a head: ⌈B/problems⌉
+// A kernel's parameters.  Where things lie in shared memory comes from the host: read from constant memory where it is
+// used, it takes no registers.
+template <class Shared>
+struct Launch : ResidentParams {
+  Shared shared;
+  using ResidentParams::ResidentParams;
 };
 
 // What forward and backward keep of a head and of `rows` keys (a multiple of 16).
 template <class T>
 struct HeadShared {
   int rows, y_length, v_length;
-  float* l;                         // [rows,stride] or more: ℓ, or K
-  T *y, *staged;                    // ŷ [Mp,y_length]; tiles of tokens
-  float *log_a, *top;               // [rows] log masses, row maxima
-  float *log_b, *pi;                // [Mp] [Mp,P]
-  float *inverse, *scratch, *lowest;  // [warps,16] [warps] [1]
+  Place<float> l;                         // [rows,stride] or more: ℓ, or K
+  Place<T> y, staged;                     // ŷ [Mp,y_length]; tiles of tokens
+  Place<float> log_a, top;                // [rows] log masses, row maxima
+  Place<float> log_b, pi;                 // [Mp] [Mp,P]
+  Place<float> inverse, scratch, lowest;  // [warps,16] [warps] [1]
 
-  SFK_BOTH HeadShared(Arena& arena, const AttentionParams& p, int rows_, int warps, int64_t least, int64_t tokens_)
+  HeadShared() = default;
+  HeadShared(Arena& arena, const AttentionParams& p, int rows_, int warps, int64_t least, int64_t tokens_)
       : rows(rows_), y_length(row_length<T>(p.D)), v_length(row_length<T>(p.E)) {
     const int Mp = padded(p.M);
-    const int64_t logits = static_cast<int64_t>(rows) * Head::row_stride(Mp);
+    const int64_t logits = static_cast<int64_t>(rows) * ResidentParams::row_stride(p.M);
     l = arena.take(logits > least ? logits : least);
-    y = tokens(arena, Mp * y_length), staged = tokens(arena, tokens_);
+    y = arena.take<T>(Mp * y_length), staged = arena.take<T>(tokens_);
     log_a = arena.take(rows), top = arena.take(rows);
     log_b = arena.take(Mp), pi = arena.take(Mp * (p.ref_pos.data ? p.P : 0));
     inverse = arena.take(warps * kTile), scratch = arena.take(warps), lowest = arena.take(1);
-  }
-  SFK_BOTH static T* tokens(Arena& arena, int64_t n) {  // a multiple of 16 bytes
-    return reinterpret_cast<T*>(arena.take((n * static_cast<int64_t>(sizeof(T)) + 15) / 16 * 4));
   }
 };
 
 // Shared memory of a block, forward.
 template <class T>
 struct AttentionShared : HeadShared<T> {
-  T* z;                           // [Mp,v_length]
-  float* part;                    // [warps,16,32] of z; lies where z will
-  float *weight, *g, *G, *c;      // [rows] f or u; [Mp]
-  float *peaks, *factor;          // [Mp] of the columns' sums; what the plan's columns are multiplied by
-  float *part_peak, *part_total;  // see ColumnSums
-  float *peak, *total;            // [2,Mp]
+  Place<T> z;                          // [Mp,v_length]
+  Place<float> part;                   // [warps,16,32] of z; lies where z will
+  Place<float> weight, g, G, c;        // [rows] f or u; [Mp]
+  Place<float> peaks, factor;          // [Mp] of the columns' sums; what the plan's columns are multiplied by
+  Place<float> part_peak, part_total;  // see ColumnSums
+  Place<float> peak, total;            // [2,Mp]
 
-  SFK_BOTH static int64_t staged_numbers(const AttentionParams& p, int warps) {
+  static int64_t staged_numbers(const AttentionParams& p, int warps) {
     const int64_t tiles = warps * kBuffers<T> * kTile * row_length<T>(p.D), values = 2 * kValueRows * row_length<T>(p.E);
     return tiles > values ? tiles : values;
   }
-  SFK_BOTH AttentionShared(Arena& arena, const AttentionParams& p, int rows_, int warps)
-      : HeadShared<T>(arena, p, rows_, warps, int64_t{warps} * kTile * Head::row_stride(padded(p.M)),
+  AttentionShared() = default;
+  AttentionShared(Arena& arena, const AttentionParams& p, int rows_, int warps)
+      : HeadShared<T>(arena, p, rows_, warps, int64_t{warps} * kTile * ResidentParams::row_stride(p.M),
                       staged_numbers(p, warps)) {
     const int M = static_cast<int>(p.M), Mp = padded(M), sharing = Strips(M, warps).sharing;
     const int pooled = Mp * this->v_length, parts = warps * kTile * kNarrow * static_cast<int>(sizeof(float) / sizeof(T));
-    z = this->tokens(arena, pooled > parts ? pooled : parts);
-    part = reinterpret_cast<float*>(z);
+    z = arena.take<T>(pooled > parts ? pooled : parts);
+    part.at = z.at;
     weight = arena.take(rows_), g = arena.take(Mp), G = arena.take(Mp), c = arena.take(Mp);
     peaks = arena.take(Mp), factor = arena.take(Mp);
     peak = arena.take(2 * Mp), total = arena.take(2 * Mp);
@@ -92,9 +91,9 @@ struct KeyShare {
 };
 
 // The head of this cluster and the first of its batch elements.
-SFK_DEVICE Head first_problem(const ResidentParams& p) {
+SFK_DEVICE Head first_problem(const ResidentParams& p, int known) {
   const int64_t cluster = block_index() / cluster_size();
-  return Head(p, cluster % p.groups * p.problems, cluster / p.groups);
+  return Head(p, cluster % p.groups * p.problems, cluster / p.groups, known);
 }
 
 // ŷ (y for "dot"), log b and π of the head.
@@ -152,7 +151,7 @@ SFK_DEVICE void load_keys(const AttentionParams& p, const Head& head, const KeyS
     const int g = lane_index() / 4;
     float top[2], sum[2], *out = shared.l + tile * kTile * head.stride, *tops = shared.top + tile * kTile;
     Chunk l;
-    lowest = fminf(lowest, tile_weights(head, x, shared.y, shared.y_length, shared.pi, positions, nullptr, scaled, out,
+    lowest = fminf(lowest, tile_weights<T>(head, x, shared.y, shared.y_length, shared.pi, positions, nullptr, scaled, out,
                                         l, top, sum));
     if (lane_index() % 4 == 0) tops[g] = top[0], tops[g + 8] = top[1];
   });

@@ -12,10 +12,10 @@ constexpr int kSinkhornThreads = 512;
 
 // Shared memory of a block that has `rows` rows.
 struct SinkhornShared {
-  float *l, *log_a, *f, *log_b, *g;  // [rows,M] [rows] [rows] [M] [M]
-  float *part_peak, *part_total;     // [sharing,M] the columns' sums over some rows of this block
-  float *peak, *total;               // [2,M] over all rows of this block; two, as the other blocks read behind
-  float* scratch;                    // [warps]
+  Place<float> l, log_a, f, log_b, g;  // [rows,M] [rows] [rows] [M] [M]
+  Place<float> part_peak, part_total;     // [sharing,M] the columns' sums over some rows of this block
+  Place<float> peak, total;               // [2,M] over all rows of this block; two, as the other blocks read behind
+  Place<float> scratch;                    // [warps]
   SFK_BOTH SinkhornShared(Arena& arena, int rows, int M, int warps) {
     const int parts = Strips(M, warps).sharing * M;
     l = arena.take(static_cast<int64_t>(rows) * M);
@@ -28,11 +28,11 @@ struct SinkhornShared {
 
 // The same for the backward pass.
 struct SinkhornBackwardShared {
-  float *l, *dl, *log_a, *d_log_a;      // [rows,M] [rows,M] [rows] [rows]
-  float *row_peak, *row_coef;           // [rows] R = exp(ℓ + g − peak), times coef = −λ_a df / total
-  float *log_b, *d_log_b, *g, *c, *dc;  // [M]
-  float *part, *dg;                     // [sharing,M] [2,M]
-  float *scratch, *d_lam_a;             // [warps] [1]
+  Place<float> l, dl, log_a, d_log_a;      // [rows,M] [rows,M] [rows] [rows]
+  Place<float> row_peak, row_coef;           // [rows] R = exp(ℓ + g − peak), times coef = −λ_a df / total
+  Place<float> log_b, d_log_b, g, c, dc;  // [M]
+  Place<float> part, dg;                     // [sharing,M] [2,M]
+  Place<float> scratch, d_lam_a;             // [warps] [1]
   SFK_BOTH SinkhornBackwardShared(Arena& arena, int rows, int M, int warps) {
     l = arena.take(static_cast<int64_t>(rows) * M), dl = arena.take(static_cast<int64_t>(rows) * M);
     log_a = arena.take(rows), d_log_a = arena.take(rows), row_peak = arena.take(rows), row_coef = arena.take(rows);
@@ -82,7 +82,7 @@ SFK_DEVICE void load_problem(const SinkhornParams& p, const Share& s, const Shar
 }
 
 SFK_KERNEL(kSinkhornThreads, 1) sinkhorn_kernel(const SinkhornParams p) {
-  Arena arena{static_cast<float*>(shared_memory())};
+  Arena arena;
   const Share s(p);
   const SinkhornShared shared(arena, (s.N + s.ranks - 1) / s.ranks, s.M, block_warps());
   load_problem(p, s, shared);
@@ -209,7 +209,7 @@ SFK_DEVICE void store_backward(const SinkhornParams& p, const Share& s, const Si
 
 // dg^t stands as one part a block in the halves of dg by turns; every block adds the parts in the order of ranks.
 SFK_KERNEL(kSinkhornThreads, 1) sinkhorn_backward_kernel(const SinkhornParams p) {
-  Arena arena{static_cast<float*>(shared_memory())};
+  Arena arena;
   const Share s(p);
   const SinkhornBackwardShared shared(arena, (s.N + s.ranks - 1) / s.ranks, s.M, block_warps());
   const int ran = static_cast<int>(p.iters[s.group]);

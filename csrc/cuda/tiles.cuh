@@ -11,6 +11,7 @@ namespace {
 constexpr int kTile = 16;     // tokens of a tile: the rows of a tensor-core product
 constexpr int kColumns = 64;  // columns of products in registers at a time: 32 registers a thread
 constexpr int kNarrow = 32;   // the same where the weights take registers too
+constexpr int kUsual = 64;    // references, padded, that kernels of 16 bits are compiled for: the default, one chunk
 
 // What a lane has of a tile's products with kColumns references or less: rows g and g + 8.
 using Chunk = float[kColumns / 8][4];
@@ -19,7 +20,7 @@ using Chunk = float[kColumns / 8][4];
 template <class T>
 constexpr int kShift = 16 / sizeof(T);
 
-SFK_BOTH int padded(int64_t n) { return static_cast<int>((n + kTile - 1) / kTile) * kTile; }
+SFK_BOTH constexpr int padded(int64_t n) { return static_cast<int>((n + kTile - 1) / kTile) * kTile; }
 // Numbers of a row of `depth` in shared memory.
 template <class T>
 SFK_BOTH int row_length(int64_t depth) {
@@ -86,7 +87,7 @@ SFK_DEVICE void rows_product(Chunk& acc, const T* x, const T* y, int ld, int dep
     load_matrices(a, x + lane % 16 * ld + k + lane / 16 * 8);
 #pragma unroll
     for (int n = 0; n < kColumns / 8; n += 2) {
-      if (n >= tiles) break;
+      if (n >= tiles) continue;
       load_matrices(b, y + (n * 8 + lane / 16 * 8 + lane % 8) * ld + k + lane / 8 % 2 * 8);
       multiply_add<T>(acc[n], a, b[0], b[1]);
       multiply_add<T>(acc[n + 1], a, b[2], b[3]);
@@ -108,7 +109,7 @@ SFK_DEVICE void rows_product<float>(Chunk& acc, const float* x, const float* y, 
     const Vec4 x1 = *reinterpret_cast<const Vec4*>(x + (g + 8) * ld + k);
 #pragma unroll
     for (int n = 0; n < kColumns / 8; ++n) {
-      if (n >= tiles) break;
+      if (n >= tiles) continue;
       const Vec4 y0 = *reinterpret_cast<const Vec4*>(y + (n * 8 + 2 * t) * ld + k);
       const Vec4 y1 = *reinterpret_cast<const Vec4*>(y + (n * 8 + 2 * t + 1) * ld + k);
       acc[n][0] = dot(x0, y0, acc[n][0]), acc[n][1] = dot(x0, y1, acc[n][1]);
@@ -123,7 +124,7 @@ SFK_DEVICE void columns_product(float (&acc)[kNarrow / 8][4], const uint32_t (&a
   const int lane = lane_index();
 #pragma unroll
   for (int n = 0; n < kNarrow / 8; n += 2) {
-    if (n >= tiles) break;
+    if (n >= tiles) continue;
     uint32_t r[4];
     load_matrices_transposed(r, b + lane % 16 * ld + n * 8 + lane / 16 * 8);
     multiply_add<T>(acc[n], a, r[0], r[1]), multiply_add<T>(acc[n + 1], a, r[2], r[3]);
@@ -156,7 +157,7 @@ struct WeightsProduct<float, Weight> {
       const float w0 = weight(g, k), w1 = weight(g + 8, k);
 #pragma unroll
       for (int n = 0; n < kNarrow / 8; ++n) {
-        if (n >= tiles) break;
+        if (n >= tiles) continue;
         const Vec2 v = *reinterpret_cast<const Vec2*>(b + k * ld + n * 8 + 2 * t);
         acc[n][0] = fmaf(w0, v.x, acc[n][0]), acc[n][1] = fmaf(w0, v.y, acc[n][1]);
         acc[n][2] = fmaf(w1, v.x, acc[n][2]), acc[n][3] = fmaf(w1, v.y, acc[n][3]);
@@ -170,20 +171,37 @@ SFK_DEVICE void weights_product(float (&acc)[kNarrow / 8][4], Weight weight, con
   WeightsProduct<T, Weight>::run(acc, weight, b, ld, depth, tiles);
 }
 
+// A problem and how its kernel is laid out.
+struct ResidentParams : AttentionParams {
+  int32_t references = 0, padded_references = 0, stride = 0, coordinates = 0;  // see Head
+  int32_t problems = 1;  // batch elements that a cluster takes one after another, all of one head
+  int64_t groups = 1;    // clusters of a head: ⌈B/problems⌉
+
+  // Numbers of a row of logits: 8 more than a multiple of 32, so that rows share no banks.
+  SFK_BOTH static constexpr int row_stride(int64_t M) { return (padded(M) + 23) / 32 * 32 + 8; }
+  ResidentParams() = default;
+  explicit ResidentParams(const AttentionParams& p)
+      : AttentionParams(p),
+        references(static_cast<int32_t>(p.M)),
+        padded_references(padded(p.M)),
+        stride(row_stride(p.M)),
+        coordinates(p.ref_pos.data ? static_cast<int32_t>(p.P) : 0) {}
+};
+
 // The head's constants.
 struct Head {
   int64_t b, h;
-  int M, Mp, stride, P;  // stride: of a row of logits; 8 more than a multiple of 32, so that rows share no banks
+  int M, Mp, stride, P;
   bool rbf;
   float beta, inv_eps, inv_eps_low, lam_a, lam_b, tau2;  // 1/ε = inv_eps + inv_eps_low
-  SFK_BOTH static int row_stride(int Mp) { return (Mp + 23) / 32 * 32 + 8; }
-  SFK_DEVICE Head(const AttentionParams& p, int64_t b_, int64_t h_)
+  // known: Mp where the kernel was compiled for it, else 0.
+  SFK_DEVICE Head(const ResidentParams& p, int64_t b_, int64_t h_, int known)
       : b(b_),
         h(h_),
-        M(static_cast<int>(p.M)),
-        Mp(padded(p.M)),
-        stride(row_stride(Mp)),
-        P(p.ref_pos.data ? static_cast<int>(p.P) : 0),
+        M(p.references),
+        Mp(known ? known : p.padded_references),
+        stride(known ? ResidentParams::row_stride(known) : p.stride),
+        P(p.coordinates),
         rbf(p.kernel == KernelKind::rbf) {
     beta = hyper(p, kBandwidth), lam_a = hyper(p, kLambdaA), lam_b = hyper(p, kLambdaB);
     tau2 = hyper(p, kPositionScale), tau2 *= tau2;
@@ -199,26 +217,18 @@ struct Head {
   SFK_DEVICE float logit(float kappa) const { return (kappa - 1) * inv_eps + (kappa - 1) * inv_eps_low; }
 };
 
-// Positions of the tokens of a tile, [.,P]; null where the problem has none.
+// Positions of the tokens, [.,P]; null where the problem has none.
 struct Positions {
   const float* base;
   int64_t row, column;
   SFK_DEVICE Positions(const View& v, const Head& head)
       : base(head.P ? at(v, head.b, head.h) : nullptr), row(v.stride[2]), column(v.stride[3]) {}
-  // ‖p − π‖²; 0 for a token without a position (NaN).
-  SFK_DEVICE float distance(int64_t token, const float* pi, int P) const {
-    float sum = 0;
-#pragma unroll 1
-    for (int c = 0; c < P; ++c) {
-      const float away = base[token * row + c * column] - pi[c];
-      sum += away * away;
-    }
-    return sum == sum ? sum : 0.0f;
-  }
+  SFK_DEVICE float coordinate(int64_t token, int c) const { return base[token * row + c * column]; }
+  // Whether a token has a position: one that is NaN stands for none.
   SFK_DEVICE bool placed(int64_t token, int P) const {
     float sum = 0;
 #pragma unroll 1
-    for (int c = 0; c < P; ++c) sum += base[token * row + c * column];
+    for (int c = 0; c < P; ++c) sum += coordinate(token, c);
     return sum == sum;
   }
 };
@@ -235,6 +245,32 @@ struct TileOf {
   SFK_DEVICE bool present(int i) const { return i < count && (!mass || mass[i] != kNone); }
 };
 
+// ℓ −= τ²‖p − π‖², coordinate by coordinate; nothing for tokens without a position.
+template <class T>
+SFK_DEVICE void place_chunk(const Head& head, const TileOf<T>& tile, const float* pi, const Positions& positions,
+                            int first, int tiles, Chunk& l) {
+  const int g = lane_index() / 4, j = first + 2 * (lane_index() % 4);
+  bool placed[2];
+#pragma unroll
+  for (int r = 0; r < 2; ++r)
+    placed[r] = tile.present(g + 8 * r) && positions.placed(tile.first + g + 8 * r, head.P);
+#pragma unroll 1
+  for (int c = 0; c < head.P; ++c)
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const float p = placed[r] ? positions.coordinate(tile.first + g + 8 * r, c) : 0.0f;
+#pragma unroll
+      for (int n = 0; n < kColumns / 8; ++n) {
+        if (n >= tiles) continue;
+#pragma unroll
+        for (int k = 0; k < 2; ++k) {
+          const float away = p - pi[(j + n * 8 + k) * head.P + c];
+          if (placed[r]) l[n][2 * r + k] -= head.tau2 * (away * away);
+        }
+      }
+    }
+}
+
 // ℓ + add of a tile and the references first.. first + 8·tiles, −∞ beyond M; top: raised to the maxima of the rows as far
 // as this lane sees them.
 template <class T>
@@ -246,17 +282,21 @@ SFK_DEVICE void chunk_logits(const Head& head, const TileOf<T>& tile, const T* y
   rows_product<T>(l, tile.x, y + first * ld, ld, ld - kShift<T>, tiles);
 #pragma unroll
   for (int n = 0; n < kColumns / 8; ++n) {
-    if (n >= tiles) break;
+    if (n >= tiles) continue;
 #pragma unroll
     for (int e = 0; e < 4; ++e) {
-      const int j = first + n * 8 + 2 * t + e % 2, i = g + e / 2 * 8;
+      const int j = first + n * 8 + 2 * t + e % 2;
       float x = kNone;
       if (j < head.M) x = head.logit(head.kappa(l[n][e], inverse[e / 2])) + (add ? add[j] : 0.0f);
-      if (head.P && j < head.M && tile.present(i))
-        x -= head.tau2 * positions.distance(tile.first + i, pi + j * head.P, head.P);
       l[n][e] = x;
-      top[e / 2] = fmaxf(top[e / 2], x);
     }
+  }
+  if (head.P) place_chunk(head, tile, pi, positions, first, tiles, l);
+#pragma unroll
+  for (int n = 0; n < kColumns / 8; ++n) {
+    if (n >= tiles) continue;
+#pragma unroll
+    for (int e = 0; e < 4; ++e) top[e / 2] = fmaxf(top[e / 2], l[n][e]);
   }
 }
 
@@ -275,7 +315,7 @@ SFK_DEVICE void exp_chunk(Chunk& l, int tiles, const float (&top)[2], float (&su
   const float base[2] = {finite_or_zero(top[0]), finite_or_zero(top[1])};
 #pragma unroll
   for (int n = 0; n < kColumns / 8; ++n) {
-    if (n >= tiles) break;
+    if (n >= tiles) continue;
 #pragma unroll
     for (int e = 0; e < 4; ++e) {
       const float below = l[n][e] - base[e / 2];
@@ -291,7 +331,7 @@ SFK_DEVICE void store_chunk(const Head& head, const Chunk& l, int first, int til
   const int g = lane_index() / 4, t = lane_index() % 4;
 #pragma unroll
   for (int n = 0; n < kColumns / 8; ++n) {
-    if (n >= tiles) break;
+    if (n >= tiles) continue;
 #pragma unroll
     for (int r = 0; r < 2; ++r)
       *reinterpret_cast<Vec2*>(out + (g + r * 8) * head.stride + first + n * 8 + 2 * t) = {l[n][2 * r], l[n][2 * r + 1]};
@@ -301,7 +341,7 @@ SFK_DEVICE void load_chunk(const Head& head, Chunk& l, int first, int tiles, con
   const int g = lane_index() / 4, t = lane_index() % 4;
 #pragma unroll
   for (int n = 0; n < kColumns / 8; ++n) {
-    if (n >= tiles) break;
+    if (n >= tiles) continue;
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       const Vec2 x = *reinterpret_cast<const Vec2*>(from + (g + r * 8) * head.stride + first + n * 8 + 2 * t);

@@ -82,7 +82,7 @@ SFK_DEVICE void KeyPass<T, kLog>::pool_rows() {
       rows_product<T>(product, w + warp_index() * kTile * ld, shared.zd + first * ld, ld, ld - kShift<T>, tiles);
 #pragma unroll
       for (int n = 0; n < kColumns / 8; ++n) {
-        if (n >= tiles) break;
+        if (n >= tiles) continue;
 #pragma unroll
         for (int e = 0; e < 4; ++e) {
           const int i = row + g + e / 2 * 8, j = first + n * 8 + 2 * t + e % 2;
@@ -193,7 +193,7 @@ SFK_DEVICE void KeyPass<T, kLog>::to_logits(int row, int first, int tiles, Chunk
   const auto each = [&](auto visit) {
 #pragma unroll
     for (int n = 0; n < kColumns / 8; ++n) {
-      if (n >= tiles) break;
+      if (n >= tiles) continue;
 #pragma unroll
       for (int e = 0; e < 4; ++e) visit(dl[n][e], e / 2, column + n * 8 + e % 2);
     }
