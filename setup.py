@@ -33,6 +33,7 @@ ISA_FLAGS = {
 }
 CUDA = ["cuda/bindings.cpp", *(f"cuda/{path.name}" for path in sorted(Path("csrc", "cuda").glob("*.cu")))]
 NVCC_FLAGS = ["-std=c++17", "-O3", "--expt-relaxed-constexpr", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
+NVCC_FLAGS += ["--threads", "0"]  # architectures side by side, as many as there are processors
 PTX = "90"  # what GPUs that are newer than the list compile for themselves
 
 

@@ -7,11 +7,12 @@ architecture.  A test compiles again and compares.
 from __future__ import annotations
 
 import csv
+import os
 import re
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -49,37 +50,32 @@ def demangled(name: str) -> str:
     return full[: full.rindex("(")]
 
 
-def compiled(source: Path) -> Iterator[Row]:
-    """The rows of one file, every architecture in one run of nvcc."""
-    targets = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in ARCHITECTURES]
+def compiled(source: Path, arch: str) -> list[Row]:
+    """The rows of one file for one architecture."""
+    target = f"-gencode=arch=compute_{arch},code=sm_{arch}"
+    options = ["-std=c++17", "-O3", "--expt-relaxed-constexpr", target, "-Xptxas", "-v"]
     with tempfile.TemporaryDirectory() as folder:
-        command = [
-            "nvcc",
-            "-std=c++17",
-            "-O3",
-            "--expt-relaxed-constexpr",
-            *targets,
-            "-Xptxas",
-            "-v",
-            "-c",
-            str(source),
-        ]
-        done = subprocess.run([*command, "-o", str(Path(folder, "out.o"))], capture_output=True, text=True, check=False)
+        command = ["nvcc", *options, "-c", str(source), "-o", str(Path(folder, "out.o"))]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         raise RuntimeError(done.stderr)
-    name, arch, stack = "", 0, (0, 0, 0)
+    found, name, stack = [], "", (0, 0, 0)
     for line in done.stderr.splitlines():
-        if found := FUNCTION.search(line):
-            name, arch = demangled(found[1]), int(found[2])
-        elif found := STACK.search(line):
-            stack = (int(found[1]), int(found[2]), int(found[3]))
-        elif (found := USED.search(line)) and name:
-            yield Row(name, arch, int(found[1]), *stack)
+        if entry := FUNCTION.search(line):
+            name = demangled(entry[1])
+        elif spilled := STACK.search(line):
+            stack = (int(spilled[1]), int(spilled[2]), int(spilled[3]))
+        elif (used := USED.search(line)) and name:
+            found.append(Row(name, int(arch), int(used[1]), *stack))
+    return found
 
 
 def rows() -> list[Row]:
+    """The rows of all files and architectures, as many at a time as there are processors."""
     sources = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
-    return sorted(row for source in sources for row in compiled(source))
+    with ThreadPoolExecutor(max_workers=os.cpu_count() or 1) as pool:
+        jobs = [pool.submit(compiled, source, arch) for source in sources for arch in ARCHITECTURES]
+        return sorted(row for job in jobs for row in job.result())
 
 
 def committed() -> list[Row]:

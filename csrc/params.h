@@ -40,9 +40,9 @@ struct AttentionParams {
   View o;                            // [B,H,L,E] in the dtype of the query
   View z, c;                         // [B,H,M,E] [B,H,max(T,1),M] F
 
-  View d_o, d_z, d_c;                              // incoming gradients, shaped as o, z, c
-  View d_query, d_key, d_value;                    // outgoing, in the dtype of q, k, v
-  View d_log_a;                                    // [B,H,S] F
+  View d_o, d_z, d_c;            // incoming gradients, shaped as o, z, c
+  View d_query, d_key, d_value;  // outgoing, in the dtype of q, k, v
+  View d_log_a;                  // [B,H,S] F
   // [B,H,M,D] [B,H,M] [B,H,5] [B,H,M,P] F: not yet summed over B (cuda: over its groups of batch elements)
   View d_references, d_log_b, d_hyper, d_ref_pos;
 };

@@ -11,8 +11,7 @@ from .backends.triton import face as triton
 from .problem import Problem
 
 REFERENCE = "reference"
-# In the order `auto` tries them.  cuda comes last until it has a backward of its own: another backend's, from the c
-# that this one rounded, can leave the error budget where gradients cancel.
+# In the order `auto` tries them: cuda keeps on the chip what fits there, triton streams whatever there is.
 NATIVE: dict[str, ModuleType] = {module.NAME: module for module in (cpu, cuda, triton)}
 EAGER = eager  # behind the ops where no native backend is left: an exported graph on another machine
 

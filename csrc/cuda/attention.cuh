@@ -1,7 +1,7 @@
 // set_attention and set_pool, forward, in one launch: the keys' transport and pooling, then the queries' reading.
 #pragma once
 #include "../philox.h"
-#include "resident.cuh"
+#include "transport.cuh"
 
 namespace sfk {
 namespace {

@@ -91,8 +91,8 @@ SFK_DEVICE void read_backward(const AttentionParams& p, const Head& head, const 
     const float* factor = shared.factor + warp_index() * kTile;
     float top[2], sum[2], along[2];
     Chunk w;
-    tile_weights<T>(head, TileOf<T>{x, factor, row, count, nullptr}, shared.y, yl, shared.pi, positions, shared.dg, true,
-                 tile, w, top, sum);
+    tile_weights<T>(head, TileOf<T>{x, factor, row, count, nullptr}, shared.y, yl, shared.pi, positions, shared.dg,
+                    true, tile, w, top, sum);
     for (int r = 0; r < 2; ++r) rows.scale[r] = sum[r] > 0 ? 1 / sum[r] : 0.0f;
     if (p.dropout_p > 0) each_dropped(p, head, tile, row, [](float& w) { w = -w; });
     sync_warp();
@@ -109,8 +109,9 @@ SFK_DEVICE void read_backward(const AttentionParams& p, const Head& head, const 
       store_token_gradients(Rows<T>(p.d_query, head.b, head.h), head, shared, x, tile, row, count, along);
     sync_block();
     if (p.d_references.data)
-      add_products(shared.d_y, shared.sums_length, head.Mp,
-                   [&](int i, int j) { return shared.tile[i * head.stride + j]; }, x0, yl, step);
+      add_products(
+          shared.d_y, shared.sums_length, head.Mp, [&](int i, int j) { return shared.tile[i * head.stride + j]; }, x0,
+          yl, step);
   });
 }
 

@@ -42,8 +42,7 @@ void attention_backward(const py::tuple& x, const py::tuple& scalars, bool dot, 
   p.seed_at = reinterpret_cast<const int64_t*>(seed);
   state(p, z, c, true);
   gradients(p, grads, cuda::gradient_parts(cuda::device(device), p));
-  on_device(device,
-            [&](const cuda::Device& d) { cuda::attention_backward(p, d, reinterpret_cast<void*>(stream)); });
+  on_device(device, [&](const cuda::Device& d) { cuda::attention_backward(p, d, reinterpret_cast<void*>(stream)); });
 }
 
 // Why some device of this machine cannot take a problem; empty when all can.

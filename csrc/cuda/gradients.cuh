@@ -8,7 +8,7 @@
 // A block goes over its tokens in steps of a tile for every warp.  The sums over tokens stay in shared memory until the
 // blocks of the cluster add theirs, in the order of their ranks.
 #pragma once
-#include "resident.cuh"
+#include "transport.cuh"
 
 namespace sfk {
 namespace {
@@ -17,16 +17,16 @@ namespace {
 template <class T>
 struct BackwardShared : HeadShared<T> {
   int buffers, sums_length, values_length;  // steps of tokens in memory, 1 or 2; rows of dy, of dz
-  Place<float> tile;                              // [warps·16,stride] the queries' weights; lies where the logits will
-  Place<float> d_z;                               // [Mp,values_length] the sums of the queries; the same
-  Place<T> zd;                                    // [Mp,v_length] z; dz
-  Place<float> d_y;                               // [Mp,sums_length] the sums of dŷ
-  Place<float> scale, factor;                    // [warps,16] x is scaled by; the rows' factor
-  Place<float> columns, places;                  // [warps,Mp] Σ dS, [warps,Mp,P] Σ dℓ (p − π)
+  Place<float> tile;                        // [warps·16,stride] the queries' weights; lies where the logits will
+  Place<float> d_z;                         // [Mp,values_length] the sums of the queries; the same
+  Place<T> zd;                              // [Mp,v_length] z; dz
+  Place<float> d_y;                         // [Mp,sums_length] the sums of dŷ
+  Place<float> scale, factor;               // [warps,16] x is scaled by; the rows' factor
+  Place<float> columns, places;             // [warps,Mp] Σ dS, [warps,Mp,P] Σ dℓ (p − π)
   Place<float> row_q, row_r, row_top, pooled, d_log_a;  // [steps,rows] thrice, [rows] twice
-  Place<float> col_q, col_r, d_col, levels;              // [steps,Mp] thrice, [steps,2]
+  Place<float> col_q, col_r, d_col, levels;             // [steps,Mp] thrice, [steps,2]
   Place<float> zdz, dg, d_log_b, part, parts;           // [Mp] [Mp] [Mp] [sharing,Mp] [2,Mp]
-  Place<float> sums;                                        // [8] of the block, read by the others
+  Place<float> sums;                                    // [8] of the block, read by the others
 
   static int64_t queries_numbers(const AttentionParams& p, int warps) {
     return int64_t{warps} * kTile * ResidentParams::row_stride(p.M) + int64_t{padded(p.M)} * (padded(p.E) + 8);
@@ -69,8 +69,8 @@ template <class T>
 struct Pairs {
   const BackwardShared<T>& shared;
   const Rows<T>*x, *w;  // x may be null
-  int64_t first;  // row 0 of this block
-  int count;      // rows that exist
+  int64_t first;        // row 0 of this block
+  int count;            // rows that exist
   const float* mass;
 
   SFK_DEVICE T* x_of(int buffer) const {

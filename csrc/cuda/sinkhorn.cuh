@@ -13,9 +13,9 @@ constexpr int kSinkhornThreads = 512;
 // Shared memory of a block that has `rows` rows.
 struct SinkhornShared {
   Place<float> l, log_a, f, log_b, g;  // [rows,M] [rows] [rows] [M] [M]
-  Place<float> part_peak, part_total;     // [sharing,M] the columns' sums over some rows of this block
-  Place<float> peak, total;               // [2,M] over all rows of this block; two, as the other blocks read behind
-  Place<float> scratch;                    // [warps]
+  Place<float> part_peak, part_total;  // [sharing,M] the columns' sums over some rows of this block
+  Place<float> peak, total;            // [2,M] over all rows of this block; two, as the other blocks read behind
+  Place<float> scratch;                // [warps]
   SFK_BOTH SinkhornShared(Arena& arena, int rows, int M, int warps) {
     const int parts = Strips(M, warps).sharing * M;
     l = arena.take(static_cast<int64_t>(rows) * M);
@@ -28,11 +28,11 @@ struct SinkhornShared {
 
 // The same for the backward pass.
 struct SinkhornBackwardShared {
-  Place<float> l, dl, log_a, d_log_a;      // [rows,M] [rows,M] [rows] [rows]
-  Place<float> row_peak, row_coef;           // [rows] R = exp(ℓ + g − peak), times coef = −λ_a df / total
+  Place<float> l, dl, log_a, d_log_a;     // [rows,M] [rows,M] [rows] [rows]
+  Place<float> row_peak, row_coef;        // [rows] R = exp(ℓ + g − peak), times coef = −λ_a df / total
   Place<float> log_b, d_log_b, g, c, dc;  // [M]
-  Place<float> part, dg;                     // [sharing,M] [2,M]
-  Place<float> scratch, d_lam_a;             // [warps] [1]
+  Place<float> part, dg;                  // [sharing,M] [2,M]
+  Place<float> scratch, d_lam_a;          // [warps] [1]
   SFK_BOTH SinkhornBackwardShared(Arena& arena, int rows, int M, int warps) {
     l = arena.take(static_cast<int64_t>(rows) * M), dl = arena.take(static_cast<int64_t>(rows) * M);
     log_a = arena.take(rows), d_log_a = arena.take(rows), row_peak = arena.take(rows), row_coef = arena.take(rows);

@@ -244,8 +244,7 @@ SFK_DEVICE void KeyPass<T, kLog>::store_values(const Rows<T>& to, int row, int c
 #pragma unroll
       for (int k = 0; k < 4; ++k) {
         const int i = g + k / 2 * 8, e = e0 + n * 8 + 2 * t + k % 2;
-        if (i < count && e < to.width)
-          to.base[(keys.first + row + i) * to.row + e * to.column] = rounded<T>(acc[n][k]);
+        if (i < count && e < to.width) to.base[(keys.first + row + i) * to.row + e * to.column] = rounded<T>(acc[n][k]);
       }
   }
 }
@@ -280,13 +279,14 @@ SFK_DEVICE void KeyPass<T, kLog>::finish(HyperSums& sums) const {
     const int left = shared.rows - row0;
     const float* weights = shared.l + row0 * head.stride;
     if (p.d_references.data)
-      add_products(shared.d_y, shared.sums_length, head.Mp, [&](int i, int j) { return weights[i * head.stride + j]; },
-                   x, shared.y_length, left < step ? left : step);
+      add_products(
+          shared.d_y, shared.sums_length, head.Mp, [&](int i, int j) { return weights[i * head.stride + j]; }, x,
+          shared.y_length, left < step ? left : step);
   });
 }
 
-// g^{t−1} and −c^t of all iterations, as the factors of R and Q.  False where the scaled form cannot hold them: then they
-// are logarithms.
+// g^{t−1} and −c^t of all iterations, as the factors of R and Q.  False where the scaled form cannot hold them: then
+// they are logarithms.
 template <class T>
 SFK_DEVICE bool load_columns(const AttentionParams& p, const Head& head, const BackwardShared<T>& shared,
                              float lowest) {

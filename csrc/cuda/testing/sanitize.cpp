@@ -59,17 +59,37 @@ View in_half(const View& v, Dtype dtype, std::unique_ptr<uint16_t[]>& memory) {
   return half;
 }
 
-void attention(const AttentionParams& p) {
-  for (Dtype dtype : {Dtype::bf16, Dtype::f16}) {
-    std::unique_ptr<uint16_t[]> memory[4];
-    AttentionParams half = p;
-    half.query = in_half(p.query, dtype, memory[0]), half.key = in_half(p.key, dtype, memory[1]);
-    half.value = in_half(p.value, dtype, memory[2]), half.o = in_half(p.o, dtype, memory[3]);
-    in_both_orders(half, cuda::attention, {&half.o, &half.z, &half.c});
+// The problem in 16 bits, its outputs too.
+struct Half {
+  std::unique_ptr<uint16_t[]> memory[8];
+  AttentionParams p;
+  Half(const AttentionParams& all, Dtype dtype) : p(all) {
+    int n = 0;
+    for (View* v : {&p.query, &p.key, &p.value, &p.o, &p.d_o, &p.d_query, &p.d_key, &p.d_value}) {
+      if (*v) *v = in_half(*v, dtype, memory[n]);
+      ++n;
+    }
   }
-  in_both_orders(p, cuda::attention, {&p.o, &p.z, &p.c});
+};
+
+// float32 last: its results are what the case is judged by.
+template <class Run>
+void in_all_dtypes(const AttentionParams& p, Run run) {
+  for (Dtype dtype : {Dtype::bf16, Dtype::f16}) run(Half(p, dtype).p);
+  run(p);
 }
-void another_backend(const AttentionParams&) {}  // takes the gradient
+
+void attention(const AttentionParams& p) {
+  in_all_dtypes(p, [](const AttentionParams& q) { in_both_orders(q, cuda::attention, {&q.o, &q.z, &q.c}); });
+}
+
+void attention_backward(const AttentionParams& p) {
+  in_all_dtypes(p, [](const AttentionParams& q) {
+    in_both_orders(
+        q, cuda::attention_backward,
+        {&q.d_query, &q.d_key, &q.d_value, &q.d_log_a, &q.d_references, &q.d_log_b, &q.d_hyper, &q.d_ref_pos});
+  });
+}
 
 }  // namespace
 
@@ -77,7 +97,7 @@ int main(int argc, char** argv) {
   const int rounds = argc > 1 ? std::atoi(argv[1]) : 5;
   KernelTable kernels = {};
   kernels.sinkhorn = sinkhorn, kernels.sinkhorn_backward = sinkhorn_backward;
-  kernels.attention = attention, kernels.attention_backward = another_backend;
+  kernels.attention = attention, kernels.attention_backward = attention_backward;
   for (int i = 0; i < rounds; ++i) sinkhorn_case<float>(kernels), attention_case<float>(kernels, false);
   std::printf("cuda: %d rounds, %d failures\n", rounds, failures);
   return failures ? 1 : 0;
