@@ -62,7 +62,7 @@ struct ReadProduct<float> {
 template <class T>
 SFK_DEVICE void read_tile(const Rows<T>& to, const Head& head, const AttentionShared<T>& shared, bool in_registers,
                           const Chunk& w, const float* tile, int64_t first, int64_t count, const float (&scale)[2]) {
-  const int g = lane_index() / 4, t = lane_index() % 4, ld = shared.v_length;
+  const int ld = shared.v_length;
 #pragma unroll 1
   for (int e0 = 0; e0 < ld - kShift<T>; e0 += kNarrow) {
     const int left = ld - kShift<T> - e0, tiles = (left < kNarrow ? left : kNarrow) / 8;
@@ -71,11 +71,8 @@ SFK_DEVICE void read_tile(const Rows<T>& to, const Head& head, const AttentionSh
 #pragma unroll
     for (int n = 0; n < kNarrow / 8; ++n)
 #pragma unroll
-      for (int k = 0; k < 4; ++k) {
-        const int i = g + k / 2 * 8, e = e0 + n * 8 + 2 * t + k % 2;
-        if (i < count && e < to.width)
-          to.base[(first + i) * to.row + e * to.column] = rounded<T>(acc[n][k] * scale[k / 2]);
-      }
+      for (int k = 0; k < 4; ++k) acc[n][k] *= scale[k / 2];
+    store_tile(to, first, count, e0, acc);
   }
 }
 

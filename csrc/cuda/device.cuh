@@ -49,7 +49,10 @@ SFK_DEVICE int cluster_rank() { return shim::cluster_rank(); }
 SFK_DEVICE void* shared_memory() { return shim::shared_memory(); }
 SFK_DEVICE void sync_block() { shim::sync_block(); }
 SFK_DEVICE void sync_cluster() { shim::sync_cluster(); }
-SFK_DEVICE float shuffle_xor(float x, int mask) { return shim::shuffle_xor(x, mask); }
+template <class T>
+SFK_DEVICE T shuffle_xor(T x, int mask) {
+  return shim::shuffle_xor(x, mask);
+}
 SFK_DEVICE void sync_warp() { shim::sync_warp(); }
 SFK_DEVICE float exp2_approx(float x) { return std::exp2(x); }
 template <class T>
@@ -87,7 +90,10 @@ SFK_DEVICE void* shared_memory() {
   return dynamic_shared;
 }
 SFK_DEVICE void sync_block() { __syncthreads(); }
-SFK_DEVICE float shuffle_xor(float x, int mask) { return __shfl_xor_sync(0xffffffffu, x, mask); }
+template <class T>
+SFK_DEVICE T shuffle_xor(T x, int mask) {
+  return __shfl_xor_sync(0xffffffffu, x, mask);
+}
 
 SFK_DEVICE void sync_warp() { __syncwarp(); }
 

@@ -224,10 +224,10 @@ SFK_DEVICE void store_token_gradients(const Rows<T>& to, const Head& head, const
 #pragma unroll
       for (int k = 0; k < 4; ++k) {
         const int i = g + k / 2 * 8, d = d0 + n * 8 + 2 * t + k % 2;
-        if (i >= count || d >= to.width) continue;
-        const float radial = head.rbf ? to_float(x[i * ld + d]) * factor[i] * along[k / 2] : 0.0f;
-        to.base[(first + i) * to.row + d * to.column] = rounded<T>(scale[i] * (acc[n][k] - radial));
+        const float radial = head.rbf && d < ld ? to_float(x[i * ld + d]) * factor[i] * along[k / 2] : 0.0f;
+        acc[n][k] = scale[i] * (acc[n][k] - radial);
       }
+    store_tile(to, first, count, d0, acc);
   }
 }
 

@@ -51,10 +51,15 @@ struct Rows {
 template <class T>
 SFK_DEVICE void stage(const Rows<T>& from, T* to, int ld, int rows, int64_t first, int64_t count, const float* mass,
                       int index, int step) {
-  const int chunks = (ld - kShift<T>) / kShift<T>;
+  const int chunks = (ld - kShift<T>) / kShift<T>, down = step / chunks, along = step % chunks;
+  int i = index / chunks, chunk = index % chunks;
 #pragma unroll 1
-  for (int k = index; k < rows * chunks; k += step) {
-    const int i = k / chunks, d = k % chunks * kShift<T>;
+  for (; i < rows; i += down, chunk += along) {
+    if (chunk >= chunks) {  // a row further: cheaper than a division for every 16 bytes
+      chunk -= chunks;
+      if (++i >= rows) break;
+    }
+    const int d = chunk * kShift<T>;
     const bool present = i < count && (!mass || mass[i] != kNone);
     const T* src = from.base + (first + i) * from.row + d * from.column;
     T* dst = to + i * ld + d;
@@ -65,6 +70,51 @@ SFK_DEVICE void stage(const Rows<T>& from, T* to, int ld, int rows, int64_t firs
 #pragma unroll 1
     for (int c = 0; c < kShift<T>; ++c) dst[c] = present && d + c < from.width ? src[c * from.column] : T{};
   }
+}
+
+// Lane t of four has words 0..3; afterwards word t of lanes 0..3.
+SFK_DEVICE void transpose_words(uint32_t (&w)[4]) {
+#pragma unroll
+  for (int mask = 1; mask < 4; mask *= 2)
+#pragma unroll
+    for (int k = 0; k < 2; ++k) {
+      const int low = mask == 1 ? 2 * k : k, high = low + mask;
+      const bool odd = lane_index() & mask;
+      const uint32_t got = shuffle_xor(odd ? w[low] : w[high], mask);
+      if (odd)
+        w[low] = got;
+      else
+        w[high] = got;
+    }
+}
+
+// A tile's products, kNarrow columns from e0 on, rounded to the rows of `to` from `first` on, as many as there are:
+// 16 bytes at a time where they lie so.
+template <class T>
+SFK_DEVICE void store_tile(const Rows<T>& to, int64_t first, int64_t count, int e0,
+                           const float (&acc)[kNarrow / 8][4]) {
+  const int g = lane_index() / 4, t = lane_index() % 4;
+  if constexpr (sizeof(T) == 2) {
+    if (to.vector && e0 + kNarrow <= to.width) {
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        uint32_t w[4];
+#pragma unroll
+        for (int n = 0; n < 4; ++n) w[n] = pack<T>(acc[n][2 * r], acc[n][2 * r + 1]);
+        transpose_words(w);
+        T* row = to.base + (first + g + 8 * r) * to.row + e0;
+        if (g + 8 * r < count) *reinterpret_cast<Bits4*>(row + 8 * t) = {w[0], w[1], w[2], w[3]};
+      }
+      return;
+    }
+  }
+#pragma unroll
+  for (int n = 0; n < kNarrow / 8; ++n)
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+      const int i = g + k / 2 * 8, e = e0 + n * 8 + 2 * t + k % 2;
+      if (i < count && e < to.width) to.base[(first + i) * to.row + e * to.column] = rounded<T>(acc[n][k]);
+    }
 }
 
 // 1/‖x‖ of the tile's row lane/2, 0 where ‖x‖ ≤ 1e-12.

@@ -229,7 +229,7 @@ SFK_DEVICE void KeyPass<T, kLog>::to_logits(int row, int first, int tiles, Chunk
 // dv_s = Σ_j W^k_sj dz_j of a tile.
 template <class T, bool kLog>
 SFK_DEVICE void KeyPass<T, kLog>::store_values(const Rows<T>& to, int row, int count) const {
-  const int g = lane_index() / 4, t = lane_index() % 4, ld = shared.v_length;
+  const int ld = shared.v_length;
   const auto weight = [&](int i, int j) {
     if (lone) return shared.log_a[row + i] == kNone || j >= head.M ? 0.0f : 1.0f;
     return sent(shared.l[(row + i) * head.stride + j], row_q(last)[row + i], col_q(last)[j]);
@@ -239,13 +239,7 @@ SFK_DEVICE void KeyPass<T, kLog>::store_values(const Rows<T>& to, int row, int c
     const int left = ld - kShift<T> - e0, tiles = (left < kNarrow ? left : kNarrow) / 8;
     float acc[kNarrow / 8][4] = {};
     weights_product<T>(acc, weight, shared.zd + e0, ld, head.Mp, tiles);
-#pragma unroll
-    for (int n = 0; n < kNarrow / 8; ++n)
-#pragma unroll
-      for (int k = 0; k < 4; ++k) {
-        const int i = g + k / 2 * 8, e = e0 + n * 8 + 2 * t + k % 2;
-        if (i < count && e < to.width) to.base[(keys.first + row + i) * to.row + e * to.column] = rounded<T>(acc[n][k]);
-      }
+    store_tile(to, keys.first + row, count, e0, acc);
   }
 }
 

@@ -29,6 +29,7 @@ bool descending = false;
 // What a lane brings to a collective.
 union Slot {
   float value;
+  uint32_t bits;
   const void* row;
   struct {
     uint32_t a[4], b[2];
@@ -243,6 +244,12 @@ float shuffle_xor(float x, int mask) {
   Slot mine;
   mine.value = x;
   return meet_warp(4, mine)[self().thread % kLanes ^ mask].value;
+}
+
+uint32_t shuffle_xor(uint32_t x, int mask) {
+  Slot mine;
+  mine.bits = x;
+  return meet_warp(8, mine)[self().thread % kLanes ^ mask].bits;
 }
 
 float from_bf16(uint16_t x) {

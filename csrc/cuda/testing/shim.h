@@ -33,6 +33,7 @@ void sync_block();
 void sync_cluster();
 void sync_warp();
 float shuffle_xor(float x, int mask);
+uint32_t shuffle_xor(uint32_t x, int mask);
 
 float from_bf16(uint16_t x);
 float from_f16(uint16_t x);
