@@ -10,6 +10,7 @@ namespace {
 constexpr int kReserved = 1024;  // bytes of shared memory that the runtime takes of every block
 
 constexpr int kMostWarps = kThreads / kWarp;
+constexpr int kLeastWarps = 4;  // one for each scheduler: with fewer a long problem is another backend's
 
 struct Layout {
   int cluster = 0, warps = kMostWarps, buffers = 1;
@@ -71,7 +72,8 @@ Layout layout(const Device& device, const AttentionParams& p, bool backward) {
   if (std::max({p.S, p.L, p.D, p.E, p.M}) > (int64_t{1} << 24) || p.T > (1 << 16)) return best;
   int warps = kMostWarps;
   while (warps > 1 && std::max(p.S, p.L) <= int64_t{kTile} * warps / 2) warps /= 2;
-  for (; warps > 0 && best.cluster == 0; warps /= 2) best = with_warps(device, p, backward, warps);
+  best = with_warps(device, p, backward, warps);
+  for (; best.cluster == 0 && warps > kLeastWarps; warps /= 2) best = with_warps(device, p, backward, warps / 2);
   if (best.cluster == 0) return best;
   const int64_t by_memory = device.shared / static_cast<int64_t>(best.shared + kReserved);
   const int64_t by_threads = (backward ? 1 : blocks_a_processor(known(p))) * kMostWarps / best.warps;

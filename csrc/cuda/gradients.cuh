@@ -23,10 +23,11 @@ struct BackwardShared : HeadShared<T> {
   Place<float> d_y;                         // [Mp,sums_length] the sums of dŷ
   Place<float> scale, factor;               // [warps,16] x is scaled by; the rows' factor
   Place<float> columns, places;             // [warps,Mp] Σ dS, [warps,Mp,P] Σ dℓ (p − π)
-  Place<float> row_q, row_r, row_top, pooled, d_log_a;  // [steps,rows] thrice, [rows] twice
-  Place<float> col_q, col_r, d_col, levels;             // [steps,Mp] thrice, [steps,2]
-  Place<float> zdz, dg, d_log_b, part, parts;           // [Mp] [Mp] [Mp] [sharing,Mp] [2,Mp]
-  Place<float> sums;                                    // [8] of the block, read by the others
+  Place<float> row_q, row_r, d_log_a;       // [steps,rows] twice, [rows]
+  Place<float> row_top;  // [steps,rows] where the references are several chunks: see KeyPass::row_maximum
+  Place<float> col_q, col_r, d_col, levels;    // [steps,Mp] thrice, [steps,2]
+  Place<float> zdz, dg, d_log_b, part, parts;  // [Mp] [Mp] [Mp] [sharing,Mp] [2,Mp]
+  Place<float> sums;                           // [8] of the block, read by the others
 
   static int64_t queries_numbers(const AttentionParams& p, int warps) {
     return int64_t{warps} * kTile * ResidentParams::row_stride(p.M) + int64_t{padded(p.M)} * (padded(p.E) + 8);
@@ -49,8 +50,8 @@ struct BackwardShared : HeadShared<T> {
     scale = arena.take(warps * kTile), factor = arena.take(warps * kTile);
     columns = arena.take(warps * Mp), places = arena.take(p.ref_pos.data ? warps * Mp * P : 0);
     const int64_t all_rows = int64_t{steps} * rows_, all_columns = int64_t{steps} * Mp;
-    row_q = arena.take(all_rows), row_r = arena.take(all_rows), row_top = arena.take(all_rows);
-    pooled = arena.take(rows_), d_log_a = arena.take(rows_);
+    row_q = arena.take(all_rows), row_r = arena.take(all_rows), d_log_a = arena.take(rows_);
+    row_top = arena.take(Mp > kColumns ? all_rows : 0);
     col_q = arena.take(all_columns), col_r = arena.take(all_columns), d_col = arena.take(all_columns);
     levels = arena.take(2 * steps);
     zdz = arena.take(Mp), dg = arena.take(Mp), d_log_b = arena.take(Mp);

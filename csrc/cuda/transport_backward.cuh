@@ -28,13 +28,22 @@ struct KeyPass {
 
   SFK_DEVICE float* row_q(int t) const { return shared.row_q + t * shared.rows; }
   SFK_DEVICE float* row_r(int t) const { return shared.row_r + t * shared.rows; }
-  SFK_DEVICE float* row_top(int t) const { return shared.row_top + t * shared.rows; }
   SFK_DEVICE float* col_q(int t) const { return shared.col_q + t * head.Mp; }
   SFK_DEVICE float* col_r(int t) const { return shared.col_r + t * head.Mp; }
   SFK_DEVICE float* d_col(int t) const { return shared.d_col + t * head.Mp; }
 
   // Q without dc: of element l in row i and column j.
   SFK_DEVICE float sent(float l, float q, float c) const { return kLog ? exp_approx((l + q) + c) : l * q * c; }
+
+  // max_j (ℓ_ij + g_j) of iteration t, for the four lanes that share row i; 0 where there is none.  One chunk of ℓ is
+  // still there when it is asked for; of several the first are not: then step_rows has kept it.
+  SFK_DEVICE float row_maximum(int i, int t) const {
+    if (head.Mp > kColumns) return shared.row_top[t * shared.rows + i];
+    float x[2] = {kNone, kNone};
+    for (int j = lane_index() % 4; j < head.M; j += 4) x[0] = fmaxf(x[0], shared.l[i * head.stride + j] + col_r(t)[j]);
+    row_maxima(x);
+    return finite_or_zero(x[0]);
+  }
 
   SFK_DEVICE void step_columns(int t);
   SFK_DEVICE void pool_rows();
@@ -64,7 +73,7 @@ SFK_DEVICE void KeyPass<T, kLog>::step_columns(int t) {
   sync_block();
 }
 
-// Σ_j K_sj e^{top c − c_j} ⟨v_s, dz_j⟩ of every row (in the log domain Q for that product).
+// Σ_j K_sj e^{top c − c_j} ⟨v_s, dz_j⟩ of every row (in the log domain Q for that product), where row_r^T will be.
 template <class T, bool kLog>
 SFK_DEVICE void KeyPass<T, kLog>::pool_rows() {
   const int g = lane_index() / 4, t = lane_index() % 4, ld = shared.v_length, step = block_warps() * kTile;
@@ -93,7 +102,7 @@ SFK_DEVICE void KeyPass<T, kLog>::pool_rows() {
     }
     for (int r = 0; r < 2; ++r) {
       const float all = over_columns(sum[r]);
-      if (t == 0) shared.pooled[row + g + r * 8] = lone ? 0.0f : all;
+      if (t == 0) row_r(last)[row + g + r * 8] = lone ? 0.0f : all;
     }
   });
 }
@@ -132,13 +141,15 @@ SFK_DEVICE void KeyPass<T, kLog>::step_rows(int t) {
       lse = m + shift + log_total;
       q = exp_approx((mass + offset) + m * (1 - lam) - lam * log_total);
     }
-    df = octet(df, add) + (t == last ? shared.pooled[i] : 0.0f);
+    df = octet(df, add) + (t == last ? row_r(t)[i] : 0.0f);  // see pool_rows
     if (!kLog) df *= q;
     if (mass == kNone || lse == kNone) df = 0;
     if (lane_index() % 8) continue;
     shared.d_log_a[i] += df;
     if (p.T) d_lam_a -= df * (lse == kNone ? 0.0f : lse - center);
-    row_q(t)[i] = q, row_top(t)[i] = finite_or_zero(top);
+    row_q(t)[i] = q;
+    if (kLog) shared.top[i] = finite_or_zero(top);
+    if (kLog && head.Mp > kColumns) shared.row_top[t * shared.rows + i] = finite_or_zero(top);
     row_r(t)[i] = total > 0 ? -lam * df / total : 0.0f;
   }
   sync_block();
@@ -148,12 +159,12 @@ SFK_DEVICE void KeyPass<T, kLog>::step_rows(int t) {
 template <class T, bool kLog>
 SFK_DEVICE void KeyPass<T, kLog>::sum_columns(int t) {
   const int sharing = Strips(head.Mp, block_warps()).sharing;
-  const float *r = row_r(t), *top = row_top(t), *G = col_r(t);
+  const float *r = row_r(t), *G = col_r(t);
   each_column(head.Mp, [&](int j, int share) {
     float total = 0;
     for (int i = share; i < shared.rows; i += sharing) {
       const float l = shared.l[i * head.stride + j];
-      total = fmaf(kLog ? exp_approx((l + G[j]) - top[i]) : l, r[i], total);
+      total = fmaf(kLog ? exp_approx((l + G[j]) - shared.top[i]) : l, r[i], total);
     }
     shared.part[share * head.Mp + j] = total;
   });
@@ -211,8 +222,8 @@ SFK_DEVICE void KeyPass<T, kLog>::to_logits(int row, int first, int tiles, Chunk
 #pragma unroll 1
   for (int t = last; t >= 0; --t) {
     const float q[2] = {row_q(t)[i[0]], row_q(t)[i[1]]}, R[2] = {row_r(t)[i[0]], row_r(t)[i[1]]};
-    const float top[2] = {row_top(t)[i[0]], row_top(t)[i[1]]};
     const float *g = col_r(t), *c = col_q(t), *dc = d_col(t);
+    const float top[2] = {kLog ? row_maximum(i[0], t) : 0.0f, kLog ? row_maximum(i[1], t) : 0.0f};
     each([&](float& d, int r, int j) {
       if (kLog) {
         d += sent(logit(r, j), q[r], c[j]) * dc[j];
