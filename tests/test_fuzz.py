@@ -35,7 +35,7 @@ def strided(draw: Any, shape: tuple[int, ...], dtype: torch.dtype, generator: to
 def calls(draw: Any, dtypes: list[torch.dtype]) -> tuple[dict[str, Any], torch.dtype]:
     g = torch.Generator(torch.get_default_device()).manual_seed(draw(st.integers(0, 2**31)))
     dtype = draw(st.sampled_from(dtypes))
-    b, h, m = draw(st.integers(0, 3)), draw(st.integers(1, 3)), draw(st.sampled_from([1, 2, 7, 16, 33, 130]))
+    b, h, m = draw(st.integers(0, 3)), draw(st.integers(1, 3)), draw(st.sampled_from([1, 2, 7, 16, 33, 64, 130]))
     d, e = draw(st.sampled_from([1, 3, 16, 40])), draw(st.sampled_from([1, 5, 16, 40]))
     s = draw(st.sampled_from([1, 2, 17, 64, 65, 150]))
     causal = draw(st.booleans())
