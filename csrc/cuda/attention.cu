@@ -85,6 +85,7 @@ Layout layout(const Device& device, const AttentionParams& p, bool backward) {
 
 template <class Shared>
 void run(void (*kernel)(Launch<Shared>), const char* name, const AttentionParams& p, const Layout& l, void* stream) {
+  static_assert(sizeof(Launch<Shared>) <= 4096, "more than CUDA's parameters of a kernel may be");
   Launch<Shared> all(p);
   all.problems = static_cast<int32_t>(l.problems), all.groups = l.groups;
   Arena arena;
