@@ -69,7 +69,7 @@ int known(const AttentionParams& p) { return p.key.dtype != Dtype::f32 && padded
 // a time, several batch elements for each, which then load the references once and add up their gradients.
 Layout layout(const Device& device, const AttentionParams& p, bool backward) {
   Layout best;
-  if (std::max({p.S, p.L, p.D, p.E, p.M}) > (int64_t{1} << 24) || p.T > (1 << 16)) return best;
+  if (std::max({p.S, p.L, p.D, p.E, p.M, p.B, p.H}) > (int64_t{1} << 24) || p.T > (1 << 16)) return best;
   int warps = kMostWarps;
   while (warps > 1 && std::max(p.S, p.L) <= int64_t{kTile} * warps / 2) warps /= 2;
   best = with_warps(device, p, backward, warps);

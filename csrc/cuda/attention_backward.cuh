@@ -176,8 +176,8 @@ SFK_DEVICE void merge_queries(const AttentionParams& p, const Head& head, const 
 
 // What the blocks know of the parameters, added up in the order of their ranks, to place `group` of this head.
 template <class T>
-SFK_DEVICE void store_parameters(const ResidentParams& p, const Head& head, const BackwardShared<T>& shared,
-                                 int64_t group, const HyperSums& sums) {
+SFK_DEVICE void store_parameters(const ResidentParams& p, const Head& head, const BackwardShared<T>& shared, int group,
+                                 const HyperSums& sums) {
 #pragma unroll
   for (int k = 0; k < kNumHyper; ++k) {
     const float total = block_sum(sums.of[k], shared.scratch);
@@ -243,10 +243,9 @@ attention_backward_kernel(const Launch<BackwardShared<T>> p) {
   HyperSums sums;
   load_references(p, head, p.shared);
   clear_parameters(head, p.shared);
-  const int64_t group = head.b / p.problems;
 #pragma unroll 1
   for (int n = 0; n < p.problems && head.b < p.B; ++n, ++head.b) attend_backward(p, head, p.shared, sums);
-  store_parameters(p, head, p.shared, group, sums);
+  store_parameters(p, head, p.shared, (head.b - 1) / p.problems, sums);
 }
 
 }  // namespace

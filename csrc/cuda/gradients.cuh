@@ -256,7 +256,7 @@ SFK_DEVICE void add_products(float* out, int out_length, int Mp, Weight weight, 
 // The blocks' dŷ added up and taken to dy; each block has its share of the references.
 template <class T>
 SFK_DEVICE void store_references(const AttentionParams& p, const Head& head, const BackwardShared<T>& shared,
-                                 int64_t group) {
+                                 int group) {
   const int D = static_cast<int>(p.D), ranks = cluster_size();
   for (int j = cluster_rank() * block_warps() + warp_index(); j < head.M; j += ranks * block_warps()) {
     float square = 0, along = 0;
@@ -280,8 +280,7 @@ SFK_DEVICE void store_references(const AttentionParams& p, const Head& head, con
 
 // dπ, by the first block.
 template <class T>
-SFK_DEVICE void store_places(const AttentionParams& p, const Head& head, const BackwardShared<T>& shared,
-                             int64_t group) {
+SFK_DEVICE void store_places(const AttentionParams& p, const Head& head, const BackwardShared<T>& shared, int group) {
   for (int k = thread_index(); cluster_rank() == 0 && k < head.M * head.P; k += block_threads()) {
     float sum = 0;
 #pragma unroll 1

@@ -25,12 +25,11 @@ struct ResidentParams : AttentionParams {
 
 // The head's constants.
 struct Head {
-  int64_t b, h;
-  int M, Mp, stride, P;
+  int b, h, M, Mp, stride, P;
   bool rbf;
   float beta, inv_eps, inv_eps_low, lam_a, lam_b, tau2;  // 1/ε = inv_eps + inv_eps_low
   // known: Mp where the kernel was compiled for it, else 0.
-  SFK_DEVICE Head(const ResidentParams& p, int64_t b_, int64_t h_, int known)
+  SFK_DEVICE Head(const ResidentParams& p, int b_, int h_, int known)
       : b(b_),
         h(h_),
         M(p.references),

@@ -88,7 +88,7 @@ struct KeyShare {
 // The head of this cluster and the first of its batch elements.
 SFK_DEVICE Head first_problem(const ResidentParams& p, int known) {
   const int64_t cluster = block_index() / cluster_size();
-  return Head(p, cluster % p.groups * p.problems, cluster / p.groups, known);
+  return Head(p, static_cast<int>(cluster % p.groups) * p.problems, static_cast<int>(cluster / p.groups), known);
 }
 
 // ŷ (y for "dot"), log b and π of the head.
