@@ -50,7 +50,7 @@ cuda-resources: $(VENV)/.installed
 	$(RUN) -m benchmarks.cuda_resources
 
 model: $(VENV)/.installed
-	$(RUN) -m benchmarks.model
+	$(RUN) -m benchmarks.model --resident
 
 lint: $(VENV)/.lint
 	$(RUN) -m ruff check .

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -27,7 +27,7 @@ Call = Callable[[], object]
 class GpuCase:
     """One size and mode; what it is timed against, and the T it is timed at."""
 
-    name: str  # "headline", "sweep"
+    name: str  # "headline", "sweep", "windows"
     L: int
     mode: str
     B: int = 1
@@ -72,11 +72,19 @@ def full_plan() -> GpuPlan:
         for mode in reversed(MODES)
         for L in (128, 256, 512, 1024, 2048, 4096)
     )
+    windows = tuple(GpuCase("windows", L, mode, B=256, reference=False) for mode in MODES for L in (49, 196))
+    many = tuple(GpuCase("many heads", 4096, mode, B=9, reference=False) for mode in MODES)  # 144: every processor
+    # Only compiled: what the sweep and the windows leave out, last because torch.compile is slow.
+    beside = tuple(
+        replace(case, name=f"{case.name} compiled", iterations=(3,), compiled=True)
+        for case in sorted((*sweep, *windows, *many), key=lambda case: MODES.index(case.mode))
+        if case.L not in (128, 4096) or case.name == "many heads"
+    )
     memory = tuple(GpuCase("memory", L, BOTH) for L in (4096, 16384))
     host = GpuCase("host", 4096, FORWARD)
     check = GpuCase("check", 1000, BOTH, B=2, H=4)
     sinkhorn = ((64, 1024, 64, 20), (16, 256, 256, 50))
-    return GpuPlan("cuda", headline + sweep + against, memory, host, check, sinkhorn, 1.0)
+    return GpuPlan("cuda", headline + sweep + windows + many + against + beside, memory, host, check, sinkhorn, 1.0)
 
 
 def dry_plan() -> GpuPlan:
@@ -85,7 +93,12 @@ def dry_plan() -> GpuPlan:
     cases = (
         *(GpuCase("headline", 16, mode, **small) for mode in MODES),
         GpuCase("sweep", 16, BOTH, iterations=(3,), reference=False, **small),
-        GpuCase("compiled", 16, FORWARD, iterations=(3,), compiled=True, reference=False, **small),
+        GpuCase("windows", 9, BOTH, iterations=(3,), reference=False, **small),
+        GpuCase("many heads", 16, FORWARD, iterations=(3,), reference=False, **small),
+        *(
+            GpuCase(name, 16, FORWARD, iterations=(3,), compiled=True, reference=False, **small)
+            for name in ("compiled", "sweep compiled", "windows compiled", "many heads compiled")
+        ),
     )
     tiny = GpuCase("memory", 32, BOTH, **small)
     # Triton's interpreter truncates where a GPU rounds to nearest: only float32 is as exact there.

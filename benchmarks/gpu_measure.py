@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import implementations
-from benchmarks.cases import FORWARD, Entry
+from benchmarks.cases import BOTH, FORWARD, Entry
 from benchmarks.gpu_cases import (
     SDPA,
     Call,
@@ -87,11 +87,12 @@ class Measure:
 
     def _able(self, name: str, case: GpuCase) -> bool:
         sizes = {"D": case.D, "E": case.D, "M": case.M, "N": case.L}
-        problem = Problem("attention", self.plan.device, case.dtype, num_iters=3, **sizes)
-        return not dispatch.NATIVE[name].unsupported_reasons(problem)
+        forward = Problem("attention", self.plan.device, case.dtype, num_iters=max(case.iterations), **sizes)
+        problems = [forward, replace(forward, backward=True)] if case.mode == BOTH else [forward]
+        return not any(dispatch.NATIVE[name].unsupported_reasons(problem) for problem in problems)
 
     def _backends_of(self, case: GpuCase) -> list[str]:
-        """Those that hold the case's keys."""
+        """Those that hold the case's keys: another backend's backward would be timed under the name of the first."""
         return [name for name in self.backends if self._able(name, case)]
 
     def rows(self) -> Iterator[list[Row]]:

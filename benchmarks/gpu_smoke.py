@@ -6,6 +6,7 @@ import argparse
 import itertools
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -16,10 +17,20 @@ from setformer_kernels import dispatch
 from setformer_kernels.problem import Problem
 
 B, H, L, S, D, E, M, P = 2, 2, 70, 130, 48, 32, 20, 2  # ragged everywhere: tiles have tails in every direction
+USUAL = 64
+# B, S and ε: a cluster of several blocks; more heads than blocks run at a time; the log domain.
+USUAL_SIZES = ((1, 600, 0.05), (200, 20, 0.05), (1, 70, 0.001))
 
 
 def _leaf(*shape: int, dtype: torch.dtype, device: str) -> Tensor:
     return torch.randn(shape, dtype=dtype, device=device, requires_grad=True)
+
+
+def usual(backend: str, device: str, dtype: torch.dtype, *, heads: int, keys: int, epsilon: float) -> Tensor:
+    """Attention with M = D = E = 64, for which the CUDA kernels are compiled apart."""
+    x = [_leaf(heads, 2, keys, USUAL, dtype=dtype, device=device) for _ in range(3)]
+    y = _leaf(2, USUAL, USUAL, dtype=torch.float32, device=device)
+    return SF.set_attention(*x, y, epsilon=epsilon, num_iters=3, backend=backend)
 
 
 def attention(backend: str, device: str, dtype: torch.dtype, *, causal: bool, rich: bool) -> Tensor:
@@ -56,8 +67,17 @@ def sinkhorn(backend: str, device: str, rows: int) -> Tensor:
     return torch.cat([f, g], dim=-1)
 
 
-def calls(device: str) -> Iterator[tuple[str, torch.dtype, Callable[[str], Tensor]]]:
-    """(op, dtype, call of a backend's name) for everything above."""
+def calls(device: str) -> Iterator[tuple[Problem, Callable[[str], Tensor]]]:
+    """(problem, call of a backend's name) for everything above."""
+    for op, dtype, call in ragged_calls(device):
+        yield Problem(op, device, dtype, D=D, E=E, M=M, num_iters=1 if op == "causal" else 3), call
+    for dtype, (heads, keys, epsilon) in itertools.product((torch.bfloat16, torch.float16, torch.float32), USUAL_SIZES):
+        problem = Problem("attention", device, dtype, D=USUAL, E=USUAL, M=USUAL, num_iters=3, N=keys)
+        yield problem, partial(usual, device=device, dtype=dtype, heads=heads, keys=keys, epsilon=epsilon)
+
+
+def ragged_calls(device: str) -> Iterator[tuple[str, torch.dtype, Callable[[str], Tensor]]]:
+    """(op, dtype, call of a backend's name), sizes that are multiples of nothing."""
     for dtype in (torch.bfloat16, torch.float32):
         for op, rich in itertools.product(("attention", "causal"), (False, True)):
             options = {"device": device, "dtype": dtype, "causal": op == "causal", "rich": rich}
@@ -74,14 +94,14 @@ def main(argv: list[str] | None = None) -> int:
     device = parser.parse_args(argv).device
     ran = 0
     for name in [name for name in dispatch.NATIVE if name != "cpu"]:
-        for op, dtype, call in calls(device):
-            problem = Problem(op, device, dtype, D=D, E=E, M=M, num_iters=1 if op == "causal" else 3)
-            if dispatch.NATIVE[name].unsupported_reasons(problem):
+        for problem, call in calls(device):
+            ways = problem, replace(problem, backward=True)
+            if any(dispatch.NATIVE[name].unsupported_reasons(way) for way in ways):
                 continue
             output = call(name)
             output.float().square().sum().backward()
             if not output.isfinite().all():
-                print(f"{name} {op} {dtype}: not finite", file=sys.stderr)
+                print(f"{name} {problem}: not finite", file=sys.stderr)
                 return 1
             ran += 1
     print(f"{ran} calls, forward and backward")

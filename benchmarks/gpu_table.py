@@ -125,6 +125,37 @@ def against_compiled(backend: str) -> Measure:
     return measure
 
 
+def forward_over(case: str, lengths: Sequence[int], impls: Sequence[str], backend: str) -> Measure:
+    """The fastest of `impls` over the backend at T = 3, forward, worst length."""
+
+    def measure(rows: Sequence[Row]) -> Measured | None:
+        found = []
+        for L in lengths:
+            cells = {"case": case, "mode": FORWARD, "L": L}
+            own = timed(rows, **cells, impl=backend, T=3)
+            others = [
+                row for impl in impls for row in find(rows, metric="time", **cells, impl=impl) if row.T in (None, 3)
+            ]
+            if own is not None and others:
+                found.append((min(row.median for row in others) / own.median, f"L = {L}"))
+        return _worst(found, "×")
+
+    return measure
+
+
+def resident_targets(backend: str) -> list[Target]:
+    """Forward lines for the sizes that the CUDA C++ backend keeps on the chip."""
+    return [
+        Target("GPU", what, bound, "×", True, forward_over(case, lengths, impls, backend))
+        for what, bound, case, lengths, impls in (
+            ("forward against Triton, L = 256..2048, B·H = 128", 1.5, "sweep", (256, 512, 1024, 2048), ("triton",)),
+            ("forward, share of the copy floor, L = 4096, B·H = 144", 0.5, "many heads", (4096,), ("copy",)),
+            ("forward against the best SDPA, L = 196, B·H = 4096", 1, "windows", (196,), SOFTMAX),
+            ("forward against the best SDPA, L = 49, B·H = 4096", 0.667, "windows", (49,), SOFTMAX),
+        )
+    ]
+
+
 def host(backend: str) -> Measure:
     """Microseconds of host time before the first launch."""
 
@@ -176,6 +207,7 @@ def targets(backend: str) -> list[Target]:
         Target("GPU", "break-even with SDPA, forward + backward, B8", even, "", False, crossing(backend, BOTH)),
         Target("GPU", "against the compiled reference, forward, L ≥ 16k", 3, "×", True, against_compiled(backend)),
         Target("GPU", "host time before the first launch", 40, " µs", False, host(backend)),
+        *(resident_targets(backend) if backend == "cuda" else ()),
         Target("any", "peak extra memory, forward + backward, × (q, k, v, o)", 0.25, "×", False, memory(backend)),
         *(Target("any", f"`sinkhorn` against {impl}", 10, "×", True, solver(impl)) for impl in solvers),
     ]

@@ -11,11 +11,12 @@ A prediction, not a measurement: it needs triton and no GPU.
     backward, keys, T' − 1       k (the first: k, v)             2NMD (the first: + 2NME)     2NM
     backward, keys, last         k, v, dk, dv                    2NM(3D + 2E)                 2NM
 
-so 4 tensor moves forward and 11 forward + backward at T ≤ 1, the *copy floor*, whatever T.  References, column sums and
-z are M/N of that and not counted.  `resident forward` is the CUDA C++ backend's, whose keys stay on the chip: 4NM
-exponentials and the copy floor's bytes for every T.  Bytes move at a copy's rate (0.9 of the data sheet), exponentials
-at 16 a clock and multiprocessor, products at the data sheet's dense bf16 rate.  floor = max(bytes/rate, exps/rate,
-FLOPs/rate), of the whole call; keys that stay in the L2 cache between passes can beat it at short lengths.
+so 4 tensor moves forward and 11 forward + backward at T ≤ 1, the *copy floor*, whatever T. References, column sums
+and z are M/N of that and not counted. `resident forward` and `resident backward` are the CUDA C++ backend's, whose
+keys stay on the chip (`model_resident`): 4NM and 6NM exponentials and the copy floor's bytes for every T. Bytes move
+at a copy's rate (0.9 of the data sheet), exponentials at 16 a clock and multiprocessor, products at the data sheet's
+dense bf16 rate. floor = max(bytes/rate, exps/rate, FLOPs/rate), of the whole call; keys that stay in the L2 cache
+between passes can beat it at short lengths.
 
 **Prediction.**  Every launch of the call is compiled for the GPU.  Per iteration of its loop over tokens a program
 needs warps · instructions/4 issue cycles, warps · 2 cycles per exponential or other MUFU result, warps · 32/lanes
@@ -41,23 +42,14 @@ from typing import Any, NamedTuple
 
 import torch
 
-from benchmarks import aot, sass, workloads
+from benchmarks import aot, model_resident, sass, workloads
 from benchmarks.gpus import COPY_SHARE, FAMILIES, GPUS, SCHEDULERS, Gpu, resident_blocks
+from benchmarks.model_resident import HALF, Work, resident, resident_backward
 from benchmarks.workloads import Call
 
 LAUNCH_S = 1.5e-6  # from the end of one kernel to the start of the next in a CUDA graph, an assumption
 LENGTHS = (4096, 16384, 65536)
 LEAST_LENGTH, LEAST_SHARE = 16384, 70.0  # the target: percent of the floor, forward
-HALF = 2  # bytes
-
-
-class Work(NamedTuple):
-    """Counts of one stage, all heads together."""
-
-    name: str
-    bytes: float
-    flops: float
-    exps: float
 
 
 def stages(call: Call) -> list[Work]:
@@ -75,18 +67,6 @@ def stages(call: Call) -> list[Work]:
     columns = [work(f"columns {n + 1}", D + E * (n == 0), D + E * (n == 0)) for n in range(passes - 1)]
     last = work("key gradients", 2 * (D + E), 3 * D + 2 * E)
     return [work("query gradients", 2 * D + E, 3 * D + 2 * E), *columns, last]
-
-
-def resident(call: Call) -> Work:
-    """The CUDA C++ backend's forward, one launch: every token tensor moves once, whatever T.
-
-    z and c are written and the references read in float32, once a head: what the blocks of a cluster read again comes
-    from the L2 cache.  Pooling takes two products, of the weights' high and low parts.
-    """
-    N, M, D, E = call.L, call.M, call.D, call.E
-    heads, parameters = call.B * call.H, 4 * M * (D + E + max(call.T, 1))
-    moved = HALF * 2 * N * (D + E) + parameters
-    return Work("resident forward", heads * moved, heads * 2 * N * M * (2 * D + 3 * E), heads * 4 * N * M)
 
 
 def total(name: str, parts: Sequence[Work]) -> Work:
@@ -289,7 +269,8 @@ def stage_table(L: int, T: int) -> str:
     for backward in (False, True):
         parts = stages(Call("attention", L=L, T=T, backward=backward))
         found += [*parts, total("**backward**" if backward else "**forward**", parts)]
-    found.append(resident(Call("attention", L=L, T=T)))
+    call = Call("attention", L=L, T=T)
+    found += [resident(call), resident_backward(call)]
     lines = [f"| {p.name} | {p.bytes:.3g} | {p.flops:.3g} | {p.exps:.3g} |" for p in found]
     return "\n".join(["| stage | bytes | FLOPs | exps |", "|---|---|---|---|", *lines])
 
@@ -330,6 +311,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--forward", action="store_true", help="leave the backward out")
     parser.add_argument("--floor", action="store_true", help="floors only: compiles nothing, needs no triton")
     parser.add_argument("--launches", action="store_true", help="also where the time of every call goes")
+    parser.add_argument("--resident", action="store_true", help="also bytes and layouts of the CUDA C++ backend")
     parser.add_argument("--csv", type=Path, help="write the rows to this file")
     return parser
 
@@ -345,6 +327,8 @@ def main(argv: list[str] | None = None) -> int:
     print(stage_table(lengths[0], iterations[-1]) + "\n")
     rows = [row(gpu, L, T, both, predicting) for gpu in gpus for both in modes for L in lengths for T in iterations]
     print(table(rows))
+    for gpu in gpus if arguments.resident else ():
+        print(f"\n{gpu.name}, resident, T = {iterations[-1]}\n\n{model_resident.table(gpu, iterations[-1])}")
     if arguments.launches:
         for gpu, both, L, T in [(g, b, L, T) for g in gpus for b in modes for L in lengths for T in iterations]:
             print(f"\n{gpu.name}, L = {L}, T = {T}\n\n{launch_table(gpu, L, T, both)}")

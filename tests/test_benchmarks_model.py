@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import math
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -16,7 +17,7 @@ import torch
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # benchmarks/ is not installed
 
-from benchmarks import model, sass
+from benchmarks import model, model_resident, sass
 from benchmarks.gpus import COPY_SHARE, GPUS, resident_blocks
 from benchmarks.sass import Instruction
 from benchmarks.workloads import Call
@@ -53,6 +54,28 @@ def test_the_resident_forward_moves_what_a_copy_moves() -> None:
     assert tensors <= model.resident(call).bytes <= 1.1 * tensors
     assert model.resident(call).bytes - model.resident(replace(call, T=1)).bytes == 4 * call.B * call.H * call.M * 2
     assert "| resident forward |" in model.stage_table(4096, 3)
+
+
+def test_the_resident_backward_moves_what_a_copy_moves() -> None:
+    call = Call("attention", L=4096, T=3, B=9)
+    tensors = 2 * call.B * call.H * call.L * 11 * call.D
+    both = model.resident(call).bytes + model.resident_backward(call).bytes
+    assert tensors <= both <= 1.1 * tensors
+    assert model.resident_backward(call).bytes > model.resident_backward(call, groups=1).bytes
+    assert model.resident_backward(call).exps == model.resident_backward(replace(call, T=1)).exps
+    assert "| resident backward |" in model.stage_table(4096, 3)
+
+
+@pytest.mark.slow
+def test_layouts_are_the_hosts_own() -> None:
+    if shutil.which("g++") is None or shutil.which("make") is None:
+        pytest.skip("needs g++ and make")
+    call = Call("attention", L=4096, T=3, backward=True)
+    fits, not_ = model_resident.layouts((call, replace(call, L=100_000)), H200)
+    assert (fits.cluster, not_.cluster) == (8, 0)
+    assert fits.shared <= 227 * 1024
+    assert model_resident.second_reads(call, fits) > 2 * call.H * call.L * (call.D + call.E)
+    assert model_resident.table(H200, 3).count("|\n") == len(model_resident.SIZES) + 1
 
 
 def test_products_of_a_forward() -> None:

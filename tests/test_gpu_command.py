@@ -18,8 +18,11 @@ from benchmarks import gpu, gpu_table, gpu_tests
 from benchmarks.cases import BOTH, FORWARD
 from benchmarks.gpu import FAILED, OK, SKIPPED, Step
 from benchmarks.gpu_cases import GpuCase, copies, dry_plan, full_plan
+from benchmarks.gpu_measure import Measure
 from benchmarks.results import Row, read_csv
 from benchmarks.table import MET, NOT_MET, UNMEASURED
+from setformer_kernels import dispatch
+from setformer_kernels.problem import Problem
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -192,9 +195,74 @@ def test_plans_cover_the_targets() -> None:
     plan = full_plan()
     headline = {(case.mode, case.L) for case in plan.cases if case.name == "headline"}
     assert headline == {(mode, L) for mode in (FORWARD, BOTH) for L in (4096, 16384, 65536)}
-    assert {case.L for case in plan.cases if case.compiled and case.mode == FORWARD} == {16384, 65536}
+    assert {case.L for case in plan.cases if case.name == "compiled" and case.mode == FORWARD} == {16384, 65536}
     assert all(case.B == 8 for case in plan.cases if case.name == "sweep")
     assert {case.name for case in dry_plan().cases} == {case.name for case in plan.cases}
+    beside = {(case.mode, case.B * case.H, case.L) for case in plan.cases if case.name.endswith(" compiled")}
+    sizes = {(128, L) for L in (256, 512, 1024, 2048)} | {(144, 4096), (4096, 49), (4096, 196)}
+    assert beside == {(mode, *size) for mode in (FORWARD, BOTH) for size in sizes}
+    assert beside <= {(case.mode, case.B * case.H, case.L) for case in plan.cases if not case.compiled}
+
+
+def test_a_backend_is_timed_where_its_backward_runs_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Half:
+        @staticmethod
+        def unsupported_reasons(problem: Problem) -> list[str]:
+            return ["too many keys"] if (100 if problem.backward else 200) < problem.N else []
+
+    monkeypatch.setattr(dispatch, "NATIVE", {"half": Half})
+    measure = Measure(replace(dry_plan(), device="cuda"), 1.0, lambda text: None)
+    able = {(mode, L): measure._backends_of(GpuCase("x", L, mode)) for mode in (FORWARD, BOTH) for L in (100, 200, 201)}
+    assert [key for key, names in able.items() if names] == [(FORWARD, 100), (FORWARD, 200), (BOTH, 100)]
+
+
+@pytest.mark.parametrize("nvcc", [True, False])
+def test_cuda_kernels_are_built_for_this_machine_where_nvcc_is(
+    nvcc: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    ran = []
+
+    def child(command: list[str], seconds: float, log: Path, **variables: str) -> tuple[int, str]:
+        ran.append(variables)
+        return 0, ""
+
+    answers = iter([False, True])
+    monkeypatch.setattr(gpu, "toolkit", lambda: nvcc)
+    monkeypatch.setattr(gpu, "is_built", lambda cuda, folder: next(answers))
+    monkeypatch.setattr(gpu, "child", child)
+    monkeypatch.setattr(gpu.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(gpu.shutil, "which", lambda name: "/usr/bin/c++")
+    step = gpu.build(60, tmp_path)
+    assert step.status == OK
+    assert ("no nvcc" in step.summary) == (not nvcc)
+    assert [variables.get("SETFORMER_KERNELS_CUDA") for variables in ran] == ["1" if nvcc else None]
+
+
+def test_an_extension_without_cuda_or_older_than_its_sources_is_built_again(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    for folder in ("setformer_kernels", "csrc"):
+        (tmp_path / folder).mkdir()
+    built, status = tmp_path / "setformer_kernels" / "_C.x.so", [0]
+    for path in (tmp_path / "setup.py", tmp_path / "csrc" / "a.cu", built):
+        path.touch()
+    monkeypatch.setattr(gpu, "ROOT", tmp_path)
+    monkeypatch.setattr(gpu, "child", lambda *command: (status[0], ""))
+    assert gpu.is_built(True, tmp_path)
+    status[0] = 1
+    assert not gpu.is_built(True, tmp_path)
+    status[0] = 0
+    os.utime(built, (1, 1))
+    assert not gpu.is_built(True, tmp_path)
+
+
+def test_the_resident_targets_are_the_cuda_backends() -> None:
+    rows = [timed("cuda", 3, 49, 15.0, "windows"), timed("sdpa flash", None, 49, 11.0, "windows")]
+    rows += [timed("cuda", 3, L, 10.0, "sweep") for L in (256, 512)] + [timed("triton", 3, 256, 16.0, "sweep")]
+    rows += [timed("triton", 3, 512, 14.0, "sweep"), timed("triton", 1, 256, 1.0, "sweep")]
+    rows += [timed("cuda", 3, 4096, 10.0, "many heads"), timed("copy", None, 4096, 6.0, "many heads")]
+    found = {target.what: target.verdict(target.measure(rows)) for target in gpu_table.resident_targets("cuda")}
+    assert list(found.values()) == [NOT_MET, MET, UNMEASURED, MET]  # 1.4 at 512; 0.6; –; 11/15 ≥ 0.667
 
 
 @pytest.mark.slow

@@ -1,0 +1,24 @@
+// How the host lays attention out on a device: tells it without a device and without running anything.
+//
+// Every line of the input is
+//   major processors shared_bytes cluster | backward B H S M D E T dtype
+// without the bar (L = S, dtype as in params.h), every line of the output
+//   cluster warps buffers shared_bytes problems groups
+// and cluster is 0 where the keys do not fit.
+#include <iostream>
+
+#include "cuda/attention.cu"
+
+int main() {
+  using namespace sfk;
+  cuda::Device device;
+  AttentionParams p;
+  int backward = 0, dtype = 0;
+  while (std::cin >> device.major >> device.processors >> device.shared >> device.clusters >> backward >> p.B >> p.H >>
+         p.S >> p.M >> p.D >> p.E >> p.T >> dtype) {
+    p.L = p.S, p.key.dtype = static_cast<Dtype>(dtype);
+    const cuda::Layout l = cuda::layout(device, p, backward != 0);
+    std::cout << l.cluster << ' ' << l.warps << ' ' << l.buffers << ' ' << l.shared << ' ' << l.problems << ' '
+              << l.groups << '\n';
+  }
+}
