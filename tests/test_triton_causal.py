@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import functools
 import os
+import weakref
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import setformer_kernels.functional as SF
+from setformer_kernels.problem import Operands, Options
 from setformer_kernels.testing import assert_within_budget, gradients, model_inputs
 from setformer_kernels.testing.budget import cast
+from setformer_kernels.testing.cases import ALL_CASES, make
 
 pytest.importorskip("triton")
-from setformer_kernels.backends.triton import causal_state
+from setformer_kernels.backends.triton import causal_state, face
+from setformer_kernels.backends.triton.launch import Device, recorded
 
 causal = functools.partial(SF.set_attention, causal=True, num_iters=1)
 
@@ -60,11 +66,19 @@ def test_one_key(poisoned_memory: None) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_weights_of_any_range_in_any_chunk(dtype: torch.dtype) -> None:
+    check(any_range(), dtype)
+
+
+def test_weights_of_any_range_in_any_stretch(stretches: None) -> None:
+    check(any_range())
+
+
+def any_range() -> dict[str, Any]:
     """Masses from 1e-80 up, in the second chunk e^150 above all before: no product of two exponentials holds them."""
     given: dict[str, Any] = inputs(140)
     mask = 30 * torch.randn(1, 140, dtype=torch.float64)
     mask[:, 100:] += 150
-    check(given | {"key_mask": mask}, dtype)
+    return given | {"key_mask": mask}
 
 
 def test_wide_head_dims_in_blocks() -> None:
@@ -79,6 +93,73 @@ def test_parts_of_the_heads_equal_the_whole(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(causal_state, "WORKSPACE_SHARE", 0.0)
     in_parts = gradients(call, given, cotangent)
     assert all(torch.equal(whole[name], in_parts[name]) for name in whole)
+
+
+@pytest.fixture
+def stretches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every chunk of a head is a stretch of its own."""
+    monkeypatch.setattr(causal_state, "WORKSPACE_SHARE", 0.0)
+    monkeypatch.setattr(causal_state, "FEW_TOKENS", 0)
+
+
+STRETCHED = {
+    "causal_t0": {"D": 40, "E": 16},  # slots of dŷ larger than the means whose memory they take
+    "causal_tensors": {"E": 40},
+    "causal_dropout": {},
+    "causal_float_mask": {},
+    "causal_no_key": {},
+}
+
+
+@pytest.mark.parametrize("name", STRETCHED)
+def test_stretches_of_the_length(name: str, stretches: None, poisoned_memory: None) -> None:
+    given, options = make(replace(ALL_CASES[name], L=200, S=200, **STRETCHED[name]))
+    check(given | options)
+
+
+def test_stretches_of_several_chunks(monkeypatch: pytest.MonkeyPatch, poisoned_memory: None) -> None:
+    """Of as many as fill the interpreter's device, 4: 5 in 3 and 2."""
+    monkeypatch.setattr(causal_state, "WORKSPACE_SHARE", 0.0)
+    monkeypatch.setattr(causal_state, "PROGRAMS", 1)
+    check(inputs(300), torch.bfloat16)
+
+
+class Workspace(TorchDispatchMode):
+    """Counts the bytes of the tensors that are made inside the block: `live` now, and at most."""
+
+    def __init__(self, launches: list[Any]) -> None:
+        super().__init__()
+        self.launches, self.live, self.most = launches, 0, 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.launches.clear()  # a record of their arguments would keep these alive
+        out = function(*args, **(kwargs or {}))
+        if "empty" in str(function):
+            storage = out.untyped_storage()
+            weakref.finalize(storage, self.freed, storage.nbytes())
+            self.live += storage.nbytes()
+            self.most = max(self.most, self.live)
+        return out
+
+    def freed(self, size: int) -> None:
+        self.live -= size
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("B", "H", "L"), [(1, 8, 4096), (1, 8, 65536), (1, 16, 16384), (8, 16, 4096)])
+@pytest.mark.parametrize("D", [64, 128])
+def test_workspaces_take_at_most_a_quarter_of_the_tokens(B: int, H: int, L: int, D: int, dtype: torch.dtype) -> None:
+    with recorded(Device("sm_90", 132, "tf32x3")) as launches, torch.device("meta"):
+        q, k, v, d_o = (torch.empty(B, H, L, D, dtype=dtype) for _ in range(4))
+        x = Operands(q, k, v, torch.empty(H, D, D), *[None] * 11)
+        for call in (face.causal, functools.partial(face.causal_backward, d_o=d_o, needs=[t is not None for t in x])):
+            with Workspace(launches) as workspace:
+                found = call(x, Options(num_iters=1))
+            results = [found] if isinstance(found, Tensor) else [t for t in found if t is not None]
+            given = sum(t.nbytes for t in results)
+            launches.clear()
+            assert workspace.live == given
+            assert 0 < workspace.most - given <= 0.25 * sum(t.nbytes for t in (q, k, v, d_o))
 
 
 def test_nothing_depends_on_later_keys() -> None:

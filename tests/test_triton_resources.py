@@ -76,6 +76,7 @@ from benchmarks import aot, workloads
 from benchmarks.workloads import Call
 
 shapes = [(1, 16, length) for length in (1, 16, 17, 1000, 1001, 1024, 4096, 65536)] + [(3, 5, 1000), (64, 1, 100)]
+shapes += [(1, 8, 4096)]  # a head in stretches of its length
 found = {}
 for op in ("attention", "pool", "causal", "features"):
     for backward in (False, True):

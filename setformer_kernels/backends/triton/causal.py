@@ -18,13 +18,13 @@ import triton.language as tl
 from torch import Tensor
 
 from ...problem import Operands, Options, replaced
-from .causal_chunk import at_head, chunk_keys, chunk_weights, load_state, query_weights
-from .causal_state import COUNTS, Arguments, Part, parts, states
+from .causal_chunk import at_head, chunk_keys, chunk_weights, load_state, place, query_weights
+from .causal_state import COUNTS, Arguments, Part, new_passed, parts, scan
 from .config import Tile, padded, tile
 from .gradients import power_of_two
 from .launch import device_of, launch
 from .logits import head_parameters, load_references_t, load_rows, token_logits
-from .prepare import prepare, rows_like, stride_step, strides, unit_rows
+from .prepare import Prepared, prepare, rows_like, stride_step, strides, unit_rows
 from .primitives import dot, keep_mask, rounded
 from .read import dropout_constants
 
@@ -34,7 +34,7 @@ def causal_kernel(
     query, key, value, log_a, query_position, key_position, y, log_b, pi, parameters, seed, log_c, z, output,
     stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
     stride_ob, stride_oh, stride_on, stride_ab, stride_ah, stride_an, stride_sb, stride_sh, stride_sn,
-    stride_pb, stride_ph, stride_pn, H, L, chunks, first_head, all_heads, threshold, keep_scale, uniform,
+    stride_pb, stride_ph, stride_pn, H, L, chunks, first_head, first_chunk, threshold, keep_scale, uniform,
     UPDATE_ROWS: tl.constexpr, M: tl.constexpr, MP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, E: tl.constexpr,
     EP: tl.constexpr, P: tl.constexpr, PP: tl.constexpr, DOT: tl.constexpr, DROPOUT: tl.constexpr, STEP: tl.constexpr,
     BC: tl.constexpr, DEPTH: tl.constexpr, VDEPTH: tl.constexpr, PRECISION: tl.constexpr, ACROSS: tl.constexpr,
@@ -42,9 +42,8 @@ def causal_kernel(
     """One chunk of one head; strides s and p are those of the positions of queries and keys."""
     token: tl.constexpr = value.dtype.element_ty
     FACTOR: tl.constexpr = tl.float32 if token == tl.float16 else token
-    bh = (tl.program_id(0) // chunks).to(tl.int64)
-    chunk = tl.program_id(0) % chunks
-    b, h = bh // H, bh % H
+    at, head, chunk = place(chunks, first_head, first_chunk)
+    b, h = head // H, head % H
     beta, scale, lam_a, lam_b, tau = head_parameters(parameters, h)
     query = at_head(query, b, h, stride_qb * STEP, stride_qh * STEP)
     key = at_head(key, b, h, stride_kb * STEP, stride_kh * STEP)
@@ -56,7 +55,7 @@ def causal_kernel(
     pi = at_head(pi, b, h, 0, M * P)
     y += h * MP * DP
     j = tl.arange(0, MP)
-    before = tl.load(log_c + (bh * chunks + chunk) * MP + j)
+    before = tl.load(log_c + at * MP + j)
     rows, count = chunk * BC + tl.arange(0, BC), tl.minimum(L - chunk * BC, BC)
     masses = tl.load(log_b + h * MP + j)
     y_t = load_references_t(y, 0, MP, DP, DEPTH)
@@ -72,7 +71,7 @@ def causal_kernel(
     w = query_weights(l, masses, sums, lam_b, UPDATE_ROWS)
     normaliser = 1.0 / tl.sum(w, 1)
     if DROPOUT:
-        keep = keep_mask(seed, b * all_heads + h + first_head, L, rows, M, MP, threshold)
+        keep = keep_mask(seed, b.to(tl.int64) * H + h, L, rows, M, MP, threshold)
         w = tl.where(keep, w, 0.0)
         normaliser *= keep_scale
     a, carried = chunk_weights(w, omega, ref, before, sums, narrow, count, FACTOR, PRECISION)
@@ -81,7 +80,7 @@ def causal_kernel(
     for first in tl.static_range(0, EP, VDEPTH):
         columns = first + tl.arange(0, VDEPTH)
         v = load_rows(value, rows, live, stride_vn * STEP, columns, E)
-        means = rounded(load_state(z, bh * chunks + chunk, first, MP, EP, VDEPTH), token)
+        means = rounded(load_state(z, at, first, MP, EP, VDEPTH), token)
         o = (dot(carried, means, PRECISION) + dot(a, v, PRECISION)) * normaliser[:, None]
         tl.store(out + columns[None, :], rounded(o, token), mask=asked[:, None] & (columns < E)[None, :])
 
@@ -96,14 +95,26 @@ def causal(x: Operands, opt: Options) -> Tensor:
     _, mp, dp = prepared.y.shape
     ep = padded(x.value.shape[-1])
     cut = tile("chunk", device.family, max(mp, dp, ep), x.key.element_size())
-    chunks = math.ceil(x.key.shape[2] / cut.rows)
-    for part in parts(x, prepared, chunks, mp * (ep + 5), device.multiprocessors):
-        written = output.rows[part.batch, part.heads]
-        arguments = chunk_arguments(part, opt, cut, written)
-        log_c, z = states(part, arguments)
-        tensors = (*arguments.tensors, log_c, z, written)
-        launch(causal_kernel, log_c[..., 0].numel(), (*tensors, *arguments.counts), arguments.constants, cut)
+    arguments = chunk_arguments(x, prepared, opt, cut, output.rows)
+    for stretches in parts(x, cut.rows, mp * (ep + 5), device.multiprocessors):
+        _heads(stretches, arguments, output.rows, prepared.log_b)
     return output.delivered()
+
+
+def _heads(stretches: list[Part], arguments: Arguments, output: Tensor, like: Tensor) -> None:
+    """Writes the rows of some heads; what it allocates goes when it returns."""
+    passed = new_passed(stretches[0], arguments, like)
+    for part in stretches:
+        _part(part, arguments, passed, output)
+
+
+def _part(part: Part, arguments: Arguments, passed: tuple[Tensor, Tensor], output: Tensor) -> None:
+    """One stretch of some heads."""
+    constants = arguments.constants
+    room = passed[1].new_empty((part.heads, part.chunks, constants["MP"], constants["EP"]))
+    log_c, _, z = scan(part, arguments, passed, room)
+    args = (*arguments.tensors, log_c, z, output, *arguments.counts(part))
+    launch(causal_kernel, part.heads * part.chunks, args, constants, arguments.cut)
 
 
 def with_unit_rows(x: Operands) -> Operands:
@@ -112,9 +123,8 @@ def with_unit_rows(x: Operands) -> Operands:
     return replaced(x, **{name: t if (t := getattr(x, name)) is None else unit_rows(t) for name in names})
 
 
-def chunk_arguments(part: Part, opt: Options, cut: Tile, like: Tensor) -> Arguments:
+def chunk_arguments(x: Operands, prepared: Prepared, opt: Options, cut: Tile, like: Tensor) -> Arguments:
     """What the kernels on chunks share; `like` is laid out as the output."""
-    x, prepared = part.x, part.prepared
     assert x.query is not None
     (_, h, l, d), m, e = x.key.shape, x.references.shape[1], x.value.shape[-1]
     _, mp, dp = prepared.y.shape
@@ -124,8 +134,6 @@ def chunk_arguments(part: Part, opt: Options, cut: Tile, like: Tensor) -> Argume
     step = stride_step(x.query, x.key, x.value, like)
     spans = [s for t in (x.query, x.key, x.value, like) for s in strides(t, step)]
     spans += [s for t in (x.log_a, x.query_position, x.key_position) for s in strides(t)]
-    threshold, keep_scale = dropout_constants(opt.dropout_p)
-    places = (h, l, math.ceil(l / cut.rows), part.first_head, part.all_heads, threshold, keep_scale)
     p = 0 if x.reference_position is None else x.reference_position.shape[-1]
     constants = {
         "UPDATE_ROWS": opt.num_iters > 0, "M": m, "MP": mp, "D": d, "DP": dp, "E": e, "EP": ep,
@@ -133,4 +141,5 @@ def chunk_arguments(part: Part, opt: Options, cut: Tile, like: Tensor) -> Argume
         "DROPOUT": x.seed is not None, "STEP": step, "BC": cut.rows, "DEPTH": min(cut.depth, dp),
         "VDEPTH": min(cut.depth, ep), "PRECISION": device_of(x.key).precision, "ACROSS": mp >= 16 * cut.warps,
     }  # fmt: skip
-    return Arguments(tensors, (*spans, *places, -math.log2(l) if l else 0.0), constants, cut)
+    scalars = (*dropout_constants(opt.dropout_p), -math.log2(l) if l else 0.0)
+    return Arguments(tensors, (*spans, h, l), scalars, constants, cut)

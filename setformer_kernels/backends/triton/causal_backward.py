@@ -13,14 +13,14 @@ Queries of later chunks enter as two sums in units of C at the end of the key's 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...problem import Operands, Options
+from ...problem import Operands, Options, replaced
 from .causal import chunk_arguments, with_unit_rows
 from .causal_chunk import (
     at_head,
@@ -28,18 +28,19 @@ from .causal_chunk import (
     key_gradient,
     load_state,
     lower,
+    place,
     pooled_products,
     product,
     query_weights,
     tile_at,
 )
-from .causal_state import COUNTS, Part, parts, scan_back, states
+from .causal_state import COUNTS, Arguments, Part, new_passed, parts, scan, scan_back
 from .causal_tokens import fold, tokens_backward
-from .config import Tile, padded, tile
+from .config import padded, tile
 from .gradients import Partials, new_partials, parameter_gradients, wants_parameters
 from .launch import device_of, launch
 from .logits import head_parameters, load_references_t, load_rows, token_logits
-from .prepare import TOKENS, Rows, prepare, strides, token_gradients
+from .prepare import TOKENS, Prepared, prepare, strides, token_gradients
 from .primitives import INF, LN2, dot, finite_or_zero, rounded
 from .read_backward import read_gradient
 
@@ -91,7 +92,7 @@ def query_kernel(
     weights, d_sums, d_logits, later_o, later_c, part_sums,
     stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
     stride_ob, stride_oh, stride_on, stride_ab, stride_ah, stride_an, stride_sb, stride_sh, stride_sn,
-    stride_pb, stride_ph, stride_pn, H, L, chunks, first_head, all_heads, threshold, keep_scale, uniform,
+    stride_pb, stride_ph, stride_pn, H, L, chunks, first_head, first_chunk, threshold, keep_scale, uniform,
     UPDATE_ROWS: tl.constexpr, M: tl.constexpr, MP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, E: tl.constexpr,
     EP: tl.constexpr, P: tl.constexpr, PP: tl.constexpr, DOT: tl.constexpr, DROPOUT: tl.constexpr, STEP: tl.constexpr,
     BC: tl.constexpr, DEPTH: tl.constexpr, VDEPTH: tl.constexpr, PRECISION: tl.constexpr, ACROSS: tl.constexpr,
@@ -99,10 +100,8 @@ def query_kernel(
     """One chunk's W (weights), d log C (d_sums), dS (d_logits), its part of dλ_b, and its terms of G and η (later)."""
     token: tl.constexpr = value.dtype.element_ty
     FACTOR: tl.constexpr = tl.float32 if token == tl.float16 else token
-    bh = (tl.program_id(0) // chunks).to(tl.int64)
-    chunk = tl.program_id(0) % chunks
-    at = bh * chunks + chunk
-    b, h = bh // H, bh % H
+    at, head, chunk = place(chunks, first_head, first_chunk)
+    b, h = head // H, head % H
     beta, scale, lam_a, lam_b, tau = head_parameters(parameters, h)
     query = at_head(query, b, h, stride_qb * STEP, stride_qh * STEP)
     query_position = at_head(query_position, b, h, stride_sb, stride_sh)
@@ -133,8 +132,7 @@ def query_kernel(
         M, D, DP, DEPTH, P, DOT, PRECISION, ACROSS,
     )  # fmt: skip
     w = query_weights(l, masses, sums, lam_b, UPDATE_ROWS)
-    head = b * all_heads + h + first_head
-    w, d_s = read_gradient(w, p, seed, head, L, rows, threshold, keep_scale, M, DROPOUT)
+    w, d_s = read_gradient(w, p, seed, head.to(tl.int64), L, rows, threshold, keep_scale, M, DROPOUT)
     d_c = -w * p - lam_b * d_s if UPDATE_ROWS else -w * p
     tl.store(tile_at(weights, at, BC, MP), w)
     tl.store(tile_at(d_sums, at, BC, MP), d_c)
@@ -153,11 +151,11 @@ def query_kernel(
 
 @triton.jit(do_not_specialize=[*COUNTS, "stride_db", "stride_dh", "stride_dn"])
 def key_kernel(
-    query, key, value, log_a, query_position, key_position, y, log_b, pi, parameters, seed, log_c, means, d_o,
+    query, key, value, log_a, query_position, key_position, y, log_b, pi, parameters, seed, log_c, log_end, d_o,
     weights, d_sums, d_logits, later_o, later_c, d_value,
     stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
     stride_ob, stride_oh, stride_on, stride_ab, stride_ah, stride_an, stride_sb, stride_sh, stride_sn,
-    stride_pb, stride_ph, stride_pn, H, L, chunks, first_head, all_heads, threshold, keep_scale, uniform,
+    stride_pb, stride_ph, stride_pn, H, L, chunks, first_head, first_chunk, threshold, keep_scale, uniform,
     stride_db, stride_dh, stride_dn,
     UPDATE_ROWS: tl.constexpr, M: tl.constexpr, MP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, E: tl.constexpr,
     EP: tl.constexpr, P: tl.constexpr, PP: tl.constexpr, DOT: tl.constexpr, DROPOUT: tl.constexpr, STEP: tl.constexpr,
@@ -166,10 +164,9 @@ def key_kernel(
     """One chunk's dω (d_logits) and dv."""
     token: tl.constexpr = value.dtype.element_ty
     FACTOR: tl.constexpr = tl.float32 if token == tl.float16 else token
-    bh = (tl.program_id(0) // chunks).to(tl.int64)
-    chunk = tl.program_id(0) % chunks
-    at = bh * chunks + chunk
-    b, h = bh // H, bh % H
+    at, head, chunk = place(chunks, first_head, first_chunk)
+    head = head.to(tl.int64)  # divided in 32 bits, 24 more bytes of registers spill (sm_80, float32, D 128)
+    b, h = head // H, head % H
     beta, scale, lam_a, lam_b, tau = head_parameters(parameters, h)
     key = at_head(key, b, h, stride_kb * STEP, stride_kh * STEP)
     value = at_head(value, b, h, stride_vb * STEP, stride_vh * STEP)
@@ -195,8 +192,8 @@ def key_kernel(
         tl.load(tile_at(weights, at, BC, MP)), tl.load(tile_at(d_sums, at, BC, MP)), d, omega, ref, sums, narrow, count,
         FACTOR, PRECISION, ACROSS,
     )  # fmt: skip
-    end = tl.load(log_c + (at + 1) * MP + j, mask=j < tl.where(chunk + 1 < chunks, MP, 0), other=INF)
-    carried = tl.exp2(omega - finite_or_zero(end)[None, :])  # 0 where there is no later chunk
+    end = tl.load(log_end + at * MP + j)
+    carried = tl.exp2(omega - finite_or_zero(end)[None, :])
     from_later = tl.zeros_like(omega) + tl.load(later_c + at * MP + j)[None, :]
     to_values, carried_operand = tl.trans(rounded(a, token)), rounded(carried, token)
     for first in tl.static_range(0, EP, VDEPTH):
@@ -213,6 +210,17 @@ def key_kernel(
     tl.store(tile_at(d_logits, at, BC, MP), d_omega + carried * from_later)
 
 
+class Call(NamedTuple):
+    """What all parts of one call share."""
+
+    x: Operands
+    prepared: Prepared
+    arguments: Arguments
+    d_o: Tensor  # [B, H, L, E]
+    out: dict[str, Tensor | None]  # gradients of tokens and log a, None where not needed
+    whole: Partials  # [BH, 1, ..]
+
+
 def causal_backward(x: Operands, opt: Options, d_o: Tensor, needs: Sequence[bool]) -> Operands:
     """Gradients in the order of `Operands`, None where not needed, from d_o [B, H, L, E]."""
     out = token_gradients(x, dict(zip(Operands._fields, needs, strict=True)))
@@ -224,42 +232,63 @@ def causal_backward(x: Operands, opt: Options, d_o: Tensor, needs: Sequence[bool
     _, mp, dp = prepared.y.shape
     ep = padded(x.value.shape[-1])
     cut = tile("chunk_backward", device.family, max(mp, dp, ep), x.key.element_size())
-    chunks = math.ceil(x.key.shape[2] / cut.rows)
-    for part in parts(x, prepared, chunks, mp * (2 * ep + 3 * cut.rows + dp + 8), device.multiprocessors):
-        _part_backward(part, opt, d_o[part.batch, part.heads], rows_of(out, part), whole, needs, cut)
+    arguments = chunk_arguments(x, prepared, opt, cut, d_o)
+    rows = {n: out[n].rows if n in out else None for n in (*TOKENS, "log_a")}
+    call = Call(x, prepared, arguments, d_o, rows, whole)
+    numbers = mp * (max(dp, ep) + ep + 3 * cut.rows + arguments.constants["PP"] + 6)
+    for stretches in parts(x, cut.rows, numbers, device.multiprocessors):
+        _heads_backward(call, stretches, wants_parameters(x, needs))
     found: dict[str, Tensor | None] = {name: gradient.delivered() for name, gradient in out.items()}
     found |= parameter_gradients(x, opt, prepared, whole, needs)
     return Operands._make(found.get(name) for name in Operands._fields)
 
 
-def rows_of(out: dict[str, Rows], part: Part) -> dict[str, Tensor | None]:
-    """The rows of a part in the token gradients, None where not needed."""
-    return {n: out[n].rows[part.batch, part.heads] if n in out else None for n in (*TOKENS, "log_a")}
+def _heads_backward(call: Call, stretches: list[Part], wanted: bool) -> None:
+    """Some heads: forward for what comes before each stretch, then from the last stretch to the first."""
+    passed = new_passed(stretches[0], call.arguments, call.whole.log_b)
+    passed_back = passed[1].new_empty(passed[1][:, 0].shape), passed[0].new_empty(passed[0][:, 0].shape)
+    for part in stretches[:-1]:
+        scan(part, call.arguments, passed, _room(call, part)[0])
+    for part in reversed(stretches):
+        slots = _part_backward(call, part, passed, passed_back)
+        if wanted:
+            fold(part, slots, call.whole, call.arguments.constants)
+        del slots  # before the next part allocates its own
+
+
+def _room(call: Call, part: Part) -> tuple[Tensor, Tensor]:
+    """One piece of memory as means z [heads, chunks, MP, EP] and, once these are read, as slots of dŷ [.., MP, DP]."""
+    constants, slots = call.arguments.constants, part.heads * part.chunks
+    mp, dp, ep = (constants[n] for n in ("MP", "DP", "EP"))
+    room = call.whole.log_b.new_empty(slots * mp * max(dp, ep))
+    means, y = (room[: slots * mp * n].view(part.heads, part.chunks, mp, n) for n in (ep, dp))
+    return means, y
+
+
+def _slots(whole: Partials, part: Part, y: Tensor) -> Partials:
+    """A slot for each chunk of a part, of the sums that `whole` has."""
+    shape, others = (part.heads, part.chunks), replaced(whole, y=None)._asdict()
+    found = {n: t.new_empty((*shape, *t.shape[2:])) for n, t in others.items() if t is not None}
+    return replaced(whole, **(found if whole.y is None else found | {"y": y}))
 
 
 def _part_backward(
-    part: Part,
-    opt: Options,
-    d_o: Tensor,
-    out: dict[str, Tensor | None],
-    whole: Partials,
-    needs: Sequence[bool],
-    cut: Tile,
-) -> None:
-    """All launches of some heads: writes `out` and their slots of `whole`."""
-    arguments = chunk_arguments(part, opt, cut, d_o)
-    log_c, means = states(part, arguments)
-    heads, chunks, mp, _ = means.shape
-    slots = new_partials(part.x, part.prepared, chunks, needs)
-    later_o, later_c = means.new_empty(means.shape), log_c.new_empty(log_c.shape)
-    weights, d_sums, d_logits = (means.new_empty((heads, chunks, cut.rows, mp)) for _ in range(3))
-    counts, constants = arguments.counts, arguments.constants
-    tensors = (*arguments.tensors, log_c, means, d_o, weights, d_sums, d_logits, later_o, later_c)
-    launch(query_kernel, heads * chunks, (*tensors, slots.sums, *counts), constants, cut)
-    tokens_backward(part, "query", d_logits, out, slots, constants, cut)
-    scan_back(log_c, later_o, later_c)
-    args = (*tensors, out["value"], *counts, *strides(out["value"]))
-    launch(key_kernel, heads * chunks, args, constants, cut)
-    tokens_backward(part, "key", d_logits, out, slots, constants, cut)
-    if wants_parameters(part.x, needs):
-        fold(part, slots, whole)
+    call: Call, part: Part, passed: tuple[Tensor, Tensor], passed_back: tuple[Tensor, Tensor]
+) -> Partials:
+    """All launches of a part: writes the tokens' gradients, and the slots of its chunks that it returns."""
+    x, prepared, arguments, d_o, out, whole = call
+    means, y = _room(call, part)
+    states = scan(part, arguments, passed, means)
+    slots, new = _slots(whole, part, y), means.new_empty
+    later = new(means.shape), new(means.shape[:3])
+    weights, d_sums, d_logits = (new((part.heads, part.chunks, arguments.cut.rows, means.shape[2])) for _ in range(3))
+    programs, counts, constants = part.heads * part.chunks, arguments.counts(part), arguments.constants
+    tiles = (d_o, weights, d_sums, d_logits, *later)
+    args = (*arguments.tensors, states.log_c, means, *tiles, slots.sums, *counts)
+    launch(query_kernel, programs, args, constants, arguments.cut)
+    tokens_backward(x, prepared, part, "query", d_logits, out, slots, arguments)
+    scan_back(part, states, later, passed_back)
+    args = (*arguments.tensors, states.log_c, states.log_end, *tiles, out["value"], *counts, *strides(out["value"]))
+    launch(key_kernel, programs, args, constants, arguments.cut)
+    tokens_backward(x, prepared, part, "key", d_logits, out, slots, arguments)
+    return slots

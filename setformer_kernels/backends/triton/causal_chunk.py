@@ -22,7 +22,14 @@ def at_head(x, b, h, stride_b, stride_h):
     if x is None:
         return x
     else:
-        return x + (b * stride_b + h * stride_h)
+        return x + (b.to(tl.int64) * stride_b + h.to(tl.int64) * stride_h)
+
+
+@triton.jit
+def place(chunks, first_head, first_chunk):
+    """(slot in the part's workspaces, b·H + h, chunk of the whole length) of a program on one chunk."""
+    slot = tl.program_id(0)
+    return slot.to(tl.int64), slot // chunks + first_head, slot % chunks + first_chunk
 
 
 @triton.jit

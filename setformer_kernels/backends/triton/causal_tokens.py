@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .causal_chunk import at_head, tile_at
-from .causal_state import Part
+from ...problem import Operands
+from .causal_chunk import at_head, place, tile_at
+from .causal_state import Arguments, Part
 from .config import Tile
 from .gradients import (
     Partials,
     kernel_sums,
     position_sums,
-    power_of_two,
     store_sums,
     sum_slots,
     token_gradient,
@@ -23,7 +24,7 @@ from .gradients import (
 from .launch import launch
 from .logits import head_parameters, key_mass, load_references, load_references_t, load_rows, token_logits
 from .plan import row_update
-from .prepare import stride_step, strides
+from .prepare import Prepared, stride_step, strides
 from .primitives import LN2, dot, rounded
 
 
@@ -95,23 +96,21 @@ def gradient_factor(parameters, h, DOT: tl.constexpr):
     return 1.0 / epsilon if DOT else tl.load(parameters + h * 8 + 5) / epsilon
 
 
-TOKEN_COUNTS = (*(f"stride_{t}{n}" for t in "xapdm" for n in "bhn"), "H", "L", "chunks")
+TOKEN_COUNTS = (*(f"stride_{t}{n}" for t in "xapdm" for n in "bhn"), "H", "L", "chunks", "first_head", "first_chunk")
 
 
 @triton.jit(do_not_specialize=[*TOKEN_COUNTS])
 def token_kernel(
     x, log_a, position, y, log_b, pi, parameters, d_logits, d_x, d_log_a, part_log_b, part_y, part_sums, part_position,
     stride_xb, stride_xh, stride_xn, stride_ab, stride_ah, stride_an, stride_pb, stride_ph, stride_pn,
-    stride_db, stride_dh, stride_dn, stride_mb, stride_mh, stride_mn, H, L, chunks,
+    stride_db, stride_dh, stride_dn, stride_mb, stride_mh, stride_mn, H, L, chunks, first_head, first_chunk,
     KEYS: tl.constexpr, UPDATE_ROWS: tl.constexpr, M: tl.constexpr, MP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
     P: tl.constexpr, PP: tl.constexpr, DOT: tl.constexpr, STEP: tl.constexpr, BC: tl.constexpr, DEPTH: tl.constexpr,
     PRECISION: tl.constexpr, ACROSS: tl.constexpr,
 ):  # fmt: skip
     """One chunk's dq from dS; of KEYS dk and d log a from dω, and their parts added to those of the queries."""
-    bh = (tl.program_id(0) // chunks).to(tl.int64)
-    chunk = tl.program_id(0) % chunks
-    at = bh * chunks + chunk
-    b, h = bh // H, bh % H
+    at, head, chunk = place(chunks, first_head, first_chunk)
+    b, h = head // H, head % H
     beta, scale, lam_a, lam_b, tau = head_parameters(parameters, h)
     position = at_head(position, b, h, stride_pb, stride_ph)
     pi = at_head(pi, b, h, 0, M * P)
@@ -155,66 +154,69 @@ def token_kernel(
 
 
 @triton.jit
-def _fold(parts, out, bh, to, chunks, size, index):
-    """The sum of a head's slots [chunks, size] at `index` into its one slot of the whole call."""
+def _fold(parts, out, bh, first_head, chunks, size, index, more):
+    """The sum of a head's slots [chunks, size] at `index` into its one slot of the whole call, on what stands there.
+
+    Stretches go from the last to the first: before the last, with no `more` after it, nothing stands there.
+    """
     if parts is not None:
         inside = index < size
-        tl.store(out + to * size + index, sum_slots(parts, bh, 0, 1, chunks, chunks, size, index, inside), mask=inside)
+        out += (bh + first_head) * size + index
+        before = tl.load(out, mask=index < tl.where(more > 0, size, 0), other=0.0)
+        tl.store(out, before + sum_slots(parts, bh, 0, 1, chunks, chunks, size, index, inside), mask=inside)
 
 
-@triton.jit(do_not_specialize=["H", "chunks", "first_head", "all_heads"])
+@triton.jit(do_not_specialize=["chunks", "first_head", "more"])
 def fold_kernel(
-    part_log_b, part_y, part_sums, part_position, log_b, y, sums, position, H, chunks, first_head, all_heads,
+    part_log_b, part_y, part_sums, part_position, log_b, y, sums, position, chunks, first_head, more,
     MP: tl.constexpr, DP: tl.constexpr, PP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """BLOCK numbers of one head's parts of dŷ, or in its last programs of everything else, summed over chunks."""
     blocks: tl.constexpr = MP * DP // BLOCK + MP * PP // BLOCK + 1
     bh = (tl.program_id(0) // blocks).to(tl.int64)
     block = tl.program_id(0) % blocks
-    to = bh // H * all_heads + bh % H + first_head
     index = tl.arange(0, BLOCK)
     if block < MP * DP // BLOCK:
-        _fold(part_y, y, bh, to, chunks, MP * DP, block * BLOCK + index)
+        _fold(part_y, y, bh, first_head, chunks, MP * DP, block * BLOCK + index, more)
     else:
         block -= MP * DP // BLOCK
-        _fold(part_position, position, bh, to, chunks, MP * PP, block * BLOCK + index)
+        _fold(part_position, position, bh, first_head, chunks, MP * PP, block * BLOCK + index, more)
         if block == 0:
-            _fold(part_log_b, log_b, bh, to, chunks, MP, index)
-            _fold(part_sums, sums, bh, to, chunks, 8, index)
+            _fold(part_log_b, log_b, bh, first_head, chunks, MP, index, more)
+            _fold(part_sums, sums, bh, first_head, chunks, 8, index, more)
 
 
 FOLD = Tile(rows=16, depth=256, warps=4, stages=1)  # a [16 slots, 256] tile is 32 numbers a thread
 
 
 def tokens_backward(
+    x: Operands,
+    prepared: Prepared,
     part: Part,
     name: str,
     d_logits: Tensor,
-    out: dict[str, Tensor | None],
+    out: Mapping[str, Tensor | None],
     slots: Partials,
-    known: dict[str, Any],
-    cut: Tile,
+    arguments: Arguments,
 ) -> None:
     """Launches the gradients of "query" or "key" from those of their logits."""
-    x, prepared, keys = part.x, part.prepared, name == "key"
+    keys = name == "key"
     tokens, position = getattr(x, name), getattr(x, name + "_position")
     log_a, d_log_a = (x.log_a, out["log_a"]) if keys else (None, None)
     names = ("UPDATE_ROWS", "M", "MP", "D", "DP", "P", "PP", "DOT", "BC", "DEPTH", "PRECISION", "ACROSS")
     step = stride_step(tokens)
-    constants = {"KEYS": keys, "STEP": step} | {n: known[n] for n in names}
-    heads, chunks = d_logits.shape[:2]
+    constants = {"KEYS": keys, "STEP": step} | {n: arguments.constants[n] for n in names}
     references = (prepared.y, prepared.log_b, prepared.position, prepared.parameters)
     tensors = (tokens, log_a, position, *references, d_logits, out[name], d_log_a, *slots)
     spans = (*strides(tokens, step), *(s for t in (log_a, position, out[name], d_log_a) for s in strides(t)))
-    launch(token_kernel, heads * chunks, (*tensors, *spans, *tokens.shape[1:3], chunks), constants, cut)
+    counts = (*tokens.shape[1:3], part.chunks, part.first_head, part.first_chunk)
+    launch(token_kernel, part.heads * part.chunks, (*tensors, *spans, *counts), constants, arguments.cut)
 
 
-def fold(part: Part, slots: Partials, whole: Partials) -> None:
-    """Sums the slots of some heads, one per chunk, into their one slot of the whole call."""
-    _, mp, dp = part.prepared.y.shape
-    heads, chunks = slots.log_b.shape[:2]
-    pp = power_of_two(0 if part.prepared.position is None else part.prepared.position.shape[-1])
-    constants = {"MP": mp, "DP": dp, "PP": pp, "BLOCK": FOLD.depth}
-    programs = heads * (mp * dp // FOLD.depth + mp * pp // FOLD.depth + 1)
-    sizes = (part.x.key.shape[1], chunks, part.first_head, part.all_heads)
-    launch(fold_kernel, programs, (*slots, *whole, *sizes), constants, FOLD)
+def fold(part: Part, slots: Partials, whole: Partials, constants: Mapping[str, Any]) -> None:
+    """Sums the slots of a part, one per chunk, into their heads' one slot of the whole call."""
+    mp, dp, pp = (constants[n] for n in ("MP", "DP", "PP"))
+    programs = part.heads * (mp * dp // FOLD.depth + mp * pp // FOLD.depth + 1)
+    sizes = (part.chunks, part.first_head, part.stretches - 1 - part.stretch)
+    tile = {"MP": mp, "DP": dp, "PP": pp, "BLOCK": FOLD.depth}
+    launch(fold_kernel, programs, (*slots, *whole, *sizes), tile, FOLD)
