@@ -69,7 +69,7 @@ int known(const AttentionParams& p) { return p.key.dtype != Dtype::f32 && padded
 // a time, several batch elements for each, which then load the references once and add up their gradients.
 Layout layout(const Device& device, const AttentionParams& p, bool backward) {
   Layout best;
-  if (std::max({p.S, p.L, p.D, p.E, p.M, p.B, p.H}) > (int64_t{1} << 24) || p.T > (1 << 16)) return best;
+  if (std::max({p.S, p.L, p.D, p.E, p.M, p.B * p.H}) > (int64_t{1} << 24) || p.T > (1 << 16)) return best;
   int warps = kMostWarps;
   while (warps > 1 && std::max(p.S, p.L) <= int64_t{kTile} * warps / 2) warps /= 2;
   best = with_warps(device, p, backward, warps);
@@ -87,7 +87,7 @@ template <class Shared>
 void run(void (*kernel)(Launch<Shared>), const char* name, const AttentionParams& p, const Layout& l, void* stream) {
   static_assert(sizeof(Launch<Shared>) <= 4096, "more than CUDA's parameters of a kernel may be");
   Launch<Shared> all(p);
-  all.problems = static_cast<int32_t>(l.problems), all.groups = l.groups;
+  all.problems = static_cast<int32_t>(l.problems), all.groups = static_cast<int32_t>(l.groups);
   Arena arena;
   all.shared = placed(p, l, arena, static_cast<Shared*>(nullptr));
   launch(kernel, name, {p.H * l.groups * l.cluster, l.warps * kWarp, l.cluster, l.shared}, all, stream);

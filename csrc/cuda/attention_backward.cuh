@@ -102,7 +102,7 @@ SFK_DEVICE void read_backward(const AttentionParams& p, const Head& head, const 
     const auto weight = [&](int i, int j) { return fmaxf(shared.tile[i * head.stride + j], 0.0f) * shared.inverse[i]; };
     add_products(shared.d_z, shared.values_length, head.Mp, weight, d_o0, shared.v_length, step);
     sync_block();
-    const int64_t tokens[2] = {g < count ? row + g : -1, g + 8 < count ? row + g + 8 : -1};
+    const int tokens[2] = {g < count ? row + g : -1, g + 8 < count ? row + g + 8 : -1};
     const auto logits = [&](int first, int tiles, Chunk& dl) { rows.to_logits(first, tiles, dl); };
     gradient_tile(head, shared, x, rows.d_o, tile, positions, tokens, logits, sums, along);
     if (p.d_query.data)
@@ -204,10 +204,9 @@ SFK_DEVICE void store_parameters(const ResidentParams& p, const Head& head, cons
 template <class T, bool kLog>
 SFK_DEVICE void keys_backward(const AttentionParams& p, const Head& head, const KeyShare& keys,
                               const BackwardShared<T>& shared, bool lone, HyperSums& sums) {
-  KeyPass<T, kLog> pass = {p, head, keys, shared, lone};
+  KeyPass<T, kLog> pass = {p, head, keys, shared, sums, lone};
   pass.run();
-  pass.finish(sums);
-  sums.of[kLambdaA] += pass.d_lam_a, sums.of[kLambdaB] += pass.d_lam_b;
+  pass.finish();
   for (int i = thread_index(); p.d_log_a.data && i < keys.count; i += block_threads())
     *at(p.d_log_a, head.b, head.h, keys.first + i) = shared.d_log_a[i];
 }

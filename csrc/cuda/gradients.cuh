@@ -154,7 +154,7 @@ SFK_DEVICE void add_over_rows(const Chunk& dl, int first, int tiles, float* out,
 // The positions' part of a chunk: dτ's sum, and Σ_i dℓ_ij (p_i − π_j).
 template <class T>
 SFK_DEVICE void add_places(const Head& head, const BackwardShared<T>& shared, const Positions& positions,
-                           const int64_t (&token)[2], const Chunk& dl, int first, int tiles, HyperSums& sums) {
+                           const int (&token)[2], const Chunk& dl, int first, int tiles, HyperSums& sums) {
   const bool placed[2] = {token[0] >= 0 && positions.placed(token[0], head.P),
                           token[1] >= 0 && positions.placed(token[1], head.P)};
 #pragma unroll 1
@@ -174,8 +174,8 @@ SFK_DEVICE void add_places(const Head& head, const BackwardShared<T>& shared, co
 // to_logits(first, tiles, chunk) makes dℓ of ⟨w_i, zd_j⟩; along: Σ_j dĉ_ij ĉ_ij of rows g and g + 8.
 template <class T, class ToLogits>
 SFK_DEVICE void gradient_tile(const Head& head, const BackwardShared<T>& shared, const T* x, const T* w, float* tile,
-                              const Positions& positions, const int64_t (&token)[2], ToLogits to_logits,
-                              HyperSums& sums, float (&along)[2]) {
+                              const Positions& positions, const int (&token)[2], ToLogits to_logits, HyperSums& sums,
+                              float (&along)[2]) {
   const int g = lane_index() / 4, t = lane_index() % 4, yl = shared.y_length, vl = shared.v_length;
   const float* factors = shared.factor + warp_index() * kTile;
   const float factor[2] = {factors[g], factors[g + 8]};
@@ -256,7 +256,7 @@ SFK_DEVICE void add_products(float* out, int out_length, int Mp, Weight weight, 
 // The blocks' dŷ added up and taken to dy; each block has its share of the references.
 template <class T>
 SFK_DEVICE void store_references(const AttentionParams& p, const Head& head, const BackwardShared<T>& shared,
-                                 int group) {
+                                 int64_t group) {
   const int D = static_cast<int>(p.D), ranks = cluster_size();
   for (int j = cluster_rank() * block_warps() + warp_index(); j < head.M; j += ranks * block_warps()) {
     float square = 0, along = 0;
@@ -280,7 +280,8 @@ SFK_DEVICE void store_references(const AttentionParams& p, const Head& head, con
 
 // dπ, by the first block.
 template <class T>
-SFK_DEVICE void store_places(const AttentionParams& p, const Head& head, const BackwardShared<T>& shared, int group) {
+SFK_DEVICE void store_places(const AttentionParams& p, const Head& head, const BackwardShared<T>& shared,
+                             int64_t group) {
   for (int k = thread_index(); cluster_rank() == 0 && k < head.M * head.P; k += block_threads()) {
     float sum = 0;
 #pragma unroll 1

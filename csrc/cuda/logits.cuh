@@ -10,7 +10,7 @@ namespace {
 struct ResidentParams : AttentionParams {
   int32_t references = 0, padded_references = 0, stride = 0, coordinates = 0;  // see Head
   int32_t problems = 1;  // batch elements that a cluster takes one after another, all of one head
-  int64_t groups = 1;    // clusters of a head: ⌈B/problems⌉
+  int32_t groups = 1;    // clusters of a head: ⌈B/problems⌉
 
   // Numbers of a row of logits: 8 more than a multiple of 32, so that rows share no banks.
   SFK_BOTH static constexpr int row_stride(int64_t M) { return (padded(M) + 23) / 32 * 32 + 8; }
@@ -25,11 +25,12 @@ struct ResidentParams : AttentionParams {
 
 // The head's constants.
 struct Head {
-  int b, h, M, Mp, stride, P;
+  int64_t b, h;
+  int M, Mp, stride, P;
   bool rbf;
   float beta, inv_eps, inv_eps_low, lam_a, lam_b, tau2;  // 1/ε = inv_eps + inv_eps_low
   // known: Mp where the kernel was compiled for it, else 0.
-  SFK_DEVICE Head(const ResidentParams& p, int b_, int h_, int known)
+  SFK_DEVICE Head(const ResidentParams& p, int64_t b_, int64_t h_, int known)
       : b(b_),
         h(h_),
         M(p.references),

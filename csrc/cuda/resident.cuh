@@ -77,18 +77,19 @@ struct AttentionShared : HeadShared<T> {
 struct KeyShare {
   int64_t first;
   int count;
-  SFK_BOTH static int64_t each(int64_t S, int ranks) { return (S + ranks - 1) / ranks; }
+  // In 32 bits, as all lengths here are: a division of 64 costs a hundred instructions.
+  SFK_BOTH static int each(int64_t S, int ranks) { return (static_cast<int>(S) + ranks - 1) / ranks; }
   SFK_DEVICE explicit KeyShare(int64_t S) {
-    const int64_t share = each(S, cluster_size()), start = cluster_rank() * share;
-    first = start < S ? start : S;
-    count = static_cast<int>(first + share < S ? share : S - first);
+    const int all = static_cast<int>(S), share = each(S, cluster_size()), start = cluster_rank() * share;
+    first = start < all ? start : all;
+    count = start + share < all ? share : all - static_cast<int>(first);
   }
 };
 
 // The head of this cluster and the first of its batch elements.
 SFK_DEVICE Head first_problem(const ResidentParams& p, int known) {
-  const int64_t cluster = block_index() / cluster_size();
-  return Head(p, static_cast<int>(cluster % p.groups) * p.problems, static_cast<int>(cluster / p.groups), known);
+  const int cluster = static_cast<int>(block_index()) / cluster_size();
+  return Head(p, int64_t{cluster % p.groups} * p.problems, cluster / p.groups, known);
 }
 
 // ŷ (y for "dot"), log b and π of the head.

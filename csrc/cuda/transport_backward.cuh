@@ -22,9 +22,9 @@ struct KeyPass {
   const Head& head;
   const KeyShare& keys;
   const BackwardShared<T>& shared;
+  HyperSums& sums;
   bool lone;  // one key takes part: it is pooled with weight 1, a constant
   int steps = static_cast<int>(p.T > 1 ? p.T : 1), last = steps - 1;
-  float d_lam_a = 0, d_lam_b = 0;  // this thread's parts
 
   SFK_DEVICE float* row_q(int t) const { return shared.row_q + t * shared.rows; }
   SFK_DEVICE float* row_r(int t) const { return shared.row_r + t * shared.rows; }
@@ -52,7 +52,7 @@ struct KeyPass {
   SFK_DEVICE void run();
   SFK_DEVICE void to_logits(int row, int first, int tiles, Chunk& dl) const;
   SFK_DEVICE void store_values(const Rows<T>& to, int row, int count) const;
-  SFK_DEVICE void finish(HyperSums& sums) const;
+  SFK_DEVICE void finish() const;
 };
 
 // dc^t and the parts of d log b and dλ_b that dg^t gives.
@@ -65,7 +65,7 @@ SFK_DEVICE void KeyPass<T, kLog>::step_columns(int t) {
     if (p.T == 0 || reached) shared.d_log_b[j] += shared.dg[j];
     if (p.T && reached) {
       d -= head.lam_b * shared.dg[j];
-      d_lam_b -= shared.dg[j] * c;
+      sums.of[kLambdaB] -= shared.dg[j] * c;
     }
     if (t == last && !lone) d -= shared.zdz[j];
     d_col(t)[j] = reached ? (kLog ? d : d * col_q(t)[j]) : 0.0f;
@@ -146,7 +146,7 @@ SFK_DEVICE void KeyPass<T, kLog>::step_rows(int t) {
     if (mass == kNone || lse == kNone) df = 0;
     if (lane_index() % 8) continue;
     shared.d_log_a[i] += df;
-    if (p.T) d_lam_a -= df * (lse == kNone ? 0.0f : lse - center);
+    if (p.T) sums.of[kLambdaA] -= df * (lse == kNone ? 0.0f : lse - center);
     row_q(t)[i] = q;
     if (kLog) shared.top[i] = finite_or_zero(top);
     if (kLog && head.Mp > kColumns) shared.row_top[t * shared.rows + i] = finite_or_zero(top);
@@ -256,7 +256,7 @@ SFK_DEVICE void KeyPass<T, kLog>::store_values(const Rows<T>& to, int row, int c
 
 // The last pass: dv, dk and the keys' parts of the parameters' sums.
 template <class T, bool kLog>
-SFK_DEVICE void KeyPass<T, kLog>::finish(HyperSums& sums) const {
+SFK_DEVICE void KeyPass<T, kLog>::finish() const {
   const Rows<T> key(p.key, head.b, head.h), value(p.value, head.b, head.h);
   const Positions positions(p.key_pos, head);
   const int step = block_warps() * kTile, g = lane_index() / 4;
@@ -269,9 +269,9 @@ SFK_DEVICE void KeyPass<T, kLog>::finish(HyperSums& sums) const {
       T* mine = x + warp_index() * kTile * shared.y_length;
       scale_tile(head, shared, mine);
       const auto token = [&](int i) {
-        return i < keys.count && shared.log_a[i] != kNone ? keys.first + i : int64_t{-1};
+        return i < keys.count && shared.log_a[i] != kNone ? static_cast<int>(keys.first) + i : -1;
       };
-      const int64_t tokens[2] = {token(row + g), token(row + g + 8)};
+      const int tokens[2] = {token(row + g), token(row + g + 8)};
       const auto logits = [&](int first, int tiles, Chunk& dl) { to_logits(row, first, tiles, dl); };
       float along[2];
       gradient_tile(head, shared, mine, w + warp_index() * kTile * shared.v_length, tile, positions, tokens, logits,
