@@ -25,7 +25,6 @@ from setformer_kernels.backends._extension import DTYPE_CODES
 
 ROOT = Path(__file__).resolve().parents[1]
 HALF, FLOAT = 2, 4  # bytes
-LARGEST_CLUSTER = {"sm_80": 1, "sm_90": 8, "sm_100": 8}
 SIZES = ((4096, 49), (4096, 196), (128, 256), (128, 512), (128, 1024), (128, 2048), (144, 4096))  # B·H, L
 
 
@@ -91,7 +90,7 @@ def layouts(calls: Sequence[Call], gpu: Gpu) -> list[Layout]:
     """What the host picks for each call; cluster 0 where the keys do not fit."""
     subprocess.run(["make", "--silent", "-C", str(ROOT / "csrc"), "cuda-layout"], check=True, timeout=600)
     family = FAMILIES[gpu.family]
-    device = family.capability // 10, gpu.multiprocessors, family.shared_per_block, LARGEST_CLUSTER[gpu.family]
+    device = family.capability // 10, gpu.multiprocessors, family.shared_per_block, int(family.capability >= 90)
     lines = [(*device, int(c.backward), c.B, c.H, c.L, c.M, c.D, c.E, c.T, DTYPE_CODES[torch.bfloat16]) for c in calls]
     given = "\n".join(" ".join(map(str, line)) for line in lines)
     command = [str(ROOT / "build" / "shim" / "layout")]

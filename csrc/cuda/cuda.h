@@ -6,6 +6,8 @@
 
 namespace sfk::cuda {
 
+constexpr int kLargestCluster = 8;  // the largest that every device with clusters runs
+
 // What a device can hold, as far as kernels ask.
 struct Device {
   int major = 0, minor = 0;  // compute capability

@@ -6,8 +6,6 @@
 
 namespace sfk::cuda {
 
-constexpr int kLargestCluster = 8;  // the largest that every device with clusters runs
-
 #ifdef SFK_SHIM
 
 int device_count() { return 1; }

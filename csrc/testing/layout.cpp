@@ -1,7 +1,7 @@
 // How the host lays attention out on a device: tells it without a device and without running anything.
 //
 // Every line of the input is
-//   major processors shared_bytes cluster | backward B H S M D E T dtype
+//   major processors shared_bytes has_clusters | backward B H S M D E T dtype
 // without the bar (L = S, dtype as in params.h), every line of the output
 //   cluster warps buffers shared_bytes problems groups
 // and cluster is 0 where the keys do not fit.
@@ -13,9 +13,10 @@ int main() {
   using namespace sfk;
   cuda::Device device;
   AttentionParams p;
-  int backward = 0, dtype = 0;
-  while (std::cin >> device.major >> device.processors >> device.shared >> device.clusters >> backward >> p.B >> p.H >>
+  int backward = 0, dtype = 0, has_clusters = 0;
+  while (std::cin >> device.major >> device.processors >> device.shared >> has_clusters >> backward >> p.B >> p.H >>
          p.S >> p.M >> p.D >> p.E >> p.T >> dtype) {
+    device.clusters = has_clusters ? cuda::kLargestCluster : 1;
     p.L = p.S, p.key.dtype = static_cast<Dtype>(dtype);
     const cuda::Layout l = cuda::layout(device, p, backward != 0);
     std::cout << l.cluster << ' ' << l.warps << ' ' << l.buffers << ' ' << l.shared << ' ' << l.problems << ' '
