@@ -58,18 +58,14 @@ def store_gradient(
 
 @triton.jit
 def store_parts(
-    dl, kappa, cosine, position, rows, live, stride_n, pi, part_sums, part_position, at, d_lam_a, middle,
+    dl, row_sums, kappa, cosine, position, rows, live, stride_n, pi, part_sums, part_position, at, d_lam_a, beta,
     ADD: tl.constexpr, M: tl.constexpr, P: tl.constexpr, PP: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
-    """One chunk's parts of the hyperparameters and of the reference positions, added to what stands there where ADD.
-
-    All dℓ of the queries, and all of the keys, sum to 0: moving κ by its value `middle` between orthogonal vectors
-    changes nothing but the weight of their rounding errors.
-    """
+    """One chunk's parts of the hyperparameters and of the reference positions, added to what stands there where ADD."""
     j = tl.arange(0, dl.shape[1])
     d_tau = 0.0
     if P > 0:
-        squares, places = position_sums(dl, position, rows, live, stride_n, pi, M, P, PP)
+        squares, places = position_sums(dl, row_sums, position, rows, live, stride_n, pi, M, P, PP)
         d_tau += tl.sum(squares)
         if part_position is not None:
             out = part_position + (at * dl.shape[1] + j)[:, None] * PP + tl.arange(0, PP)[None, :]
@@ -77,9 +73,8 @@ def store_parts(
                 places += tl.load(out)
             tl.store(out, places)
     if part_sums is not None:
-        beta_rows, epsilon_rows = kernel_sums(dl, kappa, cosine, DOT)
-        total = tl.sum(dl)
-        d_beta, d_epsilon = tl.sum(beta_rows) + middle * total, tl.sum(epsilon_rows) + (1.0 - middle) * total
+        beta_rows, epsilon_rows = kernel_sums(dl, kappa, cosine, beta, True, DOT)
+        d_beta, d_epsilon = tl.sum(beta_rows), tl.sum(epsilon_rows)
         old = part_sums + at * 8
         d_lam_b = tl.load(old + 3)  # of the query kernel
         if ADD:
@@ -126,9 +121,10 @@ def token_kernel(
     )  # fmt: skip
     dl = tl.load(tile_at(d_logits, at, BC, MP))
     middle = 0.0 if DOT else tl.exp2(-beta)
-    d_lam = 0.0
+    d_lam, row_sums = 0.0, tl.zeros([BC], tl.float32)
     if KEYS:
         d_f = tl.sum(dl, 1)
+        row_sums += (1.0 - lam_a) * d_f if UPDATE_ROWS else d_f
         if d_log_a is not None:
             out = at_head(d_log_a, b, h, stride_mb, stride_mh) + rows.to(tl.int64) * stride_mn
             tl.store(out, d_f, mask=asked)
@@ -138,7 +134,7 @@ def token_kernel(
             dl -= from_rows
             d_lam += (
                 tl.sum(d_f * (top + tl.log2(total) - (middle - 1.0) * scale)) * LN2
-            )  # Σ df = 0, as in `store_parts`
+            )  # Σ df = 0, as in `kernel_sums`
             tl.store(part_log_b + at * MP + j, tl.load(part_log_b + at * MP + j) - tl.sum(from_rows, 0))
     else:
         tl.store(part_log_b + at * MP + j, tl.sum(dl, 0))
@@ -148,7 +144,7 @@ def token_kernel(
         gradient_factor(parameters, h, DOT), KEYS, MP, D, DP, DEPTH, DOT, PRECISION,
     )  # fmt: skip
     store_parts(
-        dl, kappa, cosine, position, rows, live, stride_pn, pi, part_sums, part_position, at, d_lam, middle,
+        dl, row_sums, kappa, cosine, position, rows, live, stride_pn, pi, part_sums, part_position, at, d_lam, beta,
         KEYS, M, P, PP, DOT,
     )  # fmt: skip
 

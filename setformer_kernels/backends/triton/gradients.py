@@ -21,9 +21,10 @@ from torch import Tensor
 from ...problem import HYPER, Operands, Options, empty_in_order
 from .config import Tile, padded, tile
 from .launch import Device, device_of, launch
+from .logits import squared_distance
 from .plan import range_known
 from .prepare import Prepared
-from .primitives import dot, exact_scale, inverse_norm, rounded
+from .primitives import INF, dot, exact_scale, inverse_norm, rounded
 
 SUMS = 8  # numbers a slot holds for the hyperparameters; the first five in the order of HYPER
 # What the sums of a slot are:    Σ dℓ κ (ĉ − 1),  Σ dℓ (κ − 1),  Σ df LSE_j(ℓ + g),  Σ dg c,  Σ dℓ ‖p − π‖²
@@ -117,29 +118,39 @@ def token_gradient(
 
 
 @triton.jit
-def kernel_sums(dl, kappa, cosine, DOT: tl.constexpr):
-    """(Σ_j dℓ κ (ĉ − 1), Σ_j dℓ (κ − 1)) [BN]: the rows' parts of dβ·ε and −dε·ε²."""
-    d_epsilon = tl.sum(dl * (kappa - 1.0), 1)
-    d_beta = d_epsilon * 0.0 if DOT else tl.sum(dl * (kappa * (cosine - 1.0)), 1)
+def kernel_sums(dl, kappa, cosine, beta, BALANCED: tl.constexpr, DOT: tl.constexpr):
+    """(Σ_j dℓ κ (ĉ − 1), Σ_j dℓ (κ − 1)) [BN]: the rows' parts of dβ·ε and −dε·ε²; beta is β·log2 e.
+
+    BALANCED: all dℓ of the queries, and all of the keys, sum to 0.  Moving κ by its value `middle` between orthogonal
+    vectors then changes nothing but the weight of their rounding errors.
+    """
+    middle = 0.0 if DOT else tl.exp2(-beta)
+    d_epsilon = tl.sum(dl * (kappa - (middle if BALANCED else 1.0)), 1)
+    d_beta = d_epsilon * 0.0 if DOT else tl.sum(dl * (kappa * (cosine - 1.0) + (middle if BALANCED else 0.0)), 1)
     return d_beta, d_epsilon
 
 
 @triton.jit
-def position_sums(dl, p, rows, live, stride, pi, M_TRUE: tl.constexpr, P: tl.constexpr, PP: tl.constexpr):
-    """(Σ_j dℓ ‖p_i − π_j‖² [BN], Σ_i dℓ_ij (p_i − π_j) [MP, PP]); a token whose position is NaN adds nothing."""
+def position_sums(dl, total, p, rows, live, stride, pi, M_TRUE: tl.constexpr, P: tl.constexpr, PP: tl.constexpr):
+    """(Σ_j dℓ ‖p_i − π_j‖² [BN], Σ_i dℓ_ij (p_i − π_j) [MP, PP]); a token whose position is NaN adds nothing.
+
+    A row of dℓ sums to `total` [BN], but for rounding: a squared distance of thousands would multiply that error.  So
+    squares count from the row's smallest on, and the smallest times the exact sum.
+    """
     M: tl.constexpr = dl.shape[1]
     j, axes = tl.arange(0, M), tl.arange(0, PP)
     whole = tl.zeros([dl.shape[0]], tl.float32)
     for axis in tl.static_range(P):
         whole += tl.load(p + rows.to(tl.int64) * stride + axis, mask=live, other=0.0)
     placed = whole == whole
-    squares = tl.zeros([dl.shape[0]], tl.float32)
+    distance = squared_distance(p, rows, live, stride, pi, M_TRUE, M, P)
+    nearest = tl.min(tl.where((j < M_TRUE)[None, :], distance, INF), 1)
+    squares = tl.sum(dl * (distance - nearest[:, None]), 1) + nearest * total
     sums = tl.zeros([M, PP], tl.float32)
     for axis in tl.static_range(P):
         at = tl.load(p + rows.to(tl.int64) * stride + axis, mask=live & placed, other=0.0)
         difference = at[:, None] - tl.load(pi + j * P + axis, mask=j < M_TRUE, other=0.0)[None, :]
         weighted = tl.where(placed[:, None], dl * difference, 0.0)
-        squares += tl.sum(weighted * difference, 1)
         sums += tl.where(axes[None, :] == axis, tl.sum(weighted, 0)[:, None], 0.0)
     return squares, sums
 

@@ -148,11 +148,11 @@ def read_backward_kernel(
         if part_y is not None:
             d_y += dot(tl.trans(operand), x_hat, PRECISION)
         if part_sums is not None:
-            beta_rows, epsilon_rows = kernel_sums(d_s, kappa, cosine, DOT)
+            beta_rows, epsilon_rows = kernel_sums(d_s, kappa, cosine, beta, True, DOT)
             d_beta += beta_rows
             d_epsilon += epsilon_rows
         if PLACES:
-            tau_rows, pi_sums = position_sums(d_s, position, rows, live, stride_pn, pi, M, P, PP)
+            tau_rows, pi_sums = position_sums(d_s, 0.0, position, rows, live, stride_pn, pi, M, P, PP)
             d_tau += tau_rows
             d_pi += pi_sums
     out = (bh * splits + split) * MP + j

@@ -36,7 +36,7 @@ from .logits import head_parameters, key_mass, load_references, load_references_
 from .plan import range_known
 from .plan_backward import Cotangents, column_gradient, load_columns, merged_state, plan_terms, pooling_weights
 from .prepare import Prepared, stride_step, strides, unit_rows
-from .primitives import LN2, dot, finite_or_zero, rounded
+from .primitives import INF, LN2, dot, finite_or_zero, rounded
 
 
 @triton.jit
@@ -185,8 +185,8 @@ def earlier_terms(
 
 
 @triton.jit
-def _totals(d_g, newest, c, bh, iterations, REPEAT: tl.constexpr, M: tl.constexpr):
-    """(Σ_{0<t<T} dg^t [MP], Σ_{t>0} ⟨dg^t, c^t⟩)."""
+def _totals(d_g, newest, c, bh, iterations, REPEAT: tl.constexpr, BALANCED: tl.constexpr, M: tl.constexpr):
+    """(Σ_{0<t<T} dg^t [MP], Σ_{t>0} ⟨dg^t, c^t⟩); BALANCED: Σ_j dg^t_j = 0, so that only the spread of c^t counts."""
     MP: tl.constexpr = newest.shape[0]
     j = tl.arange(0, MP)
     total = tl.zeros([MP], tl.float32)
@@ -196,7 +196,9 @@ def _totals(d_g, newest, c, bh, iterations, REPEAT: tl.constexpr, M: tl.constexp
         d_g_t = tl.load(d_g + at * MP + j)
         if REPEAT:
             d_g_t = tl.where(t == 1, newest, d_g_t)
-        products += d_g_t * finite_or_zero(tl.load(c + at * M + j, mask=j < M, other=0.0))
+        c_t = tl.load(c + at * M + j, mask=j < M, other=-INF)
+        top = finite_or_zero(tl.max(c_t, 0)) if BALANCED else 0.0
+        products += d_g_t * tl.where(c_t > -INF, c_t - top, 0.0)
         total += tl.where(t < iterations, d_g_t, 0.0)
     return total, tl.sum(products)
 
@@ -305,11 +307,12 @@ def key_kernel(
         if part_y is not None:
             d_y += dot(tl.trans(operand), x_hat, PRECISION)
         if part_sums is not None:
-            beta_rows, epsilon_rows = kernel_sums(d_l, kappa, cosine, DOT)
+            beta_rows, epsilon_rows = kernel_sums(d_l, kappa, cosine, beta, d_c is None, DOT)
             d_beta += beta_rows
             d_epsilon += epsilon_rows
         if PLACES:
-            tau_rows, pi_sums = position_sums(d_l, position, rows, live, stride_pn, pi, M, P, PP)
+            total = (1.0 - lam_a) * sent if UPDATE_ROWS else sent  # Σ_j R = 1
+            tau_rows, pi_sums = position_sums(d_l, total, position, rows, live, stride_pn, pi, M, P, PP)
             d_tau += tau_rows
             d_pi += pi_sums
     slot = bh * slots + first_slot + split
@@ -321,7 +324,7 @@ def key_kernel(
         d_lambda_b = 0.0
         if UPDATE_ROWS:  # noqa: SIM102
             if split == 0:  # what a head counts once
-                others, d_lambda_b = _totals(d_g, newest, c, bh, iterations, REPEAT, M)
+                others, d_lambda_b = _totals(d_g, newest, c, bh, iterations, REPEAT, d_c is None, M)
                 d_g_0 += others
         if LOG_B:
             tl.store(part_log_b + slot * MP + j, d_g_0)
