@@ -1,7 +1,8 @@
 """Builds the optional C++ extension; everything else about the package is in pyproject.toml.
 
 The extension needs neither torch nor its headers.  One build holds the kernels for every instruction set of the
-architecture and chooses at run time.  Without a compiler the package still installs.
+architecture and chooses at run time.  Without a compiler the package still installs, on the reference: the build says
+what was missing, and leaves it beside the package for `python -m setformer_kernels info`.
 
 SETFORMER_KERNELS_CUDA=auto|0|1: CUDA kernels where nvcc and a GPU are found, never, or always (failing without nvcc).
 SETFORMER_KERNELS_CUDA_ARCHS: the compute capabilities they are compiled for, "80;90;100;120" by default.
@@ -9,6 +10,7 @@ SETFORMER_KERNELS_CUDA_ARCHS: the compute capabilities they are compiled for, "8
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import platform
 import shlex
@@ -21,8 +23,10 @@ from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
-from setuptools.errors import CompileError
+from setuptools.errors import BaseError, CCompilerError, CompileError
 
+MISSING = "_C.missing.txt"  # beside the extension that could not be built: why, for `info`
+INSTALL_A_COMPILER = "install one (Debian, Ubuntu: apt install g++; Fedora: dnf install gcc-c++; conda: cxx-compiler)"
 X86 = platform.machine().lower() in ("x86_64", "amd64")
 COMMON = ["bindings.cpp", "cpu/dispatch.cpp", "cpu/scratch.cpp", "cpu/probe_threads.cpp", "cpu/kernels_generic.cpp"]
 WIDE = ["-mprefer-vector-width=512"]  # gcc and clang prefer 256 bits on some targets
@@ -83,9 +87,40 @@ def compiles(compiler: list[str], flags: list[str]) -> bool:
 
 
 class Build(build_ext):
-    """Compiles each source with its own flags, several at a time."""
+    """Compiles each source with its own flags, several at a time; says why where it cannot."""
 
     def build_extension(self, ext: Extension) -> None:
+        note = Path(self.get_ext_fullpath(ext.name)).with_name(MISSING)
+        note.unlink(missing_ok=True)
+        try:
+            self.add_pybind11(ext)
+            self.compile_extension(ext)
+        except (BaseError, CCompilerError):
+            note.parent.mkdir(parents=True, exist_ok=True)
+            note.write_text(self.trouble() + "\n", encoding="utf-8")
+            lines = ("", f"setformer_kernels is built WITHOUT its C++ kernels: {self.trouble()}.")
+            print(*lines, "It works all the same, on its reference, which is several times slower on CPUs.", "",
+                  sep="\n", file=sys.stderr, flush=True)  # fmt: skip
+            raise
+
+    def trouble(self) -> str:
+        """Why there is no extension, and what to do about it."""
+        if importlib.util.find_spec("pybind11") is None:
+            return "pybind11 was missing when it was installed: pip install pybind11, then install the package again"
+        compiler = getattr(self.compiler, "compiler_cxx", None) or [""]
+        again = f"{INSTALL_A_COMPILER}, then install the package again"
+        if not compiles(list(compiler), []):
+            return f"no C++ compiler was found when it was installed ({compiler[0]!r} does not run): {again}"
+        return f"the C++ compiler {compiler[0]!r} could not compile it; pip install -v shows its messages"
+
+    def add_pybind11(self, ext: Extension) -> None:
+        try:
+            import pybind11
+        except ImportError as error:
+            raise CompileError("pybind11 is missing") from error
+        ext.include_dirs = [*ext.include_dirs, pybind11.get_include()]
+
+    def compile_extension(self, ext: Extension) -> None:
         if self.compiler.compiler_type != "unix":
             return super().build_extension(ext)
         self.set_unix_flags(ext)
@@ -154,26 +189,18 @@ class Build(build_ext):
         self.compiler._compile, self.compiler.compile = compile_one, compile_all
 
 
-def extensions() -> list[Extension]:
-    """The extension, or none where its one build-time dependency is missing."""
-    try:
-        import pybind11
-    except ImportError:
-        print("pybind11 is missing: building without the C++ extension", file=sys.stderr)
-        return []
-    sources = [f"csrc/{name}" for name in [*COMMON, *(ISA_FLAGS if X86 else [])]]
-    return [
-        Extension(
-            "setformer_kernels._C",
-            sources=sources,
-            include_dirs=["csrc", pybind11.get_include()],
-            define_macros=[("SFK_X86", "1")] if X86 else [],
-            depends=[str(path) for path in Path("csrc").rglob("*") if path.suffix in (".h", ".inc", ".cuh", ".cu")]
-            + ["csrc/cuda/bindings.cpp"],
-            language="c++",
-            optional=True,
-        )
-    ]
+def extension() -> Extension:
+    """The extension; optional, so that an installation never fails for want of it."""
+    return Extension(
+        "setformer_kernels._C",
+        sources=[f"csrc/{name}" for name in [*COMMON, *(ISA_FLAGS if X86 else [])]],
+        include_dirs=["csrc"],
+        define_macros=[("SFK_X86", "1")] if X86 else [],
+        depends=[str(path) for path in Path("csrc").rglob("*") if path.suffix in (".h", ".inc", ".cuh", ".cu")]
+        + ["csrc/cuda/bindings.cpp"],
+        language="c++",
+        optional=True,
+    )
 
 
-setup(ext_modules=extensions(), cmdclass={"build_ext": Build})
+setup(ext_modules=[extension()], cmdclass={"build_ext": Build})

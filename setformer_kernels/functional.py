@@ -84,7 +84,7 @@ def set_attention(
         return reference.dense(x, opt, mask)[0]
     causal = causal and key.shape[2] > 0
     name = "causal" if causal else "attention"
-    if dispatch.select(ops.attention_problem(name, x, opt), backend) == dispatch.REFERENCE:
+    if dispatch.choose(ops.attention_problem(name, x, opt), backend, ops.logits(x)) == dispatch.REFERENCE:
         return reference.causal(x, opt) if causal else reference.attention(x, opt)
     return ops.set_causal(*x, *opt) if causal else ops.set_attention(*x, *opt)[0]
 
@@ -160,7 +160,7 @@ def set_pool(
         kernel=kernel, num_iters=num_iters, dropout_p=0.0, seed=None, backend=backend,
     )  # fmt: skip
     checks.nonempty("value", value, "E", value.shape[3:])
-    if dispatch.select(ops.attention_problem("pool", x, opt), backend) == dispatch.REFERENCE:
+    if dispatch.choose(ops.attention_problem("pool", x, opt), backend, ops.logits(x)) == dispatch.REFERENCE:
         return reference.pool(x, opt)
     return ops.set_pool(*x, *opt)[0].to(x.value.dtype)
 
@@ -186,7 +186,8 @@ def nystrom_features(
     (x,) = autocast(x)
     dtype = compute_dtype(x.dtype)
     landmarks, (tensors, scalars) = landmarks.to(dtype), hyperparameters((bandwidth,), h, dtype)
-    if dispatch.select(ops.features_problem(x, landmarks), backend) != dispatch.REFERENCE:
+    size = math.prod(x.shape[:3]) * landmarks.shape[1]
+    if dispatch.choose(ops.features_problem(x, landmarks), backend, size) != dispatch.REFERENCE:
         return ops.nystrom_features(x, landmarks, tensors[0], scalars[0], float(ridge), backend)
     beta = landmarks.new_full((h,), scalars[0]) if tensors[0] is None else tensors[0]
     return reference.nystrom_features(x.to(dtype), landmarks, beta[:, None, None], float(ridge)).to(x.dtype)
@@ -229,7 +230,7 @@ def sinkhorn(
     scalars = [1.0 if isinstance(v, Tensor) else float(v) for _, v in relaxations]
     checks.same_device("log_kernel", log_kernel, log_a=log_a, log_b=log_b, key_relaxation=lam[0],
                        reference_relaxation=lam[1])  # fmt: skip
-    if dispatch.select(ops.sinkhorn_problem(l), backend) == dispatch.REFERENCE:
+    if dispatch.choose(ops.sinkhorn_problem(l), backend, l.numel() * num_iters) == dispatch.REFERENCE:
         masses = [reference.uniform_mass(l, k) if t is None else t for t, k in ((log_a, n), (log_b, m))]
         rates = [l.new_full((1, 1), s) if t is None else t.unsqueeze(-1) for t, s in zip(lam, scalars, strict=True)]
         f, g = reference.sinkhorn(l, masses[0], masses[1], num_iters, rates[0], rates[1], tol)[:2]

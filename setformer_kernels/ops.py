@@ -44,6 +44,12 @@ def attention_problem(op: str, x: Operands, opt: Options) -> Problem:
     return Problem(op, x.key.device.type, x.key.dtype, d, e, m, p, opt.num_iters, opt.kernel, opt.dropout_p > 0)
 
 
+def logits(x: Operands) -> int:
+    """How many logits ℓ a call on `Operands` forms: B·H·(L + S)·M."""
+    b, h, s, _ = x.key.shape
+    return b * h * (s + (0 if x.query is None else x.query.shape[2])) * x.references.shape[1]
+
+
 def features_problem(x: Tensor, landmarks: Tensor) -> Problem:
     return Problem("features", x.device.type, x.dtype, D=x.shape[-1], M=landmarks.shape[-2])
 
@@ -59,7 +65,7 @@ def _split(args: Sequence[Any]) -> tuple[Operands, Options]:
 
 def _backend(op: str, x: Operands, opt: Options, backward: bool = False) -> ModuleType:
     problem = replace(attention_problem(op, x, opt), N=x.key.shape[-2], backward=backward)
-    return dispatch.implementation(problem, opt.backend)
+    return dispatch.implementation(problem, opt.backend, logits(x))
 
 
 def _run_attention(*args: Any) -> tuple[Tensor, ...]:

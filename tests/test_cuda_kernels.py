@@ -57,11 +57,11 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     """The CUDA backend on a GPU, or with its kernels on the CPU."""
     if request.param == "shim":
         monkeypatch.setattr(cuda, "_C", request.getfixturevalue("shim"))
-        monkeypatch.setattr(cuda, "_TROUBLE", "")
+        monkeypatch.setattr(cuda, "ABSENT", "")
         monkeypatch.setattr(cuda, "_DEVICE", "cpu")
         yield "cuda"
-    elif not torch.cuda.is_available() or cuda._TROUBLE:
-        pytest.skip(cuda._TROUBLE or "no GPU")
+    elif not torch.cuda.is_available() or cuda.ABSENT:
+        pytest.skip(cuda.ABSENT or "no GPU")
     else:
         with torch.device("cuda"):
             yield "cuda"

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Sequence
+from importlib.machinery import EXTENSION_SUFFIXES
+from pathlib import Path
 from types import ModuleType
 
 # torch brings its own OpenMP runtime; loaded first, it is the one the extension's threads come from.
@@ -95,11 +97,29 @@ def sinkhorn_backward(
     return *grads, *(None if t is None or d_lam is None else d_lam[:, i].contiguous() for i, t in enumerate(wanted[3:]))
 
 
+MISSING = "_C.missing.txt"  # setup.py leaves it beside the extension that it could not build
+
+
+def _absence(folder: Path) -> str:
+    """Why the package in `folder` has no extension for this interpreter, and what to do about it."""
+    note, others = folder / MISSING, [path.name for path in folder.glob("_C.*") if path.suffix in (".so", ".pyd")]
+    if others:
+        why = f"{others[0]} is for another interpreter: install the package into this one"
+    elif note.exists():
+        why = note.read_text(encoding="utf-8").strip()
+    else:
+        why = "it was never built in this source tree: pip install -e ."
+    return f"the C++ extension setformer_kernels._C is missing: {why}"
+
+
 def _load() -> tuple[ModuleType | None, str]:
+    name, folder = "setformer_kernels._C", Path(__file__).parents[1]
     try:
-        return importlib.import_module("setformer_kernels._C"), ""
+        return importlib.import_module(name), ""
     except ImportError as error:
-        return None, f"the C++ extension cannot be loaded ({error})"
+        if any((folder / f"_C{suffix}").exists() for suffix in EXTENSION_SUFFIXES):
+            return None, f"the C++ extension {name} cannot be loaded ({error})"
+        return None, _absence(folder)
 
 
 MODULE, REASON = _load()

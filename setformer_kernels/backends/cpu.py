@@ -17,6 +17,7 @@ from ._extension import MODULE, REASON
 from ._extension import view as _view
 
 NAME = "cpu"
+ABSENT = REASON  # what keeps the whole backend away; empty where it is there
 _C: Any = MODULE
 # A thread keeps an [M, E] state and [96, max(M, D, E)] tiles: beyond this they would leave the second-level cache.
 MAX_REFERENCES = 1024
@@ -25,7 +26,7 @@ MAX_HEAD_DIM = 1024
 
 def unsupported_reasons(p: Problem) -> list[str]:
     """Why this backend cannot run `p`; empty when it can."""
-    reasons = [REASON] if REASON else []
+    reasons = [ABSENT] if ABSENT else []
     if p.device != "cpu":
         reasons.append(f"runs on cpu tensors, not on {p.device}")
     if p.dtype not in DTYPES:

@@ -23,12 +23,13 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 _C: Any = MODULE
 _DEVICE = "cuda"  # tests run the kernels' source on the CPU
-_TROUBLE = REASON or ("" if hasattr(MODULE, "cuda_sinkhorn") else "the C++ extension was built without CUDA")
+# What keeps the whole backend away; empty where it is there.
+ABSENT = REASON or ("" if hasattr(MODULE, "cuda_sinkhorn") else "the C++ extension was built without CUDA")
 
 
 def unsupported_reasons(p: Problem) -> list[str]:
     """Why this backend cannot run `p`; empty when it can."""
-    reasons = [_TROUBLE] if _TROUBLE else []
+    reasons = [ABSENT] if ABSENT else []
     if p.op not in OPS:
         reasons.append(f"has no kernel for {p.op} yet")
     if p.device != _DEVICE:

@@ -38,13 +38,13 @@ def _trouble() -> str:
     return "" if enough else f"needs triton >= {wanted}, found {version}"
 
 
-# A constant of the process, found once: `unsupported_reasons` is traced by torch.compile.
-TROUBLE = _trouble()
+# What keeps the whole backend away, found once: `unsupported_reasons` is traced by torch.compile.
+ABSENT = _trouble()
 
 
 def unsupported_reasons(p: Problem) -> list[str]:
     """Why this backend cannot run `p`; empty when it can."""
-    reasons = [TROUBLE] if TROUBLE else []
+    reasons = [ABSENT] if ABSENT else []
     if p.device != "cuda" and not (p.device == "cpu" and INTERPRETED):
         reasons.append(f"runs on cuda tensors (on cpu tensors only under TRITON_INTERPRET=1), not on {p.device}")
     if p.dtype not in DTYPES:
