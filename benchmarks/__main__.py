@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from benchmarks import entry_point
 from benchmarks.cases import full_plan, quick_plan
 from benchmarks.correctness import Wrong, check
 from benchmarks.hardware import ROOT, default_threads, environment
@@ -97,4 +98,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    entry_point.run("benchmarks", main)

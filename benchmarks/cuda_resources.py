@@ -6,6 +6,7 @@ architecture.  A test compiles again and compares.
 
 from __future__ import annotations
 
+import argparse
 import csv
 import os
 import re
@@ -16,8 +17,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
+from benchmarks import entry_point
+
 ROOT = Path(__file__).resolve().parents[1]
 TABLE = ROOT / "benchmarks" / "results" / "cuda_resources.csv"
+TOOLS = ("nvcc", "c++filt")
 ARCHITECTURES = ("80", "90", "100", "120")
 FUNCTION = re.compile(r"Compiling entry function '(\w+)' for 'sm_(\d+)'")
 STACK = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")
@@ -40,7 +44,7 @@ class Row(NamedTuple):
 
 
 def available() -> bool:
-    return shutil.which("nvcc") is not None and shutil.which("c++filt") is not None
+    return all(shutil.which(tool) for tool in TOOLS)
 
 
 def demangled(name: str) -> str:
@@ -83,16 +87,23 @@ def committed() -> list[Row]:
         return [Row(row["kernel"], *(int(row[name]) for name in Row._fields[1:])) for row in csv.DictReader(file)]
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> int:
+    """Entry point."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.cuda_resources", description=__doc__)
+    parser.add_argument("--out", type=Path, default=TABLE, help="file to write (default: the committed table)")
+    arguments = parser.parse_args(argv)
+    if not available():
+        raise entry_point.NotHereError(f"needs {' and '.join(TOOLS)} on PATH")
     found = rows()
-    with TABLE.open("w", newline="") as file:
+    with arguments.out.open("w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(Row._fields)
         writer.writerows(found)
     for row in found:
         print(f"{row.kernel:<60} sm_{row.arch:<4} {row.registers:>4} registers, {row.stack} stack, "
               f"{row.spill_stores + row.spill_loads} spilled")  # fmt: skip
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    entry_point.run("benchmarks.cuda_resources", main)

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks import implementations
+from benchmarks import entry_point, implementations
 from benchmarks.cases import BOTH, FORWARD, Entry
 from benchmarks.gpu_cases import (
     SDPA,
@@ -98,7 +98,7 @@ class Measure:
     def rows(self) -> Iterator[list[Row]]:
         """The rows of the run, group by group; nothing is timed before it is right."""
         if not self.backends:
-            raise RuntimeError(f"no GPU backend can run here: {dispatch.available_backends()}")
+            raise entry_point.NotHereError(f"no GPU backend can run here: {dispatch.available_backends()}")
         yield [self._checked(name, T) for name in self.backends for T in (3, 1)]
         yield [self._probe(name) for name in PROBES]
         yield [self._host_row(name) for name in self.backends if name != "cuda"]  # its launch is not seen from Python
@@ -379,4 +379,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    entry_point.run("benchmarks.gpu_measure", main)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 import setformer_kernels.functional as SF
+from benchmarks import entry_point
 from setformer_kernels import dispatch
 from setformer_kernels.problem import Problem
 
@@ -104,9 +105,11 @@ def main(argv: list[str] | None = None) -> int:
                 print(f"{name} {problem}: not finite", file=sys.stderr)
                 return 1
             ran += 1
+    if not ran:
+        raise entry_point.NotHereError(f"no GPU backend can run here: {dispatch.available_backends()}")
     print(f"{ran} calls, forward and backward")
-    return 0 if ran else 1
+    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    entry_point.run("benchmarks.gpu_smoke", main)

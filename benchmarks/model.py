@@ -34,7 +34,6 @@ import csv
 import functools
 import math
 import re
-import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -42,7 +41,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from benchmarks import aot, model_resident, sass, workloads
+from benchmarks import aot, entry_point, model_resident, sass, workloads
 from benchmarks.gpus import COPY_SHARE, FAMILIES, GPUS, SCHEDULERS, Gpu, resident_blocks
 from benchmarks.model_resident import HALF, Work, resident, resident_backward
 from benchmarks.workloads import Call
@@ -346,4 +345,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    entry_point.run("benchmarks.model", main)

@@ -26,7 +26,7 @@ from typing import NamedTuple
 
 import torch
 
-from benchmarks import aot, sass, workloads
+from benchmarks import aot, entry_point, sass, workloads
 from benchmarks.gpus import FAMILIES, resident_blocks
 from benchmarks.hardware import ROOT
 from benchmarks.workloads import Call
@@ -358,4 +358,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    entry_point.run("benchmarks.resources", main)

@@ -10,19 +10,17 @@ with its reason.
 from __future__ import annotations
 
 import argparse
-import sys
 
 import torch
 
-from benchmarks import aot, model, sass, workloads
+from benchmarks import aot, entry_point, model, sass, workloads
 from benchmarks.gpus import FAMILIES, GPUS
 from benchmarks.workloads import Call
+from setformer_kernels.backends.triton import config
 
 
 def _tiles(call: Call, kind: str, size: str, gpu: str, texts: list[str]) -> list[str]:
     """One markdown line per tile and kernel; the first line of a kernel is the shipped tile's."""
-    from setformer_kernels.backends.triton import config
-
     family = GPUS[gpu].family
     key = (kind, size, "half" if call.dtype.itemsize == 2 else "single")
     shipped = config.OVERRIDES[family].get(key, config.DEFAULT[key])
@@ -72,6 +70,8 @@ def main(argv: list[str] | None = None) -> int:
     for name, default in (("T", 3), ("L", 16384), ("D", 64), ("M", 64)):
         parser.add_argument(f"--{name}", type=int, default=default)
     a = parser.parse_args(argv)
+    if a.kind not in (kinds := sorted({kind for kind, _, _ in config.DEFAULT})):
+        parser.error(f"--kind must be one of {', '.join(kinds)}, got {a.kind!r}")
     call = Call(a.op, a.backward, a.T, getattr(torch, a.dtype), L=a.L, D=a.D, E=a.D, M=a.M, rich=a.rich)
     print("| kernel | tile | registers | spilled | shared | µs | bound |\n|---|---|---|---|---|---|---|")
     print("\n".join(_tiles(call, a.kind, a.size, a.gpu, a.tile)))
@@ -79,4 +79,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    entry_point.run("benchmarks.tune", main)

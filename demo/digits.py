@@ -5,8 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
 
 from .models import SET, SOFTMAX, Attention, Classifier, build_pair, place_references
@@ -19,6 +17,9 @@ PIXELS = 64
 
 def load() -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Training pixels [N,64,1] in [0,1] and labels [N], then the same for the quarter held out for the test."""
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
     pixels, labels = load_digits(return_X_y=True)
     parts = train_test_split(pixels / 16.0, labels, test_size=0.25, stratify=labels, random_state=SEED)
     x, x_test, y, y_test = (torch.from_numpy(part) for part in parts)

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import subprocess
 import sys
@@ -138,4 +139,6 @@ def compare(budget: float) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    serve(sys.argv[1], sys.stdin, sys.stdout)
+    parser = argparse.ArgumentParser(prog="python -m demo.text", description="One model, trained as stdin asks.")
+    parser.add_argument("attention", choices=(SOFTMAX, SET))
+    serve(parser.parse_args().attention, sys.stdin, sys.stdout)

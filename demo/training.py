@@ -14,7 +14,6 @@ from statistics import median
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from tqdm import tqdm
 
 MIN_STEPS = 10
 
@@ -74,6 +73,8 @@ def train_together(steps: dict[str, Step], wanted: int, budget: float, learning_
     Where `budget` seconds are too few for the `wanted` steps, the schedule runs faster and ends when they are over
     (not before `MIN_STEPS`): for all models at the same step.
     """
+    from tqdm import tqdm
+
     runs = {name: Run(name) for name in steps}
     start = time.perf_counter()
     bar = tqdm(range(wanted), desc="  training both", unit="step", mininterval=0.5)

@@ -73,7 +73,7 @@ def native(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> I
     if request.param == "eager":
         stand_in = ModuleType("eager_stand_in")
         stand_in.__dict__.update(vars(dispatch.EAGER))
-        stand_in.__dict__["unsupported_reasons"] = lambda problem: []
+        stand_in.__dict__.update(ABSENT="", unsupported_reasons=lambda problem: [])
         monkeypatch.setattr(dispatch, "NATIVE", {"eager": stand_in})
         yield "eager"
         return

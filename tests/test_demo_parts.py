@@ -202,5 +202,5 @@ def test_text_model_trains_in_a_process_of_its_own() -> None:
 
 
 def test_text_process_that_fails_is_an_error() -> None:
-    with pytest.raises(RuntimeError, match="ended with status 1"):
+    with pytest.raises(RuntimeError, match="ended with status 2"):
         text.Worker("nonsense")

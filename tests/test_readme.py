@@ -9,6 +9,7 @@ import pytest
 
 from benchmarks.results import read_csv
 from benchmarks.table import render
+from setformer_kernels import available_backends
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -20,6 +21,11 @@ def test_the_cpu_table_is_that_of_the_results_it_names() -> None:
     table = render(*read_csv(ROOT / "benchmarks" / "results" / names[0])).strip().split("\n\n")[0]
     missing = [line for line in table.splitlines() if line not in README]
     assert not missing, "\n".join(missing)
+
+
+def test_the_backends_stand_in_the_order_in_which_auto_tries_them() -> None:
+    table = README.partition("## Backends")[2].partition("\n\n`backend=")[0]
+    assert re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE) == list(available_backends())
 
 
 @pytest.mark.parametrize("link", sorted(set(re.findall(r"\]\(([^)#:]+)\)", README))))

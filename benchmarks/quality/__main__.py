@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from benchmarks import entry_point
 from benchmarks.hardware import ROOT
 from benchmarks.quality import results, table, train
 from benchmarks.quality.plot import draw
@@ -83,4 +84,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    entry_point.run("benchmarks.quality", main)
