@@ -82,6 +82,13 @@ def check_tensors(floating: dict[str, Any], optional: dict[str, Any]) -> None:
             raise TypeError(f"`{name}` must be a tensor or None, got {type(tensor).__name__}")
 
 
+def check_dense(optional: dict[str, Tensor | None]) -> None:
+    """By name: arguments that must not be nested where query, key and value are not."""
+    for name, tensor in optional.items():
+        if tensor is not None and tensor.is_nested:
+            raise TypeError(f"`{name}` must be a dense tensor where the tokens are, got a NestedTensor")
+
+
 def check_layout(
     query: Tensor, key: Tensor, value: Tensor, key_padding_mask: Tensor | None, attn_mask: Tensor | None
 ) -> bool:
