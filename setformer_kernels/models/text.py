@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .. import checks
+from ..nn.doors import FloatInPython
 from .layers import Mlp, initialize_weights, set_attention
 
 
@@ -68,7 +69,7 @@ class TextBlock(nn.Module):
         return self.norm2(x + self.mlp(x))
 
 
-class TextEncoder(nn.Module):
+class TextEncoder(FloatInPython):
     """BERT's encoder with SeT attention; the defaults are the sizes of BERT-base.
 
     Args:
@@ -210,7 +211,7 @@ class MaskedLMHead(nn.Module):
         return self.decoder(self.transform(hidden))
 
 
-class TextModel(nn.Module):
+class TextModel(FloatInPython):
     """An encoder and a head: logits of a text, of its tokens, or of the words behind its masked tokens."""
 
     def __init__(self, encoder: TextEncoder, head: nn.Module) -> None:

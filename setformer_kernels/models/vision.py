@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from .. import checks
 from ..nn import SeTPooling
+from ..nn.doors import FloatInPython
 from .layers import DropPath, Mlp, initialize_weights, set_attention
 from .sizes import VISION_SIZES
 
@@ -111,7 +112,7 @@ class PoolHead(nn.Module):
         return pooled if pre_logits else self.fc(self.dropout(pooled))
 
 
-class SeTformer(nn.Module):
+class SeTformer(FloatInPython):
     """Overlapping convolutional patches (stride 4), then four stages of SeT blocks at strides 4, 8, 16 and 32.
 
     Each stage halves both sides with a strided convolution (rounding up, so any size fits), runs its pre-norm blocks
