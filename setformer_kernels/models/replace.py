@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..nn import SeTAttention
+from ..nn.doors import FloatInPython
 from .transport import SetTransport
 
 
@@ -121,7 +122,7 @@ def _from_multihead(old: nn.Module, own: dict[str, Any]) -> nn.Module:
     return new.train(old.training)
 
 
-class SeTTimmAttention(nn.Module):
+class SeTTimmAttention(FloatInPython):
     """timm's `Attention` with its own projections, norms, gate and dropout; between them, SeT attention."""
 
     qkv: nn.Linear
