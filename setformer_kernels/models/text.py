@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from ..nn.writing import Reset
 from ..tracing import leaf
-from .layers import Mlp, initialize_weights, set_attention
+from .layers import Mlp, initialize_weights, normal_rows, set_attention
 
 
 def unit_positions(attention_mask: Tensor) -> Tensor:
@@ -56,13 +58,14 @@ class TextBlock(nn.Module):
     ) -> None:  # fmt: skip
         super().__init__()
         self.attention = set_attention(width, num_heads, position_scale, position_dim=1, **attention)
+        self.has_positions = position_scale is not None
         self.dropout = nn.Dropout(dropout)
         self.norm1 = nn.LayerNorm(width, layer_norm_eps)
         self.mlp = Mlp(width, hidden, dropout)
         self.norm2 = nn.LayerNorm(width, layer_norm_eps)
 
     def forward(self, x: Tensor, padding: Tensor | None, position: Tensor) -> Tensor:
-        where = {"query_position": position, "key_position": position} if self.attention.position_dim else {}
+        where = {"query_position": position, "key_position": position} if self.has_positions else {}
         y, _ = self.attention(x, x, x, padding, need_weights=False, **where)
         x = self.norm1(x + self.dropout(y))
         return self.norm2(x + self.mlp(x))
@@ -203,7 +206,10 @@ class MaskedLMHead(nn.Module):
         self.apply(initialize_weights)
 
     def tie(self, encoder: TextEncoder) -> MaskedLMHead:
-        self.decoder.weight = encoder.embeddings.word.weight
+        word = encoder.embeddings.word
+        self.decoder.weight = word.weight
+        # Drawn anew from here, the padding's row of the shared weight is zero too.
+        Reset(self.decoder, {"weight": partial(normal_rows, zero_row=word.padding_idx), "bias": nn.init.zeros_})
         return self
 
     def forward(self, hidden: Tensor) -> Tensor:

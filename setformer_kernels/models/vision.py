@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..nn import SeTPooling
+from ..nn.writing import redraw
 from ..tracing import leaf
 from .layers import DropPath, Mlp, initialize_weights, set_attention
 from .sizes import VISION_SIZES
@@ -52,15 +54,22 @@ class VisionBlock(nn.Module):
         super().__init__()
         self.norm1 = nn.LayerNorm(width)
         self.attention = set_attention(width, num_heads, position_scale, position_dim=2, **attention)
+        self.has_positions = position_scale is not None
         self.norm2 = nn.LayerNorm(width)
         self.mlp = Mlp(width, round(width * mlp_ratio))
         self.drop_path = DropPath(drop_path)
-        self.gamma1 = nn.Parameter(torch.full((width,), layer_scale))
-        self.gamma2 = nn.Parameter(torch.full((width,), layer_scale))
+        self.layer_scale = layer_scale
+        self.gamma1, self.gamma2 = nn.Parameter(torch.empty(width)), nn.Parameter(torch.empty(width))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Sets the block's own parameters, γ; its layers have their own."""
+        start = partial(nn.init.constant_, val=self.layer_scale)
+        redraw(self, {"gamma1": start, "gamma2": start})
 
     def forward(self, x: Tensor, position: Tensor) -> Tensor:
         y = self.norm1(x)
-        where = {"query_position": position, "key_position": position} if self.attention.position_dim else {}
+        where = {"query_position": position, "key_position": position} if self.has_positions else {}
         y, _ = self.attention(y, y, y, need_weights=False, **where)
         x = x + self.drop_path(self.gamma1 * y)
         return x + self.drop_path(self.gamma2 * self.mlp(self.norm2(x)))

@@ -44,7 +44,7 @@ def check_sizes(embed_dim: int, num_heads: int, kdim: int | None = None, vdim: i
 
 def check_own_options(
     *, num_references: int, num_iters: int, epsilon: float, bandwidth: float, kernel: str, value_map: str,
-    position_dim: int, key_relaxation: float, reference_relaxation: float, backend: str,
+    position_dim: int, key_relaxation: float, reference_relaxation: float, backend: str, position_scale: float,
 ) -> None:  # fmt: skip
     """The constructor's own arguments: those of the functional API by its rules, and no tensors among the numbers."""
     checks.iterations(num_iters)
@@ -59,10 +59,11 @@ def check_own_options(
         ("bandwidth", bandwidth, math.inf),
         ("key_relaxation", key_relaxation, 1.0),
         ("reference_relaxation", reference_relaxation, 1.0),
+        ("position_scale", position_scale, math.inf),
     ):
         if isinstance(number, Tensor):
             raise TypeError(f"{name} must be a float, got a Tensor: learned ones are asked for by learn_* arguments")
-        checks.hyperparameter(name, number, 0, 0.0, high, open_low=math.isinf(high))
+        checks.hyperparameter(name, number, 0, 0.0, high, open_low=name in ("epsilon", "bandwidth"))
     backends = ("auto", *available_backends())
     for name, choice, choices in (("value_map", value_map, VALUE_MAPS), ("backend", backend, backends)):
         if choice not in choices:
