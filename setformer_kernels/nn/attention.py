@@ -134,7 +134,7 @@ class SeTAttention(ReferenceSet, nn.MultiheadAttention):
         redraw(self, PROJECTIONS)
         redraw(self.out_proj, {"bias": nn.init.zeros_})
         # nn.MultiheadAttention.__init__ calls this before there are references
-        if "references" in self._parameters:
+        if hasattr(self, "references"):
             self._reset_references()
 
     # an alias, not a call: tools patch either name onto the other
