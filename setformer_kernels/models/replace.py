@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..nn import SeTAttention
 from ..nn.attention import PROJECTIONS
+from ..nn.doors import FloatInPython
 from ..nn.writing import recomputed
 from .transport import SetTransport
 
@@ -169,7 +170,7 @@ def _refuse_unused_out_proj(linear: nn.Module) -> None:
             raise Refusal(f"its out_proj was used without the normalisation of its {name}: remove that first")
 
 
-class SeTTimmAttention(nn.Module):
+class SeTTimmAttention(FloatInPython):
     """timm's `Attention` with its own projections, norms, gate and dropout; between them, SeT attention.
 
     Not built: an `Attention` with a `set_transport` becomes one.

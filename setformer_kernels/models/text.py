@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from .. import checks
+from ..nn.doors import FloatInPython
 from ..nn.writing import Reset
 from ..tracing import leaf
 from .layers import Mlp, initialize_weights, normal_rows, set_attention
@@ -71,7 +73,7 @@ class TextBlock(nn.Module):
         return self.norm2(x + self.mlp(x))
 
 
-class TextEncoder(nn.Module):
+class TextEncoder(FloatInPython):
     """BERT's encoder with SeT attention; the defaults are the sizes of BERT-base.
 
     Args:
@@ -98,9 +100,13 @@ class TextEncoder(nn.Module):
         super().__init__()
         sizes = {"vocab_size": vocab_size, "width": width, "depth": depth, "hidden": hidden,
                  "max_positions": max_positions, "type_vocab_size": type_vocab_size}  # fmt: skip
-        for name, size in sizes.items():
-            if size < 1:
-                raise ValueError(f"{name} must be ≥ 1, got {size}")
+        vocab_size, width, depth, hidden, max_positions, type_vocab_size = (
+            checks.integer(name, size, 1) for name, size in sizes.items()
+        )
+        pad_token_id = None if pad_token_id is None else checks.integer("pad_token_id", pad_token_id)
+        dropout = checks.probability("dropout", dropout)
+        layer_norm_eps = checks.number("layer_norm_eps", layer_norm_eps, 0.0)
+        position_scale = None if position_scale is None else checks.number("position_scale", position_scale, 0.0)
         self.width, self.max_positions = width, max_positions
         self.embeddings = Embeddings(
             vocab_size, width, max_positions, type_vocab_size, pad_token_id, dropout, layer_norm_eps
@@ -216,7 +222,7 @@ class MaskedLMHead(nn.Module):
         return self.decoder(self.transform(hidden))
 
 
-class TextModel(nn.Module):
+class TextModel(FloatInPython):
     """An encoder and a head: logits of a text, of its tokens, or of the words behind its masked tokens."""
 
     def __init__(self, encoder: TextEncoder, head: nn.Module) -> None:

@@ -11,7 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from .. import checks
 from ..nn import SeTPooling
+from ..nn.doors import FloatInPython
 from ..nn.writing import redraw
 from ..tracing import leaf
 from .layers import DropPath, Mlp, initialize_weights, set_attention
@@ -121,7 +123,7 @@ class PoolHead(nn.Module):
         return pooled if pre_logits else self.fc(self.dropout(pooled))
 
 
-class SeTformer(nn.Module):
+class SeTformer(FloatInPython):
     """Overlapping convolutional patches (stride 4), then four stages of SeT blocks at strides 4, 8, 16 and 32.
 
     Each stage halves both sides with a strided convolution (rounding up, so any size fits), runs its pre-norm blocks
@@ -158,15 +160,20 @@ class SeTformer(nn.Module):
         attention: Mapping[str, Any] | None = None,
     ) -> None:  # fmt: skip
         super().__init__()
-        check_sizes(widths, depths, num_heads, out_indices)
-        self.widths, self.in_channels, self.num_classes = tuple(widths), in_channels, num_classes
-        self.out_indices, self.features_only = tuple(out_indices), features_only
+        widths, depths, num_heads, self.out_indices = check_sizes(widths, depths, num_heads, out_indices)
+        self.widths = widths
+        self.in_channels = in_channels = checks.integer("in_channels", in_channels, 1)
+        self.num_classes, self.features_only = checks.integer("num_classes", num_classes, 0), bool(features_only)
+        mlp_ratio = checks.number("mlp_ratio", mlp_ratio, 0.0, open_low=True)
+        drop_path_rate = checks.probability("drop_path_rate", drop_path_rate)
+        layer_scale = checks.number("layer_scale", layer_scale, 0.0)
+        position_scale = None if position_scale is None else checks.number("position_scale", position_scale, 0.0)
         self._head_arguments: dict[str, Any] = {
             "num_heads": num_heads[-1],
-            "num_references": pool_references,
-            "dropout": dropout,
+            "num_references": checks.integer("pool_references", pool_references, 1),
+            "dropout": checks.probability("dropout", dropout),
         }
-        self.pool = pool
+        self.pool = checks.choice("pool", pool, POOLS)
 
         def block(stage: int, drop_path: float) -> VisionBlock:
             options = {**(attention or {}), "num_references": num_references}
@@ -191,7 +198,7 @@ class SeTformer(nn.Module):
 
     def reset_classifier(self, num_classes: int, pool: str | None = None) -> None:
         """A new head for num_classes classes (0: none, the pooled features); pool as it was, or the given one."""
-        self.num_classes, self.pool = num_classes, pool or self.pool
+        self.num_classes, self.pool = checks.integer("num_classes", num_classes, 0), pool or self.pool
         like = next(self.stages.parameters())
         self.head = self._new_head().apply(initialize_weights).to(like.device, like.dtype)
 
@@ -228,14 +235,19 @@ class SeTformer(nn.Module):
 
 def check_sizes(
     widths: Sequence[int], depths: Sequence[int], num_heads: Sequence[int], out_indices: Sequence[int]
-) -> None:
-    for name, sizes in (("widths", widths), ("depths", depths), ("num_heads", num_heads)):
-        if len(sizes) != len(STRIDES) or min(sizes) < 1:
-            raise ValueError(f"{name} must be {len(STRIDES)} positive integers, one a stage, got {tuple(sizes)}")
-    if widths[0] % 2:
+) -> list[tuple[int, ...]]:
+    """The arguments as tuples of ints."""
+    given = {"widths": widths, "depths": depths, "num_heads": num_heads, "out_indices": out_indices}
+    sizes = {name: tuple(checks.integer(f"{name}[{i}]", s) for i, s in enumerate(v)) for name, v in given.items()}
+    for name in ("widths", "depths", "num_heads"):
+        if len(sizes[name]) != len(STRIDES) or min(sizes[name]) < 1:
+            raise ValueError(f"{name} must be {len(STRIDES)} positive integers, one a stage, got {sizes[name]}")
+    if sizes["widths"][0] % 2:
         raise ValueError(f"widths must start with an even number: the first convolution has half, got {widths[0]}")
-    if not out_indices or sorted(set(out_indices)) != list(out_indices) or not set(out_indices) <= {0, 1, 2, 3}:
-        raise ValueError(f"out_indices must be increasing stage numbers from 0 to 3, got {tuple(out_indices)}")
+    taken = sizes["out_indices"]
+    if not taken or tuple(sorted(set(taken))) != taken or not set(taken) <= {0, 1, 2, 3}:
+        raise ValueError(f"out_indices must be increasing stage numbers from 0 to 3, got {taken}")
+    return list(sizes.values())
 
 
 @leaf
