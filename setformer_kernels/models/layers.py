@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from ..nn import SeTAttention, SeTPooling
+from ..tracing import Leaf
 from .transport import SetTransport
 
 
-class DropPath(nn.Module):
+class DropPath(Leaf):
     """Stochastic depth: in training a sample's branch x [B, ...] is zero with probability `rate`, else x/(1 − rate)."""
 
     def __init__(self, rate: float) -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from ..tracing import leaf
 from .layers import Mlp, initialize_weights, set_attention
 
 
@@ -117,7 +118,10 @@ class TextEncoder(nn.Module):
         token_type_ids: Tensor | None = None, position_ids: Tensor | None = None, inputs_embeds: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
         """Hidden states [B, L, width] of input_ids [B, L] or, in their place, inputs_embeds [B, L, width]."""
-        B, L = self._check(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
+        B, L = check_text(
+            self.width, self.max_positions, input_ids, inputs_embeds, position_ids,
+            attention_mask=attention_mask, token_type_ids=token_type_ids,
+        )  # fmt: skip
         x = self.embeddings(input_ids, token_type_ids, position_ids, inputs_embeds)
         there = x.new_ones((B, L), dtype=torch.bool) if attention_mask is None else attention_mask != 0
         padding = None if attention_mask is None else ~there
@@ -129,31 +133,32 @@ class TextEncoder(nn.Module):
                 x = block(x, padding, position)
         return x
 
-    def _check(
-        self, input_ids: Tensor | None, attention_mask: Tensor | None, token_type_ids: Tensor | None,
-        position_ids: Tensor | None, inputs_embeds: Tensor | None,
-    ) -> tuple[int, int]:  # fmt: skip
-        """(B, L) of inputs whose shapes fit."""
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("pass either input_ids or inputs_embeds: got both or neither")
-        if input_ids is not None:
-            if input_ids.dim() != 2:
-                raise ValueError(f"input_ids must be [B, L], got {list(input_ids.shape)}")
-            B, L = input_ids.shape
-        else:
-            assert inputs_embeds is not None
-            if inputs_embeds.dim() != 3 or inputs_embeds.shape[2] != self.width:
-                raise ValueError(f"inputs_embeds must be [B, L, {self.width}], got {list(inputs_embeds.shape)}")
-            B, L = inputs_embeds.shape[:2]
-        if self.max_positions < L:
-            raise ValueError(f"max_positions={self.max_positions} is less than the length of the text, {L}")
-        others = {"attention_mask": attention_mask, "token_type_ids": token_type_ids}
-        for name, tensor in others.items():
-            if tensor is not None and tuple(tensor.shape) != (B, L):
-                raise ValueError(f"{name} must be {[B, L]}, as the text, got {list(tensor.shape)}")
-        if position_ids is not None and tuple(position_ids.shape) not in ((L,), (1, L), (B, L)):
-            raise ValueError(f"position_ids must be {[L]} or {[B, L]}, got {list(position_ids.shape)}")
-        return B, L
+
+@leaf
+def check_text(
+    width: int, max_positions: int, input_ids: Tensor | None, inputs_embeds: Tensor | None,
+    position_ids: Tensor | None, **others: Tensor | None,
+) -> tuple[int, int]:  # fmt: skip
+    """(B, L) of inputs of a `TextEncoder` whose shapes fit; others: by name, tensors [B, L] or None."""
+    if (input_ids is None) == (inputs_embeds is None):
+        raise ValueError("pass either input_ids or inputs_embeds: got both or neither")
+    if input_ids is not None:
+        if input_ids.dim() != 2:
+            raise ValueError(f"input_ids must be [B, L], got {list(input_ids.shape)}")
+        B, L = input_ids.shape
+    else:
+        assert inputs_embeds is not None
+        if inputs_embeds.dim() != 3 or inputs_embeds.shape[2] != width:
+            raise ValueError(f"inputs_embeds must be [B, L, {width}], got {list(inputs_embeds.shape)}")
+        B, L = inputs_embeds.shape[:2]
+    if max_positions < L:
+        raise ValueError(f"max_positions={max_positions} is less than the length of the text, {L}")
+    for name, tensor in others.items():
+        if tensor is not None and tuple(tensor.shape) != (B, L):
+            raise ValueError(f"{name} must be {[B, L]}, as the text, got {list(tensor.shape)}")
+    if position_ids is not None and tuple(position_ids.shape) not in ((L,), (1, L), (B, L)):
+        raise ValueError(f"position_ids must be {[L]} or {[B, L]}, got {list(position_ids.shape)}")
+    return B, L
 
 
 class Pooler(nn.Module):
@@ -212,6 +217,9 @@ class TextModel(nn.Module):
         super().__init__()
         self.encoder, self.head = encoder, head
 
-    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(
+        self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None, position_ids: Tensor | None = None, inputs_embeds: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
         """Arguments as `TextEncoder.forward`."""
-        return self.head(self.encoder(*args, **kwargs))
+        return self.head(self.encoder(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds))

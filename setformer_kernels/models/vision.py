@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..nn import SeTPooling
+from ..tracing import leaf
 from .layers import DropPath, Mlp, initialize_weights, set_attention
 from .sizes import VISION_SIZES
 
@@ -18,6 +19,7 @@ STRIDES = (4, 8, 16, 32)
 POOLS = ("mean", "set")
 
 
+@leaf
 def grid_positions(height: int, width: int, device: torch.device) -> Tensor:
     """Centres of the cells of a height × width grid on the unit square, rows first: [height·width, 2], float32.
 
@@ -263,6 +265,7 @@ def check_sizes(
         raise ValueError(f"out_indices must be increasing stage numbers from 0 to 3, got {tuple(out_indices)}")
 
 
+@leaf
 def checked_image(image: Tensor, in_channels: int) -> Tensor:
     """image itself if it is [B, in_channels, height ≥ 32, width ≥ 32]: below, the last stage would see less than one
     cell a side."""
