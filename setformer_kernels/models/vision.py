@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -135,11 +134,11 @@ class SeTformer(nn.Module):
         num_references: M of every attention.
         in_channels: of the image.
         num_classes: 0 leaves the pooled features.
-        pool: of the classification head, "mean", "set" (`SeTPooling` onto `pool_references` references) or "" (logits of
-            every cell).
+        pool: of the classification head, "mean", "set" (`SeTPooling` onto `pool_references` references) or "" (logits
+            of every cell).
         features_only: no head; forward returns the maps of the stages `out_indices` (0 to 3).
-        output_stride: 8, 16 or 32, the largest stride; below 32 the last stages keep the resolution, and the convolutions
-            that follow are dilated so that they read the same neighbours.
+        output_stride: 8, 16 or 32, the largest stride; below 32 the last stages keep the resolution, and the
+            convolutions that follow are dilated so that they read the same neighbours.
         dropout: before the classifier.
         drop_path_rate: stochastic depth of the last block; grows linearly from 0.
         layer_scale: γ at the start; 0.1 is CaiT's value for networks of up to 18 blocks.
@@ -200,9 +199,9 @@ class SeTformer(nn.Module):
             ConvNorm(self.in_channels, half, **factory), nn.GELU(), ConvNorm(half, width, **factory)
         )  # fmt: skip
         dilation = 1
-        for (wide, narrow), widths in zip(itertools.pairwise(self.strides), itertools.pairwise(self.widths)):
-            stride = narrow // wide
-            yield ConvNorm(*widths, stride, dilation, **factory)
+        for i in range(1, len(STRIDES)):
+            stride = self.strides[i] // self.strides[i - 1]
+            yield ConvNorm(self.widths[i - 1], self.widths[i], stride, dilation, **factory)
             dilation *= 2 // stride
 
     def _new_head(self, **factory: Any) -> PoolHead:
