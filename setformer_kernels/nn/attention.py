@@ -19,14 +19,10 @@ from .contract import (
     check_tensors,
     check_width,
 )  # fmt: skip
+from .fastpath import PythonForward, keep_python_forward
 from .masks import attention_mask_of, blank_padding, key_mask_of
 from .nested import nest_like, pad_all
 from .reference_set import ReferenceSet
-
-
-def keep_python_forward(module: nn.Module, args: tuple[Any, ...]) -> None:
-    """A forward pre-hook that does nothing but be there: in eval, nn.TransformerEncoderLayer runs softmax attention in
-    C++ straight from the projection weights, without calling forward, unless a module inside it has a hook."""
 
 
 def split_heads(x: Tensor, num_heads: int, batch_first: bool) -> Tensor:
@@ -101,7 +97,15 @@ class SeTAttention(ReferenceSet, nn.MultiheadAttention):
             position_dim=position_dim, learn_epsilon=learn_epsilon, learn_log_mass=learn_log_mass,
             key_relaxation=key_relaxation, reference_relaxation=reference_relaxation, backend=backend,
         )  # fmt: skip
-        self.register_forward_pre_hook(keep_python_forward)
+        self.python_forward = PythonForward()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Modules pickled when the hook was their own get the child that holds it now."""
+        super().__setstate__(state)
+        if "python_forward" not in self._modules:
+            self.python_forward = PythonForward()
+            for key in [key for key, hook in self._forward_pre_hooks.items() if hook is keep_python_forward]:
+                del self._forward_pre_hooks[key]
 
     def _reset_parameters(self) -> None:
         """Draws all parameters anew: the projections as torch does, then the references."""

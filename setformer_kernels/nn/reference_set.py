@@ -13,11 +13,12 @@ from .. import functional as SF
 from ..problem import compute_dtype
 from ..tracing import Leaf
 from .contract import check_key_position, check_own_options
+from .doors import FloatInPython
 from .kmeans import cluster_means, spherical_kmeans
 from .masks import present_of
 
 
-class ReferenceSet(Leaf):
+class ReferenceSet(Leaf, FloatInPython):
     """Mixin: M references per head and how tokens are carried to them (definition: the package's README).
 
     Parameters (those not asked for are None):
