@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .. import checks
 from ..nn import SeTAttention, SeTPooling
 from ..tracing import Leaf
 from .transport import SetTransport
@@ -20,7 +21,8 @@ class DropPath(Leaf):
 
     def __init__(self, rate: float) -> None:
         super().__init__()
-        if not 0.0 <= rate < 1.0:
+        rate = checks.probability("rate", rate)
+        if rate == 1.0:
             raise ValueError(f"the drop path rate must be in [0, 1), got {rate}")
         self.rate = rate
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from .. import checks
 from ..tracing import leaf
 from .layers import Mlp, initialize_weights, set_attention
 
@@ -95,9 +96,13 @@ class TextEncoder(nn.Module):
         super().__init__()
         sizes = {"vocab_size": vocab_size, "width": width, "depth": depth, "hidden": hidden,
                  "max_positions": max_positions, "type_vocab_size": type_vocab_size}  # fmt: skip
-        for name, size in sizes.items():
-            if size < 1:
-                raise ValueError(f"{name} must be ≥ 1, got {size}")
+        vocab_size, width, depth, hidden, max_positions, type_vocab_size = (
+            checks.integer(name, size, 1) for name, size in sizes.items()
+        )
+        pad_token_id = None if pad_token_id is None else checks.integer("pad_token_id", pad_token_id)
+        dropout = checks.probability("dropout", dropout)
+        layer_norm_eps = checks.number("layer_norm_eps", layer_norm_eps, 0.0)
+        position_scale = None if position_scale is None else checks.number("position_scale", position_scale, 0.0)
         self.width, self.max_positions = width, max_positions
         self.embeddings = Embeddings(
             vocab_size, width, max_positions, type_vocab_size, pad_token_id, dropout, layer_norm_eps

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from .. import checks
 from ..nn import SeTPooling
 from ..tracing import leaf
 from .layers import DropPath, Mlp, initialize_weights, set_attention
@@ -163,15 +164,21 @@ class SeTformer(nn.Module):
         device: torch.device | str | None = None, dtype: torch.dtype | None = None,
     ) -> None:  # fmt: skip
         super().__init__()
-        check_sizes(widths, depths, num_heads, out_indices)
-        if output_stride not in STRIDES[1:]:
+        widths, depths, num_heads, self.out_indices = check_sizes(widths, depths, num_heads, out_indices)
+        self.widths, self.num_heads = widths, num_heads
+        self.in_channels = checks.integer("in_channels", in_channels, 1)
+        self.num_classes, self.features_only = checks.integer("num_classes", num_classes, 0), bool(features_only)
+        if (output_stride := checks.integer("output_stride", output_stride)) not in STRIDES[1:]:
             raise ValueError(f"output_stride must be 8, 16 or 32, got {output_stride}")
-        self.widths, self.num_heads, self.in_channels, self.num_classes = (
-            tuple(widths), tuple(num_heads), in_channels, num_classes
-        )  # fmt: skip
-        self.out_indices, self.features_only = tuple(out_indices), features_only
         self.strides = tuple(min(stride, output_stride) for stride in STRIDES)
-        self._head_arguments: dict[str, Any] = {"num_references": pool_references, "dropout": dropout}
+        mlp_ratio = checks.number("mlp_ratio", mlp_ratio, 0.0, open_low=True)
+        drop_path_rate = checks.probability("drop_path_rate", drop_path_rate)
+        layer_scale = checks.number("layer_scale", layer_scale, 0.0)
+        position_scale = None if position_scale is None else checks.number("position_scale", position_scale, 0.0)
+        self._head_arguments: dict[str, Any] = {
+            "num_references": checks.integer("pool_references", pool_references, 1),
+            "dropout": checks.probability("dropout", dropout),
+        }
         self.pool = pool
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         options = {**(attention or {}), "num_references": num_references}
@@ -213,7 +220,8 @@ class SeTformer(nn.Module):
     def reset_classifier(self, num_classes: int, pool: str | None = None) -> None:
         """A new classifier of num_classes classes (0: none, the pooled features); the pooling as it is, or the given
         one."""
-        self.num_classes, self.pool = num_classes, self.pool if pool is None else pool
+        self.num_classes = checks.integer("num_classes", num_classes, 0)
+        self.pool = self.pool if pool is None else pool
         like, old = next(self.stages.parameters()), self.head
         head = self._new_head(device=like.device, dtype=like.dtype).apply(initialize_weights).train(self.training)
         if old is not None and old.kind == head.kind:
@@ -254,14 +262,19 @@ class SeTformer(nn.Module):
 
 def check_sizes(
     widths: Sequence[int], depths: Sequence[int], num_heads: Sequence[int], out_indices: Sequence[int]
-) -> None:
-    for name, sizes in (("widths", widths), ("depths", depths), ("num_heads", num_heads)):
-        if len(sizes) != len(STRIDES) or min(sizes) < 1:
-            raise ValueError(f"{name} must be {len(STRIDES)} positive integers, one a stage, got {tuple(sizes)}")
-    if widths[0] % 2:
+) -> list[tuple[int, ...]]:
+    """The arguments as tuples of ints."""
+    given = {"widths": widths, "depths": depths, "num_heads": num_heads, "out_indices": out_indices}
+    sizes = {name: tuple(checks.integer(f"{name}[{i}]", s) for i, s in enumerate(v)) for name, v in given.items()}
+    for name in ("widths", "depths", "num_heads"):
+        if len(sizes[name]) != len(STRIDES) or min(sizes[name]) < 1:
+            raise ValueError(f"{name} must be {len(STRIDES)} positive integers, one a stage, got {sizes[name]}")
+    if sizes["widths"][0] % 2:
         raise ValueError(f"widths must start with an even number: the first convolution has half, got {widths[0]}")
-    if not out_indices or sorted(set(out_indices)) != list(out_indices) or not set(out_indices) <= {0, 1, 2, 3}:
-        raise ValueError(f"out_indices must be increasing stage numbers from 0 to 3, got {tuple(out_indices)}")
+    taken = sizes["out_indices"]
+    if not taken or tuple(sorted(set(taken))) != taken or not set(taken) <= {0, 1, 2, 3}:
+        raise ValueError(f"out_indices must be increasing stage numbers from 0 to 3, got {taken}")
+    return list(sizes.values())
 
 
 @leaf

@@ -9,15 +9,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .. import checks
 from .. import functional as SF
 from .contract import (
     AttentionInputError,
     check_layout,
     check_masks,
     check_pairs,
-    check_sizes,
     check_tensors,
     check_width,
+    sizes,
 )  # fmt: skip
 from .fastpath import PythonForward, keep_python_forward
 from .masks import attention_mask_of, blank_padding, key_mask_of
@@ -87,10 +88,12 @@ class SeTAttention(ReferenceSet, nn.MultiheadAttention):
         value_map: str = "linear", position_dim: int = 0, learn_epsilon: bool = False, learn_log_mass: bool = False,
         key_relaxation: float = 1.0, reference_relaxation: float = 1.0, backend: str = "auto",
     ) -> None:  # fmt: skip
-        check_sizes(embed_dim, num_heads, kdim, vdim)
+        embed_dim, num_heads, kdim, vdim = sizes(embed_dim, num_heads, kdim, vdim)
+        dropout = checks.probability("dropout", dropout)
         super().__init__(
-            embed_dim, num_heads, dropout, bias, add_bias_kv, add_zero_attn, kdim, vdim, batch_first, device, dtype
-        )
+            embed_dim, num_heads, dropout, bool(bias), bool(add_bias_kv), bool(add_zero_attn), kdim, vdim,
+            bool(batch_first), device, dtype,
+        )  # fmt: skip
         self._add_references(
             num_heads, self.head_dim, {"device": device, "dtype": dtype}, num_references=num_references,
             num_iters=num_iters, epsilon=epsilon, bandwidth=bandwidth, kernel=kernel, value_map=value_map,

@@ -8,7 +8,7 @@ from torch import nn
 
 
 class _NoQConfig:
-    """In the place of `qconfig`, which torch.ao.quantization hands down from parent to child: None for what is below."""
+    """In the place of `qconfig`, which torch.ao.quantization hands down from parent to child: from here on, None."""
 
     def __get__(self, module: nn.Module | None, owner: type | None = None) -> None:
         return None

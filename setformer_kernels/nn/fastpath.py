@@ -1,8 +1,8 @@
 """Why nn.TransformerEncoderLayer calls SeT attention in eval, instead of computing softmax attention from its weights.
 
 In eval the layer hands the projection weights of its `self_attn` to a C++ kernel of softmax attention, without calling
-`self_attn.forward`, unless one of the conditions it reads says no.  Most of them are facts about the weights that others
-read too and that must stay true (`in_proj_bias`, `_qkv_same_embed_dim`, `batch_first`, `num_heads`).  One is free: that
+`self_attn.forward`, unless one of the conditions it reads says no.  Most are facts about the weights, which others read
+too and which must stay true (`in_proj_bias`, `_qkv_same_embed_dim`, `batch_first`, `num_heads`).  One is free: that
 some module inside the layer has a forward hook.
 """
 
@@ -36,4 +36,4 @@ class PythonForward(nn.Module):
     Clearing hooks, by any way of doing so, leaves it what it is; so do copies, pickles and exchanged parameters.
     """
 
-    _forward_pre_hooks = _StandingHook()  # type: ignore[assignment]
+    _forward_pre_hooks = _StandingHook()

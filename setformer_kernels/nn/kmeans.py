@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .. import checks
+
 INITS = ("k-means++", "random")
 
 
@@ -21,8 +23,7 @@ def spherical_kmeans(
     Raises:
         ValueError: fewer tokens (zero ones not counted) than clusters, or an unknown init.
     """
-    if init not in INITS:
-        raise ValueError(f"init must be one of {', '.join(INITS)}, got {init!r}")
+    init, num_iters = checks.choice("init", init, INITS), checks.iterations(num_iters)
     x = F.normalize(x, dim=-1)
     alive = x.norm(dim=-1) > 0.5  # [H, n]: zero tokens have no direction, and are never a centre
     fewest = min([*alive.sum(1).tolist(), x.shape[1]])

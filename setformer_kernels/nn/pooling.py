@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from .. import functional as SF
 from .attention import merge_heads, split_heads
-from .contract import AttentionInputError, check_layout, check_masks, check_sizes, check_tensors
+from .contract import AttentionInputError, check_layout, check_masks, check_tensors, sizes
 from .masks import key_mask_of
 from .reference_set import ReferenceSet
 
@@ -42,7 +42,8 @@ class SeTPooling(ReferenceSet):
         learn_epsilon: bool = False, learn_log_mass: bool = False, key_relaxation: float = 1.0,
         reference_relaxation: float = 1.0, backend: str = "auto",
     ) -> None:  # fmt: skip
-        check_sizes(embed_dim, num_heads)
+        embed_dim, num_heads, *_ = sizes(embed_dim, num_heads)
+        bias = bool(bias)
         super().__init__()
         self.embed_dim, self.num_heads, self.head_dim = embed_dim, num_heads, embed_dim // num_heads
         self.kv_proj = nn.Linear(embed_dim, 2 * embed_dim, bias, device, dtype)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from .. import functional as SF
 from ..problem import compute_dtype
 from ..tracing import Leaf
-from .contract import check_key_position, check_own_options
+from .contract import check_key_position, own_options
 from .doors import FloatInPython
 from .kmeans import cluster_means, spherical_kmeans
 from .masks import present_of
@@ -26,6 +26,16 @@ class ReferenceSet(Leaf, FloatInPython):
         reference_log_mass [H, M] (learn_log_mass); reference_position [H, M, P], position_scale [H] (position_dim > 0).
     """
 
+    num_references: int
+    num_iters: int
+    epsilon: float
+    bandwidth: float
+    kernel: str
+    value_map: str
+    position_dim: int
+    key_relaxation: float
+    reference_relaxation: float
+    backend: str
     references: nn.Parameter
     landmarks: nn.Parameter | None
     log_epsilon: nn.Parameter | None
@@ -33,24 +43,16 @@ class ReferenceSet(Leaf, FloatInPython):
     reference_position: nn.Parameter | None
     position_scale: nn.Parameter | None
 
-    def _add_references(
-        self, num_heads: int, head_dim: int, factory: dict[str, Any], *, num_references: int, num_iters: int,
-        epsilon: float, bandwidth: float, kernel: str, value_map: str, position_dim: int, learn_epsilon: bool,
-        learn_log_mass: bool, key_relaxation: float, reference_relaxation: float, backend: str,
-    ) -> None:  # fmt: skip
-        """Checks the own arguments, keeps them as attributes and creates the parameters they ask for."""
-        check_own_options(
-            num_references=num_references, num_iters=num_iters, epsilon=epsilon, bandwidth=bandwidth, kernel=kernel,
-            value_map=value_map, position_dim=position_dim, key_relaxation=key_relaxation,
-            reference_relaxation=reference_relaxation, backend=backend,
-        )  # fmt: skip
-        self.num_references, self.num_iters, self.position_dim = num_references, num_iters, position_dim
-        self.epsilon, self.bandwidth, self.kernel, self.value_map = epsilon, bandwidth, kernel, value_map
-        self.key_relaxation, self.reference_relaxation, self.backend = key_relaxation, reference_relaxation, backend
-        H, M, D, P = num_heads, num_references, head_dim, position_dim
+    def _add_references(self, num_heads: int, head_dim: int, factory: dict[str, Any], **own: Any) -> None:
+        """Checks the own arguments (all that the classes have), keeps them, creates the parameters they ask for."""
+        own = own_options(**own)
+        learn_epsilon, learn_log_mass = own.pop("learn_epsilon"), own.pop("learn_log_mass")
+        for name, option in own.items():
+            setattr(self, name, option)
+        H, M, D, P = num_heads, self.num_references, head_dim, self.position_dim
         shapes: dict[str, tuple[int, ...] | None] = {
             "references": (H, M, D),
-            "landmarks": (H, D, D) if value_map == "rkhs" else None,
+            "landmarks": (H, D, D) if self.value_map == "rkhs" else None,
             "log_epsilon": (H,) if learn_epsilon else None,
             "reference_log_mass": (H, M) if learn_log_mass else None,
             "reference_position": (H, M, P) if P else None,
