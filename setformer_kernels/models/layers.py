@@ -43,8 +43,10 @@ class DropPath(Leaf):
 class Mlp(nn.Sequential):
     """x [..., width] -> [..., width] through `hidden` GELU units."""
 
-    def __init__(self, width: int, hidden: int, dropout: float = 0.0) -> None:
-        super().__init__(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, width), nn.Dropout(dropout))
+    def __init__(self, width: int, hidden: int, dropout: float = 0.0, **factory: Any) -> None:
+        super().__init__(
+            nn.Linear(width, hidden, **factory), nn.GELU(), nn.Linear(hidden, width, **factory), nn.Dropout(dropout)
+        )
 
 
 def set_attention(
