@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -67,10 +67,21 @@ class TextBlock(nn.Module):
         self.norm2 = nn.LayerNorm(width, layer_norm_eps)
 
     def forward(self, x: Tensor, padding: Tensor | None, position: Tensor) -> Tensor:
+        return self.with_weights(x, padding, position, need_weights=False)[0]
+
+    def with_weights(
+        self, x: Tensor, padding: Tensor | None, position: Tensor, need_weights: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """Output [B, L, C] and, if need_weights, the attention's weights [B, H, L, L]."""
         where = {"query_position": position, "key_position": position} if self.has_positions else {}
-        y, _ = self.attention(x, x, x, padding, need_weights=False, **where)
+        y, weights = self.attention(
+            x, x, x, padding, need_weights=need_weights, average_attn_weights=False, **where
+        )  # fmt: skip
         x = self.norm1(x + self.dropout(y))
-        return self.norm2(x + self.mlp(x))
+        return self.norm2(x + self.feed_forward(x)), weights
+
+    def feed_forward(self, x: Tensor) -> Tensor:
+        return self.mlp(x)
 
 
 class TextEncoder(FloatInPython):
@@ -90,6 +101,8 @@ class TextEncoder(FloatInPython):
         input_ids [B, L] -> [B, L, width].  attention_mask [B, L]: nonzero or True where a token is; what the others
         hold changes nothing where a token is.
     """
+
+    block_class: ClassVar[type[TextBlock]] = TextBlock
 
     def __init__(
         self, vocab_size: int = 30522, width: int = 768, depth: int = 12, num_heads: int = 12, hidden: int = 3072, *,
@@ -113,34 +126,44 @@ class TextEncoder(FloatInPython):
         )
         options = {**(attention or {}), "num_references": num_references}
         self.blocks = nn.ModuleList(
-            TextBlock(width, num_heads, hidden, dropout, layer_norm_eps, position_scale, options) for _ in range(depth)
+            self.block_class(width, num_heads, hidden, dropout, layer_norm_eps, position_scale, options)
+            for _ in range(depth)
         )
-        self.gradient_checkpointing = False
+        self.recompute = False
         self.apply(initialize_weights)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recomputes each block in the backward pass: memory of one block's activations instead of all blocks'."""
-        self.gradient_checkpointing = enable
+        self.recompute = enable
 
     def forward(
         self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None,
         token_type_ids: Tensor | None = None, position_ids: Tensor | None = None, inputs_embeds: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
         """Hidden states [B, L, width] of input_ids [B, L] or, in their place, inputs_embeds [B, L, width]."""
+        x, padding, position = self.embed(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
+        for block in self.blocks:
+            x = self.run(block, x, padding, position)
+        return x
+
+    def embed(
+        self, input_ids: Tensor | None, attention_mask: Tensor | None, token_type_ids: Tensor | None,
+        position_ids: Tensor | None, inputs_embeds: Tensor | None,
+    ) -> tuple[Tensor, Tensor | None, Tensor]:  # fmt: skip
+        """What the blocks take: x [B, L, width], padding [B, L] (True = no token) or None, places [B, L, 1]."""
         B, L = check_text(
             self.width, self.max_positions, input_ids, inputs_embeds, position_ids,
             attention_mask=attention_mask, token_type_ids=token_type_ids,
         )  # fmt: skip
         x = self.embeddings(input_ids, token_type_ids, position_ids, inputs_embeds)
         there = x.new_ones((B, L), dtype=torch.bool) if attention_mask is None else attention_mask != 0
-        padding = None if attention_mask is None else ~there
-        position = unit_positions(there)
-        for block in self.blocks:
-            if self.gradient_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, padding, position, use_reentrant=False)
-            else:
-                x = block(x, padding, position)
-        return x
+        return x, None if attention_mask is None else ~there, unit_positions(there)
+
+    def run(self, block: nn.Module, *args: Any) -> Any:
+        """block(*args), recomputed in the backward pass after `set_grad_checkpointing`."""
+        if self.recompute and torch.is_grad_enabled():
+            return checkpoint(block, *args, use_reentrant=False)
+        return block(*args)
 
 
 @leaf

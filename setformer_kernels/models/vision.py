@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -89,15 +89,17 @@ class Stage(nn.Module):
         self.downsample = downsample
         self.blocks = nn.ModuleList(blocks)
         self.norm = nn.LayerNorm(width, **factory)
-        self.gradient_checkpointing = False
+        self.recompute = False
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.downsample(x)
+    def forward(self, x: Tensor, downsample: bool = True) -> Tensor:
+        """downsample=False: x is what `self.downsample` gave."""
+        if downsample:
+            x = self.downsample(x)
         height, width = x.shape[2], x.shape[3]
         position = grid_positions(height, width, x.device)
         x = x.flatten(2).transpose(1, 2)
         for block in self.blocks:
-            if self.gradient_checkpointing and torch.is_grad_enabled():
+            if self.recompute and torch.is_grad_enabled():
                 x = checkpoint(block, x, position, use_reentrant=False)
             else:
                 x = block(x, position)
@@ -166,6 +168,8 @@ class SeTformer(FloatInPython):
     Source: SeTformer (arXiv 2401.03540).
     """
 
+    block_class: ClassVar[type[VisionBlock]] = VisionBlock
+
     def __init__(
         self, widths: Sequence[int], depths: Sequence[int], num_heads: Sequence[int], *, mlp_ratio: float = 2.0,
         num_references: int = 64, in_channels: int = 3, num_classes: int = 1000, pool: str = "mean",
@@ -195,7 +199,7 @@ class SeTformer(FloatInPython):
         options = {**(attention or {}), "num_references": num_references}
 
         def block(stage: int, drop_path: float) -> VisionBlock:
-            return VisionBlock(
+            return self.block_class(
                 widths[stage], num_heads[stage], mlp_ratio, drop_path, layer_scale, position_scale, options, **factory
             )
 
@@ -243,7 +247,7 @@ class SeTformer(FloatInPython):
         """Recomputes each block in the backward pass: memory of one block's activations instead of all blocks'."""
         for stage in self.stages:
             assert isinstance(stage, Stage)
-            stage.gradient_checkpointing = enable
+            stage.recompute = enable
 
     def forward_maps(self, image: Tensor) -> list[Tensor]:
         """Maps [B, C_i, h_i, w_i] of all stages there are."""
