@@ -60,7 +60,7 @@ def set_attention(
 
 
 @torch.no_grad()
-def normal_rows(weight: Tensor, std: float = STD, zero_row: int | None = None) -> None:
+def normal_rows(weight: Tensor, std: float, zero_row: int | None) -> None:
     """Normal weights; those of `zero_row` (the padding's) zero."""
     nn.init.normal_(weight, std=std)
     if zero_row is not None:
@@ -70,10 +70,12 @@ def normal_rows(weight: Tensor, std: float = STD, zero_row: int | None = None) -
 def own_start(module: nn.Module, std: float = STD) -> Reset | None:
     """Makes a layer's `reset_parameters` draw linear and embedding weights normal, convolutions by fan-out, and biases
     zero; None for other layers."""
+    padding_idx = getattr(module, "padding_idx", None)  # also of a linear layer whose weight is an embedding's
+    rows = partial(normal_rows, std=std, zero_row=padding_idx)
     if isinstance(module, nn.Embedding):
-        return Reset(module, {"weight": partial(normal_rows, std=std, zero_row=module.padding_idx)})
+        return Reset(module, {"weight": rows})
     if isinstance(module, nn.Linear):
-        return Reset(module, {"weight": partial(normal_rows, std=std), "bias": nn.init.zeros_})
+        return Reset(module, {"weight": rows, "bias": nn.init.zeros_})
     if isinstance(module, nn.Conv2d):
         return Reset(module, {"weight": partial(nn.init.kaiming_normal_, mode="fan_out"), "bias": nn.init.zeros_})
     return None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -12,9 +11,8 @@ from torch.utils.checkpoint import checkpoint
 
 from .. import checks
 from ..nn.doors import FloatInPython
-from ..nn.writing import Reset
 from ..tracing import leaf
-from .layers import Mlp, initialize_weights, normal_rows, set_attention
+from .layers import Mlp, initialize_weights, own_start, set_attention
 
 
 def unit_positions(attention_mask: Tensor) -> Tensor:
@@ -237,8 +235,8 @@ class MaskedLMHead(nn.Module):
     def tie(self, encoder: TextEncoder) -> MaskedLMHead:
         word = encoder.embeddings.word
         self.decoder.weight = word.weight
-        # Drawn anew from here, the padding's row of the shared weight is zero too.
-        Reset(self.decoder, {"weight": partial(normal_rows, zero_row=word.padding_idx), "bias": nn.init.zeros_})
+        vars(self.decoder)["padding_idx"] = word.padding_idx  # whose row stays zero when the decoder is drawn anew
+        own_start(self.decoder)
         return self
 
     def forward(self, hidden: Tensor) -> Tensor:
