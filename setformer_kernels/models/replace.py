@@ -70,6 +70,7 @@ def replace_attention(
             report.left.update(dict.fromkeys(names, str(refusal)))
         else:
             report.replaced.update(dict.fromkeys(names, kind))
+    _note_in_configurations(model, report, own)
     _name_the_unknown(model, report)
     return report
 
@@ -81,6 +82,15 @@ def _attention_in(model: nn.Module) -> dict[nn.Module, list[str]]:
         if _rule_of(module) is not None:
             found.setdefault(module, []).append(name)
     return found
+
+
+def _note_in_configurations(model: nn.Module, report: ReplacementReport, own: dict[str, Any]) -> None:
+    """Models of transformers are saved with what was replaced in them."""
+    base = getattr(sys.modules.get("transformers.modeling_utils"), "PreTrainedModel", ())
+    if any(isinstance(module, base) or hasattr(module, "set_transport") for module in model.modules()) and base:
+        from .transformers.conversion import note_conversion
+
+        note_conversion(model, report.replaced, own)
 
 
 Rule = Callable[[nn.Module, dict[str, Any]], None]

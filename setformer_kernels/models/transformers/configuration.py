@@ -3,14 +3,17 @@
 Annotations are types here, not strings: transformers checks every field against its own, whenever one is set.
 """
 
+import os
+import shutil
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from huggingface_hub.dataclasses import strict, validated_field
 from transformers import PretrainedConfig
 from transformers.backbone_utils import BackboneConfigMixin
 
-from ...nn.contract import check_own_options
+from ...nn import SeTAttention
 from ..sizes import VISION_SIZES
 from ..transport import OWN_DEFAULTS
 
@@ -18,6 +21,7 @@ from ..transport import OWN_DEFAULTS
 ATTENTION_OPTIONS = {"dropout", "bias", "add_bias_kv", "add_zero_attn", *OWN_DEFAULTS} - {
     "num_references",
     "position_dim",
+    "position_scale",
 }
 Sizes = list[int] | tuple[int, ...]
 
@@ -49,17 +53,14 @@ def check_drop_path_rate(value: float) -> None:
 
 def check_attention(value: Mapping[str, Any] | None) -> None:
     """Options of SeTAttention by the rules of its constructor."""
-    options = {**(value or {})}
+    options = value or {}
     if unknown := options.keys() - ATTENTION_OPTIONS:
         raise ValueError(f"has unknown keys {sorted(unknown)}, known are {', '.join(sorted(ATTENTION_OPTIONS))}")
-    check_probability(options.pop("dropout", 0.0))
-    switches = {"bias", "add_bias_kv", "add_zero_attn", "learn_epsilon", "learn_log_mass"}
-    for name in switches & options.keys():
-        if not isinstance(options[name], bool):
-            raise TypeError(f"{name} must be a bool, got {type(options[name]).__name__}")
-    check_own_options(**{
-        name: options.get(name, default) for name, default in OWN_DEFAULTS.items() if name not in switches
-    })  # fmt: skip
+    for name, option in options.items():
+        if not isinstance(option, (bool, int, float, str)):  # what JSON holds
+            raise TypeError(f"{name} must be a Python number or string, got {type(option).__name__}")
+    check_probability(options.get("dropout", 0.0))
+    SeTAttention(2, 1, device="meta", **options)
 
 
 def field(check: Callable[[Any], None], default: Any) -> Any:
@@ -67,8 +68,31 @@ def field(check: Callable[[Any], None], default: Any) -> Any:
     return validated_field(check, default=default)
 
 
+class SavedWithModule:
+    """Mixin: what is saved names and carries a module that imports this package, for `trust_remote_code=True`."""
+
+    auto_classes: ClassVar[dict[str, str]] = {}
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], push_to_hub: bool = False, **kwargs: Any) -> None:
+        """As of any configuration, with `modeling_setformer.py` beside it."""
+        module = Path(__file__).with_name("modeling_setformer.py")
+        if not os.path.isfile(save_directory):
+            os.makedirs(save_directory, exist_ok=True)
+            shutil.copyfile(module, Path(save_directory) / module.name)
+        classes = {"AutoConfig": type(self).__name__, **self.auto_classes}
+        self.auto_map = {auto: f"{module.stem}.{name}" for auto, name in classes.items()}
+        try:
+            super().save_pretrained(save_directory, push_to_hub, **kwargs)  # type: ignore[misc]
+        finally:
+            del self.auto_map  # of the file: here the classes are there
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: str = "AutoConfig") -> None:
+        """Nothing: transformers would save this module's own file, which does not stand alone."""
+
+
 @strict
-class SeTformerConfig(BackboneConfigMixin, PretrainedConfig):
+class SeTformerConfig(SavedWithModule, BackboneConfigMixin, PretrainedConfig):
     """Arguments of `SeTformer` by the same names; the defaults are the size "setformer_tiny".
 
     `out_features` ("stem", "stage1" ... "stage4") or `out_indices` (0 ... 4) choose the maps of the backbone; the stem's
@@ -77,6 +101,11 @@ class SeTformerConfig(BackboneConfigMixin, PretrainedConfig):
 
     model_type = "setformer"
     attribute_map: ClassVar[dict[str, str]] = {"num_attention_heads": "num_heads", "num_hidden_layers": "num_layers"}
+    auto_classes: ClassVar[dict[str, str]] = {
+        "AutoModel": "SeTformerModel",
+        "AutoBackbone": "SeTformerBackbone",
+        "AutoModelForImageClassification": "SeTformerForImageClassification",
+    }
 
     widths: Sizes = field(check_counts, VISION_SIZES["setformer_tiny"].widths)
     depths: Sizes = field(check_counts, VISION_SIZES["setformer_tiny"].depths)
@@ -95,7 +124,7 @@ class SeTformerConfig(BackboneConfigMixin, PretrainedConfig):
     _out_features: list[str] | None = None
     _out_indices: list[int] | None = None
 
-    def __post_init__(self, **kwargs: Any) -> None:
+    def __post_init__(self, auto_map: Any = None, **kwargs: Any) -> None:
         self.num_layers = len(self.depths)
         self.hidden_size = self.widths[-1]
         self.hidden_sizes = list(self.widths)
@@ -121,10 +150,16 @@ class SeTformerConfig(BackboneConfigMixin, PretrainedConfig):
 
 
 @strict
-class SeTformerTextConfig(PretrainedConfig):
+class SeTformerTextConfig(SavedWithModule, PretrainedConfig):
     """Arguments of `TextEncoder` by the names that transformers gives them; the defaults are BERT-base's."""
 
     model_type = "setformer_text"
+    auto_classes: ClassVar[dict[str, str]] = {
+        "AutoModel": "SeTformerTextModel",
+        "AutoModelForSequenceClassification": "SeTformerForSequenceClassification",
+        "AutoModelForTokenClassification": "SeTformerForTokenClassification",
+        "AutoModelForMaskedLM": "SeTformerForMaskedLM",
+    }
 
     vocab_size: int = field(check_count, 30522)
     hidden_size: int = field(check_count, 768)
@@ -145,6 +180,9 @@ class SeTformerTextConfig(PretrainedConfig):
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
     tie_word_embeddings: bool = True
+
+    def __post_init__(self, auto_map: Any = None, **kwargs: Any) -> None:
+        super().__post_init__(**kwargs)
 
     @property
     def head_dropout(self) -> float:
