@@ -224,18 +224,24 @@ class SequenceHead(nn.Sequential):
 
 
 class MaskedLMHead(nn.Module):
-    """Logits [..., vocab_size] of hidden [..., C]; `tie` makes the last weight that of the word embeddings."""
+    """Logits [..., vocab_size] of hidden [..., C]; `tie` makes the last weight that of the word embeddings.
 
-    def __init__(self, width: int, vocab_size: int, layer_norm_eps: float = 1e-12) -> None:
+    padding_idx: the word whose row of the last weight is zero at the start, as it is in word embeddings.
+    """
+
+    def __init__(
+        self, width: int, vocab_size: int, layer_norm_eps: float = 1e-12, padding_idx: int | None = None
+    ) -> None:  # fmt: skip
         super().__init__()
         self.transform = nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.LayerNorm(width, layer_norm_eps))
         self.decoder = nn.Linear(width, vocab_size)
+        vars(self.decoder)["padding_idx"] = padding_idx
         self.apply(initialize_weights)
 
     def tie(self, encoder: TextEncoder) -> MaskedLMHead:
         word = encoder.embeddings.word
         self.decoder.weight = word.weight
-        vars(self.decoder)["padding_idx"] = word.padding_idx  # whose row stays zero when the decoder is drawn anew
+        vars(self.decoder)["padding_idx"] = word.padding_idx
         own_start(self.decoder)
         return self
 

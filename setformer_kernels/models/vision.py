@@ -125,6 +125,7 @@ class PoolHead(nn.Module):
         self.num_features = width * (num_references if pool == "set" else 1)
         self.dropout = nn.Dropout(dropout)
         self.fc = nn.Linear(self.num_features, num_classes, **factory) if num_classes > 0 else nn.Identity()
+        self.apply(initialize_weights)
 
     def forward(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         if self.pool is not None:
@@ -211,8 +212,8 @@ class SeTformer(FloatInPython):
         ]
         # Stages beyond the last map asked for would hold parameters that never get a gradient.
         self.stages = nn.Sequential(*(stages[: max(self.out_indices) + 1] if features_only else stages))
+        self.stages.apply(initialize_weights)
         self.head = None if features_only else self._new_head(**factory)
-        self.apply(initialize_weights)
 
     def _downsamples(self, factory: Mapping[str, Any]) -> Iterator[nn.Module]:
         """What each stage starts with."""
@@ -238,7 +239,7 @@ class SeTformer(FloatInPython):
         self.num_classes = checks.integer("num_classes", num_classes, 0)
         self.pool = self.pool if pool is None else pool
         like, old = next(self.stages.parameters()), self.head
-        head = self._new_head(device=like.device, dtype=like.dtype).apply(initialize_weights).train(self.training)
+        head = self._new_head(device=like.device, dtype=like.dtype).train(self.training)
         if old is not None and old.kind == head.kind:
             head.pool = old.pool  # with what it has learned
         self.head = head

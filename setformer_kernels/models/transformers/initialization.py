@@ -32,6 +32,13 @@ class SeTPreTrainedModel(PreTrainedModel):
                 )
         super().__init__(config, *args, **kwargs)
 
+    def post_init(self) -> None:
+        """Layers that draw themselves (`reset_parameters`) do so with the configuration's deviation."""
+        for module in self.modules():
+            if "reset_parameters" in vars(module):
+                own_start(module, self.config.initializer_range)
+        super().post_init()
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, ReferenceSet):
@@ -43,7 +50,6 @@ class SeTPreTrainedModel(PreTrainedModel):
             initialization.kaiming_normal_(module.weight, mode="fan_out")
         else:
             super()._init_weights(module)
-        own_start(module, self.config.initializer_range)
 
     def classification_loss(
         self, logits: Tensor, labels: Tensor | None, num_items_in_batch: Tensor | int | None
