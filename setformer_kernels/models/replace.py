@@ -171,7 +171,7 @@ def _from_multihead(old: nn.Module, own: dict[str, Any]) -> None:
 def _refuse_unused_out_proj(linear: nn.Module) -> None:
     """nn.MultiheadAttention reads weight and bias of its out_proj and never calls it, so what is in its forward has had
     no effect; SeT attention calls it."""
-    kind = type(linear).__name__
+    kind = f"{type(linear).__module__}.{type(linear).__name__}"
     if not isinstance(linear, nn.Linear) or type(linear).forward is not nn.Linear.forward or "forward" in vars(linear):
         raise Refusal(f"its out_proj is a {kind} whose forward was never called: merge or remove what it adds first")
     for name in ("weight", "bias"):

@@ -54,9 +54,7 @@ class SetTransport(ReferenceSet):
             dropout_p=dropout_p if self.training else 0.0,
         )  # fmt: skip
 
-    def weights(
-        self, q: Tensor, k: Tensor, key_mask: Tensor | None = None, attn_mask: Tensor | None = None
-    ) -> Tensor:
+    def weights(self, q: Tensor, k: Tensor, key_mask: Tensor | None = None, attn_mask: Tensor | None = None) -> Tensor:
         """What forward reads v with, without dropout: [B, H, L, S]."""
         return SF.set_attention_weights(
             q, k, self.references, **self._transport_options(), **self._mask_options(q, k, key_mask, attn_mask)

@@ -165,7 +165,7 @@ class Adapted(nn.Module):
 REFUSED: dict[str, tuple[Callable[[nn.Module], object], str]] = {
     "parametrized": (lambda a: parametrizations.weight_norm(a, "in_proj_weight"), "parametrized"),
     "forward": (other_forward, "forward was exchanged"),
-    "adapter": (lambda a: setattr(a, "out_proj", Adapted(a.out_proj)), "out_proj is a Adapted"),
+    "adapter": (lambda a: setattr(a, "out_proj", Adapted(a.out_proj)), "Adapted whose forward was never called"),
     "spectral_norm out_proj": (lambda a: nn.utils.spectral_norm(a.out_proj), "without the normalisation of its weight"),
     "no weight": (lambda a: delattr(a, "in_proj_weight"), "it has no in_proj_weight"),
 }
