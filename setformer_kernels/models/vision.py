@@ -297,6 +297,8 @@ def check_sizes(
 def checked_image(image: Tensor, in_channels: int) -> Tensor:
     """image itself if it is [B, in_channels, height ≥ 32, width ≥ 32]: below, the last stage would see less than one
     cell a side."""
+    if not image.is_floating_point():
+        raise TypeError(f"image must be a floating-point tensor, got {image.dtype}")
     if image.dim() != 4 or image.shape[1] != in_channels:
         raise ValueError(f"image must be [B, {in_channels}, height, width], got {list(image.shape)}")
     if image.shape[2] < STRIDES[-1] or image.shape[3] < STRIDES[-1]:

@@ -23,7 +23,7 @@ from .contract import (
     check_width,
     sizes,
 )  # fmt: skip
-from .fastpath import PythonForward, keep_python_forward
+from .fastpath import PythonForward, keep_python_forward  # noqa: F401  (pickles of earlier versions name it here)
 from .masks import attention_mask_of, blank_padding, key_mask_of
 from .nested import nest_like, pad_all, pad_position
 from .reference_set import ReferenceSet
@@ -56,7 +56,7 @@ def merge_heads(x: Tensor, batch_first: bool) -> Tensor:
     return (x.transpose(1, 2) if batch_first else x.permute(2, 0, 1, 3)).flatten(-2)
 
 
-class SeTAttention(ReferenceSet, nn.MultiheadAttention):
+class SeTAttention(PythonForward, ReferenceSet, nn.MultiheadAttention):
     """SeT attention with the constructor, call, masks, attributes and state of `nn.MultiheadAttention`.
 
     Per head, with q, k, v the projected tokens (L queries, S keys), y the M references, ℓ the kernel logits, and c, g
@@ -123,15 +123,7 @@ class SeTAttention(ReferenceSet, nn.MultiheadAttention):
             position_scale=position_scale,
         )  # fmt: skip
         Reset(self.out_proj, OUT_PROJ)
-        self.python_forward = PythonForward()
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """Modules pickled when the hook was their own get the child that holds it now."""
-        super().__setstate__(state)
-        if "python_forward" not in self._modules:
-            self.python_forward = PythonForward()
-            for key in [key for key, hook in self._forward_pre_hooks.items() if hook is keep_python_forward]:
-                del self._forward_pre_hooks[key]
+        self._ensure_hook()
 
     def _reset_parameters(self) -> None:
         """Draws all parameters anew: the projections as torch does, then the references."""
