@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,8 +14,11 @@ from torch import Tensor, nn
 from .. import checks
 from ..nn import SeTAttention, SeTPooling
 from ..nn.kmeans import TooFewTokensError
+from ..nn.writing import Reset
 from ..tracing import Leaf
 from .transport import SetTransport
+
+STD = 0.02  # of linear and embedding weights at the start, as in BERT and ViT
 
 
 class DropPath(Leaf):
@@ -50,24 +54,38 @@ def set_attention(
     width: int, num_heads: int, position_scale: float | None, position_dim: int, **options: Any
 ) -> SeTAttention:
     """Batch-first SeT attention; with a position_scale, linear positional encoding that starts at that τ."""
-    attention = SeTAttention(
-        width, num_heads, batch_first=True, position_dim=0 if position_scale is None else position_dim, **options
+    where: dict[str, Any] = (
+        {} if position_scale is None else {"position_dim": position_dim, "position_scale": position_scale}
     )
-    if attention.position_scale is not None and position_scale is not None:
-        nn.init.constant_(attention.position_scale, position_scale)
-    return attention
+    return SeTAttention(width, num_heads, batch_first=True, **where, **options)
 
 
-def initialize_weights(module: nn.Module, std: float = 0.02) -> None:
-    """For `nn.Module.apply`: linear and embedding weights normal, convolutions by fan-out, biases zero."""
-    if isinstance(module, (nn.Linear, nn.Embedding)):
-        nn.init.normal_(module.weight, std=std)
-        if isinstance(module, nn.Embedding) and module.padding_idx is not None:
-            nn.init.zeros_(module.weight[module.padding_idx])
-    elif isinstance(module, nn.Conv2d):
-        nn.init.kaiming_normal_(module.weight, mode="fan_out")
-    if isinstance(module, (nn.Linear, nn.Conv2d)) and module.bias is not None:
-        nn.init.zeros_(module.bias)
+@torch.no_grad()
+def normal_rows(weight: Tensor, std: float, zero_row: int | None) -> None:
+    """Normal weights; those of `zero_row` (the padding's) zero."""
+    nn.init.normal_(weight, std=std)
+    if zero_row is not None:
+        weight[zero_row] = 0.0
+
+
+def own_start(module: nn.Module, std: float = STD) -> Reset | None:
+    """Makes a layer's `reset_parameters` draw linear and embedding weights normal, convolutions by fan-out, and biases
+    zero; None for other layers."""
+    padding_idx = getattr(module, "padding_idx", None)  # also of a linear layer whose weight is an embedding's
+    rows = partial(normal_rows, std=std, zero_row=padding_idx)
+    if isinstance(module, nn.Embedding):
+        return Reset(module, {"weight": rows})
+    if isinstance(module, nn.Linear):
+        return Reset(module, {"weight": rows, "bias": nn.init.zeros_})
+    if isinstance(module, nn.Conv2d):
+        return Reset(module, {"weight": partial(nn.init.kaiming_normal_, mode="fan_out"), "bias": nn.init.zeros_})
+    return None
+
+
+def initialize_weights(module: nn.Module) -> None:
+    """For `nn.Module.apply`: draws a layer by its `own_start`."""
+    if (start := own_start(module)) is not None:
+        start()
 
 
 def initialize_references(model: nn.Module, *args: Any, **kwargs: Any) -> None:

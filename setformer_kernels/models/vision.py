@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from functools import partial
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +12,8 @@ from torch.utils.checkpoint import checkpoint
 
 from .. import checks
 from ..nn import SeTPooling
+from ..nn.doors import FloatInPython
+from ..nn.writing import redraw
 from ..tracing import leaf
 from .layers import DropPath, Mlp, initialize_weights, set_attention
 from .sizes import VISION_SIZES
@@ -53,15 +56,23 @@ class VisionBlock(nn.Module):
         super().__init__()
         self.norm1 = nn.LayerNorm(width, **factory)
         self.attention = set_attention(width, num_heads, position_scale, position_dim=2, **attention, **factory)
+        self.has_positions = position_scale is not None
         self.norm2 = nn.LayerNorm(width, **factory)
         self.mlp = Mlp(width, round(width * mlp_ratio), **factory)
         self.drop_path = DropPath(drop_path)
-        self.gamma1 = nn.Parameter(torch.full((width,), layer_scale, **factory))
-        self.gamma2 = nn.Parameter(torch.full((width,), layer_scale, **factory))
+        self.layer_scale = layer_scale
+        self.gamma1 = nn.Parameter(torch.empty(width, **factory))
+        self.gamma2 = nn.Parameter(torch.empty(width, **factory))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Sets the block's own parameters, γ; its layers have their own."""
+        start = partial(nn.init.constant_, val=self.layer_scale)
+        redraw(self, {"gamma1": start, "gamma2": start})
 
     def forward(self, x: Tensor, position: Tensor) -> Tensor:
         y = self.norm1(x)
-        where = {"query_position": position, "key_position": position} if self.attention.position_dim else {}
+        where = {"query_position": position, "key_position": position} if self.has_positions else {}
         y, _ = self.attention(y, y, y, need_weights=False, **where)
         x = x + self.drop_path(self.gamma1 * y)
         return x + self.drop_path(self.gamma2 * self.mlp(self.norm2(x)))
@@ -78,15 +89,17 @@ class Stage(nn.Module):
         self.downsample = downsample
         self.blocks = nn.ModuleList(blocks)
         self.norm = nn.LayerNorm(width, **factory)
-        self.gradient_checkpointing = False
+        self.recompute = False
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.downsample(x)
+    def forward(self, x: Tensor, downsample: bool = True) -> Tensor:
+        """downsample=False: x is what `self.downsample` gave."""
+        if downsample:
+            x = self.downsample(x)
         height, width = x.shape[2], x.shape[3]
         position = grid_positions(height, width, x.device)
         x = x.flatten(2).transpose(1, 2)
         for block in self.blocks:
-            if self.gradient_checkpointing and torch.is_grad_enabled():
+            if self.recompute and torch.is_grad_enabled():
                 x = checkpoint(block, x, position, use_reentrant=False)
             else:
                 x = block(x, position)
@@ -112,6 +125,7 @@ class PoolHead(nn.Module):
         self.num_features = width * (num_references if pool == "set" else 1)
         self.dropout = nn.Dropout(dropout)
         self.fc = nn.Linear(self.num_features, num_classes, **factory) if num_classes > 0 else nn.Identity()
+        self.apply(initialize_weights)
 
     def forward(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         if self.pool is not None:
@@ -122,7 +136,7 @@ class PoolHead(nn.Module):
         return x if self.kind else x.permute(0, 3, 1, 2)
 
 
-class SeTformer(nn.Module):
+class SeTformer(FloatInPython):
     """Overlapping convolutional patches (stride 4), then four stages of SeT blocks at strides 4, 8, 16 and 32.
 
     Each stage halves both sides with a strided convolution (rounding up, so any size fits), runs its pre-norm blocks
@@ -155,6 +169,8 @@ class SeTformer(nn.Module):
     Source: SeTformer (arXiv 2401.03540).
     """
 
+    block_class: ClassVar[type[VisionBlock]] = VisionBlock
+
     def __init__(
         self, widths: Sequence[int], depths: Sequence[int], num_heads: Sequence[int], *, mlp_ratio: float = 2.0,
         num_references: int = 64, in_channels: int = 3, num_classes: int = 1000, pool: str = "mean",
@@ -184,7 +200,7 @@ class SeTformer(nn.Module):
         options = {**(attention or {}), "num_references": num_references}
 
         def block(stage: int, drop_path: float) -> VisionBlock:
-            return VisionBlock(
+            return self.block_class(
                 widths[stage], num_heads[stage], mlp_ratio, drop_path, layer_scale, position_scale, options, **factory
             )
 
@@ -196,8 +212,8 @@ class SeTformer(nn.Module):
         ]
         # Stages beyond the last map asked for would hold parameters that never get a gradient.
         self.stages = nn.Sequential(*(stages[: max(self.out_indices) + 1] if features_only else stages))
+        self.stages.apply(initialize_weights)
         self.head = None if features_only else self._new_head(**factory)
-        self.apply(initialize_weights)
 
     def _downsamples(self, factory: Mapping[str, Any]) -> Iterator[nn.Module]:
         """What each stage starts with."""
@@ -223,7 +239,7 @@ class SeTformer(nn.Module):
         self.num_classes = checks.integer("num_classes", num_classes, 0)
         self.pool = self.pool if pool is None else pool
         like, old = next(self.stages.parameters()), self.head
-        head = self._new_head(device=like.device, dtype=like.dtype).apply(initialize_weights).train(self.training)
+        head = self._new_head(device=like.device, dtype=like.dtype).train(self.training)
         if old is not None and old.kind == head.kind:
             head.pool = old.pool  # with what it has learned
         self.head = head
@@ -232,7 +248,7 @@ class SeTformer(nn.Module):
         """Recomputes each block in the backward pass: memory of one block's activations instead of all blocks'."""
         for stage in self.stages:
             assert isinstance(stage, Stage)
-            stage.gradient_checkpointing = enable
+            stage.recompute = enable
 
     def forward_maps(self, image: Tensor) -> list[Tensor]:
         """Maps [B, C_i, h_i, w_i] of all stages there are."""

@@ -50,7 +50,7 @@ def sizes(
 def own_options(
     *, num_references: Any, num_iters: Any, epsilon: Any, bandwidth: Any, kernel: Any, value_map: Any,
     position_dim: Any, learn_epsilon: Any, learn_log_mass: Any, key_relaxation: Any, reference_relaxation: Any,
-    backend: Any,
+    backend: Any, position_scale: Any,
 ) -> dict[str, Any]:  # fmt: skip
     """The constructor's own arguments as Python numbers and strings, by the rules of the functional API; no tensors
     among the numbers, for learned ones are asked for by learn_*."""
@@ -67,6 +67,7 @@ def own_options(
         "key_relaxation": checks.number("key_relaxation", key_relaxation, 0.0, 1.0),
         "reference_relaxation": checks.number("reference_relaxation", reference_relaxation, 0.0, 1.0),
         "backend": checks.choice("backend", backend, ("auto", *available_backends())),
+        "position_scale": checks.number("position_scale", position_scale, 0.0),
     }
 
 
@@ -80,6 +81,13 @@ def check_tensors(floating: dict[str, Any], optional: dict[str, Any]) -> None:
     for name, tensor in optional.items():
         if tensor is not None and not isinstance(tensor, Tensor):
             raise TypeError(f"`{name}` must be a tensor or None, got {type(tensor).__name__}")
+
+
+def check_dense(optional: dict[str, Tensor | None]) -> None:
+    """By name: arguments that must not be nested where query, key and value are not."""
+    for name, tensor in optional.items():
+        if tensor is not None and tensor.is_nested:
+            raise TypeError(f"`{name}` must be a dense tensor where the tokens are, got a NestedTensor")
 
 
 def check_layout(

@@ -8,20 +8,20 @@ from torch import nn
 
 
 class _NoQConfig:
-    """In the place of `qconfig`, which torch.ao.quantization hands down from parent to child: from here on, None."""
+    """In the place of `qconfig`, which torch.ao.quantization hands down from parent to child: from here on, None.
+
+    A linear layer below with a quantized form would be fed floats.  Whole models that are prepared in vain get torch's
+    own warning that nothing was.
+    """
 
     def __get__(self, module: nn.Module | None, owner: type | None = None) -> None:
         return None
 
     def __set__(self, module: nn.Module, qconfig: Any) -> None:
-        if qconfig is not None:
-            raise ValueError(
-                f"qconfig must be None for {type(module).__name__}, which runs in float, got {type(qconfig).__name__}:"
-                " dequantize its inputs, or use torch.ao.quantization.quantize_dynamic"
-            )
+        """torch.ao.quantization sets what its parent has, or what holds for the whole graph."""
 
     def __delete__(self, module: nn.Module) -> None:
-        """torch.ao.quantization.convert deletes what prepare has assigned."""
+        """torch.ao.quantization.convert deletes what prepare has set."""
 
 
 class FloatInPython(nn.Module):
