@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from .. import checks
 from ..nn import SeTAttention, SeTPooling
+from ..nn.kmeans import TooFewTokensError
 from ..nn.writing import Reset
 from ..tracing import Leaf
 from .transport import SetTransport
@@ -90,29 +91,44 @@ def initialize_weights(module: nn.Module) -> None:
 def initialize_references(model: nn.Module, *args: Any, **kwargs: Any) -> None:
     """Places the references of every SeT layer on the k-means centres of its tokens, layer after layer, in one forward
     pass `model(*args, **kwargs)` on sample data (no labels needed); a layer sees its predecessors' new references."""
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.no_grad(), _placing(model):
-            model(*args, **kwargs)
-    finally:
-        model.train(was_training)
+    with _placing(model, _place):
+        model(*args, **kwargs)
+
+
+def initialize_references_of(model: nn.Module, *args: Any, **kwargs: Any) -> list[str]:
+    """As `initialize_references`, except that a layer with fewer tokens than references stays as it is: the names of
+    such layers."""
+    names, left = {module: name for name, module in model.named_modules()}, []
+
+    def place(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        try:
+            _place(module, args, kwargs)
+        except TooFewTokensError:
+            left.append(names[module])
+
+    with _placing(model, place):
+        model(*args, **kwargs)
+    return left
 
 
 @contextmanager
-def _placing(model: nn.Module) -> Iterator[None]:
-    """Within it, each SeT layer places its references on the tokens that it is about to be called with."""
+def _placing(model: nn.Module, place: Callable[..., None]) -> Iterator[None]:
+    """Within it, `place` is a forward pre-hook of every SeT layer, in eval mode and without gradients."""
     layers = [module for module in model.modules() if isinstance(module, (SeTAttention, SeTPooling, SetTransport))]
-    handles = [layer.register_forward_pre_hook(_place, with_kwargs=True) for layer in layers]
+    handles = [layer.register_forward_pre_hook(place, with_kwargs=True) for layer in layers]
+    was_training = model.training
+    model.eval()
     try:
-        yield
+        with torch.no_grad():
+            yield
     finally:
+        model.train(was_training)
         for handle in handles:
             handle.remove()
 
 
 def _place(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """A forward pre-hook: args and kwargs are those of the call."""
+    """A forward pre-hook: a layer places its references on the tokens that it is about to be called with."""
     call = inspect.signature(module.forward).bind(*args, **kwargs).arguments
     options = {name: call[name] for name in ("key_padding_mask", "key_position") if call.get(name) is not None}
     if isinstance(module, SeTPooling):
