@@ -54,18 +54,14 @@ class SetTransport(ReferenceSet):
             dropout_p=dropout_p if self.training else 0.0,
         )  # fmt: skip
 
-    def weights(
-        self, q: Tensor, k: Tensor, key_mask: Tensor | None = None, attn_mask: Tensor | None = None
-    ) -> Tensor:
+    def weights(self, q: Tensor, k: Tensor, key_mask: Tensor | None = None, attn_mask: Tensor | None = None) -> Tensor:
         """What forward reads v with, without dropout: [B, H, L, S]."""
         return SF.set_attention_weights(
             q, k, self.references, **self._transport_options(), **self._mask_options(q, k, key_mask, attn_mask)
         )
 
     @staticmethod
-    def _mask_options(
-        q: Tensor, k: Tensor, key_mask: Tensor | None, attn_mask: Tensor | None
-    ) -> dict[str, Tensor | None]:
+    def _mask_options(q: Tensor, k: Tensor, key_mask: Tensor | None, attn_mask: Tensor | None) -> dict[str, Any]:
         if attn_mask is not None and attn_mask.is_floating_point():
             # Models write the lowest finite number for −∞.
             attn_mask = attn_mask.masked_fill(attn_mask <= torch.finfo(attn_mask.dtype).min / 2, -torch.inf)
