@@ -12,8 +12,10 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from small_models import built, tokenizer
 from torch import Tensor, nn
 
+from setformer_kernels import SeTAttention
 from setformer_kernels.models import replace_attention
 from setformer_kernels.models.transformers import from_pretrained
 
@@ -155,11 +157,16 @@ def test_attention_weights_of_a_converted_model(host: str) -> None:
 
 def test_a_copy_is_converted_too() -> None:
     model, x = bert(), ids()
+    plain = bert()
     replace_attention(model, num_references=4)
     torch.testing.assert_close(copy.deepcopy(model)(**x)[0], model(**x)[0])
     other = transformers.BertModel(model.config).eval()
     other.load_state_dict(model.state_dict())
     torch.testing.assert_close(other(**x)[0], model(**x)[0])
+    with pytest.raises(
+        RuntimeError, match=r"Unexpected key.* \"encoder.layer.0.attention.self.set_transport.references"
+    ):
+        plain.load_state_dict(model.state_dict())
 
 
 def test_from_pretrained_of_a_model_that_was_not_converted(tmp_path: Path) -> None:
@@ -188,7 +195,8 @@ def test_trainer_checkpoints(tmp_path: Path) -> None:
 FRESH = """
 import json, sys, warnings
 warnings.simplefilter("ignore")
-from transformers import AutoModel, AutoModelForImageClassification, BertModel, logging
+import torch
+from transformers import AutoModel, AutoModelForImageClassification, BertModel, logging, pipeline
 logging.set_verbosity_error()
 answers = {}
 for name, load in {
@@ -200,9 +208,15 @@ for name, load in {
         answers[name] = type(load()).__name__
     except ValueError as error:
         answers[name] = str(error)
+try:
+    torch.export.load("attention.pt2")
+except RuntimeError:
+    answers["exported"] = "refused"
 answers["before"] = "setformer_kernels" in sys.modules
 answers["trusted"] = type(AutoModelForImageClassification.from_pretrained("own", trust_remote_code=True)).__module__
+answers["pipeline"] = pipeline("text-classification", model="text", trust_remote_code=True, device="cpu")("hello")
 BertModel.from_pretrained("converted")  # now that the package is there
+answers["exported"] += ", then " + type(torch.export.load("attention.pt2")).__name__
 print()  # the question whether to trust ends without a newline
 print(json.dumps(answers))
 """
@@ -211,13 +225,15 @@ print(json.dumps(answers))
 @pytest.mark.slow
 def test_a_process_that_has_not_imported_the_package(tmp_path: Path) -> None:
     """What it says is what to do: which module to import, or to trust the module that was saved."""
-    from setformer_kernels.models.transformers import SeTformerConfig, SeTformerForImageClassification
-
     model = bert()
     replace_attention(model, num_references=4)
     model.save_pretrained(tmp_path / "converted")
-    config = SeTformerConfig(widths=[8, 8, 8, 8], depths=[1] * 4, num_heads=[2] * 4, num_references=2)
-    SeTformerForImageClassification(config).save_pretrained(tmp_path / "own")
+    built("ForImageClassification").save_pretrained(tmp_path / "own")
+    built("ForSequenceClassification").save_pretrained(tmp_path / "text")
+    tokenizer().save_pretrained(tmp_path / "text")
+    x = torch.randn(1, 5, 8)
+    attention = SeTAttention(8, 2, num_references=3, batch_first=True).eval()
+    torch.export.save(torch.export.export(attention, (x, x, x)), tmp_path / "attention.pt2")
     run = subprocess.run(
         [sys.executable, "-c", FRESH], cwd=tmp_path, capture_output=True, text=True, stdin=subprocess.DEVNULL,
         env={"PYTHONPATH": str(Path(__file__).parents[2]), "HF_HOME": str(tmp_path), "OMP_NUM_THREADS": "1"},
@@ -228,11 +244,14 @@ def test_a_process_that_has_not_imported_the_package(tmp_path: Path) -> None:
         assert "import setformer_kernels.models.transformers first" in answers[name]
     assert "trust_remote_code=True" in answers["own"]
     assert not answers["before"]
+    assert answers["pipeline"][0]["label"].startswith("LABEL_")
+    assert answers["exported"] == "refused, then ExportedProgram"
+    assert "failed to resolve torch.ops.setformer_kernels.set_attention" in run.stderr
     assert answers["trusted"] == "setformer_kernels.models.transformers.vision"
 
 
-def test_what_is_saved_says_nothing_of_the_path_here(tmp_path: Path) -> None:
-    """The module beside the weights imports the package, and is saved again by a model that was loaded through it."""
+def test_the_module_that_is_saved_beside_a_configuration(tmp_path: Path) -> None:
+    """It imports the package, and is saved again by what was loaded through it."""
     from setformer_kernels.models.transformers import SeTformerTextConfig
 
     config = SeTformerTextConfig(**BERT)

@@ -9,41 +9,12 @@ from typing import Any
 import pytest
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from torch import Tensor
+from small_models import TEXT, VISION, built, inputs
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from setformer_kernels.models import transformers as doors
 from setformer_kernels.models.transformers import SeTformerConfig, SeTformerModel, SeTformerTextConfig
 
-TEXT = ("TextModel", "ForSequenceClassification", "ForTokenClassification", "ForMaskedLM")
-VISION = ("Model", "ForImageClassification", "Backbone")
 LABELLED = (*TEXT[1:], "ForImageClassification")
-
-
-def built(kind: str, **changes: Any) -> torch.nn.Module:
-    """A small model of the class SeTformer<kind>, without dropout, in eval."""
-    torch.manual_seed(0)
-    small: dict[str, Any] = {"num_references": 4, "num_labels": 3}
-    if kind in TEXT:
-        small |= {"vocab_size": 50, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2,
-                  "intermediate_size": 24, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}  # fmt: skip
-        config: Any = SeTformerTextConfig(**{**small, **changes})
-    else:
-        small |= {"widths": [8, 8, 16, 16], "depths": [1, 1, 1, 1], "num_heads": [2, 2, 2, 2], "drop_path_rate": 0.0}
-        config = SeTformerConfig(**{**small, **changes})
-    return getattr(doors, f"SeTformer{kind}")(config).eval()
-
-
-def inputs(kind: str, labelled: bool = False) -> dict[str, Tensor]:
-    if kind not in TEXT:
-        labels = {"labels": torch.tensor([2, 0])} if labelled else {}
-        return {"pixel_values": torch.randn(2, 3, 32, 64), **labels}
-    mask = torch.ones(2, 7, dtype=torch.long)
-    mask[1, 4:] = 0
-    x = {"input_ids": torch.randint(1, 50, (2, 7)), "attention_mask": mask}
-    if labelled:
-        x["labels"] = torch.tensor([2, 0]) if "Sequence" in kind else torch.randint(3, (2, 7))
-    return x
 
 
 @pytest.mark.parametrize("kind", [*TEXT, *VISION])
