@@ -61,9 +61,7 @@ class SetTransport(ReferenceSet):
         )
 
     @staticmethod
-    def _mask_options(
-        q: Tensor, k: Tensor, key_mask: Tensor | None, attn_mask: Tensor | None
-    ) -> dict[str, Tensor | None]:
+    def _mask_options(q: Tensor, k: Tensor, key_mask: Tensor | None, attn_mask: Tensor | None) -> dict[str, Any]:
         if attn_mask is not None and attn_mask.is_floating_point():
             # Models write the lowest finite number for −∞.
             attn_mask = attn_mask.masked_fill(attn_mask <= torch.finfo(attn_mask.dtype).min / 2, -torch.inf)

@@ -95,8 +95,8 @@ class SavedWithModule:
 class SeTformerConfig(SavedWithModule, BackboneConfigMixin, PretrainedConfig):
     """Arguments of `SeTformer` by the same names; the defaults are the size "setformer_tiny".
 
-    `out_features` ("stem", "stage1" ... "stage4") or `out_indices` (0 ... 4) choose the maps of the backbone; the stem's
-    are the patches that enter the first stage.
+    `out_features` ("stem", "stage1" ... "stage4") or `out_indices` (0 ... 4) choose the maps of the backbone; the
+    stem's are the patches that enter the first stage.
     """
 
     model_type = "setformer"

@@ -27,7 +27,7 @@ def note_conversion(model: nn.Module, names: Iterable[str], own: dict[str, Any])
     """
     plain = {name: value.item() if hasattr(value, "item") else value for name, value in own.items()}
     for name in names:
-        module = model.get_submodule(name)
+        module: Any = model.get_submodule(name)
         prefix, config = _owner(model, name)
         config = getattr(module, "config", None) if config is None else config
         if not isinstance(config, PretrainedConfig):
@@ -100,12 +100,12 @@ def _after(method: Callable[..., None], first: Callable[..., bool | None]) -> Ca
     return call
 
 
-def _draw_transport(model: PreTrainedModel, module: nn.Module, *args: Any, **kwargs: Any) -> bool:
+def _draw_transport(model: PreTrainedModel, module: Any, *args: Any, **kwargs: Any) -> bool:
     """Whether module is SeT attention, whose parameters that a checkpoint lacks are then drawn as its own are."""
     if not isinstance(module, SetTransport) or getattr(module, "_is_hf_initialized", False):
         return False
     draw_missing(module)
-    module._is_hf_initialized = True
+    module._is_hf_initialized = True  # type: ignore[assignment]
     return True
 
 

@@ -48,12 +48,12 @@ class LayeredTextEncoder(TextEncoder):
         need_states: bool = False, need_weights: bool = False,
     ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:  # fmt: skip
         x, padding, position = self.embed(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
-        states, weights = (x,), ()
+        states, weights = [x], []
         for block in self.blocks:
             x, w = self.run(block, x, padding, position, need_weights)
-            states = (*states, x) if need_states else (x,)
-            weights = (*weights, w) if need_weights else ()
-        return states, weights
+            states = [*states, x] if need_states else [x]
+            weights.append(w)
+        return tuple(states), tuple(weights) if need_weights else ()
 
 
 class SeTformerTextPreTrainedModel(SeTPreTrainedModel):

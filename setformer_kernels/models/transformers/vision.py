@@ -14,7 +14,7 @@ from transformers.modeling_outputs import (
 )
 from transformers.utils.generic import can_return_tuple
 
-from ..vision import PoolHead, SeTformer, VisionBlock, checked_image
+from ..vision import PoolHead, SeTformer, Stage, VisionBlock, checked_image
 from .arguments import Asked, chosen_states, either, refuse_arguments
 from .configuration import SeTformerConfig
 from .initialization import SeTPreTrainedModel
@@ -30,6 +30,7 @@ class LayeredSeTformer(SeTformer):
     def forward(self, image: Tensor) -> list[Tensor]:
         """The patches [B, C₁, ⌈h/4⌉, ⌈w/4⌉] that enter the first block, then the maps of all stages there are."""
         first, *others = self.stages
+        assert isinstance(first, Stage)
         x = first.downsample(checked_image(image, self.in_channels))
         maps = [x, first(x, downsample=False)]
         for stage in others:
@@ -141,7 +142,7 @@ class SeTformerBackbone(BackboneMixin, SeTformerPreTrainedModel):
     @can_return_tuple
     def forward(
         self, pixel_values: Tensor | None = None, output_attentions: bool | None = None,
-        output_hidden_states: Asked = None, **others: Any,
+        output_hidden_states: Asked = None, interpolate_pos_encoding: bool = False, **others: Any,
     ) -> BackboneOutput:  # fmt: skip
         maps = self.setformer.maps(pixel_values, output_attentions, others)
         asked = either(output_hidden_states, self.config, "output_hidden_states")
