@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import math
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,6 +27,22 @@ from .fastpath import PythonForward, keep_python_forward  # noqa: F401  (pickles
 from .masks import attention_mask_of, blank_padding, key_mask_of
 from .nested import nest_like, pad_all, pad_position
 from .reference_set import ReferenceSet
+from .writing import Init, Reset, redraw
+
+# How nn.MultiheadAttention draws its parameters, in its order.
+PROJECTIONS: dict[str, Init] = {
+    "in_proj_weight": nn.init.xavier_uniform_,
+    "q_proj_weight": nn.init.xavier_uniform_,
+    "k_proj_weight": nn.init.xavier_uniform_,
+    "v_proj_weight": nn.init.xavier_uniform_,
+    "in_proj_bias": nn.init.zeros_,
+    "bias_k": nn.init.xavier_normal_,
+    "bias_v": nn.init.xavier_normal_,
+}
+OUT_PROJ: dict[str, Init] = {
+    "weight": partial(nn.init.kaiming_uniform_, a=math.sqrt(5.0)),
+    "bias": nn.init.zeros_,
+}
 
 
 def split_heads(x: Tensor, num_heads: int, batch_first: bool) -> Tensor:
@@ -69,6 +87,7 @@ class SeTAttention(PythonForward, ReferenceSet, nn.MultiheadAttention):
         learn_log_mass: learn `reference_log_mass` [H, M], starting uniform.
         key_relaxation, reference_relaxation: λ in [0, 1], 1 = balanced marginals.
         backend: "auto", or a name of `setformer_kernels.available_backends()`.
+        position_scale: τ ≥ 0 at the start.
 
     Shape:
         query [L, B, embed_dim], key [S, B, kdim], value [S, B, vdim]; with batch_first B leads; unbatched without B.
@@ -88,6 +107,7 @@ class SeTAttention(PythonForward, ReferenceSet, nn.MultiheadAttention):
         num_iters: int = 3, epsilon: float = 0.05, bandwidth: float = 1.0, kernel: str = "rbf",
         value_map: str = "linear", position_dim: int = 0, learn_epsilon: bool = False, learn_log_mass: bool = False,
         key_relaxation: float = 1.0, reference_relaxation: float = 1.0, backend: str = "auto",
+        position_scale: float = 1.0,
     ) -> None:  # fmt: skip
         embed_dim, num_heads, kdim, vdim = sizes(embed_dim, num_heads, kdim, vdim)
         dropout = checks.probability("dropout", dropout)
@@ -100,14 +120,17 @@ class SeTAttention(PythonForward, ReferenceSet, nn.MultiheadAttention):
             num_iters=num_iters, epsilon=epsilon, bandwidth=bandwidth, kernel=kernel, value_map=value_map,
             position_dim=position_dim, learn_epsilon=learn_epsilon, learn_log_mass=learn_log_mass,
             key_relaxation=key_relaxation, reference_relaxation=reference_relaxation, backend=backend,
+            position_scale=position_scale,
         )  # fmt: skip
+        Reset(self.out_proj, OUT_PROJ)
         self._ensure_hook()
 
     def _reset_parameters(self) -> None:
         """Draws all parameters anew: the projections as torch does, then the references."""
-        super()._reset_parameters()
+        redraw(self, PROJECTIONS)
+        redraw(self.out_proj, {"bias": nn.init.zeros_})
         # nn.MultiheadAttention.__init__ calls this before there are references
-        if "references" in self._parameters:
+        if hasattr(self, "references"):
             self._reset_references()
 
     # an alias, not a call: tools patch either name onto the other

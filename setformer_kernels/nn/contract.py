@@ -50,7 +50,7 @@ def sizes(
 def own_options(
     *, num_references: Any, num_iters: Any, epsilon: Any, bandwidth: Any, kernel: Any, value_map: Any,
     position_dim: Any, learn_epsilon: Any, learn_log_mass: Any, key_relaxation: Any, reference_relaxation: Any,
-    backend: Any,
+    backend: Any, position_scale: Any,
 ) -> dict[str, Any]:  # fmt: skip
     """The constructor's own arguments as Python numbers and strings, by the rules of the functional API; no tensors
     among the numbers, for learned ones are asked for by learn_*."""
@@ -67,6 +67,7 @@ def own_options(
         "key_relaxation": checks.number("key_relaxation", key_relaxation, 0.0, 1.0),
         "reference_relaxation": checks.number("reference_relaxation", reference_relaxation, 0.0, 1.0),
         "backend": checks.choice("backend", backend, ("auto", *available_backends())),
+        "position_scale": checks.number("position_scale", position_scale, 0.0),
     }
 
 

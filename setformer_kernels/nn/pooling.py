@@ -6,11 +6,14 @@ import torch
 from torch import Tensor, nn
 
 from .. import functional as SF
-from .attention import merge_heads, split_heads
+from .attention import OUT_PROJ, merge_heads, split_heads
 from .contract import AttentionInputError, check_dense, check_layout, check_masks, check_tensors, sizes
 from .masks import key_mask_of
 from .nested import pad_all, pad_position
 from .reference_set import ReferenceSet
+from .writing import Init, Reset
+
+KV_PROJ: dict[str, Init] = {"weight": nn.init.xavier_uniform_, "bias": nn.init.zeros_}
 
 
 class SeTPooling(ReferenceSet):
@@ -24,7 +27,7 @@ class SeTPooling(ReferenceSet):
     Args:
         embed_dim, num_heads, bias, device, dtype: as in `nn.MultiheadAttention`.
         num_references, num_iters, epsilon, bandwidth, kernel, value_map, position_dim, learn_epsilon, learn_log_mass,
-            key_relaxation, reference_relaxation, backend: as in `SeTAttention`.
+            key_relaxation, reference_relaxation, backend, position_scale: as in `SeTAttention`.
 
     Shape:
         x [B, S, embed_dim] -> [B, num_references, embed_dim]; an element whose tokens are all masked pools to zeros
@@ -41,7 +44,7 @@ class SeTPooling(ReferenceSet):
         dtype: torch.dtype | None = None, *, num_references: int = 64, num_iters: int = 3, epsilon: float = 0.05,
         bandwidth: float = 1.0, kernel: str = "rbf", value_map: str = "linear", position_dim: int = 0,
         learn_epsilon: bool = False, learn_log_mass: bool = False, key_relaxation: float = 1.0,
-        reference_relaxation: float = 1.0, backend: str = "auto",
+        reference_relaxation: float = 1.0, backend: str = "auto", position_scale: float = 1.0,
     ) -> None:  # fmt: skip
         embed_dim, num_heads, *_ = sizes(embed_dim, num_heads)
         bias = bool(bias)
@@ -54,15 +57,15 @@ class SeTPooling(ReferenceSet):
             num_iters=num_iters, epsilon=epsilon, bandwidth=bandwidth, kernel=kernel, value_map=value_map,
             position_dim=position_dim, learn_epsilon=learn_epsilon, learn_log_mass=learn_log_mass,
             key_relaxation=key_relaxation, reference_relaxation=reference_relaxation, backend=backend,
+            position_scale=position_scale,
         )  # fmt: skip
+        Reset(self.kv_proj, KV_PROJ)
+        Reset(self.out_proj, OUT_PROJ)
         self._reset_projections()
 
     def _reset_projections(self) -> None:
-        nn.init.xavier_uniform_(self.kv_proj.weight)
-        self.out_proj.reset_parameters()
         for linear in (self.kv_proj, self.out_proj):
-            if linear.bias is not None:
-                nn.init.zeros_(linear.bias)
+            linear.reset_parameters()
 
     def reset_parameters(self) -> None:
         """Draws all parameters anew, as nn.MultiheadAttention does its own."""
