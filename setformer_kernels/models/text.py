@@ -9,8 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from .. import checks
+from ..nn.doors import FloatInPython
 from ..tracing import leaf
-from .layers import Mlp, initialize_weights, set_attention
+from .layers import Mlp, initialize_weights, own_start, set_attention
 
 
 def unit_positions(attention_mask: Tensor) -> Tensor:
@@ -56,6 +58,7 @@ class TextBlock(nn.Module):
     ) -> None:  # fmt: skip
         super().__init__()
         self.attention = set_attention(width, num_heads, position_scale, position_dim=1, **attention)
+        self.has_positions = position_scale is not None
         self.dropout = nn.Dropout(dropout)
         self.norm1 = nn.LayerNorm(width, layer_norm_eps)
         self.mlp = Mlp(width, hidden, dropout)
@@ -68,7 +71,7 @@ class TextBlock(nn.Module):
         self, x: Tensor, padding: Tensor | None, position: Tensor, need_weights: bool
     ) -> tuple[Tensor, Tensor | None]:
         """Output [B, L, C] and, if need_weights, the attention's weights [B, H, L, L]."""
-        where = {"query_position": position, "key_position": position} if self.attention.position_dim else {}
+        where = {"query_position": position, "key_position": position} if self.has_positions else {}
         y, weights = self.attention(
             x, x, x, padding, need_weights=need_weights, average_attn_weights=False, **where
         )  # fmt: skip
@@ -79,7 +82,7 @@ class TextBlock(nn.Module):
         return self.mlp(x)
 
 
-class TextEncoder(nn.Module):
+class TextEncoder(FloatInPython):
     """BERT's encoder with SeT attention; the defaults are the sizes of BERT-base.
 
     Args:
@@ -108,9 +111,13 @@ class TextEncoder(nn.Module):
         super().__init__()
         sizes = {"vocab_size": vocab_size, "width": width, "depth": depth, "hidden": hidden,
                  "max_positions": max_positions, "type_vocab_size": type_vocab_size}  # fmt: skip
-        for name, size in sizes.items():
-            if size < 1:
-                raise ValueError(f"{name} must be ≥ 1, got {size}")
+        vocab_size, width, depth, hidden, max_positions, type_vocab_size = (
+            checks.integer(name, size, 1) for name, size in sizes.items()
+        )
+        pad_token_id = None if pad_token_id is None else checks.integer("pad_token_id", pad_token_id)
+        dropout = checks.probability("dropout", dropout)
+        layer_norm_eps = checks.number("layer_norm_eps", layer_norm_eps, 0.0)
+        position_scale = None if position_scale is None else checks.number("position_scale", position_scale, 0.0)
         self.width, self.max_positions = width, max_positions
         self.embeddings = Embeddings(
             vocab_size, width, max_positions, type_vocab_size, pad_token_id, dropout, layer_norm_eps
@@ -217,23 +224,32 @@ class SequenceHead(nn.Sequential):
 
 
 class MaskedLMHead(nn.Module):
-    """Logits [..., vocab_size] of hidden [..., C]; `tie` makes the last weight that of the word embeddings."""
+    """Logits [..., vocab_size] of hidden [..., C]; `tie` makes the last weight that of the word embeddings.
 
-    def __init__(self, width: int, vocab_size: int, layer_norm_eps: float = 1e-12) -> None:
+    padding_idx: the word whose row of the last weight is zero at the start, as it is in word embeddings.
+    """
+
+    def __init__(
+        self, width: int, vocab_size: int, layer_norm_eps: float = 1e-12, padding_idx: int | None = None
+    ) -> None:  # fmt: skip
         super().__init__()
         self.transform = nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.LayerNorm(width, layer_norm_eps))
         self.decoder = nn.Linear(width, vocab_size)
+        vars(self.decoder)["padding_idx"] = padding_idx
         self.apply(initialize_weights)
 
     def tie(self, encoder: TextEncoder) -> MaskedLMHead:
-        self.decoder.weight = encoder.embeddings.word.weight
+        word = encoder.embeddings.word
+        self.decoder.weight = word.weight
+        vars(self.decoder)["padding_idx"] = word.padding_idx
+        own_start(self.decoder)
         return self
 
     def forward(self, hidden: Tensor) -> Tensor:
         return self.decoder(self.transform(hidden))
 
 
-class TextModel(nn.Module):
+class TextModel(FloatInPython):
     """An encoder and a head: logits of a text, of its tokens, or of the words behind its masked tokens."""
 
     def __init__(self, encoder: TextEncoder, head: nn.Module) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -47,9 +48,12 @@ class TimmSeTformer(SeTformer):
         self.global_pool = _known_pool(global_pool)
         if output_stride not in STRIDES[1:]:
             raise TimmArgumentError(f"output_stride must be 8, 16 or 32, got {output_stride}")
+        attention = dict(attention or {})
+        if attn_drop_rate and attention.setdefault("dropout", attn_drop_rate) != attn_drop_rate:
+            raise TypeError("attn_drop_rate and attention give the dropout: pass one of them")
         super().__init__(
             **arguments, in_channels=in_chans, num_classes=num_classes, pool=POOLS[global_pool],
-            output_stride=output_stride, dropout=drop_rate, attention={"dropout": attn_drop_rate, **(attention or {})},
+            output_stride=output_stride, dropout=drop_rate, attention=attention,
         )  # fmt: skip
         self.in_chans, self.drop_rate = in_chans, drop_rate
         self.num_features = self.widths[-1]
@@ -91,11 +95,11 @@ class TimmSeTformer(SeTformer):
         """Maps of the stages `indices`; each stage ends in its norm, so `norm` changes nothing."""
         if output_fmt not in ("NCHW", "NHWC"):
             raise TimmArgumentError(f"output_fmt must be NCHW or NHWC, got {output_fmt!r}")
-        indices, last = feature_take_indices(len(self.stages), indices)
+        wanted, last = feature_take_indices(len(self.stages), indices)
         x, taken = checked_image(x, self.in_channels), []
-        for i, stage in enumerate(self.stages[: last + 1] if stop_early else self.stages):
+        for i, stage in enumerate(itertools.islice(self.stages, last + 1 if stop_early else None)):
             x = stage(x)
-            if i in indices:
+            if i in wanted:
                 taken.append(x if output_fmt == "NCHW" else x.permute(0, 2, 3, 1))
         return taken if intermediates_only else (x, taken)
 
@@ -105,7 +109,8 @@ class TimmSeTformer(SeTformer):
         """Drops the stages behind the last of `indices`, and then, or with prune_head, pooling and classifier."""
         taken, last = feature_take_indices(len(self.stages), indices)
         if last + 1 < len(self.stages):
-            self.stages, self.num_features, prune_head = self.stages[: last + 1], self.widths[last], True
+            self.stages = nn.Sequential(*itertools.islice(self.stages, last + 1))
+            self.num_features, prune_head = self.widths[last], True
         if prune_head:
             self.reset_classifier(0, "")
         return taken

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from .. import checks
 from ..nn import SeTPooling
+from ..nn.doors import FloatInPython
+from ..nn.writing import redraw
 from ..tracing import leaf
 from .layers import DropPath, Mlp, initialize_weights, set_attention
 from .sizes import VISION_SIZES
@@ -53,15 +56,23 @@ class VisionBlock(nn.Module):
         super().__init__()
         self.norm1 = nn.LayerNorm(width, **factory)
         self.attention = set_attention(width, num_heads, position_scale, position_dim=2, **attention, **factory)
+        self.has_positions = position_scale is not None
         self.norm2 = nn.LayerNorm(width, **factory)
         self.mlp = Mlp(width, round(width * mlp_ratio), **factory)
         self.drop_path = DropPath(drop_path)
-        self.gamma1 = nn.Parameter(torch.full((width,), layer_scale, **factory))
-        self.gamma2 = nn.Parameter(torch.full((width,), layer_scale, **factory))
+        self.layer_scale = layer_scale
+        self.gamma1 = nn.Parameter(torch.empty(width, **factory))
+        self.gamma2 = nn.Parameter(torch.empty(width, **factory))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Sets the block's own parameters, γ; its layers have their own."""
+        start = partial(nn.init.constant_, val=self.layer_scale)
+        redraw(self, {"gamma1": start, "gamma2": start})
 
     def forward(self, x: Tensor, position: Tensor) -> Tensor:
         y = self.norm1(x)
-        where = {"query_position": position, "key_position": position} if self.attention.position_dim else {}
+        where = {"query_position": position, "key_position": position} if self.has_positions else {}
         y, _ = self.attention(y, y, y, need_weights=False, **where)
         x = x + self.drop_path(self.gamma1 * y)
         return x + self.drop_path(self.gamma2 * self.mlp(self.norm2(x)))
@@ -114,6 +125,7 @@ class PoolHead(nn.Module):
         self.num_features = width * (num_references if pool == "set" else 1)
         self.dropout = nn.Dropout(dropout)
         self.fc = nn.Linear(self.num_features, num_classes, **factory) if num_classes > 0 else nn.Identity()
+        self.apply(initialize_weights)
 
     def forward(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         if self.pool is not None:
@@ -124,7 +136,7 @@ class PoolHead(nn.Module):
         return x if self.kind else x.permute(0, 3, 1, 2)
 
 
-class SeTformer(nn.Module):
+class SeTformer(FloatInPython):
     """Overlapping convolutional patches (stride 4), then four stages of SeT blocks at strides 4, 8, 16 and 32.
 
     Each stage halves both sides with a strided convolution (rounding up, so any size fits), runs its pre-norm blocks
@@ -137,11 +149,11 @@ class SeTformer(nn.Module):
         num_references: M of every attention.
         in_channels: of the image.
         num_classes: 0 leaves the pooled features.
-        pool: of the classification head, "mean", "set" (`SeTPooling` onto `pool_references` references) or "" (logits of
-            every cell).
+        pool: of the classification head, "mean", "set" (`SeTPooling` onto `pool_references` references) or "" (logits
+            of every cell).
         features_only: no head; forward returns the maps of the stages `out_indices` (0 to 3).
-        output_stride: 8, 16 or 32, the largest stride; below 32 the last stages keep the resolution, and the convolutions
-            that follow are dilated so that they read the same neighbours.
+        output_stride: 8, 16 or 32, the largest stride; below 32 the last stages keep the resolution, and the
+            convolutions that follow are dilated so that they read the same neighbours.
         dropout: before the classifier.
         drop_path_rate: stochastic depth of the last block; grows linearly from 0.
         layer_scale: γ at the start; 0.1 is CaiT's value for networks of up to 18 blocks.
@@ -168,15 +180,21 @@ class SeTformer(nn.Module):
         device: torch.device | str | None = None, dtype: torch.dtype | None = None,
     ) -> None:  # fmt: skip
         super().__init__()
-        check_sizes(widths, depths, num_heads, out_indices)
-        if output_stride not in STRIDES[1:]:
+        widths, depths, num_heads, self.out_indices = check_sizes(widths, depths, num_heads, out_indices)
+        self.widths, self.num_heads = widths, num_heads
+        self.in_channels = checks.integer("in_channels", in_channels, 1)
+        self.num_classes, self.features_only = checks.integer("num_classes", num_classes, 0), bool(features_only)
+        if (output_stride := checks.integer("output_stride", output_stride)) not in STRIDES[1:]:
             raise ValueError(f"output_stride must be 8, 16 or 32, got {output_stride}")
-        self.widths, self.num_heads, self.in_channels, self.num_classes = (
-            tuple(widths), tuple(num_heads), in_channels, num_classes
-        )  # fmt: skip
-        self.out_indices, self.features_only = tuple(out_indices), features_only
         self.strides = tuple(min(stride, output_stride) for stride in STRIDES)
-        self._head_arguments: dict[str, Any] = {"num_references": pool_references, "dropout": dropout}
+        mlp_ratio = checks.number("mlp_ratio", mlp_ratio, 0.0, open_low=True)
+        drop_path_rate = checks.probability("drop_path_rate", drop_path_rate)
+        layer_scale = checks.number("layer_scale", layer_scale, 0.0)
+        position_scale = None if position_scale is None else checks.number("position_scale", position_scale, 0.0)
+        self._head_arguments: dict[str, Any] = {
+            "num_references": checks.integer("pool_references", pool_references, 1),
+            "dropout": checks.probability("dropout", dropout),
+        }
         self.pool = pool
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         options = {**(attention or {}), "num_references": num_references}
@@ -194,8 +212,8 @@ class SeTformer(nn.Module):
         ]
         # Stages beyond the last map asked for would hold parameters that never get a gradient.
         self.stages = nn.Sequential(*(stages[: max(self.out_indices) + 1] if features_only else stages))
+        self.stages.apply(initialize_weights)
         self.head = None if features_only else self._new_head(**factory)
-        self.apply(initialize_weights)
 
     def _downsamples(self, factory: Mapping[str, Any]) -> Iterator[nn.Module]:
         """What each stage starts with."""
@@ -204,9 +222,9 @@ class SeTformer(nn.Module):
             ConvNorm(self.in_channels, half, **factory), nn.GELU(), ConvNorm(half, width, **factory)
         )  # fmt: skip
         dilation = 1
-        for (wide, narrow), widths in zip(itertools.pairwise(self.strides), itertools.pairwise(self.widths)):
-            stride = narrow // wide
-            yield ConvNorm(*widths, stride, dilation, **factory)
+        for i in range(1, len(STRIDES)):
+            stride = self.strides[i] // self.strides[i - 1]
+            yield ConvNorm(self.widths[i - 1], self.widths[i], stride, dilation, **factory)
             dilation *= 2 // stride
 
     def _new_head(self, **factory: Any) -> PoolHead:
@@ -218,9 +236,10 @@ class SeTformer(nn.Module):
     def reset_classifier(self, num_classes: int, pool: str | None = None) -> None:
         """A new classifier of num_classes classes (0: none, the pooled features); the pooling as it is, or the given
         one."""
-        self.num_classes, self.pool = num_classes, self.pool if pool is None else pool
+        self.num_classes = checks.integer("num_classes", num_classes, 0)
+        self.pool = self.pool if pool is None else pool
         like, old = next(self.stages.parameters()), self.head
-        head = self._new_head(device=like.device, dtype=like.dtype).apply(initialize_weights).train(self.training)
+        head = self._new_head(device=like.device, dtype=like.dtype).train(self.training)
         if old is not None and old.kind == head.kind:
             head.pool = old.pool  # with what it has learned
         self.head = head
@@ -259,14 +278,19 @@ class SeTformer(nn.Module):
 
 def check_sizes(
     widths: Sequence[int], depths: Sequence[int], num_heads: Sequence[int], out_indices: Sequence[int]
-) -> None:
-    for name, sizes in (("widths", widths), ("depths", depths), ("num_heads", num_heads)):
-        if len(sizes) != len(STRIDES) or min(sizes) < 1:
-            raise ValueError(f"{name} must be {len(STRIDES)} positive integers, one a stage, got {tuple(sizes)}")
-    if widths[0] % 2:
+) -> list[tuple[int, ...]]:
+    """The arguments as tuples of ints."""
+    given = {"widths": widths, "depths": depths, "num_heads": num_heads, "out_indices": out_indices}
+    sizes = {name: tuple(checks.integer(f"{name}[{i}]", s) for i, s in enumerate(v)) for name, v in given.items()}
+    for name in ("widths", "depths", "num_heads"):
+        if len(sizes[name]) != len(STRIDES) or min(sizes[name]) < 1:
+            raise ValueError(f"{name} must be {len(STRIDES)} positive integers, one a stage, got {sizes[name]}")
+    if sizes["widths"][0] % 2:
         raise ValueError(f"widths must start with an even number: the first convolution has half, got {widths[0]}")
-    if not out_indices or sorted(set(out_indices)) != list(out_indices) or not set(out_indices) <= {0, 1, 2, 3}:
-        raise ValueError(f"out_indices must be increasing stage numbers from 0 to 3, got {tuple(out_indices)}")
+    taken = sizes["out_indices"]
+    if not taken or tuple(sorted(set(taken))) != taken or not set(taken) <= {0, 1, 2, 3}:
+        raise ValueError(f"out_indices must be increasing stage numbers from 0 to 3, got {taken}")
+    return list(sizes.values())
 
 
 @leaf

@@ -203,7 +203,7 @@ def test_bert_with_its_attention_replaced(implementation: str) -> None:
     names = [f"bert.encoder.layer.{i}.attention.self" for i in range(2)]
     assert report.replaced == dict.fromkeys(names, "BertSelfAttention")
     assert not report.left
-    assert str(replace_attention(model)) == ""  # nothing is left to replace
+    assert str(replace_attention(model)).startswith("nothing replaced")
     after = dict(model.named_parameters())
     assert all(after[name] is parameter for name, parameter in before.items())
     x = tokens()

@@ -21,6 +21,7 @@ from ..transport import OWN_DEFAULTS
 ATTENTION_OPTIONS = {"dropout", "bias", "add_bias_kv", "add_zero_attn", *OWN_DEFAULTS} - {
     "num_references",
     "position_dim",
+    "position_scale",
 }
 Sizes = list[int] | tuple[int, ...]
 

@@ -104,7 +104,7 @@ def _draw_transport(model: PreTrainedModel, module: Any, *args: Any, **kwargs: A
     """Whether module is SeT attention, whose parameters that a checkpoint lacks are then drawn as its own are."""
     if not isinstance(module, SetTransport) or getattr(module, "_is_hf_initialized", False):
         return False
-    draw_missing(module, None)
+    draw_missing(module)
     module._is_hf_initialized = True  # type: ignore[assignment]
     return True
 

@@ -10,6 +10,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, initialization
 
 from ...nn import SeTAttention, SeTPooling
 from ...nn.reference_set import ReferenceSet
+from ..layers import own_start
 from ..transport import SetTransport
 from ..vision import VisionBlock
 
@@ -32,10 +33,17 @@ class SeTPreTrainedModel(PreTrainedModel):
                 )
         super().__init__(config, *args, **kwargs)
 
+    def post_init(self) -> None:
+        """Layers that draw themselves (`reset_parameters`) do so with the configuration's deviation."""
+        for module in self.modules():
+            if "reset_parameters" in vars(module):
+                own_start(module, self.config.initializer_range)
+        super().post_init()
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, ReferenceSet):
-            draw_missing(module, self.config.position_scale)
+            draw_missing(module)
         elif isinstance(module, VisionBlock):
             for gamma in (module.gamma1, module.gamma2):
                 initialization.constant_(gamma, self.config.layer_scale)
@@ -61,12 +69,10 @@ class SeTPreTrainedModel(PreTrainedModel):
         return loss
 
 
-def draw_missing(module: ReferenceSet, position_scale: float | None) -> None:
+def draw_missing(module: ReferenceSet) -> None:
     """Draws the parameters of an attention or pooling layer anew, those that were loaded left as they are."""
     loaded = [(p, p.clone()) for p in module.parameters() if getattr(p, "_is_hf_initialized", False)]
     assert isinstance(module, (SeTAttention, SeTPooling, SetTransport))
     module.reset_parameters()
-    if module.position_scale is not None and position_scale is not None:
-        module.position_scale.fill_(position_scale)
     for parameter, value in loaded:
         parameter.copy_(value)

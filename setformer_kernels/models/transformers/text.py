@@ -172,7 +172,10 @@ class SeTformerForMaskedLM(SeTformerTextPreTrainedModel):
     def __init__(self, config: SeTformerTextConfig) -> None:
         super().__init__(config)
         self.setformer = SeTformerTextModel(config, add_pooling_layer=False)
-        self.head = MaskedLMHead(config.hidden_size, config.vocab_size, config.layer_norm_eps)
+        self.head = MaskedLMHead(
+            config.hidden_size, config.vocab_size, config.layer_norm_eps,
+            config.pad_token_id if config.tie_word_embeddings else None,
+        )  # fmt: skip
         self.post_init()
 
     def get_output_embeddings(self) -> nn.Linear:
