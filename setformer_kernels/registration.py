@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from types import new_class
 from typing import Any
 
 import torch
@@ -133,9 +134,8 @@ def _materialise(cotangents: Sequence[Tensor | None], shapes: Sequence[torch.Siz
 
 def _function(name: str, **methods: Callable[..., Any]) -> type:
     """An autograd.Function called `name` from the start: that is when torch names its node."""
-    return type(torch.autograd.Function)(
-        name, (torch.autograd.Function,), {"__module__": __name__, **{k: staticmethod(m) for k, m in methods.items()}}
-    )
+    body = {"__module__": __name__, **{key: staticmethod(method) for key, method in methods.items()}}
+    return new_class(name, (torch.autograd.Function,), exec_body=lambda namespace: namespace.update(body))
 
 
 def _raise(what: str, name: str) -> Callable[..., Any]:
