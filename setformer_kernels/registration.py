@@ -120,12 +120,6 @@ def _vmap_loop(op: Any, n: int, size: int, in_dims: Any, args: Sequence[Any]) ->
     return one_or_tuple(stacked), one_or_tuple((0,) * len(stacked))
 
 
-def _refuse(what: str, name: str) -> RuntimeError:
-    return RuntimeError(
-        f"{NAMESPACE}::{name} has no {what}: pass backend='reference', which differentiates to any order"
-    )
-
-
 def _materialise(cotangents: Sequence[Tensor | None], shapes: Sequence[torch.Size]) -> list[Tensor]:
     """Zeros for the outputs that no gradient reached; at least one was."""
     some = next(c for c in cotangents if c is not None)
@@ -138,9 +132,13 @@ def _function(name: str, **methods: Callable[..., Any]) -> type:
     return new_class(name, (torch.autograd.Function,), exec_body=lambda namespace: namespace.update(body))
 
 
-def _raise(what: str, name: str) -> Callable[..., Any]:
+def _refuse(what: str, name: str) -> Callable[..., Any]:
+    """The method of an autograd.Function that has no such derivative."""
+
     def method(ctx: Any, *_: Any) -> Any:
-        raise _refuse(what, name)
+        raise RuntimeError(
+            f"{NAMESPACE}::{name} has no {what}: pass backend='reference', which differentiates to any order"
+        )
 
     return method
 
@@ -191,7 +189,7 @@ def _forward_function(spec: Spec, op: Any, op_backward: Any) -> type:
         setup_context=_setup_context(spec),
         backward=_backward(spec, op_backward),
         vmap=vmap,
-        jvp=_raise("forward-mode derivative", spec.name),
+        jvp=_refuse("forward-mode derivative", spec.name),
     )
 
 
@@ -209,9 +207,9 @@ def _backward_function(spec: Spec, op_backward: Any) -> type:
         f"{spec.name}_backward",
         forward=lambda *args: _below_autograd(op_backward, args),
         setup_context=lambda ctx, inputs, output: None,
-        backward=_raise("second derivative", spec.name),
+        backward=_refuse("second derivative", spec.name),
         vmap=vmap,
-        jvp=_raise("forward-mode derivative of its backward", spec.name),
+        jvp=_refuse("forward-mode derivative of its backward", spec.name),
     )
 
 
