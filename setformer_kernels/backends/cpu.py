@@ -216,7 +216,7 @@ def sinkhorn_backward(
 ) -> tuple[Tensor | None, ...]:
     """(d log_kernel, d log_a, d log_b, dλ_a, dλ_b), None where not needed."""
     inputs, given = (log_kernel, log_a, log_b, lam_a, lam_b), (c, iters, d_f, d_g)
-    done, threads = c.shape[1] if iters.any() else 0, torch.get_num_threads()
+    threads = torch.get_num_threads()
     return _extension.sinkhorn_backward(
-        inputs, given, needs, lambda views: _C.sinkhorn(views, tuple(scalars), done, -1.0, threads, True)
+        inputs, given, needs, lambda views: _C.sinkhorn(views, tuple(scalars), c.shape[1], -1.0, threads, True)
     )

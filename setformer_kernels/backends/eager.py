@@ -133,7 +133,8 @@ def _sinkhorn(
 
 def sinkhorn(*args: Any) -> tuple[Tensor, ...]:
     """(log_kernel [G, N, M], log_a, log_b, lam_a [G], lam_b [G], scalars, num_iters, tol) -> (f, g, c, iters)."""
-    return tuple(t.contiguous() for t in _sinkhorn(*args))
+    # Without an iteration f and g are log a and log b themselves, which no output of an op may be.
+    return tuple(t.clone(memory_format=torch.contiguous_format) for t in _sinkhorn(*args))
 
 
 def sinkhorn_backward(
@@ -150,7 +151,7 @@ def sinkhorn_backward(
     needs: Sequence[bool],
 ) -> tuple[Tensor | None, ...]:
     """Problems that ran equally long are replayed together, so that no tolerance is needed to repeat the stops."""
-    groups = [(int(n), (iters == n).nonzero().squeeze(-1)) for n in iters.unique()]
+    groups = [(n, (iters == n).nonzero().squeeze(-1)) for n in iters.unique().tolist() or [0]]
 
     def replay(*tensors: Tensor | None) -> tuple[Tensor, Tensor]:
         plans = [

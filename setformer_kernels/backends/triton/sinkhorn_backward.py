@@ -315,7 +315,10 @@ def sinkhorn_backward(
         args = (*inputs, *state, *out, *numbers)
         launch(resident_backward_kernel, -(-groups // cut.problems), args, constants, t)
     grads = [_like(t, g) for t, g in zip(given[:3], out[:3], strict=True)]
-    d_lams = [out[3][:, k].contiguous() if out[3] is not None and wanted[3 + k] else None for k in range(2)]
+    # Outputs of an op share no memory, but `contiguous` would leave the columns of one problem where they are.
+    d_lams = [
+        out[3].new_empty(groups).copy_(out[3][:, k]) if out[3] is not None and wanted[3 + k] else None for k in range(2)
+    ]
     return *grads, *d_lams
 
 
