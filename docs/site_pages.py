@@ -11,20 +11,24 @@ from typing import Any
 from mkdocs.structure.files import File
 
 ROOT = Path(__file__).parents[1]
-TAKEN = (
-    *("CONTRIBUTING.md", "CHANGELOG.md", "benchmarks/README.md", "setformer_kernels/reference/README.md"),
-    *(str(path.relative_to(ROOT)) for path in sorted((ROOT / "benchmarks" / "results").glob("*.png"))),
-)
+TEXTS = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "benchmarks/README.md", "setformer_kernels/reference/README.md")
+RESULTS = ROOT / "benchmarks" / "results"
+
+
+def taken() -> list[Path]:
+    """The texts, and the tables and pictures of results."""
+    return [*(ROOT / name for name in TEXTS), *sorted(RESULTS.glob("*.csv")), *sorted(RESULTS.glob("*.png"))]
 
 
 def on_files(files: Any, config: Any) -> Any:
-    for name in TAKEN:
-        files.append(File.generated(config, f"repository/{name}", abs_src_path=str(ROOT / name)))
+    for path in taken():
+        name = f"repository/{path.relative_to(ROOT).as_posix()}"
+        files.append(File.generated(config, name, abs_src_path=str(path)))
     return files
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     depth = page.file.src_uri.count("/")
     if page.file.src_uri.startswith("repository/"):
-        return markdown
+        return markdown.replace("](docs/", "](../")
     return markdown.replace("](" + "../" * (depth + 1), "](" + "../" * depth + "repository/")
