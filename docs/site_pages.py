@@ -11,13 +11,15 @@ from typing import Any
 from mkdocs.structure.files import File
 
 ROOT = Path(__file__).parents[1]
-TEXTS = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "benchmarks/README.md", "setformer_kernels/reference/README.md")
+TEXTS = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "benchmarks/README.md")
+DERIVATIONS = "setformer_kernels/reference/README.md"
 RESULTS = ROOT / "benchmarks" / "results"
 
 
 def taken() -> list[Path]:
     """The texts, and the tables and pictures of results."""
-    return [*(ROOT / name for name in TEXTS), *sorted(RESULTS.glob("*.csv")), *sorted(RESULTS.glob("*.png"))]
+    texts = [ROOT / name for name in (*TEXTS, DERIVATIONS)]
+    return [*texts, *sorted(RESULTS.glob("*.csv")), *sorted(RESULTS.glob("*.png"))]
 
 
 def on_files(files: Any, config: Any) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 from sybil import Sybil
 from sybil.parsers.markdown import PythonCodeBlockParser
@@ -26,7 +27,9 @@ def pages(*, with_extras: bool) -> list[str]:
     return [name for name in names if bool(extras_of(name)) == with_extras]
 
 
-def run(page: str) -> None:
-    """Every block of the page; an error names the page and the line."""
-    for example in _sybil.parse(DOCS / page).examples():
+def run(page: str, **given: Any) -> None:
+    """Every block of the page, with the names it is given; an error names the page and the line."""
+    document = _sybil.parse(DOCS / page)
+    document.namespace.update(given)
+    for example in document.examples():
         example.evaluate()

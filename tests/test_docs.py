@@ -8,6 +8,8 @@ from pathlib import Path
 
 import docs_pages
 import pytest
+import torch
+from torch import nn
 
 ALL = sorted(path.relative_to(docs_pages.DOCS).as_posix() for path in docs_pages.DOCS.rglob("*.md"))
 
@@ -33,6 +35,12 @@ def test_the_files_that_a_page_names_exist(page: str) -> None:
     root = docs_pages.DOCS.parent
     missing = [name for name in named if not (root / name).exists()]
     assert not missing
+
+
+def test_the_code_of_the_readme_runs() -> None:
+    x, padding = torch.randn(2, 20, 512), torch.zeros(2, 20, dtype=torch.bool)
+    model = nn.TransformerEncoder(nn.TransformerEncoderLayer(32, 4, 64), 1, enable_nested_tensor=False)
+    docs_pages.run("../README.md", x=x, padding=padding, model=model, sample=torch.randn(80, 1, 32))
 
 
 def test_the_tutorial_runs(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
