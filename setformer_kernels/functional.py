@@ -15,10 +15,12 @@ from torch import Tensor
 from . import checks, dispatch, ops, reference
 from .arguments import Hyper, autocast, hyperparameters, normalise, query_mask
 from .problem import compute_dtype
+from .tracing import leaf
 
 __all__ = ["nystrom_features", "set_attention", "set_attention_weights", "set_pool", "sinkhorn"]
 
 
+@leaf
 def set_attention(
     query: Tensor,
     key: Tensor,
@@ -89,6 +91,7 @@ def set_attention(
     return ops.set_causal(*x, *opt) if causal else ops.set_attention(*x, *opt)[0]
 
 
+@leaf
 def set_attention_weights(
     query: Tensor,
     key: Tensor,
@@ -131,6 +134,7 @@ def set_attention_weights(
     return a[..., : key.shape[2]]
 
 
+@leaf
 def set_pool(
     key: Tensor,
     value: Tensor,
@@ -165,6 +169,7 @@ def set_pool(
     return ops.set_pool(*x, *opt)[0].to(x.value.dtype)
 
 
+@leaf
 def nystrom_features(
     x: Tensor, landmarks: Tensor, *, bandwidth: Hyper = 1.0, ridge: float = 1e-3, backend: str = "auto"
 ) -> Tensor:
@@ -193,6 +198,7 @@ def nystrom_features(
     return reference.nystrom_features(x.to(dtype), landmarks, beta[:, None, None], float(ridge)).to(x.dtype)
 
 
+@leaf
 def sinkhorn(
     log_kernel: Tensor,
     log_a: Tensor | None = None,

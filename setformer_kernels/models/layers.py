@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from ..nn import SeTAttention, SeTPooling
+from ..tracing import Leaf
 from .transport import SetTransport
 
 
-class DropPath(nn.Module):
+class DropPath(Leaf):
     """Stochastic depth: in training a sample's branch x [B, ...] is zero with probability `rate`, else x/(1 − rate)."""
 
     def __init__(self, rate: float) -> None:
@@ -36,8 +37,10 @@ class DropPath(nn.Module):
 class Mlp(nn.Sequential):
     """x [..., width] -> [..., width] through `hidden` GELU units."""
 
-    def __init__(self, width: int, hidden: int, dropout: float = 0.0) -> None:
-        super().__init__(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, width), nn.Dropout(dropout))
+    def __init__(self, width: int, hidden: int, dropout: float = 0.0, **factory: Any) -> None:
+        super().__init__(
+            nn.Linear(width, hidden, **factory), nn.GELU(), nn.Linear(hidden, width, **factory), nn.Dropout(dropout)
+        )
 
 
 def set_attention(

@@ -66,8 +66,18 @@ def replace_attention(
         report.replaced[name] = type(module).__name__
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, new[id(module)])
+    _note_in_configurations(model, report, own)
     _name_the_unknown(model, report)
     return report
+
+
+def _note_in_configurations(model: nn.Module, report: ReplacementReport, own: dict[str, Any]) -> None:
+    """Models of transformers are saved with what was replaced in them."""
+    base = getattr(sys.modules.get("transformers.modeling_utils"), "PreTrainedModel", ())
+    if any(isinstance(module, base) or hasattr(module, "set_transport") for module in model.modules()) and base:
+        from .transformers.conversion import note_conversion
+
+        note_conversion(model, report.replaced, own)
 
 
 Rule = Callable[[nn.Module, dict[str, Any]], nn.Module]

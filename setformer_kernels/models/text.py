@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from ..tracing import leaf
 from .layers import Mlp, initialize_weights, set_attention
 
 
@@ -61,10 +62,21 @@ class TextBlock(nn.Module):
         self.norm2 = nn.LayerNorm(width, layer_norm_eps)
 
     def forward(self, x: Tensor, padding: Tensor | None, position: Tensor) -> Tensor:
+        return self.with_weights(x, padding, position, need_weights=False)[0]
+
+    def with_weights(
+        self, x: Tensor, padding: Tensor | None, position: Tensor, need_weights: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """Output [B, L, C] and, if need_weights, the attention's weights [B, H, L, L]."""
         where = {"query_position": position, "key_position": position} if self.attention.position_dim else {}
-        y, _ = self.attention(x, x, x, padding, need_weights=False, **where)
+        y, weights = self.attention(
+            x, x, x, padding, need_weights=need_weights, average_attn_weights=False, **where
+        )  # fmt: skip
         x = self.norm1(x + self.dropout(y))
-        return self.norm2(x + self.mlp(x))
+        return self.norm2(x + self.feed_forward(x)), weights
+
+    def feed_forward(self, x: Tensor) -> Tensor:
+        return self.mlp(x)
 
 
 class TextEncoder(nn.Module):
@@ -85,6 +97,8 @@ class TextEncoder(nn.Module):
         hold changes nothing where a token is.
     """
 
+    block_class: ClassVar[type[TextBlock]] = TextBlock
+
     def __init__(
         self, vocab_size: int = 30522, width: int = 768, depth: int = 12, num_heads: int = 12, hidden: int = 3072, *,
         num_references: int = 64, max_positions: int = 512, type_vocab_size: int = 2, pad_token_id: int | None = 0,
@@ -103,57 +117,71 @@ class TextEncoder(nn.Module):
         )
         options = {**(attention or {}), "num_references": num_references}
         self.blocks = nn.ModuleList(
-            TextBlock(width, num_heads, hidden, dropout, layer_norm_eps, position_scale, options) for _ in range(depth)
+            self.block_class(width, num_heads, hidden, dropout, layer_norm_eps, position_scale, options)
+            for _ in range(depth)
         )
-        self.gradient_checkpointing = False
+        self.recompute = False
         self.apply(initialize_weights)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recomputes each block in the backward pass: memory of one block's activations instead of all blocks'."""
-        self.gradient_checkpointing = enable
+        self.recompute = enable
 
     def forward(
         self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None,
         token_type_ids: Tensor | None = None, position_ids: Tensor | None = None, inputs_embeds: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
         """Hidden states [B, L, width] of input_ids [B, L] or, in their place, inputs_embeds [B, L, width]."""
-        B, L = self._check(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
-        x = self.embeddings(input_ids, token_type_ids, position_ids, inputs_embeds)
-        there = x.new_ones((B, L), dtype=torch.bool) if attention_mask is None else attention_mask != 0
-        padding = None if attention_mask is None else ~there
-        position = unit_positions(there)
+        x, padding, position = self.embed(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
         for block in self.blocks:
-            if self.gradient_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, padding, position, use_reentrant=False)
-            else:
-                x = block(x, padding, position)
+            x = self.run(block, x, padding, position)
         return x
 
-    def _check(
+    def embed(
         self, input_ids: Tensor | None, attention_mask: Tensor | None, token_type_ids: Tensor | None,
         position_ids: Tensor | None, inputs_embeds: Tensor | None,
-    ) -> tuple[int, int]:  # fmt: skip
-        """(B, L) of inputs whose shapes fit."""
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("pass either input_ids or inputs_embeds: got both or neither")
-        if input_ids is not None:
-            if input_ids.dim() != 2:
-                raise ValueError(f"input_ids must be [B, L], got {list(input_ids.shape)}")
-            B, L = input_ids.shape
-        else:
-            assert inputs_embeds is not None
-            if inputs_embeds.dim() != 3 or inputs_embeds.shape[2] != self.width:
-                raise ValueError(f"inputs_embeds must be [B, L, {self.width}], got {list(inputs_embeds.shape)}")
-            B, L = inputs_embeds.shape[:2]
-        if self.max_positions < L:
-            raise ValueError(f"max_positions={self.max_positions} is less than the length of the text, {L}")
-        others = {"attention_mask": attention_mask, "token_type_ids": token_type_ids}
-        for name, tensor in others.items():
-            if tensor is not None and tuple(tensor.shape) != (B, L):
-                raise ValueError(f"{name} must be {[B, L]}, as the text, got {list(tensor.shape)}")
-        if position_ids is not None and tuple(position_ids.shape) not in ((L,), (1, L), (B, L)):
-            raise ValueError(f"position_ids must be {[L]} or {[B, L]}, got {list(position_ids.shape)}")
-        return B, L
+    ) -> tuple[Tensor, Tensor | None, Tensor]:  # fmt: skip
+        """What the blocks take: x [B, L, width], padding [B, L] (True = no token) or None, places [B, L, 1]."""
+        B, L = check_text(
+            self.width, self.max_positions, input_ids, inputs_embeds, position_ids,
+            attention_mask=attention_mask, token_type_ids=token_type_ids,
+        )  # fmt: skip
+        x = self.embeddings(input_ids, token_type_ids, position_ids, inputs_embeds)
+        there = x.new_ones((B, L), dtype=torch.bool) if attention_mask is None else attention_mask != 0
+        return x, None if attention_mask is None else ~there, unit_positions(there)
+
+    def run(self, block: nn.Module, *args: Any) -> Any:
+        """block(*args), recomputed in the backward pass after `set_grad_checkpointing`."""
+        if self.recompute and torch.is_grad_enabled():
+            return checkpoint(block, *args, use_reentrant=False)
+        return block(*args)
+
+
+@leaf
+def check_text(
+    width: int, max_positions: int, input_ids: Tensor | None, inputs_embeds: Tensor | None,
+    position_ids: Tensor | None, **others: Tensor | None,
+) -> tuple[int, int]:  # fmt: skip
+    """(B, L) of inputs of a `TextEncoder` whose shapes fit; others: by name, tensors [B, L] or None."""
+    if (input_ids is None) == (inputs_embeds is None):
+        raise ValueError("pass either input_ids or inputs_embeds: got both or neither")
+    if input_ids is not None:
+        if input_ids.dim() != 2:
+            raise ValueError(f"input_ids must be [B, L], got {list(input_ids.shape)}")
+        B, L = input_ids.shape
+    else:
+        assert inputs_embeds is not None
+        if inputs_embeds.dim() != 3 or inputs_embeds.shape[2] != width:
+            raise ValueError(f"inputs_embeds must be [B, L, {width}], got {list(inputs_embeds.shape)}")
+        B, L = inputs_embeds.shape[:2]
+    if max_positions < L:
+        raise ValueError(f"max_positions={max_positions} is less than the length of the text, {L}")
+    for name, tensor in others.items():
+        if tensor is not None and tuple(tensor.shape) != (B, L):
+            raise ValueError(f"{name} must be {[B, L]}, as the text, got {list(tensor.shape)}")
+    if position_ids is not None and tuple(position_ids.shape) not in ((L,), (1, L), (B, L)):
+        raise ValueError(f"position_ids must be {[L]} or {[B, L]}, got {list(position_ids.shape)}")
+    return B, L
 
 
 class Pooler(nn.Module):
@@ -212,6 +240,9 @@ class TextModel(nn.Module):
         super().__init__()
         self.encoder, self.head = encoder, head
 
-    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(
+        self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None, position_ids: Tensor | None = None, inputs_embeds: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
         """Arguments as `TextEncoder.forward`."""
-        return self.head(self.encoder(*args, **kwargs))
+        return self.head(self.encoder(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds))

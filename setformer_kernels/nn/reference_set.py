@@ -11,12 +11,13 @@ from torch import Tensor, nn
 
 from .. import functional as SF
 from ..problem import compute_dtype
+from ..tracing import Leaf
 from .contract import check_key_position, check_own_options
 from .kmeans import cluster_means, spherical_kmeans
 from .masks import present_of
 
 
-class ReferenceSet(nn.Module):
+class ReferenceSet(Leaf):
     """Mixin: M references per head and how tokens are carried to them (definition: docs/definition.md).
 
     Parameters (those not asked for are None):

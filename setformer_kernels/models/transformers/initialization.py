@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any, ClassVar
+
 import torch
-from torch import nn
-from transformers import PreTrainedModel, initialization
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel, initialization
 
 from ...nn import SeTAttention, SeTPooling
 from ...nn.reference_set import ReferenceSet
@@ -13,8 +15,21 @@ from ..vision import VisionBlock
 
 
 class SeTPreTrainedModel(PreTrainedModel):
+    """What the text and the vision models share.
+
+    _fixed_options: by name, what options that BERT's and Swin's configurations have must be: there is no other here.
+    """
+
     supports_gradient_checkpointing = True
-    _no_split_modules = ("VisionBlock", "TextBlock")
+    _fixed_options: ClassVar[dict[str, Any]] = {}
+
+    def __init__(self, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
+        for name, value in self._fixed_options.items():
+            if getattr(config, name, value) != value:
+                raise ValueError(
+                    f"{name} must be {value!r}, which {type(self).__name__} always has, got {getattr(config, name)!r}"
+                )
+        super().__init__(config, *args, **kwargs)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -27,6 +42,22 @@ class SeTPreTrainedModel(PreTrainedModel):
             initialization.kaiming_normal_(module.weight, mode="fan_out")
         else:
             super()._init_weights(module)
+
+    def classification_loss(
+        self, logits: Tensor, labels: Tensor | None, num_items_in_batch: Tensor | int | None
+    ) -> Tensor | None:
+        """transformers' loss of logits [B, num_labels] by `config.problem_type`; None without labels."""
+        if labels is None:
+            return None
+        loss = self.loss_function(
+            labels=labels, pooled_logits=logits, config=self.config, num_items_in_batch=num_items_in_batch
+        )
+        if num_items_in_batch is not None and self.config.problem_type != "single_label_classification":
+            raise ValueError(
+                "num_items_in_batch must be None where the loss is a mean over all numbers"
+                f" (problem_type={self.config.problem_type!r}), got {num_items_in_batch}"
+            )
+        return loss
 
 
 def draw_missing(module: ReferenceSet, position_scale: float | None) -> None:
