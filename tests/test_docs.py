@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 import runpy
 from pathlib import Path
@@ -35,6 +36,16 @@ def test_the_files_that_a_page_names_exist(page: str) -> None:
     root = docs_pages.DOCS.parent
     missing = [name for name in named if not (root / name).exists()]
     assert not missing
+
+
+@pytest.mark.parametrize("page", [*ALL, "../README.md"])
+def test_the_commands_of_a_page_exist(page: str) -> None:
+    text = (docs_pages.DOCS / page).read_text(encoding="utf-8")
+    code = "\n".join(re.findall(r"```bash\n.*?```|`[^`\n]+`", text, re.DOTALL))
+    modules = [name for name in re.findall(r"python -m ([\w.]+)", code) if importlib.util.find_spec(name) is None]
+    makefile = (docs_pages.DOCS.parent / "Makefile").read_text(encoding="utf-8")
+    targets = [name for name in re.findall(r"\bmake ([a-z][a-z-]*)", code) if not re.search(rf"^{name}:", makefile, re.M)]
+    assert modules == targets == []
 
 
 def test_the_code_of_the_readme_runs() -> None:
