@@ -28,6 +28,12 @@ def test_the_backends_stand_in_the_order_in_which_auto_tries_them() -> None:
     assert re.findall(r"^\| `(\w+)` \|", page, re.MULTILINE) == list(available_backends())
 
 
+@pytest.mark.parametrize("page", sorted((ROOT / "docs").rglob("*.md")), ids=lambda page: page.name)
+def test_ratios_and_times_on_pages_are_those_of_the_table(page: Path) -> None:
+    quoted = re.findall(r"\d[\d.]*×|\d[\d.]* ms", page.read_text())
+    assert [number for number in quoted if number not in README] == []
+
+
 @pytest.mark.parametrize("link", sorted(set(re.findall(r"\]\(([^)#:]+)\)", README))))
 def test_links_lead_to_files(link: str) -> None:
     assert (ROOT / link).exists()
