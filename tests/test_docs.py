@@ -44,7 +44,9 @@ def test_the_commands_of_a_page_exist(page: str) -> None:
     code = "\n".join(re.findall(r"```bash\n.*?```|`[^`\n]+`", text, re.DOTALL))
     modules = [name for name in re.findall(r"python -m ([\w.]+)", code) if importlib.util.find_spec(name) is None]
     makefile = (docs_pages.DOCS.parent / "Makefile").read_text(encoding="utf-8")
-    targets = [name for name in re.findall(r"\bmake ([a-z][a-z-]*)", code) if not re.search(rf"^{name}:", makefile, re.M)]
+    targets = [
+        name for name in re.findall(r"\bmake ([a-z][a-z-]*)", code) if not re.search(rf"^{name}:", makefile, re.M)
+    ]
     assert modules == targets == []
 
 
