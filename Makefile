@@ -8,7 +8,7 @@ PIP := $(RUN) -m pip
 CSRC := $(shell find csrc -name '*.cpp' -o -name '*.hpp' -o -name '*.h' -o -name '*.inc' -o -name '*.cu' -o -name '*.cuh' 2>/dev/null)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-models bench gpu resources cuda-resources model lint types sanitize clean
+.PHONY: help demo test test-models bench gpu resources cuda-resources model docs lint types sanitize clean
 
 help:
 	@echo "make demo      train and compare on real input (3 minutes); results in demo_output/"
@@ -19,6 +19,7 @@ help:
 	@echo "make resources compile every Triton kernel for GPUs that are not there; the table in benchmarks/results/"
 	@echo "make cuda-resources  compile every CUDA kernel with nvcc for GPUs that are not there; the table in benchmarks/results/"
 	@echo "make model     what attention has to cost on a GPU, and what the compiled kernels should take there"
+	@echo "make docs      the guides and the API as a site, in site/"
 	@echo "make lint      ruff, import layers, clang-format"
 	@echo "make types     mypy on the package"
 	@echo "make sanitize  the C++ tests under AddressSanitizer and UBSan"
@@ -52,6 +53,9 @@ cuda-resources: $(VENV)/.installed
 model: $(VENV)/.installed
 	$(RUN) -m benchmarks.model --resident
 
+docs: $(VENV)/.docs
+	$(VENV)/bin/mkdocs build --strict --clean
+
 lint: $(VENV)/.lint
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
@@ -66,7 +70,7 @@ sanitize:
 	$(MAKE) -C csrc cuda-sanitize
 
 clean:
-	rm -rf $(VENV)/.installed $(VENV)/.lint .venv-models/.installed build dist demo_output *.egg-info setformer_kernels/_C*.so
+	rm -rf $(VENV)/.installed $(VENV)/.lint $(VENV)/.docs .venv-models/.installed build dist site demo_output *.egg-info setformer_kernels/_C*.so
 
 $(VENV)/.venv-ready: constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
@@ -84,9 +88,13 @@ $(VENV)/.installed: $(VENV)/.venv-ready pyproject.toml $(wildcard setup.py) $(CS
 	test -x .venv-models/bin/python || $(PYTHON) -m venv .venv-models
 	.venv-models/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt pip
 	.venv-models/bin/python -m pip install --quiet -c constraints-models.txt --build-constraint constraints.txt \
-		-e '.[timm,transformers,recipes,test]'
+		-e '.[timm,transformers,recipes,onnx,test]'
 	@touch $@
 
 $(VENV)/.lint: $(VENV)/.venv-ready pyproject.toml
 	$(PIP) install --quiet -c constraints.txt --group lint
+	@touch $@
+
+$(VENV)/.docs: $(VENV)/.venv-ready pyproject.toml
+	$(PIP) install --quiet -c constraints.txt --group docs
 	@touch $@

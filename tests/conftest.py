@@ -33,6 +33,7 @@ FLOAT64_TESTS = (
 # What a machine with nothing but torch, triton, numpy and pytest (`make gpu`) leaves out, and what only `make
 # test-models` has.
 NEEDS = {
+    "test_docs.py": "sybil", "models/test_docs_extras.py": "transformers",
     "test_fuzz.py": "hypothesis", "test_cuda_fuzz.py": "hypothesis",
     "test_demo_parts.py": "sklearn", "test_benchmarks_quality.py": "sklearn",
     "models/test_heads.py": "transformers", "models/test_recipes.py": "transformers",

@@ -26,7 +26,7 @@ def draw_directions(x: Tensor) -> None:
 
 
 class ReferenceSet(Leaf, FloatInPython):
-    """Mixin: M references per head and how tokens are carried to them (definition: the package's README).
+    """Mixin: M references per head and how tokens are carried to them (definition: docs/definition.md).
 
     Parameters (those not asked for are None):
         references [H, M, D]; landmarks [H, D, D] (value_map="rkhs", R = D); log_epsilon [H] (learn_epsilon);
