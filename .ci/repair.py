@@ -1,6 +1,6 @@
 """`python .ci/repair.py WHEEL FOLDER`: a manylinux wheel in FOLDER, with the OpenMP runtime beside the extension.
 
-auditwheel would give libgomp a name of its own, and a process two pools of threads, torch's and ours, on the same cores.
+auditwheel would give libgomp a name of its own, and a process two pools of threads, torch's and ours, on its cores.
 Under its plain name (and the run path that setup.py links in) the loader takes the one that torch has loaded, and the
 copy only where torch's has another name, as in its older wheels.
 """
