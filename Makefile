@@ -8,7 +8,7 @@ PIP := $(RUN) -m pip
 CSRC := $(shell find csrc -name '*.cpp' -o -name '*.hpp' -o -name '*.h' -o -name '*.inc' -o -name '*.cu' -o -name '*.cuh' 2>/dev/null)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-models bench gpu resources cuda-resources model docs lint types sanitize clean
+.PHONY: help demo test test-models bench gpu resources cuda-resources model docs lint types wheel sanitize clean
 
 help:
 	@echo "make demo      train and compare on real input (3 minutes); results in demo_output/"
@@ -20,8 +20,9 @@ help:
 	@echo "make cuda-resources  compile every CUDA kernel with nvcc for GPUs that are not there; the table in benchmarks/results/"
 	@echo "make model     what attention has to cost on a GPU, and what the compiled kernels should take there"
 	@echo "make docs      the guides and the API as a site, in site/"
-	@echo "make lint      ruff, import layers, clang-format"
+	@echo "make lint      ruff, import layers, clang-format, workflows"
 	@echo "make types     mypy on the package"
+	@echo "make wheel     an sdist and a manylinux wheel in dist/, checked and tried in an empty environment"
 	@echo "make sanitize  the C++ tests under AddressSanitizer and UBSan"
 	@echo "make clean     remove what was built and installed"
 	@echo "PYTHON=python3.12 picks the interpreter, VENV=dir the environment, PYTEST_FLAGS='-x -k name' what pytest gets"
@@ -61,9 +62,15 @@ lint: $(VENV)/.lint
 	$(RUN) -m ruff format --check .
 	$(VENV)/bin/lint-imports
 	$(VENV)/bin/clang-format --dry-run --Werror $(CSRC)
+	$(VENV)/bin/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
+	$(VENV)/bin/zizmor --offline --quiet .github/workflows
 
 types: $(VENV)/.installed $(VENV)/.lint
 	$(RUN) -m mypy
+
+# An sdist and a wheel in dist/, checked, installed into an empty environment and run there.
+wheel:
+	PYTHON=$(PYTHON) .ci/wheel
 
 sanitize:
 	$(MAKE) -C csrc sanitize

@@ -168,6 +168,8 @@ class Build(build_ext):
         if compiles(compiler, ["-fopenmp"]):
             base.append("-fopenmp")
             ext.extra_link_args.append("-fopenmp")
+            if sys.platform == "linux":  # a released wheel brings the OpenMP runtime there (.ci/repair.py)
+                ext.extra_link_args.append("-Wl,-rpath,$ORIGIN/lib")
         ext.extra_compile_args = base
         plain_compile, plain_batch = self.compiler._compile, self.compiler.compile
 
