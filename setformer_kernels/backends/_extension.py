@@ -12,7 +12,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from ..problem import HYPER, Operands, compute_dtype, empty_in_order
+from ..problem import HYPER, Operands, compute_dtype, empty_in_order, in_order
 
 DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3, torch.int64: 4}
 View = tuple[int, tuple[int, ...], tuple[int, ...], int]
@@ -62,13 +62,6 @@ def _added_up(t: Tensor | None) -> Tensor | None:
     if t is None:
         return None
     return t.squeeze(0) if t.shape[0] == 1 else t.sum(0)
-
-
-def in_order(like: Tensor | None, t: Tensor | None) -> Tensor | None:
-    """`t` in the memory order of `like`."""
-    if t is None or like is None:
-        return None
-    return t.contiguous() if like.is_contiguous() else empty_in_order(like, t.shape).copy_(t)
 
 
 def sinkhorn(
