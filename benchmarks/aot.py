@@ -79,7 +79,7 @@ class Variant(NamedTuple):
 
     name: str
     key: str  # Triton's own specialisation key, tile included
-    launch: Any  # setformer_kernels.backends.triton.launch.Launch
+    launch: Any  # setformer_kernels.backends.triton.host.launch.Launch
 
 
 def _warm(launch: Any) -> Any:
@@ -94,8 +94,8 @@ def _warm(launch: Any) -> Any:
 
 
 def kernel_name(kernel: Any) -> str:
-    """Module and name of a kernel, as short as is unique in the backend."""
-    return f"{kernel.fn.__module__.rsplit('.', 1)[-1]}.{kernel.fn.__name__}"
+    """Room, module and name of a kernel: where it is found in the backend."""
+    return ".".join([*kernel.fn.__module__.split(".")[-2:], kernel.fn.__name__])
 
 
 def variants(launches: Sequence[Any], family: str) -> list[Variant]:

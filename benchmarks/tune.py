@@ -3,7 +3,7 @@
     python -m benchmarks.tune attention --backward --kind gradient --size small --tile 32,64,8,1 --tile 32,32,8,1
 
 compiles the launches once per tile (rows, depth, warps, stages) and prints registers, spills, shared memory and the
-model's predicted time of each kernel whose code changes.  Nothing is written: numbers go into `config.py` by hand, each
+model's predicted time of each kernel whose code changes.  Nothing is written: numbers go into `tiles.py` by hand, each
 with its reason.
 """
 
@@ -16,24 +16,24 @@ import torch
 from benchmarks import aot, entry_point, model, sass, workloads
 from benchmarks.gpus import FAMILIES, GPUS
 from benchmarks.workloads import Call
-from setformer_kernels.backends.triton import config
+from setformer_kernels.backends.triton.host import tiles
 
 
 def _tiles(call: Call, kind: str, size: str, gpu: str, texts: list[str]) -> list[str]:
     """One markdown line per tile and kernel; the first line of a kernel is the shipped tile's."""
     family = GPUS[gpu].family
     key = (kind, size, "half" if call.dtype.itemsize == 2 else "single")
-    shipped = config.OVERRIDES[family].get(key, config.DEFAULT[key])
+    shipped = tiles.shipped(family, key)
     lines, seen = [], set()
-    for tile in [shipped, *(config.Tile(*map(int, text.split(","))) for text in texts)]:
-        config.OVERRIDES[family][key] = tile
+    for tile in [shipped, *(tiles.Tile(*map(int, text.split(","))) for text in texts)]:
+        tiles.OVERRIDES[family][key] = tile
         for launch in workloads.launches(call, family, GPUS[gpu].multiprocessors):
             (variant,) = aot.variants([launch], family)
             if (variant.name, variant.key) in seen:
                 continue
             seen.add((variant.name, variant.key))
             lines.append(_line(variant, tile, gpu))
-    config.OVERRIDES[family][key] = shipped
+    tiles.OVERRIDES[family][key] = shipped
     return sorted(lines)
 
 
@@ -61,7 +61,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("op", choices=sorted(workloads.RUN))
     parser.add_argument("--tile", action="append", default=[], help="rows,depth,warps,stages (repeatable)")
-    parser.add_argument("--kind", required=True, help="a kind of config.DEFAULT")
+    parser.add_argument("--kind", required=True, help="a kind of tiles.DEFAULT")
     parser.add_argument("--size", default="small", choices=("small", "medium", "large"))
     parser.add_argument("--gpu", default="H200", choices=sorted(GPUS))
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
@@ -70,7 +70,7 @@ def main(argv: list[str] | None = None) -> int:
     for name, default in (("T", 3), ("L", 16384), ("D", 64), ("M", 64)):
         parser.add_argument(f"--{name}", type=int, default=default)
     a = parser.parse_args(argv)
-    if a.kind not in (kinds := sorted({kind for kind, _, _ in config.DEFAULT})):
+    if a.kind not in (kinds := sorted({kind for kind, _, _ in tiles.DEFAULT} | {*tiles.LIKE})):
         parser.error(f"--kind must be one of {', '.join(kinds)}, got {a.kind!r}")
     call = Call(a.op, a.backward, a.T, getattr(torch, a.dtype), L=a.L, D=a.D, E=a.D, M=a.M, rich=a.rich)
     print("| kernel | tile | registers | spilled | shared | µs | bound |\n|---|---|---|---|---|---|---|")

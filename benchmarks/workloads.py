@@ -124,7 +124,7 @@ RUN: dict[str, Callable[[Any, Call], None]] = {
 def launches(call: Call, family: str, multiprocessors: int | None = None) -> list[Any]:
     """The launches of a call on a GPU of a family, in order."""
     from setformer_kernels.backends.triton import face
-    from setformer_kernels.backends.triton.launch import Device, recorded
+    from setformer_kernels.backends.triton.host.launch import Device, recorded
 
     count = multiprocessors or MULTIPROCESSORS[family]
     with recorded(Device(family, count, "tf32x3")) as taken:

@@ -91,3 +91,13 @@ def empty_in_order(like: Tensor, shape: tuple[int, ...] | torch.Size) -> Tensor:
     """An empty dense tensor of `shape` whose dimensions lie in memory in the order of those of `like`."""
     order = sorted(range(like.ndim), key=lambda d: -like.stride()[d])
     return torch.empty_permuted(tuple(shape), order, dtype=like.dtype, device=like.device)
+
+
+def in_order(like: Tensor | None, t: Tensor | None) -> Tensor | None:
+    """`t`, dense, in the memory order of `like`; None where either is."""
+    if t is None or like is None:
+        return None
+    if like.is_contiguous():
+        return t.contiguous()
+    result = empty_in_order(like, t.shape)
+    return t if t.stride() == result.stride() else result.copy_(t)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import setformer_kernels.functional as SF
-from setformer_kernels.backends.triton.config import INTERPRETED
+from setformer_kernels.backends.triton.host.tiles import INTERPRETED
 from setformer_kernels.testing import CASES, Case, assert_within_budget, gradients, make, model_inputs
 from setformer_kernels.testing.budget import cast
 

@@ -61,7 +61,11 @@ def test_the_committed_table_has_no_fault_but_the_spills_it_counts() -> None:
     assert [fault for row in committed for fault in row.faults(known_spill=row.spill_bytes)] == []
 
 
-FORWARD = ("prepare.prepare_kernel", "transport.transport_kernel", "transport.finish_kernel", "read.read_kernel")
+FORWARD = (
+    "parameters.prepare.parameters_prepare_kernel",
+    *("attention.transport.transport_kernel", "attention.transport.transport_finish_kernel"),
+    "attention.read.read_kernel",
+)
 
 
 def test_the_forward_pass_in_half_precision_never_spills() -> None:

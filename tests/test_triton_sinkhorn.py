@@ -42,9 +42,9 @@ def both_ways(module: Any, backward: Any, inputs: list[Tensor], num_iters: int, 
 
 
 def compare(inputs: list[Tensor], num_iters: int, tol: float | None = None) -> dict[str, Tensor]:
-    from setformer_kernels.backends.triton import sinkhorn, sinkhorn_backward
+    from setformer_kernels.backends.triton.sinkhorn import backward, forward
 
-    found = both_ways(sinkhorn, sinkhorn_backward, [t.to(DEVICE) for t in inputs], num_iters, tol)
+    found = both_ways(forward, backward, [t.to(DEVICE) for t in inputs], num_iters, tol)
     found = {name: t.cpu() for name, t in found.items()}
     exact = both_ways(eager, eager, [t.double() for t in inputs], num_iters, tol)
     model = both_ways(eager, eager, inputs, num_iters, tol)
@@ -66,12 +66,12 @@ SIZES = {"resident": (20, 37), "resident, then streaming": (64, 100), "streaming
 
 @pytest.mark.parametrize("size", SIZES)
 def test_the_route_follows_from_the_size(size: str) -> None:
-    from setformer_kernels.backends.triton import sinkhorn, sinkhorn_backward
+    from setformer_kernels.backends.triton.sinkhorn import backward, problem
 
     n, m = SIZES[size]
-    routes = [sinkhorn.resident(n, m) is not None, sinkhorn.resident(n, m, sinkhorn_backward.RESIDENT) is not None]
+    routes = [problem.resident(n, m) is not None, problem.resident(n, m, backward.RESIDENT) is not None]
     assert routes == [size.startswith("resident"), size == "resident"]
-    assert (m > sinkhorn.WIDEST) == (size == "two tiles")
+    assert (m > problem.WIDEST) == (size == "two tiles")
 
 
 @pytest.mark.parametrize("num_iters", [0, 1, 3])

@@ -12,7 +12,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from ..problem import HYPER, Operands, compute_dtype, empty_in_order
+from ..problem import HYPER, Operands, compute_dtype, empty_in_order, in_order
 
 DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3, torch.int64: 4}
 View = tuple[int, tuple[int, ...], tuple[int, ...], int]
@@ -67,13 +67,6 @@ def _added_up(t: Tensor | None) -> Tensor | None:
 def _own(t: Tensor) -> Tensor:
     """Contiguous, in memory of its own, as outputs of an op lie: `contiguous` leaves one head's column where it is."""
     return t.clone(memory_format=torch.contiguous_format)
-
-
-def in_order(like: Tensor | None, t: Tensor | None) -> Tensor | None:
-    """`t` in the memory order of `like`."""
-    if t is None or like is None:
-        return None
-    return t.contiguous() if like.is_contiguous() else empty_in_order(like, t.shape).copy_(t)
 
 
 def sinkhorn(

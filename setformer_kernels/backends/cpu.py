@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..problem import DTYPES, Operands, Options, Problem, compute_dtype, empty_in_order
+from ..problem import DTYPES, Operands, Options, Problem, compute_dtype, empty_in_order, in_order
 from . import _extension
 from ._extension import MODULE, REASON
 from ._extension import view as _view
@@ -176,7 +176,7 @@ def features_backward(
     if d_w is None or d_beta is None or d_whitening is None:
         return d_x, None, None
     from_w, from_beta = whitening.backward(d_whitening.double().sum(0))
-    d_landmarks = _extension.in_order(landmarks, (d_w.double().sum(0) + from_w).to(wide)) if needs[1] else None
+    d_landmarks = in_order(landmarks, (d_w.double().sum(0) + from_w).to(wide)) if needs[1] else None
     d_bandwidth = (
         (d_beta.double().sum(0).flatten() + from_beta).to(wide) if needs[2] and bandwidth is not None else None
     )

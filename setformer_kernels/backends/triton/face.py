@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ...problem import Operands, Options, Problem
-from .config import INTERPRETED, MAX_HEAD_DIM, MAX_REFERENCES
+from .host.tiles import INTERPRETED, MAX_HEAD_DIM, MAX_REFERENCES
 
 NAME = "triton"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -65,83 +65,81 @@ def _on_device(t: Tensor) -> AbstractContextManager[Any]:
 
 def attention(x: Operands, opt: Options) -> tuple[Tensor, Tensor, Tensor]:
     """o [B, H, L, E], z [B, H, M, E], c [B, H, max(T, 1), M]."""
-    from . import prepare, read, transport
+    from .attention import forward
 
     with _on_device(x.key):
-        prepared = prepare.prepare(x, opt)
-        z, c = transport.transport(x, opt, prepared)
-        return read.read(x, opt, prepared, z, c), z, c
+        return forward.attention(x, opt)
 
 
 def attention_backward(x: Operands, opt: Options, z: Tensor, c: Tensor, d_o: Tensor, needs: Sequence[bool]) -> Operands:
     """Gradients in the order of `Operands`, None where not needed."""
-    from . import attention_backward
+    from .attention import backward
 
     with _on_device(x.key):
-        return attention_backward.attention_backward(x, opt, z, c, d_o, needs)
+        return backward.attention_backward(x, opt, z, c, d_o, needs)
 
 
 def pool(x: Operands, opt: Options) -> tuple[Tensor, Tensor]:
     """z [B, H, M, E], c [B, H, max(T, 1), M]."""
-    from . import prepare, transport
+    from .attention import forward
 
     with _on_device(x.key):
-        return transport.transport(x, opt, prepare.prepare(x, opt))
+        return forward.pool(x, opt)
 
 
 def pool_backward(
     x: Operands, opt: Options, z: Tensor, c: Tensor, d_z: Tensor, d_c: Tensor | None, needs: Sequence[bool]
 ) -> Operands:
     """As `attention_backward`, from the gradients of z and (where given) c."""
-    from . import attention_backward
+    from .attention import backward
 
     with _on_device(x.key):
-        return attention_backward.pool_backward(x, opt, z, c, d_z, d_c, needs)
+        return backward.pool_backward(x, opt, z, c, d_z, d_c, needs)
 
 
 def causal(x: Operands, opt: Options) -> Tensor:
     """o [B, H, L, E], for T <= 1."""
-    from . import causal
+    from .causal import forward
 
     with _on_device(x.key):
-        return causal.causal(x, opt)
+        return forward.causal(x, opt)
 
 
 def causal_backward(x: Operands, opt: Options, d_o: Tensor, needs: Sequence[bool]) -> Operands:
     """As `attention_backward`, for the causal scan."""
-    from . import causal_backward
+    from .causal import backward
 
     with _on_device(x.key):
-        return causal_backward.causal_backward(x, opt, d_o, needs)
+        return backward.causal_backward(x, opt, d_o, needs)
 
 
 def features(x: Tensor, landmarks: Tensor, bandwidth: Tensor | None, scalar: float, ridge: float) -> Tensor:
     """x [B, H, N, D], landmarks [H, R, D] -> ψ [B, H, N, R]."""
-    from . import features
+    from .features import forward
 
     with _on_device(x):
-        return features.features(x, landmarks, bandwidth, scalar, ridge)
+        return forward.features(x, landmarks, bandwidth, scalar, ridge)
 
 
 def features_backward(x: Tensor, landmarks: Tensor, *args: Any) -> tuple[Tensor | None, ...]:
     """(dx, d landmarks, d bandwidth), None where not needed."""
-    from . import features_backward
+    from .features import backward
 
     with _on_device(x):
-        return features_backward.features_backward(x, landmarks, *args)
+        return backward.features_backward(x, landmarks, *args)
 
 
 def sinkhorn(log_kernel: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """f [G, N], g [G, M], c [G, max(T, 1), M], iters [G]."""
-    from . import sinkhorn
+    from .sinkhorn import forward
 
     with _on_device(log_kernel):
-        return sinkhorn.sinkhorn(log_kernel, *args)
+        return forward.sinkhorn(log_kernel, *args)
 
 
 def sinkhorn_backward(log_kernel: Tensor, *args: Any) -> tuple[Tensor | None, ...]:
     """(d log_kernel, d log_a, d log_b, dλ_a, dλ_b), None where not needed."""
-    from . import sinkhorn_backward
+    from .sinkhorn import backward
 
     with _on_device(log_kernel):
-        return sinkhorn_backward.sinkhorn_backward(log_kernel, *args)
+        return backward.sinkhorn_backward(log_kernel, *args)
