@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ..problem import Operands, Options, compute_dtype, empty_in_order
+from ..problem import Operands, Options, compute_dtype, empty_in_order, memory_order
 from ..reference.attention import attention_with_state, pool_with_state
 
 NAME = "eager"
@@ -55,10 +55,16 @@ def _vjp(
     ]
 
 
+def _in_order(like: Tensor, t: Tensor) -> Tensor:
+    """`t` as `empty_in_order` lays it out, by operations that any compiler has."""
+    order = memory_order(like)
+    return t.permute(order).contiguous().permute([order.index(d) for d in range(t.ndim)])
+
+
 def attention(x: Operands, opt: Options) -> tuple[Tensor, Tensor, Tensor]:
     assert x.query is not None
     o, z, c = attention_with_state(x, opt)
-    return empty_in_order(x.query, o.shape).copy_(o), z, c
+    return _in_order(x.query, o), z, c
 
 
 def attention_backward(
@@ -79,8 +85,7 @@ def pool_backward(
 
 def causal(x: Operands, opt: Options) -> Tensor:
     assert x.query is not None
-    o = reference.causal(x, opt)
-    return empty_in_order(x.query, o.shape).copy_(o)
+    return _in_order(x.query, reference.causal(x, opt))
 
 
 def causal_backward(x: Operands, opt: Options, d_o: Tensor, needs: Sequence[bool]) -> Gradients:
@@ -88,8 +93,7 @@ def causal_backward(x: Operands, opt: Options, d_o: Tensor, needs: Sequence[bool
 
 
 def features(x: Tensor, landmarks: Tensor, bandwidth: Tensor | None, scalar: float, ridge: float) -> Tensor:
-    psi = _features(x, landmarks, bandwidth, scalar, ridge)
-    return empty_in_order(x, psi.shape).copy_(psi)
+    return _in_order(x, _features(x, landmarks, bandwidth, scalar, ridge))
 
 
 def _features(x: Tensor, landmarks: Tensor, bandwidth: Tensor | None, scalar: float, ridge: float) -> Tensor:
