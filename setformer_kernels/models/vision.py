@@ -195,7 +195,7 @@ class SeTformer(FloatInPython):
             "num_references": checks.integer("pool_references", pool_references, 1),
             "dropout": checks.probability("dropout", dropout),
         }
-        self.pool = pool
+        self.pool = checks.plain(pool)
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         options = {**(attention or {}), "num_references": num_references}
 
