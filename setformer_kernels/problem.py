@@ -7,6 +7,7 @@ of `Operands`; it stands here and nowhere else.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar
 
@@ -53,6 +54,24 @@ class Options(NamedTuple):
     num_iters: int = 3
     dropout_p: float = 0.0
     backend: str = "auto"
+
+
+class Sinkhorn(NamedTuple):
+    """One call of log-domain Sinkhorn on G problems, dense or not; `None` stands for uniform masses and `scalars`."""
+
+    log_kernel: Tensor  # [G, N, M]
+    log_a: Tensor | None = None  # [G, N]
+    log_b: Tensor | None = None  # [G, M]
+    lam_a: Tensor | None = None  # [G]
+    lam_b: Tensor | None = None  # [G]
+    scalars: Sequence[float] = (1.0, 1.0)  # λ_a and λ_b
+    num_iters: int = 100
+    tol: float | None = None
+
+    @property
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """What has a gradient."""
+        return self[:5]
 
 
 def replaced(x: Fields, **changes: Any) -> Fields:

@@ -15,12 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...problem import Operands, Options, Problem
+from ...problem import Operands, Options, Problem, Sinkhorn
 from .host.tiles import INTERPRETED, MAX_HEAD_DIM, MAX_REFERENCES
 
 NAME = "triton"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-OLDEST = (3, 2)  # the oldest release that the tests run with
+OLDEST = (3, 6)  # the oldest release that the tests run with
 
 Gradients = Sequence[Tensor | None]
 
@@ -129,17 +129,19 @@ def features_backward(x: Tensor, landmarks: Tensor, *args: Any) -> tuple[Tensor 
         return backward.features_backward(x, landmarks, *args)
 
 
-def sinkhorn(log_kernel: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def sinkhorn(x: Sinkhorn) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """f [G, N], g [G, M], c [G, max(T, 1), M], iters [G]."""
     from .sinkhorn import forward
 
-    with _on_device(log_kernel):
-        return forward.sinkhorn(log_kernel, *args)
+    with _on_device(x.log_kernel):
+        return forward.sinkhorn(x)
 
 
-def sinkhorn_backward(log_kernel: Tensor, *args: Any) -> tuple[Tensor | None, ...]:
+def sinkhorn_backward(
+    x: Sinkhorn, c: Tensor, iters: Tensor, d_f: Tensor, d_g: Tensor, needs: Sequence[bool]
+) -> tuple[Tensor | None, ...]:
     """(d log_kernel, d log_a, d log_b, dλ_a, dλ_b), None where not needed."""
     from .sinkhorn import backward
 
-    with _on_device(log_kernel):
-        return backward.sinkhorn_backward(log_kernel, *args)
+    with _on_device(x.log_kernel):
+        return backward.sinkhorn_backward(x, c, iters, d_f, d_g, needs)

@@ -1,4 +1,6 @@
-"""The hyperparameters of a head: one row of numbers, whose places only this module knows."""
+"""What kernels read of a head: its references and hyperparameters; only this module knows where in a row these lie."""
+
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
@@ -8,6 +10,19 @@ from .primitives import LOG2E
 # β·log2 e, log2 e/ε, λ_a, λ_b, τ²·log2 e, as the logits take them; then β, ε, τ themselves.
 LOG_BETA, SCALE, KEY_RELAXATION, REFERENCE_RELAXATION, SQUARED_TAU, BETA, EPSILON, TAU = map(tl.constexpr, range(8))
 NUMBERS = tl.constexpr(8)  # in a row
+
+
+class Head(NamedTuple):
+    """One head; numbers as `head_parameters` gives them."""
+
+    y: Any  # [MP, DP] in memory
+    y_t: Any  # [DEPTH, MP] the first columns, transposed
+    log_b: Any  # [MP] in memory
+    beta: Any
+    scale: Any
+    lam_a: Any
+    lam_b: Any
+    tau: Any
 
 
 @triton.jit
@@ -44,3 +59,24 @@ def gradient_factor(parameters, h, DOT: tl.constexpr):
     """dĉ/dℓ without κ: β/ε (rbf) or 1/ε (dot)."""
     beta, epsilon, tau = plain_parameters(parameters, h)
     return 1.0 / epsilon if DOT else beta / epsilon
+
+
+@triton.jit
+def load_references(y, start, M: tl.constexpr, DP: tl.constexpr, DEPTH: tl.constexpr):
+    """Columns start.. of the prepared references of one head: [M, DEPTH]; padded in memory, so no mask."""
+    return tl.load(y + tl.arange(0, M)[:, None] * DP + start + tl.arange(0, DEPTH)[None, :])
+
+
+@triton.jit
+def load_references_t(y, start, M: tl.constexpr, DP: tl.constexpr, DEPTH: tl.constexpr):
+    """The same as [DEPTH, M], the form products take: transposed before a loop, it is laid out for the product once."""
+    return tl.trans(load_references(y, start, M, DP, DEPTH))
+
+
+@triton.jit
+def head_of(references, h, sizes, cut):
+    """Head h of the prepared references (`parameters.prepare.Prepared`)."""
+    y = references.y + h * (sizes.MP * sizes.DP)
+    y_t = load_references_t(y, 0, sizes.MP, sizes.DP, cut.DEPTH)
+    beta, scale, lam_a, lam_b, tau = head_parameters(references.parameters, h)
+    return Head(y, y_t, references.log_b + h * sizes.MP, beta, scale, lam_a, lam_b, tau)

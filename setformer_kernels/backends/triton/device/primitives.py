@@ -31,6 +31,12 @@ def dot(a, b, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def tokens_by(a, b, PRECISION: tl.constexpr, ACROSS: tl.constexpr):
+    """a [BN, K] · b [K, J] with a tokens' row per row of a; ACROSS: as (bᵀ aᵀ)ᵀ, so that warps share the columns."""
+    return tl.trans(dot(tl.trans(b), tl.trans(a), PRECISION)) if ACROSS else dot(a, b, PRECISION)
+
+
+@triton.jit
 def rounded(x, dtype: tl.constexpr):
     """x [float32] to the nearest number of a token dtype."""
     if _INTERPRETED and dtype == tl.bfloat16:  # the interpreter (Triton 3.2 to 3.9) truncates instead

@@ -110,7 +110,10 @@ def _product(a, b, i, j, RP: tl.constexpr, DEPTH: tl.constexpr, PRECISION: tl.co
 
 @kernel
 def features_whitening_kernel(
-    landmarks, inverse, parameters, d_whitening, out, workspace, ridge, low, steps, stride_h, stride_r,
+    landmarks, stride_h, stride_r,  # [H, R, D]
+    prepared, d_whitening,  # Prepared, [H, SIZE] or None
+    out, workspace,  # [H, RP, RP], [H, 5 or 10, RP, RP]
+    ridge, low, steps,
     R: tl.constexpr, RP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, DEPTH: tl.constexpr, BLOCK: tl.constexpr,
     GROWTH: tl.constexpr, SIZE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -125,14 +128,16 @@ def features_whitening_kernel(
     v = workspace + h * (10 if tangent else 5) * size
     y, z, next_y, next_z = v + size, v + 2 * size, v + 3 * size, v + 4 * size
     near = tl.arange(0, BLOCK)
-    log2_beta, unused_scale, lam_a, lam_b, tau = head_parameters(parameters, h)
+    log2_beta, unused_scale, lam_a, lam_b, tau = head_parameters(prepared.parameters, h)
     largest = low * 0.0
     for row in range(side):
         i = row * BLOCK + near
         sums = tl.zeros([BLOCK], tl.float32)
         for column in range(0, RP, DEPTH):
             j = column + tl.arange(0, DEPTH)
-            a = _regularised(landmarks + h * stride_h, inverse + h * RP, i, j, stride_r, log2_beta, ridge, R, D, DP)
+            a = _regularised(
+                landmarks + h * stride_h, prepared.inverse_norm + h * RP, i, j, stride_r, log2_beta, ridge, R, D, DP
+            )
             sums += tl.sum(a, 1)
             tl.store(next_y + i[:, None] * RP + j[None, :], a)
         largest = tl.maximum(largest, tl.max(sums))
@@ -206,6 +211,5 @@ def _whiten(landmarks: Tensor, prepared: Prepared, ridge: float, d_whitening: Te
         "GROWTH": GROWTH, "SIZE": 0 if d_whitening is None else d_whitening.stride(0), "PRECISION": device.precision,
     }  # fmt: skip
     workspace = landmarks.new_empty((h, 5 if d_whitening is None else 10, rp, rp))
-    tensors = (landmarks, prepared.inverse_norm, prepared.parameters, d_whitening, out, workspace)
-    numbers = (ridge, low, steps, *landmarks.stride()[:2])
-    launch(features_whitening_kernel, h, (*tensors, *numbers), constants, cut)
+    tensors = (landmarks, *landmarks.stride()[:2], prepared, d_whitening, out, workspace)
+    launch(features_whitening_kernel, h, (*tensors, ridge, low, steps), constants, cut)
