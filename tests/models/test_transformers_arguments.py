@@ -39,6 +39,7 @@ def test_hidden_states_of_chosen_places() -> None:
         chosen = model(**x, output_hidden_states=asked).hidden_states
         assert {i for i, state in enumerate(chosen) if state is not None} == kept
         assert all(torch.equal(chosen[i], states[i]) for i in kept)
+    assert model(**x, output_hidden_states=0).hidden_states is None
 
 
 def test_the_first_hidden_state_of_a_text_is_its_embedding_and_the_last_the_output() -> None:

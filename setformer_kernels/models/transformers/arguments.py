@@ -40,8 +40,10 @@ def either(argument: Any, config: object, name: str) -> Any:
 
 def chosen_states(states: Sequence[Tensor], asked: Asked) -> tuple[Tensor | None, ...] | None:
     """All states, None, or a tuple as long with None at the places that were not asked for."""
-    if isinstance(asked, bool) or asked is None:
-        return tuple(states) if asked else None
+    if not asked:
+        return None
+    if isinstance(asked, bool):
+        return tuple(states)
     places = [asked] if isinstance(asked, int) else asked
     kept = {place % len(states) for place in places if -len(states) <= place < len(states)}
     return tuple(state if i in kept else None for i, state in enumerate(states))

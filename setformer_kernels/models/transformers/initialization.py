@@ -22,6 +22,7 @@ class SeTPreTrainedModel(PreTrainedModel):
     """
 
     supports_gradient_checkpointing = True
+    accepts_loss_kwargs = False  # Trainer averages over the steps of an accumulated batch itself
     _fixed_options: ClassVar[dict[str, Any]] = {}
 
     def __init__(self, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:

@@ -59,7 +59,6 @@ class LayeredTextEncoder(TextEncoder):
 class SeTformerTextPreTrainedModel(SeTPreTrainedModel):
     config_class = SeTformerTextConfig
     base_model_prefix = "setformer"
-    accepts_loss_kwargs = False
     _no_split_modules = ("TextLayer",)
     _fixed_options = {  # noqa: RUF012
         "hidden_act": "gelu", "is_decoder": False, "add_cross_attention": False, "is_encoder_decoder": False,

@@ -102,8 +102,6 @@ class SeTformerModel(SeTformerPreTrainedModel):
 class SeTformerForImageClassification(SeTformerPreTrainedModel):
     """Logits [B, num_labels], from the mean of the last map or from SeT pooling (`config.pool`)."""
 
-    accepts_loss_kwargs = False
-
     def __init__(self, config: SeTformerConfig) -> None:
         super().__init__(config)
         self.num_labels = config.num_labels
