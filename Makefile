@@ -84,7 +84,7 @@ $(VENV)/.installed: $(VENV)/.venv-ready pyproject.toml $(wildcard setup.py) $(CS
 	test -x .venv-models/bin/python || $(PYTHON) -m venv .venv-models
 	.venv-models/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt pip
 	.venv-models/bin/python -m pip install --quiet -c constraints-models.txt --build-constraint constraints.txt \
-		-e '.[timm,transformers,recipes,test]'
+		-e '.[timm,transformers,recipes,onnx,test]'
 	@touch $@
 
 $(VENV)/.lint: $(VENV)/.venv-ready pyproject.toml

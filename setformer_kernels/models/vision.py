@@ -84,7 +84,7 @@ class Stage(nn.Module):
                 x = checkpoint(block, x, position, use_reentrant=False)
             else:
                 x = block(x, position)
-        return self.norm(x).unflatten(1, (height, width))
+        return self.norm(x).view(x.shape[0], height, width, x.shape[-1])
 
 
 class PoolHead(nn.Module):
