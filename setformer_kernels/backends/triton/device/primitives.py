@@ -10,8 +10,11 @@ import triton.language as tl
 
 from ..host.tiles import INTERPRETED
 
-# Under the interpreter tl.dot multiplies bfloat16 as raw bits (Triton 3.7): operands are widened there, exactly.
+# Under the interpreter tl.dot multiplies bfloat16 as raw bits (Triton 3.7), and leaves its sums to numpy's BLAS, whose
+# rounding differs among processors and, unlike a GPU's, among equal rows of a product.  So operands are widened there,
+# and where tl.dot takes float64 (Triton 3.5) its sums are rounded once.
 _INTERPRETED = tl.constexpr(INTERPRETED)
+_WIDE = tl.constexpr(tl.float64 if [int(n) for n in triton.__version__.split(".")[:2]] >= [3, 5] else tl.float32)
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 NORM_FLOOR = tl.constexpr(1e-24)  # ‖x‖² at or below which x̂ = 0
@@ -25,9 +28,9 @@ INF = tl.constexpr(float("inf"))
 def dot(a, b, PRECISION: tl.constexpr):
     """a [I, K] · b [K, J] -> float32 [I, J]; float32 operands as IEEE or tf32x3."""
     if _INTERPRETED:
-        a = a.to(tl.float32)
-        b = b.to(tl.float32)
-    return tl.dot(a, b, input_precision=PRECISION)
+        return tl.dot(a.to(_WIDE), b.to(_WIDE), out_dtype=_WIDE).to(tl.float32)
+    else:
+        return tl.dot(a, b, input_precision=PRECISION)
 
 
 @triton.jit
