@@ -24,10 +24,7 @@ from .plan import range_known
 from .primitives import dot, exact_scale, rounded, tokens_by
 from .rows import store_rows
 
-# What a slot holds for the hyperparameters, in the order of HYPER:
-# Σ dℓ κ (ĉ − 1),  Σ dℓ (κ − 1),  Σ df LSE_j(ℓ + g),  Σ dg c,  Σ dℓ ‖p − π‖²
-BETA_SUM, EPSILON_SUM, KEY_RELAXATION_SUM, REFERENCE_RELAXATION_SUM, TAU_SUM = map(tl.constexpr, range(5))
-SUMS = tl.constexpr(8)  # numbers in a slot
+SUMS = 8  # numbers that a slot holds for the hyperparameters, see `sum_of`
 
 
 def across(device: Device, tokens: Tensor) -> bool:
@@ -82,25 +79,38 @@ def kernel_sums(dl, kappa, cosine, DOT: tl.constexpr):
 
 
 @triton.jit
-def store_sum(sums, slot, number: tl.constexpr, value):
-    """One of a program's sums for the hyperparameters."""
-    tl.store(sums + slot * SUMS + number, value)
+def sum_of(name: tl.constexpr):
+    """Which of a slot's SUMS numbers it is, in the order of HYPER.
+
+    Σ dℓ κ (ĉ − 1),  Σ dℓ (κ − 1),  Σ df LSE_j(ℓ + g),  Σ dg c,  Σ dℓ ‖p − π‖²
+    """
+    if name == "beta":
+        return 0
+    elif name == "epsilon":
+        return 1
+    elif name == "key_relaxation":
+        return 2
+    elif name == "reference_relaxation":
+        return 3
+    else:
+        tl.static_assert(name == "tau")
+        return 4
 
 
 @triton.jit
-def load_sum(sums, slot, number: tl.constexpr):
-    """What `store_sum` left."""
-    return tl.load(sums + slot * SUMS + number)
+def sum_at(sums, slot, name: tl.constexpr):
+    """Where one of a slot's sums for the hyperparameters lies."""
+    return sums + slot * 8 + sum_of(name)
 
 
 @triton.jit
 def store_sums(sums, slot, d_beta, d_epsilon, d_key_relaxation, d_reference_relaxation, d_tau):
     """One program's sums for the hyperparameters."""
-    store_sum(sums, slot, BETA_SUM, d_beta)
-    store_sum(sums, slot, EPSILON_SUM, d_epsilon)
-    store_sum(sums, slot, KEY_RELAXATION_SUM, d_key_relaxation)
-    store_sum(sums, slot, REFERENCE_RELAXATION_SUM, d_reference_relaxation)
-    store_sum(sums, slot, TAU_SUM, d_tau)
+    tl.store(sum_at(sums, slot, "beta"), d_beta)
+    tl.store(sum_at(sums, slot, "epsilon"), d_epsilon)
+    tl.store(sum_at(sums, slot, "key_relaxation"), d_key_relaxation)
+    tl.store(sum_at(sums, slot, "reference_relaxation"), d_reference_relaxation)
+    tl.store(sum_at(sums, slot, "tau"), d_tau)
 
 
 @triton.jit

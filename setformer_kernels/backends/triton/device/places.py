@@ -17,10 +17,10 @@ class Places(NamedTuple):
 
 
 @triton.jit
-def places_of(position, pi, b, h, stride_b, stride_h, stride_n, sizes):
-    """The positions of one head."""
+def places_of(position, references, b, h, stride_b, stride_h, stride_n, sizes):
+    """The positions of one head and of the prepared references."""
     head = b.to(tl.int64) * stride_b + h.to(tl.int64) * stride_h
-    return Places(position + head, stride_n, pi + h * (sizes.M * sizes.P))
+    return Places(position + head, stride_n, references.position + h * (sizes.M * sizes.P))
 
 
 @triton.jit
