@@ -16,11 +16,12 @@ struct Refs {
   int64_t M, Mp, D, Dp, P;
   bool rbf;
   F beta, inv_eps, inv_eps_low, lam_a, lam_b, tau;  // 1/ε = inv_eps + inv_eps_low to twice the precision of F
+  F middle;                                         // κ of orthogonal vectors
   Buffer<F> yt;                                     // [D][Mp] ŷ transposed (raw y for "dot")
   Buffer<F> y;                                      // [Mp][Dp] the same by rows
   Buffer<F> inv_norm;                               // [Mp]
   Buffer<F> log_b;                                  // [Mp] padded with −inf
-  Buffer<F> pos_t;                                  // [P][Mp]
+  Buffer<F> pos_t;                                  // [P][Mp] padded with the last reference's
   int64_t packed_head = -1;
 
   explicit Refs(const AttentionParams& p) : Refs(p.M, p.D, p.ref_pos ? p.P : 0, p.kernel == KernelKind::rbf) {}
@@ -55,11 +56,15 @@ struct Refs {
       log_b[j] = p.log_b ? static_cast<const F*>(p.log_b.data)[h * p.log_b.stride[0] + j * p.log_b.stride[1]] : uniform;
     const Block<F> pos(p.ref_pos, h);
     for (int64_t c = 0; c < P; ++c)
-      for (int64_t j = 0; j < Mp; ++j) pos_t[c * Mp + j] = j < M ? pos(j, c) : F(0);
+      for (int64_t j = 0; j < Mp; ++j) pos_t[c * Mp + j] = pos(std::min(j, M - 1), c);
   }
+
+  // ℓ of orthogonal vectors at one place.
+  F middle_logit() const { return (middle - 1) * inv_eps; }
 
   void set_kernel(F bandwidth, double epsilon) {
     beta = bandwidth;
+    middle = rbf ? std::exp(-beta) : F(0);
     inv_eps = static_cast<F>(1 / epsilon);
     inv_eps_low = static_cast<F>(1 / epsilon - static_cast<double>(inv_eps));
   }
@@ -100,6 +105,29 @@ int64_t coordinates(const Refs<F>& r, const F* pos) {
   for (int64_t c = 0; c < r.P; ++c)
     if (std::isnan(pos[c])) return 0;
   return r.P;
+}
+
+// ‖p − π_j‖² of the P coordinates of one token, for the references from j on.
+template <class F>
+Vec<F> squared_distance(const Refs<F>& r, int64_t P, const F* pos, int64_t j) {
+  Vec<F> sum{};
+  for (int64_t c = 0; c < P; ++c) {
+    const Vec<F> away = pos[c] - load(r.pos_t + c * r.Mp + j);
+    sum += away * away;
+  }
+  return sum;
+}
+
+// Σ_j dℓ_j ‖p − π_j‖² of one token, whose dℓ sum to `total` but for rounding: a squared distance of thousands would
+// multiply that error.  So squares count from the smallest on, and the smallest times the exact sum.
+template <class F>
+F distance_sum(const Refs<F>& r, int64_t P, const F* pos, const F* d_logits, F total) {
+  Vec<F> lowest = splat(kInf<F>), sum{};
+  for (int64_t j = 0; j < r.Mp; j += kLanes<F>) lowest = vmin(lowest, squared_distance<F>(r, P, pos, j));
+  const F nearest = reduce_min<F>(lowest);
+  for (int64_t j = 0; j < r.Mp; j += kLanes<F>)
+    sum += load(d_logits + j) * (squared_distance<F>(r, P, pos, j) - nearest);
+  return reduce_add<F>(sum) + nearest * total;
 }
 
 // ℓ = (κ − 1)/ε − τ²‖p − π‖² of the n rows with positions pos [n][P].  κ and ℓ may be the same tile.
@@ -145,6 +173,7 @@ struct RefGrads {
   Buffer<F> pos;  // [P][Mp]
   double hyper[kNumHyper];
   bool wants_points, wants_hyper;
+  bool balanced = false;  // all dℓ sum to 0: moving κ by `middle` only takes weight off their rounding errors
   RefGrads(const Refs<F>& r, bool points, bool hypers)
       : y(r.Mp * r.Dp), pos(r.P * r.Mp), wants_points(points), wants_hyper(hypers) {}
   void clear(const Refs<F>& r) {
@@ -159,26 +188,27 @@ struct RefGrads {
   }
 };
 
-// Sums over one tile of dℓ for ε, τ and π.
+// Sums over one tile of dℓ for ε, τ and π; totals [n]: what the rows of dℓ sum to, null for 0.
 template <class F>
-void logit_grads(const Refs<F>& r, int64_t n, const F* kappa, const F* pos, const F* d_logits, RefGrads<F>& out) {
+void logit_grads(const Refs<F>& r, int64_t n, const F* kappa, const F* pos, const F* d_logits, const F* totals,
+                 RefGrads<F>& out) {
   const int64_t Mp = r.Mp;
   if (!out.wants_hyper && r.P == 0) return;
+  const F middle = out.balanced ? r.middle : F(1);
   double d_eps_sum = 0, d_tau_sum = 0;
   for (int64_t i = 0; i < n; ++i) {
-    Vec<F> d_eps{}, d_tau{};
+    Vec<F> d_eps{};
     const int64_t P = coordinates(r, pos + i * r.P);
     for (int64_t j = 0; j < Mp; j += kLanes<F>) {
       const Vec<F> dl = load(d_logits + i * Mp + j);
-      d_eps += dl * (load(kappa + i * Mp + j) - F(1));
+      d_eps += dl * (load(kappa + i * Mp + j) - middle);
       for (int64_t c = 0; c < P; ++c) {
         const Vec<F> d = pos[i * r.P + c] - load(r.pos_t + c * Mp + j);
-        d_tau += dl * d * d;
         store(out.pos + c * Mp + j, load(out.pos + c * Mp + j) + dl * d);
       }
     }
     d_eps_sum += reduce_add<F>(d_eps);
-    d_tau_sum += reduce_add<F>(d_tau);
+    if (P) d_tau_sum += distance_sum<F>(r, P, pos + i * r.P, d_logits + i * Mp, totals ? totals[i] : F(0));
   }
   out.hyper[kEpsilon] -= d_eps_sum * r.inv_eps * r.inv_eps;
   out.hyper[kPositionScale] -= 2.0 * r.tau * d_tau_sum;
@@ -190,14 +220,15 @@ void kernel_grads(const Refs<F>& r, int64_t n, const F* x, const F* inv, const F
                   RefGrads<F>& out) {
   const int64_t Mp = r.Mp, Dp = r.Dp;
   if (r.rbf) {
+    const F middle = out.balanced ? -r.beta * r.middle : F(0);  // of κ log κ
     double d_beta_sum = 0;
     for (int64_t i = 0; i < n; ++i) {
       Vec<F> d_beta{};
       const F scale = r.beta * inv[i];
       for (int64_t j = 0; j < Mp; j += kLanes<F>) {
-        const Vec<F> k = load(kappa + i * Mp + j), g = load(d_kappa + i * Mp + j) * k;
+        const Vec<F> k = load(kappa + i * Mp + j), d = load(d_kappa + i * Mp + j), g = d * k;
         // dκ/dβ = κ log κ / β; where κ underflowed, so did g.
-        if (out.wants_hyper) d_beta += g * vlog<F>(vmax(k, splat(std::numeric_limits<F>::min())));
+        if (out.wants_hyper) d_beta += g * vlog<F>(vmax(k, splat(std::numeric_limits<F>::min()))) - d * middle;
         store(d_kappa + i * Mp + j, g * scale);
       }
       if (out.wants_hyper) d_beta_sum += reduce_add<F>(d_beta);

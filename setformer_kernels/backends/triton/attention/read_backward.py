@@ -101,8 +101,8 @@ def read_backward_kernel(
         if d_blocks > 1:
             x = load_rows(queries, rows, live, d, sizes.D)
         sums = leave_tile(
-            sums, d_s, kappa, cosine, inverse, x, y_own, factor, out, rows, live, live, d, block < d_blocks, places,
-            parts, rule.DOT, sizes, cut,
+            sums, d_s, 0.0, kappa, cosine, inverse, x, y_own, factor, head.beta, out, rows, live, live, d,
+            block < d_blocks, places, parts, True, rule.DOT, sizes, cut,
         )  # fmt: skip
     if part_z is not None:
         if block < e_blocks:

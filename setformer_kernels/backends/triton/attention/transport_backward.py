@@ -23,7 +23,7 @@ from ..device.head import gradient_factor, head_of, load_references, load_refere
 from ..device.logits import token_logits
 from ..device.places import places_of
 from ..device.plan import range_known
-from ..device.primitives import LN2, finite_or_zero, rounded, tokens_by
+from ..device.primitives import INF, LN2, finite_or_zero, rounded, tokens_by
 from ..device.rows import key_mass, load_rows, row_starts, rows_of, store_rows
 from ..host.groups import cut_of, rule_of, sizes_of
 from ..host.launch import Split, device_of, kernel, launch
@@ -176,7 +176,7 @@ def relaxation_center(head, state, DOT: tl.constexpr):
 
 @triton.jit
 def _totals(state, newest, bh, iterations, sizes):
-    """(Σ_{0<t<T} dg^t [MP], Σ_{t>0} ⟨dg^t, c^t⟩)."""
+    """(Σ_{0<t<T} dg^t [MP], Σ_{t>0} ⟨dg^t, c^t⟩); unless c has a gradient, Σ_j dg^t_j = 0: only its spread counts."""
     j = tl.arange(0, sizes.MP)
     total = tl.zeros([sizes.MP], tl.float32)
     products = tl.zeros([sizes.MP], tl.float32)
@@ -185,7 +185,9 @@ def _totals(state, newest, bh, iterations, sizes):
         d_g_t = tl.load(state.d_g + at * sizes.MP + j)
         if state.first_d_g is not None:
             d_g_t = tl.where(t == 1, newest, d_g_t)
-        products += d_g_t * finite_or_zero(tl.load(state.c + at * sizes.M + j, mask=j < sizes.M, other=0.0))
+        c_t = tl.load(state.c + at * sizes.M + j, mask=j < sizes.M, other=-INF)
+        top = finite_or_zero(tl.max(c_t, 0)) if state.d_c is None else 0.0
+        products += d_g_t * tl.where(c_t > -INF, c_t - top, 0.0)
         total += tl.where(t < iterations, d_g_t, 0.0)
     return total, tl.sum(products)
 
@@ -256,9 +258,10 @@ def transport_keys_backward_kernel(
                 tl.store(row_starts(d_masses, rows), sent, mask=inside)
         if d_blocks > 1:
             x = load_rows(keys, rows, live, d, sizes.D)
+        total = (1.0 - head.lam_a) * sent if rule.UPDATE_ROWS else sent  # Σ_j R = 1
         sums = leave_tile(
-            sums, d_l, kappa, cosine, inverse, x, y_own, factor, d_keys, rows, inside, live, d, True, places, parts,
-            rule.DOT, sizes, cut,
+            sums, d_l, total, kappa, cosine, inverse, x, y_own, factor, head.beta, d_keys, rows, inside, live, d, True,
+            places, parts, state.d_c is None, rule.DOT, sizes, cut,
         )  # fmt: skip
     slot = bh * (first_slot + splits) + first_slot + split
     d_lambda_b = 0.0

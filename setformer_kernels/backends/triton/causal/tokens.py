@@ -47,15 +47,11 @@ def store_gradient(x, dl, kappa, cosine, inverse, rows, asked, live, out, y, par
 
 
 @triton.jit
-def store_parts(dl, kappa, cosine, places, rows, live, parts, at, d_lam_a, middle, ADD, DOT, sizes):
-    """One chunk's parts of the hyperparameters and of the reference positions, added to what stands there where ADD.
-
-    All dℓ of the queries, and all of the keys, sum to 0: moving κ by its value `middle` between orthogonal vectors
-    changes nothing but the weight of their rounding errors.
-    """
+def store_parts(dl, total, kappa, cosine, beta, places, rows, live, parts, at, d_lam_a, ADD, DOT, sizes):
+    """One chunk's parts of the hyperparameters and of the reference positions, added to what stands there where ADD."""
     d_tau = 0.0
     if sizes.P > 0:
-        squares, pi_sums = position_sums(dl, places, rows, live, sizes)
+        squares, pi_sums = position_sums(dl, total, places, rows, live, sizes)
         d_tau += tl.sum(squares)
         if parts.position is not None:
             j = tl.arange(0, sizes.MP)
@@ -64,9 +60,8 @@ def store_parts(dl, kappa, cosine, places, rows, live, parts, at, d_lam_a, middl
                 pi_sums += tl.load(out)
             tl.store(out, pi_sums)
     if parts.sums is not None:
-        beta_rows, epsilon_rows = kernel_sums(dl, kappa, cosine, DOT)
-        total = tl.sum(dl)
-        d_beta, d_epsilon = tl.sum(beta_rows) + middle * total, tl.sum(epsilon_rows) + (1.0 - middle) * total
+        beta_rows, epsilon_rows = kernel_sums(dl, kappa, cosine, beta, True, DOT)
+        d_beta, d_epsilon = tl.sum(beta_rows), tl.sum(epsilon_rows)
         d_lam_b = tl.load(sum_at(parts.sums, at, "reference_relaxation"))  # of the query kernel
         if ADD:
             d_beta += tl.load(sum_at(parts.sums, at, "beta"))
@@ -103,16 +98,17 @@ def causal_tokens_backward_kernel(
     dl = tl.load(tile_at(d_logits, at, cut.ROWS, sizes))
     middle = 0.0 if rule.DOT else tl.exp2(-head.beta)
     part_log_b = parts.log_b + at * sizes.MP + j
-    d_lam = 0.0
+    d_lam, row_sums = 0.0, tl.zeros([cut.ROWS], tl.float32)
     if KEYS:
         d_f = tl.sum(dl, 1)
+        row_sums += (1.0 - head.lam_a) * d_f if rule.UPDATE_ROWS else d_f
         if d_log_a is not None:
             tl.store(row_starts(d_masses, rows), d_f, mask=asked)
         if rule.UPDATE_ROWS:
             p, top, total, f = row_update(l, tl.load(head.log_b + j), d_f, head.lam_a)
             from_rows = p * (head.lam_a * d_f / total)[:, None]
             dl -= from_rows
-            # Σ df = 0, as in `store_parts`
+            # Σ df = 0, as in `kernel_sums`
             d_lam += tl.sum(d_f * (top + tl.log2(total) - (middle - 1.0) * head.scale)) * LN2
             tl.store(part_log_b, tl.load(part_log_b) - tl.sum(from_rows, 0))
     else:
@@ -122,7 +118,7 @@ def causal_tokens_backward_kernel(
         tokens, dl, kappa, cosine, inverse, rows, asked, live, out, head.y, parts.y, at, factor, KEYS, rule.DOT, sizes,
         cut,
     )  # fmt: skip
-    store_parts(dl, kappa, cosine, places, rows, live, parts, at, d_lam, middle, KEYS, rule.DOT, sizes)
+    store_parts(dl, row_sums, kappa, cosine, head.beta, places, rows, live, parts, at, d_lam, KEYS, rule.DOT, sizes)
 
 
 @triton.jit

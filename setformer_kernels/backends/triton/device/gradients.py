@@ -71,10 +71,15 @@ def token_gradient(
 
 
 @triton.jit
-def kernel_sums(dl, kappa, cosine, DOT: tl.constexpr):
-    """(Σ_j dℓ κ (ĉ − 1), Σ_j dℓ (κ − 1)) [BN]: the rows' parts of dβ·ε and −dε·ε²."""
-    d_epsilon = tl.sum(dl * (kappa - 1.0), 1)
-    d_beta = d_epsilon * 0.0 if DOT else tl.sum(dl * (kappa * (cosine - 1.0)), 1)
+def kernel_sums(dl, kappa, cosine, beta, BALANCED: tl.constexpr, DOT: tl.constexpr):
+    """(Σ_j dℓ κ (ĉ − 1), Σ_j dℓ (κ − 1)) [BN]: the rows' parts of dβ·ε and −dε·ε²; beta is β·log2 e.
+
+    BALANCED: all dℓ of the queries, and all of the keys, sum to 0.  Moving κ by its value `middle` between orthogonal
+    vectors then changes nothing but the weight of their rounding errors.
+    """
+    middle = 0.0 if DOT else tl.exp2(-beta)
+    d_epsilon = tl.sum(dl * (kappa - (middle if BALANCED else 1.0)), 1)
+    d_beta = d_epsilon * 0.0 if DOT else tl.sum(dl * (kappa * (cosine - 1.0) + (middle if BALANCED else 0.0)), 1)
     return d_beta, d_epsilon
 
 
@@ -146,10 +151,10 @@ def no_sums(sizes, cut):
 
 @triton.jit
 def leave_tile(
-    sums, dl, kappa, cosine, inverse, x, y, factor, out, rows, inside, live, columns, writes, places, parts,
-    DOT: tl.constexpr, sizes, cut,
+    sums, dl, total, kappa, cosine, inverse, x, y, factor, beta, out, rows, inside, live, columns, writes, places,
+    parts, BALANCED: tl.constexpr, DOT: tl.constexpr, sizes, cut,
 ):  # fmt: skip
-    """From a tile's dℓ: writes dx (`out`: rows of the gradient, or None), and adds its terms to the sums."""
+    """From a tile's dℓ, whose rows sum to `total`: writes dx (`out`: its rows, or None), and adds terms to the sums."""
     operand, x_hat, d_x = token_gradient(
         dl, kappa, cosine, inverse, x, y, factor, sizes.DP == cut.DEPTH, DOT, cut.PRECISION, cut.ACROSS
     )
@@ -160,12 +165,12 @@ def leave_tile(
     if parts.y is not None:
         d_y += dot(tl.trans(operand), x_hat, cut.PRECISION)
     if parts.sums is not None:
-        beta_rows, epsilon_rows = kernel_sums(dl, kappa, cosine, DOT)
+        beta_rows, epsilon_rows = kernel_sums(dl, kappa, cosine, beta, BALANCED, DOT)
         d_beta += beta_rows
         d_epsilon += epsilon_rows
     if sizes.P > 0:
         if parts.sums is not None or parts.position is not None:
-            tau_rows, pi_sums = position_sums(dl, places, rows, live, sizes)
+            tau_rows, pi_sums = position_sums(dl, total, places, rows, live, sizes)
             d_tau += tau_rows
             d_pi += pi_sums
     return TileSums(d_y, d_pi, d_beta, d_epsilon, d_tau)
