@@ -57,7 +57,7 @@ class Options(NamedTuple):
 
 
 class Sinkhorn(NamedTuple):
-    """One call of log-domain Sinkhorn on G problems, dense or not; `None` stands for uniform masses and `scalars`."""
+    """One call of log-domain Sinkhorn on G problems; `None` stands for uniform masses, or for a number of `scalars`."""
 
     log_kernel: Tensor  # [G, N, M]
     log_a: Tensor | None = None  # [G, N]
@@ -109,6 +109,18 @@ class Problem:
 def memory_order(t: Tensor) -> list[int]:
     """The dimensions from the outermost in memory to the innermost."""
     return sorted(range(t.ndim), key=lambda d: -t.stride()[d])
+
+
+def beyond(p: Problem, dtypes: tuple[torch.dtype, ...], references: int, head_dim: int) -> list[str]:
+    """What of `p` a backend of tiles in fast memory does not hold, in sentences that follow its name."""
+    reasons = [] if p.dtype in dtypes else [f"has no kernels for {p.dtype}"]
+    if p.op != "sinkhorn" and references < p.M:
+        reasons.append(f"holds at most {references} references, not {p.M}")
+    if max(p.D, p.E) > head_dim:
+        reasons.append(f"holds head dims of at most {head_dim}, not {max(p.D, p.E)}")
+    if p.op == "causal" and p.num_iters > 1:
+        reasons.append("the causal scan needs num_iters <= 1")
+    return reasons
 
 
 def empty_in_order(like: Tensor, shape: tuple[int, ...] | torch.Size) -> Tensor:

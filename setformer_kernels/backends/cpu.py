@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..problem import DTYPES, Operands, Options, Problem, Sinkhorn, compute_dtype, empty_in_order, in_order
+from ..problem import DTYPES, Operands, Options, Problem, Sinkhorn, beyond, compute_dtype, empty_in_order, in_order
 from . import _extension
 from ._extension import MODULE, REASON
 from ._extension import view as _view
@@ -29,15 +29,7 @@ def unsupported_reasons(p: Problem) -> list[str]:
     reasons = [ABSENT] if ABSENT else []
     if p.device != "cpu":
         reasons.append(f"runs on cpu tensors, not on {p.device}")
-    if p.dtype not in DTYPES:
-        reasons.append(f"has no kernels for {p.dtype}")
-    if p.op != "sinkhorn" and p.M > MAX_REFERENCES:
-        reasons.append(f"holds at most {MAX_REFERENCES} references, not {p.M}")
-    if max(p.D, p.E) > MAX_HEAD_DIM:
-        reasons.append(f"holds head dims of at most {MAX_HEAD_DIM}, not {max(p.D, p.E)}")
-    if p.op == "causal" and p.num_iters > 1:
-        reasons.append("the causal scan needs num_iters <= 1")
-    return reasons
+    return reasons + beyond(p, DTYPES, MAX_REFERENCES, MAX_HEAD_DIM)
 
 
 def _common(x: Operands, opt: Options) -> tuple[Any, ...]:

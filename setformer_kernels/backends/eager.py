@@ -141,7 +141,7 @@ def sinkhorn_backward(
         plans = []
         for n, rows in groups:
             some = [t if t is None else t[rows] for t in tensors]
-            plans.append(_sinkhorn(Sinkhorn(*some, x.scalars, n)))  # type: ignore[arg-type, call-arg]
+            plans.append(_sinkhorn(Sinkhorn(*some)._replace(scalars=x.scalars, num_iters=n)))  # type: ignore[arg-type]
         return torch.cat([p[0] for p in plans]), torch.cat([p[1] for p in plans])
 
     order = torch.cat([rows for _, rows in groups])

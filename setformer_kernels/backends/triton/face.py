@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...problem import Operands, Options, Problem, Sinkhorn
+from ...problem import Operands, Options, Problem, Sinkhorn, beyond
 from .host.tiles import INTERPRETED, MAX_HEAD_DIM, MAX_REFERENCES
 
 NAME = "triton"
@@ -47,15 +47,7 @@ def unsupported_reasons(p: Problem) -> list[str]:
     reasons = [ABSENT] if ABSENT else []
     if p.device != "cuda" and not (p.device == "cpu" and INTERPRETED):
         reasons.append(f"runs on cuda tensors (on cpu tensors only under TRITON_INTERPRET=1), not on {p.device}")
-    if p.dtype not in DTYPES:
-        reasons.append(f"has no kernels for {p.dtype}")
-    if p.op != "sinkhorn" and p.M > MAX_REFERENCES:
-        reasons.append(f"holds at most {MAX_REFERENCES} references, not {p.M}")
-    if max(p.D, p.E) > MAX_HEAD_DIM:
-        reasons.append(f"holds head dims of at most {MAX_HEAD_DIM}, not {max(p.D, p.E)}")
-    if p.op == "causal" and p.num_iters > 1:
-        reasons.append("the causal scan needs num_iters <= 1")
-    return reasons
+    return reasons + beyond(p, DTYPES, MAX_REFERENCES, MAX_HEAD_DIM)
 
 
 def _on_device(t: Tensor) -> AbstractContextManager[Any]:

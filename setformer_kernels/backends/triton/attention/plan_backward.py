@@ -17,16 +17,16 @@ from torch import Tensor
 
 from ....problem import Operands, Options
 from ..device.gradients import sum_slots
-from ..device.head import head_of
+from ..device.head import head_parameters
 from ..device.plan import potentials_narrow, range_known, row_factor, row_update
 from ..device.primitives import INF, LOG2E, finite_or_zero, rounded
 from ..device.rows import few_keys, rows_of
-from ..host.groups import cut_of, rule_of, sizes_of
-from ..host.launch import device_of, kernel, launch
+from ..host.groups import rule_of, sizes_of
+from ..host.launch import kernel, launch
 from ..host.rows import log2_uniform, strided
 from ..host.tiles import Tile
 from ..parameters.gradients import Partials
-from ..parameters.prepare import Prepared
+from ..parameters.prepare import References
 
 COLUMNS = tl.constexpr(3)  # vectors [MP] of an iteration: those of `Column`
 FACTORS = tl.constexpr(2)  # and numbers: the others of `Column`
@@ -68,27 +68,27 @@ class Column(NamedTuple):
 
 
 @triton.jit
-def _store_columns(head, state, at, t, rule, sizes):
+def _store_columns(log_b, beta, scale, lam_a, lam_b, state, at, t, rule, sizes):
     """The columns and factors of iteration t of one head, `at` counting iterations of all heads."""
     M: tl.constexpr = sizes.M
     j = tl.arange(0, sizes.MP)
     c_t = tl.load(state.c + at * M + j, mask=j < M, other=-INF) * LOG2E
-    g = tl.load(head.log_b + j)
+    g = tl.load(log_b + j)
     if rule.UPDATE_ROWS:
         before = tl.load(state.c + (at - 1) * M + j, mask=j < tl.where(t > 1, M, 0), other=0.0)
-        g -= head.lam_b * finite_or_zero(before) * LOG2E
+        g -= lam_b * finite_or_zero(before) * LOG2E
     reached = c_t > -INF
     c_t = tl.where(reached, c_t, 0.0)
     top = tl.max(g, 0)
     if rule.UPDATE_ROWS and rule.RANGE == "always":
         narrow = top == top
     elif rule.UPDATE_ROWS and rule.RANGE == "device":
-        narrow = potentials_narrow(g, head.beta, head.scale, M)
+        narrow = potentials_narrow(g, beta, scale, M)
     else:
         narrow = top != top
     top = tl.where(narrow, top, 0.0)
     sent = reached & (g > -INF)
-    second = tl.where(narrow, (1.0 - head.lam_a) * top - tl.where(sent, g, 0.0) - c_t, 0.0)
+    second = tl.where(narrow, (1.0 - lam_a) * top - tl.where(sent, g, 0.0) - c_t, 0.0)
     out = state.columns + at * (COLUMNS * sizes.MP) + j
     tl.store(out, g - top)
     tl.store(out + sizes.MP, tl.where(reached, c_t, INF))
@@ -99,7 +99,7 @@ def _store_columns(head, state, at, t, rule, sizes):
 
 @triton.jit
 def _store_rows(
-    part_z, part_g, d_z, z, masses, head, state, bh, first, S, splits, slots, iterations, rule, sizes, ROWS
+    part_z, part_g, d_z, z, masses, lam_b, state, bh, first, S, splits, slots, iterations, rule, sizes, ROWS
 ):
     """ROWS rows of dz and dg^T with their offsets, of one head."""
     MP: tl.constexpr = sizes.MP
@@ -120,7 +120,7 @@ def _store_rows(
     # With dz as the products with v see it: what is subtracted there is the mean of those products.
     mean = tl.sum(tl.reshape(pooled * operand.to(tl.float32), [ROWS, EP]), 1)
     use = tl.where(few_keys(masses, S), 0.0, 1.0)
-    d_c_rows = -head.lam_b * g_rows if rule.UPDATE_ROWS else g_rows * 0.0
+    d_c_rows = -lam_b * g_rows if rule.UPDATE_ROWS else g_rows * 0.0
     at = bh * iterations + iterations - 1
     if state.d_c is not None:
         d_c_rows += tl.load(state.d_c + at * sizes.M + rows, mask=rows < sizes.M, other=0.0)
@@ -132,11 +132,11 @@ def _store_rows(
 @kernel
 def transport_state_backward_kernel(
     log_a, stride_ab, stride_ah, stride_an,  # [B, H, S] or None
-    references, state,  # Prepared, State
+    references, state,  # References, State
     part_z, part_g,  # [BH, splits, MP, EP] and [BH, slots, MP] of the queries, or None
     d_z, z,  # [B, H, M, E], the first where part_z is None
     H, S, splits, slots, iterations,
-    rule, sizes, cut, ROWS: tl.constexpr,
+    rule, sizes, ROWS: tl.constexpr,
 ):  # fmt: skip
     """One iteration's columns, or ROWS rows of dz and dg^T with their offsets, of one head."""
     blocks: tl.constexpr = sizes.MP // ROWS
@@ -144,14 +144,15 @@ def transport_state_backward_kernel(
     bh = (tl.program_id(0) // tasks).to(tl.int64)
     task = tl.program_id(0) % tasks
     b, h = bh // H, bh % H
-    head = head_of(references, h, sizes, cut)
+    beta, scale, lam_a, lam_b, tau = head_parameters(references.parameters, h)
     if task >= blocks:
         t = task - blocks + 1
-        _store_columns(head, state, bh * iterations + t - 1, t, rule, sizes)
+        at, log_b = bh * iterations + t - 1, references.log_b + h * sizes.MP
+        _store_columns(log_b, beta, scale, lam_a, lam_b, state, at, t, rule, sizes)
     else:
         masses = rows_of(log_a, b, h, stride_ab, stride_ah, stride_an, S, 1) if log_a is not None else None
         _store_rows(
-            part_z, part_g, d_z, z, masses, head, state, bh, task * ROWS, S, splits, slots, iterations, rule, sizes,
+            part_z, part_g, d_z, z, masses, lam_b, state, bh, task * ROWS, S, splits, slots, iterations, rule, sizes,
             ROWS,
         )  # fmt: skip
 
@@ -222,7 +223,7 @@ def pooling_weights(first, second, live, use):
 
 
 def merged_state(
-    x: Operands, opt: Options, prepared: Prepared, state: tuple[Tensor, Tensor], given: Cotangents, parts: Partials
+    x: Operands, opt: Options, prepared: References, state: tuple[Tensor, Tensor], given: Cotangents, parts: Partials
 ) -> State:
     """dz in the values' dtype, its offsets, dg^T and the columns of every iteration."""
     (z, c), sizes = state, sizes_of(x)
@@ -240,7 +241,6 @@ def merged_state(
     rows = max(1, TILE.depth // sizes.EP)
     tensors = (*strided(x.log_a), prepared, out, given.part_z, parts.log_b, given.d_z, z)
     counts = (h, x.key.shape[2], given.splits, parts.log_b.shape[1], iterations)
-    rule, cut = rule_of(opt, RANGE=range_known(x, opt)), cut_of(TILE, sizes, device_of(x.key), 1)
-    constants = {"rule": rule, "sizes": sizes, "cut": cut, "ROWS": rows}
+    constants = {"rule": rule_of(opt, range_known(x, opt)).compiled, "sizes": sizes.compiled, "ROWS": rows}
     launch(transport_state_backward_kernel, heads * (mp // rows + iterations), (*tensors, *counts), constants, TILE)
     return out

@@ -17,11 +17,11 @@ from ..device.plan import range_known
 from ..device.primitives import LOG2E, dot, finite_or_zero, rounded
 from ..device.rows import rows_of, store_rows
 from ..device.softmax import below_top, dropout_constants, kept_weights, numerators
-from ..host.groups import Scalars, cut_of, rule_of, sizes_of
+from ..host.groups import Dropout, cut_of, rule_of, sizes_of
 from ..host.launch import device_of, kernel, launch
 from ..host.rows import rows_like, stride_step, strided, unit_rows
 from ..host.tiles import tile
-from ..parameters.prepare import Prepared
+from ..parameters.prepare import References
 
 
 class Pooled(NamedTuple):
@@ -55,7 +55,7 @@ def read_kernel(
     query, stride_qb, stride_qh, stride_qn,  # [B, H, L, D], strides in units of cut.STEP
     position, stride_pb, stride_ph, stride_pn,  # [B, H, L, P] or None
     output, stride_ob, stride_oh, stride_on,  # [B, H, L, E], as the queries
-    references, pooled, scalars,  # Prepared, Pooled, Scalars
+    references, pooled, dropout,  # References, Pooled, Dropout
     H, L, stretch, splits, iterations, threshold,
     rule, sizes, cut,
 ):  # fmt: skip
@@ -65,8 +65,7 @@ def read_kernel(
     b, h = bh // H, bh % H
     queries = rows_of(query, b, h, stride_qb, stride_qh, stride_qn, L, cut.STEP)
     outputs = rows_of(output, b, h, stride_ob, stride_oh, stride_on, L, cut.STEP)
-    pi = references.position
-    places = places_of(position, pi, b, h, stride_pb, stride_ph, stride_pn, sizes) if sizes.P > 0 else None
+    places = places_of(position, references, b, h, stride_pb, stride_ph, stride_pn, sizes) if sizes.P > 0 else None
     head = head_of(references, h, sizes, cut)
     z_first = rounded(load_pooled(pooled.z, bh, 0, sizes, cut.VDEPTH), output.dtype.element_ty)
     g = dual_potential(head, pooled, bh, iterations, rule.UPDATE_ROWS, sizes)
@@ -78,7 +77,7 @@ def read_kernel(
         live = rows < end
         l, kappa, cosine, inverse, first_columns = token_logits(queries, rows, live, places, head, rule.DOT, sizes, cut)
         w = numerators(l, kappa, g, shift, head.scale, rule.RANGE)
-        w, normaliser = kept_weights(w, scalars, bh, L, rows, threshold, sizes)
+        w, normaliser = kept_weights(w, dropout, bh, L, rows, threshold, sizes)
         w = rounded(w, z_first.dtype)
         if sizes.EP == cut.VDEPTH:
             o = dot(w, z_first, cut.PRECISION) * normaliser[:, None]
@@ -93,7 +92,7 @@ def read_kernel(
 TILES_PER_PROGRAM = 4  # spreads the loads of references and pooled values over several tiles of queries
 
 
-def read(x: Operands, opt: Options, prepared: Prepared, z: Tensor, c: Tensor) -> Tensor:
+def read(x: Operands, opt: Options, prepared: References, z: Tensor, c: Tensor) -> Tensor:
     """o [B, H, L, E] in the dtype and memory order of the queries."""
     assert x.query is not None
     query, sizes = unit_rows(x.query), sizes_of(x)
@@ -106,8 +105,8 @@ def read(x: Operands, opt: Options, prepared: Prepared, z: Tensor, c: Tensor) ->
     threshold, keep_scale = dropout_constants(opt.dropout_p)
     step = stride_step(query, output.rows)
     tokens = (*strided(query, step), *strided(unit_rows(x.query_position)), *strided(output.rows, step))
-    groups = (prepared, Pooled(z, c), Scalars(x.seed, keep_scale))
-    rule = rule_of(opt, RANGE=range_known(x, opt))
-    constants = {"rule": rule, "sizes": sizes, "cut": cut_of(t, sizes, device, step)}
+    groups = (prepared, Pooled(z, c), Dropout(x.seed, keep_scale))
+    rule = rule_of(opt, range_known(x, opt))
+    constants = {"rule": rule.compiled, "sizes": sizes.compiled, "cut": cut_of(t, sizes, device, step).compiled}
     launch(read_kernel, b * h * splits, (*tokens, *groups, h, l, stretch, splits, c.shape[2], threshold), constants, t)
     return output.delivered()

@@ -21,11 +21,11 @@ from ..device.plan import range_known
 from ..device.primitives import dot, rounded, tokens_by
 from ..device.rows import few_keys, load_rows, rows_of
 from ..device.softmax import below_top, dropout_constants, numerators, read_gradient
-from ..host.groups import Scalars, cut_of, rule_of, sizes_of
+from ..host.groups import Dropout, cut_of, rule_of, sizes_of
 from ..host.launch import Split, device_of, kernel, launch
 from ..host.rows import stride_step, strided, unit_rows
 from ..parameters.gradients import Partials
-from ..parameters.prepare import Prepared
+from ..parameters.prepare import References
 from .read import Pooled, dual_potential, load_pooled
 
 
@@ -50,7 +50,7 @@ def read_backward_kernel(
     log_a, stride_ab, stride_ah, stride_an,  # [B, H, S] or None
     position, stride_pb, stride_ph, stride_pn,  # [B, H, L, P] or None
     d_query, stride_db, stride_dh, stride_dn,  # [B, H, L, D] or None, as the queries
-    references, pooled, scalars,  # Prepared, Pooled, Scalars
+    references, pooled, dropout,  # References, Pooled, Dropout
     part_z, parts,  # [BH, splits, MP, EP] or None, Partials
     H, L, S, stretch, splits, slots, iterations, threshold,
     rule, sizes, cut,
@@ -71,14 +71,13 @@ def read_backward_kernel(
     gradients = rows_of(d_o, b, h, stride_ob, stride_oh, stride_on, L, cut.STEP)
     masses = rows_of(log_a, b, h, stride_ab, stride_ah, stride_an, S, 1) if log_a is not None else None
     out = rows_of(d_query, b, h, stride_db, stride_dh, stride_dn, L, cut.STEP) if d_query is not None else None
-    pi = references.position
-    places = places_of(position, pi, b, h, stride_pb, stride_ph, stride_pn, sizes) if sizes.P > 0 else None
+    places = places_of(position, references, b, h, stride_pb, stride_ph, stride_pn, sizes) if sizes.P > 0 else None
     head = head_of(references, h, sizes, cut)
     y_own = load_references(head.y, block % d_blocks * cut.DEPTH, MP, sizes.DP, cut.DEPTH)
     factor = gradient_factor(references.parameters, h, rule.DOT)
     operand: tl.constexpr = references.y.dtype.element_ty
     use = 1.0
-    if scalars.seed is None:  # where one key takes part alone, every z_j is its value and dS is exactly 0
+    if dropout.seed is None:  # where one key takes part alone, every z_j is its value and dS is exactly 0
         use = tl.where(few_keys(masses, S), 0.0, 1.0)
     z_t = tl.trans(rounded(load_pooled(pooled.z, bh, 0, sizes, cut.VDEPTH) * use, operand))
     d_z = tl.zeros([MP, cut.VDEPTH], tl.float32)
@@ -93,7 +92,7 @@ def read_backward_kernel(
         g = dual_potential(head, pooled, bh, iterations, rule.UPDATE_ROWS, sizes)
         w = numerators(l, kappa, g, below_top(g, head.scale), head.scale, rule.RANGE)
         d_o_z, do = output_products(gradients, rows, live, pooled.z, bh, z_t, use, operand, sizes, cut)
-        kept, d_s = read_gradient(w, d_o_z, scalars, bh, L, rows, threshold, sizes)
+        kept, d_s = read_gradient(w, d_o_z, dropout, bh, L, rows, threshold, sizes)
         if e_blocks > 1:
             do = load_rows(gradients, rows, live, e, sizes.E)
         if part_z is not None:
@@ -102,8 +101,8 @@ def read_backward_kernel(
         if d_blocks > 1:
             x = load_rows(queries, rows, live, d, sizes.D)
         sums = leave_tile(
-            sums, d_s, kappa, cosine, inverse, x, y_own, factor, out, rows, live, live, d, block < d_blocks, places,
-            parts, rule.DOT, sizes, cut,
+            sums, d_s, 0.0, kappa, cosine, inverse, x, y_own, factor, head.beta, out, rows, live, live, d,
+            block < d_blocks, places, parts, True, rule.DOT, sizes, cut,
         )  # fmt: skip
     if part_z is not None:
         if block < e_blocks:
@@ -115,7 +114,7 @@ def read_backward_kernel(
 
 
 def read_backward(
-    x: Operands, opt: Options, prepared: Prepared, state: tuple[Tensor, Tensor], d_o: Tensor, split: Split,
+    x: Operands, opt: Options, prepared: References, state: tuple[Tensor, Tensor], d_o: Tensor, split: Split,
     d_query: Tensor | None, part_z: Tensor | None, parts: Partials,
 ) -> None:  # fmt: skip
     """One pass over the queries: d_query [B, H, L, D], part_z [BH, splits, MP, EP] and the first slots of `parts`.
@@ -129,9 +128,9 @@ def read_backward(
     threshold, keep_scale = dropout_constants(opt.dropout_p)
     step = stride_step(query, d_o, d_query)
     tokens = (*strided(query, step), *strided(d_o, step), *strided(x.log_a), *strided(unit_rows(x.query_position)))
-    groups = (prepared, Pooled(*state), Scalars(x.seed, keep_scale), part_z, parts)
+    groups = (prepared, Pooled(*state), Dropout(x.seed, keep_scale), part_z, parts)
     counts = (h, l, x.key.shape[2], *split, parts.log_b.shape[1], state[1].shape[2], threshold)
     cut = cut_of(t, sizes, device, step, across(device, query))
-    constants = {"rule": rule_of(opt, RANGE=range_known(x, opt)), "sizes": sizes, "cut": cut}
+    constants = {"rule": rule_of(opt, range_known(x, opt)).compiled, "sizes": sizes.compiled, "cut": cut.compiled}
     programs = b * h * split.programs * max(sizes.DP // cut.DEPTH, sizes.EP // cut.VDEPTH)
     launch(read_backward_kernel, programs, (*tokens, *strided(d_query, step), *groups, *counts), constants, t)

@@ -28,7 +28,7 @@ from ..host.groups import Sizes, cut_of, rule_of, sizes_of
 from ..host.launch import Split, device_of, kernel, launch, split_tokens
 from ..host.rows import log2_uniform, stride_step, strided, unit_rows
 from ..host.tiles import Tile, tile
-from ..parameters.prepare import Prepared
+from ..parameters.prepare import References
 
 
 class Sums(NamedTuple):
@@ -93,7 +93,7 @@ def transport_kernel(
     value, stride_vb, stride_vh, stride_vn,  # [B, H, S, E], likewise
     log_a, stride_ab, stride_ah, stride_an,  # [B, H, S] or None
     position, stride_pb, stride_ph, stride_pn,  # [B, H, S, P] or None
-    references, before, after,  # Prepared; Sums of iteration − 1, of this one
+    references, before, after,  # References; Sums of iteration − 1, of this one
     pooled, c,  # [BH, splits, MP, EP], [B, H, iterations, M]
     H, S, stretch, splits, iteration, iterations, uniform,
     FIRST: tl.constexpr, LAST: tl.constexpr, rule, sizes, cut,
@@ -112,8 +112,7 @@ def transport_kernel(
     keys = rows_of(key, b, h, stride_kb, stride_kh, stride_kn, S, cut.STEP)
     values = rows_of(value, b, h, stride_vb, stride_vh, stride_vn, S, cut.STEP)
     masses = rows_of(log_a, b, h, stride_ab, stride_ah, stride_an, S, 1) if log_a is not None else None
-    pi = references.position
-    places = places_of(position, pi, b, h, stride_pb, stride_ph, stride_pn, sizes) if sizes.P > 0 else None
+    places = places_of(position, references, b, h, stride_pb, stride_ph, stride_pn, sizes) if sizes.P > 0 else None
     head = head_of(references, h, sizes, cut)
     g = tl.load(head.log_b + j)  # [MP]
     if not FIRST:
@@ -152,11 +151,9 @@ def transport_finish_kernel(
     sums,  # Sums of the last pass
     pooled, c, z,  # [BH, splits, MP, EP], [B, H, iterations, M], [B, H, M, E]
     splits, iterations,
-    sizes, BLOCK: tl.constexpr,
+    M: tl.constexpr, MP: tl.constexpr, E: tl.constexpr, EP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The partial sums of the last pass, merged: its c [M], and BLOCK numbers of z [M, E]."""
-    MP: tl.constexpr = sizes.MP
-    EP: tl.constexpr = sizes.EP
     blocks: tl.constexpr = MP * EP // BLOCK
     bh = (tl.program_id(0) // blocks).to(tl.int64)
     block = tl.program_id(0) % blocks
@@ -165,7 +162,7 @@ def transport_finish_kernel(
     j = tl.arange(0, MP)
     if block == 0:
         last = merged_log_sum(peaks, totals, splits, MP)
-        tl.store(c + (bh * iterations + iterations - 1) * sizes.M + j, last * LN2, mask=j < sizes.M)
+        tl.store(c + (bh * iterations + iterations - 1) * M + j, last * LN2, mask=j < M)
     index = block * BLOCK + tl.arange(0, BLOCK)
     row, e, i = index // EP, index % EP, tl.arange(0, 16)
     peak = tl.full([BLOCK], -INF, tl.float32)
@@ -184,20 +181,21 @@ def transport_finish_kernel(
         value = value * fade + tl.sum(part_value * weight, 0)
         peak = new
     mean = tl.where(total > 0, value / tl.where(total > 0, total, 1.0), 0.0)
-    tl.store(z + (bh * sizes.M + row) * sizes.E + e, mean, mask=(row < sizes.M) & (e < sizes.E))
+    tl.store(z + (bh * M + row) * E + e, mean, mask=(row < M) & (e < E))
 
 
 FINISH = Tile(rows=16, depth=256, warps=4, stages=1)  # a [16 splits, 256] tile is 32 numbers a thread
 
 
-def transport(x: Operands, opt: Options, prepared: Prepared) -> tuple[Tensor, Tensor]:
+def transport(x: Operands, opt: Options, prepared: References) -> tuple[Tensor, Tensor]:
     """z [B, H, M, E] and c [B, H, max(T, 1), M] of the keys and values."""
     (b, h), sizes = x.key.shape[:2], sizes_of(x)
     iterations = max(opt.num_iters, 1)
     z, c = (x.references.new_empty((b, h, *shape)) for shape in ((sizes.M, sizes.E), (iterations, sizes.M)))
     split, sums, pooled = column_sums(x, opt, prepared, sizes, c)
     block = min(256, sizes.MP * sizes.EP)
-    programs, constants = b * h * sizes.MP * sizes.EP // block, {"sizes": sizes, "BLOCK": block}
+    constants = {"M": sizes.M, "MP": sizes.MP, "E": sizes.E, "EP": sizes.EP, "BLOCK": block}
+    programs = b * h * sizes.MP * sizes.EP // block
     launch(transport_finish_kernel, programs, (sums, pooled, c, z, split.programs, iterations), constants, FINISH)
     return z, c
 
@@ -218,7 +216,7 @@ def warps_across(references: int, known: str, itemsize: int) -> bool:
     return references > (128 if known == "always" and itemsize == 2 else 64)
 
 
-def column_sums(x: Operands, opt: Options, prepared: Prepared, sizes: Sizes, c: Tensor) -> tuple[Split, Sums, Tensor]:
+def column_sums(x: Operands, opt: Options, prepared: References, sizes: Sizes, c: Tensor) -> tuple[Split, Sums, Tensor]:
     """Writes c^1..c^{T−1}; the last iteration's sums, and the pooled values in their units [BH, splits, MP, EP]."""
     key, value, position = unit_rows(x.key), unit_rows(x.value), unit_rows(x.key_position)
     b, h, s, _ = key.shape
@@ -228,12 +226,13 @@ def column_sums(x: Operands, opt: Options, prepared: Prepared, sizes: Sizes, c: 
     t = tile(kind, device.family, max(sizes.MP, sizes.DP, sizes.EP), key.element_size())
     split = split_tokens(s, t.rows, b * h, device.multiprocessors)
     new = x.references.new_empty
-    before, after = (Sums(*(new((b * h, split.programs, sizes.MP)) for _ in range(2))) for _ in range(2))
-    pooled = new((b * h, split.programs, sizes.MP, sizes.EP))
+    shape = (b * h, split.programs, sizes.MP)
+    before, after = Sums(new(shape), new(shape)), Sums(new(shape), new(shape))
+    pooled = new((*shape, sizes.EP))
     step = stride_step(key, value)
     cut = cut_of(t, sizes, device, step, across)
     tokens = (*strided(key, step), *strided(value, step), *strided(x.log_a), *strided(position), prepared)
-    constants: dict[str, Any] = {"rule": rule_of(opt, RANGE=known), "sizes": sizes, "cut": cut}
+    constants: dict[str, Any] = {"rule": rule_of(opt, known).compiled, "sizes": sizes.compiled, "cut": cut.compiled}
     iterations, uniform = c.shape[2], log2_uniform(s)
     for iteration in range(1, iterations + 1):
         last = iteration == iterations

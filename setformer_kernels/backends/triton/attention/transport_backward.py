@@ -17,19 +17,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ....problem import Operands, Options
+from ....problem import Operands, Options, replaced
 from ..device.gradients import across, gradient_tile, leave_tile, no_sums, store_tile_sums, sum_slots
 from ..device.head import gradient_factor, head_of, load_references, load_references_t
 from ..device.logits import token_logits
 from ..device.places import places_of
 from ..device.plan import range_known
-from ..device.primitives import LN2, finite_or_zero, rounded, tokens_by
+from ..device.primitives import INF, LN2, finite_or_zero, rounded, tokens_by
 from ..device.rows import key_mass, load_rows, row_starts, rows_of, store_rows
 from ..host.groups import cut_of, rule_of, sizes_of
 from ..host.launch import Split, device_of, kernel, launch
 from ..host.rows import stride_step, strided, unit_rows
 from ..parameters.gradients import Partials
-from ..parameters.prepare import Prepared
+from ..parameters.prepare import References
 from .plan_backward import Cotangents, column_gradient, load_columns, merged_state, plan_terms, pooling_weights
 
 
@@ -73,7 +73,7 @@ def transport_columns_backward_kernel(
     value, stride_vb, stride_vh, stride_vn,  # [B, H, S, E], likewise
     log_a, stride_ab, stride_ah, stride_an,  # [B, H, S] or None
     position, stride_pb, stride_ph, stride_pn,  # [B, H, S, P] or None
-    references, state,  # Prepared, State
+    references, state,  # References, State
     part_in, part_out,  # [BH, splits, MP] parts of dg^t, of dg^{t−1}
     H, S, stretch, splits, iteration, iterations,
     LAST: tl.constexpr, rule, sizes, cut,
@@ -87,8 +87,7 @@ def transport_columns_backward_kernel(
     keys = rows_of(key, b, h, stride_kb, stride_kh, stride_kn, S, cut.STEP)
     values = rows_of(value, b, h, stride_vb, stride_vh, stride_vn, S, cut.STEP)
     masses = rows_of(log_a, b, h, stride_ab, stride_ah, stride_an, S, 1) if log_a is not None else None
-    pi = references.position
-    places = places_of(position, pi, b, h, stride_pb, stride_ph, stride_pn, sizes) if sizes.P > 0 else None
+    places = places_of(position, references, b, h, stride_pb, stride_ph, stride_pn, sizes) if sizes.P > 0 else None
     head = head_of(references, h, sizes, cut)
     d_z = state.d_z + bh * MP * sizes.EP
     at = bh * iterations + iteration - 1
@@ -129,7 +128,7 @@ class LogitTerms(NamedTuple):
 
 
 @triton.jit
-def earlier_terms(terms, center, kappa, l, mass, newest, head, state, bh, iterations, rule, sizes):
+def earlier_terms(terms, center, kappa, l, mass, newest, head, state, parts, bh, iterations, rule, sizes):
     """Adds the terms of t = T−1..1."""
     d_l, sent, relaxed, d_g_0 = terms
     j = tl.arange(0, sizes.MP)
@@ -145,14 +144,14 @@ def earlier_terms(terms, center, kappa, l, mass, newest, head, state, bh, iterat
         relaxed += d_f * (lse - center)
         row_term = p * (head.lam_a * d_f / r)[:, None]
         d_l += term - row_term
-        if rule.LOG_B:
+        if parts.log_b is not None:
             if t == 1:
                 d_g_0 -= tl.sum(row_term, 0)
     return LogitTerms(d_l, sent, relaxed, d_g_0)
 
 
 @triton.jit
-def last_terms(relaxed, d_g_0, center, p, r, lse, weights, v_dz, use, head, state, bh, rule, sizes):
+def last_terms(relaxed, d_g_0, center, p, r, lse, weights, v_dz, use, head, state, parts, bh, rule, sizes):
     """The term of t = T, with what the tiles before left of `relaxed` and dg^0."""
     j = tl.arange(0, sizes.MP)
     d_l = weights * (v_dz * use - tl.load(state.offset + bh * sizes.MP + j)[None, :])
@@ -161,7 +160,7 @@ def last_terms(relaxed, d_g_0, center, p, r, lse, weights, v_dz, use, head, stat
         relaxed += sent * (lse - center)
         row_term = p * (head.lam_a * sent / r)[:, None]
         d_l -= row_term
-        if rule.LOG_B and not rule.REPEAT:
+        if parts.log_b is not None and state.first_d_g is None:
             d_g_0 -= tl.sum(row_term, 0)
     return LogitTerms(d_l, sent, relaxed, d_g_0)
 
@@ -176,17 +175,19 @@ def relaxation_center(head, state, DOT: tl.constexpr):
 
 
 @triton.jit
-def _totals(state, newest, bh, iterations, REPEAT: tl.constexpr, sizes):
-    """(Σ_{0<t<T} dg^t [MP], Σ_{t>0} ⟨dg^t, c^t⟩)."""
+def _totals(state, newest, bh, iterations, sizes):
+    """(Σ_{0<t<T} dg^t [MP], Σ_{t>0} ⟨dg^t, c^t⟩); unless c has a gradient, Σ_j dg^t_j = 0: only its spread counts."""
     j = tl.arange(0, sizes.MP)
     total = tl.zeros([sizes.MP], tl.float32)
     products = tl.zeros([sizes.MP], tl.float32)
     for t in range(1, iterations + 1):
         at = bh * iterations + t - 1
         d_g_t = tl.load(state.d_g + at * sizes.MP + j)
-        if REPEAT:
+        if state.first_d_g is not None:
             d_g_t = tl.where(t == 1, newest, d_g_t)
-        products += d_g_t * finite_or_zero(tl.load(state.c + at * sizes.M + j, mask=j < sizes.M, other=0.0))
+        c_t = tl.load(state.c + at * sizes.M + j, mask=j < sizes.M, other=-INF)
+        top = finite_or_zero(tl.max(c_t, 0)) if state.d_c is None else 0.0
+        products += d_g_t * tl.where(c_t > -INF, c_t - top, 0.0)
         total += tl.where(t < iterations, d_g_t, 0.0)
     return total, tl.sum(products)
 
@@ -200,7 +201,7 @@ def transport_keys_backward_kernel(
     d_key, stride_dkb, stride_dkh, stride_dkn,  # as the tensors whose gradients they are, None where not needed
     d_value, stride_dvb, stride_dvh, stride_dvn,
     d_log_a, stride_dab, stride_dah, stride_dan,
-    references, state, parts,  # Prepared, State, Partials
+    references, state, parts,  # References, State, Partials
     H, S, stretch, splits, first_slot, iterations,
     rule, sizes, cut,
 ):  # fmt: skip
@@ -215,8 +216,7 @@ def transport_keys_backward_kernel(
     keys = rows_of(key, b, h, stride_kb, stride_kh, stride_kn, S, cut.STEP)
     values = rows_of(value, b, h, stride_vb, stride_vh, stride_vn, S, cut.STEP)
     masses = rows_of(log_a, b, h, stride_ab, stride_ah, stride_an, S, 1) if log_a is not None else None
-    pi = references.position
-    places = places_of(position, pi, b, h, stride_pb, stride_ph, stride_pn, sizes) if sizes.P > 0 else None
+    places = places_of(position, references, b, h, stride_pb, stride_ph, stride_pn, sizes) if sizes.P > 0 else None
     d_keys = rows_of(d_key, b, h, stride_dkb, stride_dkh, stride_dkn, S, cut.STEP) if d_key is not None else None
     d_values = rows_of(d_value, b, h, stride_dvb, stride_dvh, stride_dvn, S, cut.STEP) if d_value is not None else None
     d_masses = rows_of(d_log_a, b, h, stride_dab, stride_dah, stride_dan, S, 1) if d_log_a is not None else None
@@ -227,7 +227,7 @@ def transport_keys_backward_kernel(
     d_z_t = load_references_t(d_z, 0, MP, sizes.EP, cut.VDEPTH)
     use = tl.load(state.use_values + bh)
     newest = tl.zeros([MP], tl.float32)
-    if rule.REPEAT:
+    if state.first_d_g is not None:
         newest = sum_slots(state.first_d_g, bh, 0, 1, splits, splits, MP, j, j < MP)  # dg^1
     center = relaxation_center(head, state, rule.DOT)
     relaxed, d_g_0 = tl.zeros([cut.ROWS], tl.float32), tl.zeros([MP], tl.float32)
@@ -245,9 +245,11 @@ def transport_keys_backward_kernel(
         if d_value is not None:
             store_values(d_values, rows, inside, weights, d_z, block, d_blocks, sizes, cut)
         v_dz = key_value_products(values, rows, live, d_z, d_z_t, sizes, cut)
-        terms = last_terms(relaxed, d_g_0, center, p, r, lse, weights, v_dz, use, head, state, bh, rule, sizes)
-        if rule.REPEAT:
-            terms = earlier_terms(terms, center, kappa, l, mass, newest, head, state, bh, iterations, rule, sizes)
+        terms = last_terms(relaxed, d_g_0, center, p, r, lse, weights, v_dz, use, head, state, parts, bh, rule, sizes)
+        if state.first_d_g is not None:
+            terms = earlier_terms(
+                terms, center, kappa, l, mass, newest, head, state, parts, bh, iterations, rule, sizes
+            )
         d_l, sent, relaxed, d_g_0 = terms
         if rule.UPDATE_ROWS and sizes.M == 1:  # R = 1, and every Q term is its own row sum: exactly 0 where λ_a = 1
             d_l = tl.where((j < sizes.M)[None, :], ((1.0 - head.lam_a) * sent)[:, None], 0.0)
@@ -256,17 +258,18 @@ def transport_keys_backward_kernel(
                 tl.store(row_starts(d_masses, rows), sent, mask=inside)
         if d_blocks > 1:
             x = load_rows(keys, rows, live, d, sizes.D)
+        total = (1.0 - head.lam_a) * sent if rule.UPDATE_ROWS else sent  # Σ_j R = 1
         sums = leave_tile(
-            sums, d_l, kappa, cosine, inverse, x, y_own, factor, d_keys, rows, inside, live, d, True, places, parts,
-            rule.DOT, sizes, cut,
+            sums, d_l, total, kappa, cosine, inverse, x, y_own, factor, head.beta, d_keys, rows, inside, live, d, True,
+            places, parts, state.d_c is None, rule.DOT, sizes, cut,
         )  # fmt: skip
     slot = bh * (first_slot + splits) + first_slot + split
     d_lambda_b = 0.0
     if rule.UPDATE_ROWS:
         if (block == 0) & (split == 0):  # what a head counts once
-            others, d_lambda_b = _totals(state, newest, bh, iterations, rule.REPEAT, sizes)
+            others, d_lambda_b = _totals(state, newest, bh, iterations, sizes)
             d_g_0 += others
-    if rule.LOG_B:
+    if parts.log_b is not None:
         if block == 0:
             tl.store(parts.log_b + slot * MP + j, d_g_0)
     store_tile_sums(parts, slot, sums, d, tl.sum(relaxed) * LN2, d_lambda_b, True, block == 0, sizes)
@@ -281,7 +284,7 @@ class KeyGradients(NamedTuple):
 
 
 def transport_backward(
-    x: Operands, opt: Options, prepared: Prepared, state: tuple[Tensor, Tensor], given: Cotangents,
+    x: Operands, opt: Options, prepared: References, state: tuple[Tensor, Tensor], given: Cotangents,
     split: Split, out: KeyGradients, parts: Partials, log_b: bool,
 ) -> None:  # fmt: skip
     """All passes over the keys: `out`, and the slots of `parts` after those of the queries (log_b: that one too)."""
@@ -292,16 +295,22 @@ def transport_backward(
     step = stride_step(key, value, out.key, out.value)
     tokens = (*strided(key, step), *strided(value, step), *strided(x.log_a), *strided(position))
     cut = cut_of(t, sizes, device, step, across(device, key))
-    rule = rule_of(opt, RANGE=range_known(x, opt))
+    rule = rule_of(opt, range_known(x, opt))
     sums = [x.references.new_empty((b * h, split.programs, sizes.MP)) for _ in range(min(2, iterations - 1))]
     for iteration in range(iterations, 1, -1):
         args = (*tokens, prepared, merged, sums[0], sums[-1], h, s, *split, iteration, iterations)
-        constants = {"LAST": iteration == iterations, "rule": rule, "sizes": sizes, "cut": cut}
+        constants = {
+            "LAST": iteration == iterations,
+            "rule": rule.compiled,
+            "sizes": sizes.compiled,
+            "cut": cut.compiled,
+        }
         launch(transport_columns_backward_kernel, b * h * split.programs, args, constants, t)
         sums.reverse()
     merged = merged._replace(first_d_g=sums[0] if sums else None)
     gradients = (*strided(out.key, step), *strided(out.value, step), *strided(out.log_a))
+    parts = parts if log_b else replaced(parts, log_b=None)
     args = (*tokens, *gradients, prepared, merged, parts, h, s, *split, given.splits, iterations)
-    rule = rule._replace(REPEAT=iterations > 1, LOG_B=log_b)
     programs = b * h * split.programs * (sizes.DP // cut.DEPTH)
-    launch(transport_keys_backward_kernel, programs, args, {"rule": rule, "sizes": sizes, "cut": cut}, t)
+    constants = {"rule": rule.compiled, "sizes": sizes.compiled, "cut": cut.compiled}
+    launch(transport_keys_backward_kernel, programs, args, constants, t)

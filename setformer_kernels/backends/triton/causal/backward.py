@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ....problem import Operands, Options, replaced
-from ..device.gradients import REFERENCE_RELAXATION_SUM, store_sum
+from ..device.gradients import sum_at
 from ..device.head import head_of
 from ..device.logits import token_logits
 from ..device.places import places_of
@@ -41,13 +41,27 @@ from .tokens import fold, tokens_backward
 
 
 @triton.jit
-def pair_products(gradients, values, rows, asked, live, alone, sizes, cut):
+def first_key(live, before, seed):
+    """Which queries [BC] see one key, the first: z_ij = v for all j, and so dS and their part of dω vanish exactly.
+
+    Leaving ⟨do_i, v_s⟩ out leaves its rounding errors out.  Dropout weighs the j differently.
+    """
+    if seed is not None:
+        return live != live
+    else:
+        seen = tl.cumsum(live.to(tl.int32), 0)
+        return tl.where(tl.max(before, 0) == -INF, seen, 0) == 1
+
+
+@triton.jit
+def pair_products(gradients, values, rows, asked, known, seed, sizes, cut):
     """⟨do_i, v_s⟩ [BC, BC] lower triangular; 0 for the queries that are alone with the first key."""
+    alone = first_key(known.live, known.before, seed)
     d = tl.zeros([cut.ROWS, cut.ROWS], tl.float32)
     for first in tl.static_range(0, sizes.EP, cut.VDEPTH):
         columns = first + tl.arange(0, cut.VDEPTH)
         do = load_rows(gradients, rows, asked, columns, sizes.E)
-        d += dot(do, tl.trans(load_rows(values, rows, live, columns, sizes.E)), cut.PRECISION)
+        d += dot(do, tl.trans(load_rows(values, rows, known.live, columns, sizes.E)), cut.PRECISION)
     return tl.where(alone[:, None], 0.0, lower(d))
 
 
@@ -61,19 +75,6 @@ def mean_products(gradients, means, at, rows, asked, sizes, cut):
         z = rounded(tl.load(state_at(means, at, columns, sizes)), do.dtype)
         p += tokens_by(do, tl.trans(z), cut.PRECISION, cut.ACROSS)
     return p
-
-
-@triton.jit
-def first_key(live, before, seed):
-    """Which queries [BC] see one key, the first: z_ij = v for all j, and so dS and their part of dω vanish exactly.
-
-    Leaving ⟨do_i, v_s⟩ out leaves its rounding errors out.  Dropout weighs the j differently.
-    """
-    if seed is not None:
-        return live != live
-    else:
-        seen = tl.cumsum(live.to(tl.int32), 0)
-        return tl.where(tl.max(before, 0) == -INF, seen, 0) == 1
 
 
 class Work(NamedTuple):
@@ -99,7 +100,7 @@ def causal_queries_backward_kernel(
     query_position, stride_sb, stride_sh, stride_sn,  # [B, H, L, P] or None
     key_position, stride_pb, stride_ph, stride_pn,  # [B, H, L, P] or None
     d_o, stride_ob, stride_oh, stride_on,  # [B, H, L, E], as the queries
-    references, scalars, work,  # Prepared, Scalars, Work
+    references, scalars, work,  # References, Scalars, Work
     H, L, chunks, first_head, first_chunk, threshold,
     rule, sizes, cut,
 ):  # fmt: skip
@@ -113,17 +114,16 @@ def causal_queries_backward_kernel(
     values = rows_of(value, b, h, stride_vb, stride_vh, stride_vn, L, cut.STEP)
     gradients = rows_of(d_o, b, h, stride_ob, stride_oh, stride_on, L, cut.STEP)
     masses = rows_of(log_a, b, h, stride_ab, stride_ah, stride_an, L, 1) if log_a is not None else None
-    pi = references.position
-    asking = places_of(query_position, pi, b, h, stride_sb, stride_sh, stride_sn, sizes) if sizes.P > 0 else None
-    places = places_of(key_position, pi, b, h, stride_pb, stride_ph, stride_pn, sizes) if sizes.P > 0 else None
+    asking = (
+        places_of(query_position, references, b, h, stride_sb, stride_sh, stride_sn, sizes) if sizes.P > 0 else None
+    )
+    places = places_of(key_position, references, b, h, stride_pb, stride_ph, stride_pn, sizes) if sizes.P > 0 else None
     head = head_of(references, h, sizes, cut)
+    rows, asked, log_b, known = chunk_keys(
+        keys, masses, places, head, work.log_c, at, chunk, scalars.uniform, rule, sizes, cut
+    )
     j = tl.arange(0, sizes.MP)
-    before, log_b = tl.load(work.log_c + at * sizes.MP + j), tl.load(head.log_b + j)
-    rows, count = chunk * cut.ROWS + tl.arange(0, cut.ROWS), tl.minimum(L - chunk * cut.ROWS, cut.ROWS)
-    asked = rows < L
-    known = chunk_keys(keys, masses, places, head, log_b, before, rows, count, scalars.uniform, rule, sizes, cut)
-    alone = first_key(known.live, before, scalars.seed)
-    d = pair_products(gradients, values, rows, asked, known.live, alone, sizes, cut)
+    d = pair_products(gradients, values, rows, asked, known, scalars.seed, sizes, cut)
     p = mean_products(gradients, work.means, at, rows, asked, sizes, cut)
     p = pooled_products(d, p, known, FACTOR, cut)
     l, kappa, cosine, inverse, first_columns = token_logits(queries, rows, asked, asking, head, rule.DOT, sizes, cut)
@@ -133,7 +133,7 @@ def causal_queries_backward_kernel(
     tl.store(tile_at(work.weights, at, cut.ROWS, sizes), w)
     tl.store(tile_at(work.d_sums, at, cut.ROWS, sizes), d_c)
     tl.store(tile_at(work.d_logits, at, cut.ROWS, sizes), d_s)
-    fade = tl.exp2(before[None, :] - finite_or_zero(known.log_c))
+    fade = tl.exp2(known.before[None, :] - finite_or_zero(known.log_c))
     tl.store(work.later_c + at * sizes.MP + j, tl.sum(d_c * fade, 0))
     faded = tl.trans(rounded(w * fade, token))
     for first in tl.static_range(0, sizes.EP, cut.VDEPTH):
@@ -142,7 +142,7 @@ def causal_queries_backward_kernel(
         tl.store(state_at(work.later_o, at, e, sizes), dot(faded, do, cut.PRECISION))
     if work.sums is not None:
         d_lam = tl.sum(d_s * finite_or_zero(known.log_c)) * LN2 if rule.UPDATE_ROWS else 0.0
-        store_sum(work.sums, at, REFERENCE_RELAXATION_SUM, d_lam)
+        tl.store(sum_at(work.sums, at, "reference_relaxation"), d_lam)
 
 
 @kernel
@@ -153,7 +153,7 @@ def causal_keys_backward_kernel(
     position, stride_pb, stride_ph, stride_pn,  # [B, H, L, P] or None
     d_o, stride_ob, stride_oh, stride_on,  # [B, H, L, E], as the keys
     d_value, stride_db, stride_dh, stride_dn,  # [B, H, L, E] or None
-    references, scalars, work,  # Prepared, Scalars, Work
+    references, scalars, work,  # References, Scalars, Work
     H, L, chunks, first_head, first_chunk,
     rule, sizes, cut,
 ):  # fmt: skip
@@ -168,16 +168,13 @@ def causal_keys_backward_kernel(
     gradients = rows_of(d_o, b, h, stride_ob, stride_oh, stride_on, L, cut.STEP)
     d_values = rows_of(d_value, b, h, stride_db, stride_dh, stride_dn, L, 1) if d_value is not None else None
     masses = rows_of(log_a, b, h, stride_ab, stride_ah, stride_an, L, 1) if log_a is not None else None
-    pi = references.position
-    places = places_of(position, pi, b, h, stride_pb, stride_ph, stride_pn, sizes) if sizes.P > 0 else None
+    places = places_of(position, references, b, h, stride_pb, stride_ph, stride_pn, sizes) if sizes.P > 0 else None
     head = head_of(references, h, sizes, cut)
+    rows, asked, log_b, known = chunk_keys(
+        keys, masses, places, head, work.log_c, at, chunk, scalars.uniform, rule, sizes, cut
+    )
     j = tl.arange(0, sizes.MP)
-    before, log_b = tl.load(work.log_c + at * sizes.MP + j), tl.load(head.log_b + j)
-    rows, count = chunk * cut.ROWS + tl.arange(0, cut.ROWS), tl.minimum(L - chunk * cut.ROWS, cut.ROWS)
-    asked = rows < L
-    known = chunk_keys(keys, masses, places, head, log_b, before, rows, count, scalars.uniform, rule, sizes, cut)
-    alone = first_key(known.live, before, scalars.seed)
-    d = pair_products(gradients, values, rows, asked, known.live, alone, sizes, cut)
+    d = pair_products(gradients, values, rows, asked, known, scalars.seed, sizes, cut)
     w, d_c = (tl.load(tile_at(work.weights, at, cut.ROWS, sizes)), tl.load(tile_at(work.d_sums, at, cut.ROWS, sizes)))
     a, d_omega = key_gradient(w, d_c, d, known, FACTOR, cut)
     end = tl.load(work.log_end + at * sizes.MP + j)

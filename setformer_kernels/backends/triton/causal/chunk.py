@@ -155,12 +155,16 @@ def chunk_log_weights(keys, masses, places, head, log_b, rows, uniform, rule, si
 
 
 @triton.jit
-def chunk_keys(keys, masses, places, head, log_b, before, rows, count, uniform, rule, sizes, cut):
-    """A chunk of `count` keys after those whose sums are e^before."""
+def chunk_keys(keys, masses, places, head, log_c, at, number, uniform, rule, sizes, cut):
+    """(the rows of chunk `number` [BC], which of them are tokens, log b [MP], what its keys weigh)."""
+    j = tl.arange(0, sizes.MP)
+    before, log_b = tl.load(log_c + at * sizes.MP + j), tl.load(head.log_b + j)
+    first = number * cut.ROWS
+    rows, count = first + tl.arange(0, cut.ROWS), tl.minimum(keys.count - first, cut.ROWS)
     live, omega = chunk_log_weights(keys, masses, places, head, log_b, rows, uniform, rule, sizes, cut)
     ref, narrow = column_units(omega, before)
-    log_c = prefix_log_sums(omega, ref, before, narrow, count)
-    return Chunk(live, omega, before, ref, narrow, log_c, count)
+    so_far = prefix_log_sums(omega, ref, before, narrow, count)
+    return rows, rows < keys.count, log_b, Chunk(live, omega, before, ref, narrow, so_far, count)
 
 
 @triton.jit

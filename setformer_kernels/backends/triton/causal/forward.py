@@ -21,13 +21,13 @@ from ..device.places import places_of
 from ..device.primitives import dot, rounded
 from ..device.rows import load_rows, rows_of, store_rows
 from ..device.softmax import dropout_constants, kept_weights
-from ..host.groups import Scalars, cut_of, rule_of, sizes_of
+from ..host.groups import cut_of, rule_of, sizes_of
 from ..host.launch import device_of, kernel, launch
 from ..host.rows import log2_uniform, rows_like, stride_step, strided, unit_rows
 from ..host.tiles import Tile, tile
-from ..parameters.prepare import Prepared, prepare
+from ..parameters.prepare import References, prepare
 from .chunk import chunk_keys, chunk_weights, place, query_weights, state_at
-from .state import Arguments, Part, new_passed, parts, scan
+from .state import Arguments, Part, Scalars, new_passed, parts, scan
 
 
 @kernel
@@ -39,7 +39,7 @@ def causal_kernel(
     query_position, stride_sb, stride_sh, stride_sn,  # [B, H, L, P] or None
     key_position, stride_pb, stride_ph, stride_pn,  # [B, H, L, P] or None
     output, stride_ob, stride_oh, stride_on,  # [B, H, L, E], as the queries
-    references, scalars, states,  # Prepared, Scalars, States
+    references, scalars, states,  # References, Scalars, States
     H, L, chunks, first_head, first_chunk, threshold,
     rule, sizes, cut,
 ):  # fmt: skip
@@ -53,16 +53,14 @@ def causal_kernel(
     values = rows_of(value, b, h, stride_vb, stride_vh, stride_vn, L, cut.STEP)
     outputs = rows_of(output, b, h, stride_ob, stride_oh, stride_on, L, cut.STEP)
     masses = rows_of(log_a, b, h, stride_ab, stride_ah, stride_an, L, 1) if log_a is not None else None
-    pi = references.position
-    asking = places_of(query_position, pi, b, h, stride_sb, stride_sh, stride_sn, sizes) if sizes.P > 0 else None
-    places = places_of(key_position, pi, b, h, stride_pb, stride_ph, stride_pn, sizes) if sizes.P > 0 else None
+    asking = (
+        places_of(query_position, references, b, h, stride_sb, stride_sh, stride_sn, sizes) if sizes.P > 0 else None
+    )
+    places = places_of(key_position, references, b, h, stride_pb, stride_ph, stride_pn, sizes) if sizes.P > 0 else None
     head = head_of(references, h, sizes, cut)
-    j = tl.arange(0, sizes.MP)
-    before = tl.load(states.log_c + at * sizes.MP + j)
-    rows, count = chunk * cut.ROWS + tl.arange(0, cut.ROWS), tl.minimum(L - chunk * cut.ROWS, cut.ROWS)
-    log_b = tl.load(head.log_b + j)
-    known = chunk_keys(keys, masses, places, head, log_b, before, rows, count, scalars.uniform, rule, sizes, cut)
-    asked = rows < L
+    rows, asked, log_b, known = chunk_keys(
+        keys, masses, places, head, states.log_c, at, chunk, scalars.uniform, rule, sizes, cut
+    )
     l, kappa, cosine, inverse, first_columns = token_logits(queries, rows, asked, asking, head, rule.DOT, sizes, cut)
     w = query_weights(l, log_b, known.log_c, head.lam_b, rule.UPDATE_ROWS)
     w, normaliser = kept_weights(w, scalars, number.to(tl.int64), L, rows, threshold, sizes)
@@ -111,7 +109,7 @@ def with_unit_rows(x: Operands) -> Operands:
     return replaced(x, **{name: unit_rows(getattr(x, name)) for name in names})
 
 
-def chunk_arguments(x: Operands, prepared: Prepared, opt: Options, t: Tile, output: Tensor) -> Arguments:
+def chunk_arguments(x: Operands, prepared: References, opt: Options, t: Tile, output: Tensor) -> Arguments:
     """What the kernels on chunks share; `output` is o, or the gradient that arrives there."""
     assert x.query is not None
     (_, h, l, _), device, sizes = x.key.shape, device_of(x.key), sizes_of(x)
@@ -122,5 +120,7 @@ def chunk_arguments(x: Operands, prepared: Prepared, opt: Options, t: Tile, outp
     scalars = Scalars(x.seed, keep_scale, log2_uniform(l))
     across = 16 * t.warps <= sizes.MP
     cut = cut_of(t, sizes, device, step, across)
-    constants = {"rule": rule_of(opt), "sizes": sizes, "cut": cut}
-    return Arguments(*tokens, *others, strided(output, step), prepared, scalars, h, l, threshold, sizes, constants, t)
+    constants = {"rule": rule_of(opt).compiled, "sizes": sizes.compiled, "cut": cut.compiled}
+    return Arguments(
+        *tokens, *others, strided(output, step), prepared, scalars, h, l, threshold, sizes, across, constants, t
+    )

@@ -20,16 +20,24 @@ from ..device.head import head_of
 from ..device.places import places_of
 from ..device.primitives import INF, dot, finite_or_zero, log_sum, rounded
 from ..device.rows import load_rows, rows_of
-from ..host.groups import Scalars, Sizes
+from ..host.groups import Sizes
 from ..host.launch import kernel, launch
 from ..host.tiles import Tile
-from ..parameters.prepare import Prepared
+from ..parameters.prepare import References
 from .chunk import chunk_log_weights, place, state_at
 
 WORKSPACE_SHARE = 0.23  # of the bytes of q, k, v and o: what a part may take, so that all workspaces stay within 1/4
 FEW_TOKENS = 8 * 4096  # of all heads: with fewer, a part may fill the device, which takes some megabytes
 PROGRAMS = 2  # on chunks, that a multiprocessor holds at once: the backward kernels' registers, M = D = E = 64
 SCAN = Tile(rows=0, depth=256, warps=2, stages=4)  # 4 numbers a thread: one wide load; many programs hide the steps
+
+
+class Scalars(NamedTuple):
+    """Numbers that no kernel is compiled for: those of `Dropout`, and of the masses."""
+
+    seed: Tensor | None  # [] int64, None without dropout
+    keep_scale: float  # 1/(1 − p)
+    uniform: float  # log2 of a key's mass where none is given
 
 
 class Part(NamedTuple):
@@ -65,7 +73,7 @@ def causal_sums_kernel(
     value, stride_vb, stride_vh, stride_vn,  # [B, H, L, E], likewise
     log_a, stride_ab, stride_ah, stride_an,  # [B, H, L] or None
     position, stride_pb, stride_ph, stride_pn,  # [B, H, L, P] or None
-    references, scalars, sums,  # Prepared, Scalars, Sums
+    references, scalars, sums,  # References, Scalars, Sums
     H, L, chunks, first_head, first_chunk,
     rule, sizes, cut,
 ):  # fmt: skip
@@ -75,8 +83,7 @@ def causal_sums_kernel(
     keys = rows_of(key, b, h, stride_kb, stride_kh, stride_kn, L, cut.STEP)
     values = rows_of(value, b, h, stride_vb, stride_vh, stride_vn, L, cut.STEP)
     masses = rows_of(log_a, b, h, stride_ab, stride_ah, stride_an, L, 1) if log_a is not None else None
-    pi = references.position
-    places = places_of(position, pi, b, h, stride_pb, stride_ph, stride_pn, sizes) if sizes.P > 0 else None
+    places = places_of(position, references, b, h, stride_pb, stride_ph, stride_pn, sizes) if sizes.P > 0 else None
     head = head_of(references, h, sizes, cut)
     j = tl.arange(0, sizes.MP)
     rows = chunk * cut.ROWS + tl.arange(0, cut.ROWS)
@@ -187,12 +194,13 @@ class Arguments(NamedTuple):
     query_position: tuple[Any, ...]
     key_position: tuple[Any, ...]
     output: tuple[Any, ...]
-    references: Prepared
+    references: References
     scalars: Scalars
     heads: int  # H
     length: int  # L
     threshold: int
     sizes: Sizes
+    across: bool
     constants: dict[str, Any]
     tile: Tile
 
@@ -240,7 +248,7 @@ def _launch_scan(kernel: Any, args: tuple[Any, ...], z: Tensor, sizes: Sizes, fu
     """A program for each BLOCK of a head's [MP, EP] numbers, and `further` ones; z [heads, chunks, MP, EP]."""
     (heads, chunks), numbers = z.shape[:2], sizes.MP * sizes.EP
     block = min(SCAN.depth, numbers)
-    constants = {"sizes": sizes, "BLOCK": block, "STAGES": SCAN.stages}
+    constants = {"sizes": sizes.compiled, "BLOCK": block, "STAGES": SCAN.stages}
     programs = heads * (numbers // block + further) if chunks else 0
     launch(kernel, programs, args, constants, SCAN)
 

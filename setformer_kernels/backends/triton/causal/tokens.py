@@ -9,26 +9,15 @@ import triton.language as tl
 from torch import Tensor
 
 from ....problem import Operands
-from ..device.gradients import (
-    BETA_SUM,
-    EPSILON_SUM,
-    REFERENCE_RELAXATION_SUM,
-    SUMS,
-    TAU_SUM,
-    kernel_sums,
-    load_sum,
-    store_sums,
-    sum_slots,
-    token_gradient,
-)
+from ..device.gradients import SUMS, kernel_sums, store_sums, sum_at, sum_slots, token_gradient
 from ..device.head import gradient_factor, head_of, load_references
 from ..device.logits import token_logits
 from ..device.places import places_of, position_sums
 from ..device.plan import row_update
 from ..device.primitives import LN2, dot
 from ..device.rows import key_mass, load_rows, row_starts, rows_of, store_rows
-from ..host.groups import Sizes
-from ..host.launch import kernel, launch
+from ..host.groups import Sizes, cut_of
+from ..host.launch import device_of, kernel, launch
 from ..host.rows import stride_step, strided
 from ..host.tiles import Tile
 from ..parameters.gradients import Partials
@@ -58,15 +47,11 @@ def store_gradient(x, dl, kappa, cosine, inverse, rows, asked, live, out, y, par
 
 
 @triton.jit
-def store_parts(dl, kappa, cosine, places, rows, live, parts, at, d_lam_a, middle, ADD, DOT, sizes):
-    """One chunk's parts of the hyperparameters and of the reference positions, added to what stands there where ADD.
-
-    All dℓ of the queries, and all of the keys, sum to 0: moving κ by its value `middle` between orthogonal vectors
-    changes nothing but the weight of their rounding errors.
-    """
+def store_parts(dl, total, kappa, cosine, beta, places, rows, live, parts, at, d_lam_a, ADD, DOT, sizes):
+    """One chunk's parts of the hyperparameters and of the reference positions, added to what stands there where ADD."""
     d_tau = 0.0
     if sizes.P > 0:
-        squares, pi_sums = position_sums(dl, places, rows, live, sizes)
+        squares, pi_sums = position_sums(dl, total, places, rows, live, sizes)
         d_tau += tl.sum(squares)
         if parts.position is not None:
             j = tl.arange(0, sizes.MP)
@@ -75,14 +60,13 @@ def store_parts(dl, kappa, cosine, places, rows, live, parts, at, d_lam_a, middl
                 pi_sums += tl.load(out)
             tl.store(out, pi_sums)
     if parts.sums is not None:
-        beta_rows, epsilon_rows = kernel_sums(dl, kappa, cosine, DOT)
-        total = tl.sum(dl)
-        d_beta, d_epsilon = tl.sum(beta_rows) + middle * total, tl.sum(epsilon_rows) + (1.0 - middle) * total
-        d_lam_b = load_sum(parts.sums, at, REFERENCE_RELAXATION_SUM)  # of the query kernel
+        beta_rows, epsilon_rows = kernel_sums(dl, kappa, cosine, beta, True, DOT)
+        d_beta, d_epsilon = tl.sum(beta_rows), tl.sum(epsilon_rows)
+        d_lam_b = tl.load(sum_at(parts.sums, at, "reference_relaxation"))  # of the query kernel
         if ADD:
-            d_beta += load_sum(parts.sums, at, BETA_SUM)
-            d_epsilon += load_sum(parts.sums, at, EPSILON_SUM)
-            d_tau += load_sum(parts.sums, at, TAU_SUM)
+            d_beta += tl.load(sum_at(parts.sums, at, "beta"))
+            d_epsilon += tl.load(sum_at(parts.sums, at, "epsilon"))
+            d_tau += tl.load(sum_at(parts.sums, at, "tau"))
         store_sums(parts.sums, at, d_beta, d_epsilon, d_lam_a, d_lam_b, d_tau)
 
 
@@ -93,7 +77,7 @@ def causal_tokens_backward_kernel(
     position, stride_pb, stride_ph, stride_pn,  # [B, H, L, P] or None
     d_x, stride_db, stride_dh, stride_dn,  # [B, H, L, D] or None
     d_log_a, stride_mb, stride_mh, stride_mn,  # [B, H, L] or None
-    references, d_logits, parts,  # Prepared, [heads, chunks, BC, MP], Partials of the chunks
+    references, d_logits, parts,  # References, [heads, chunks, BC, MP], Partials of the chunks
     H, L, chunks, first_head, first_chunk,
     KEYS: tl.constexpr, rule, sizes, cut,
 ):  # fmt: skip
@@ -102,8 +86,7 @@ def causal_tokens_backward_kernel(
     b, h = number // H, number % H
     tokens = rows_of(x, b, h, stride_xb, stride_xh, stride_xn, L, cut.STEP)
     masses = rows_of(log_a, b, h, stride_ab, stride_ah, stride_an, L, 1) if log_a is not None else None
-    pi = references.position
-    places = places_of(position, pi, b, h, stride_pb, stride_ph, stride_pn, sizes) if sizes.P > 0 else None
+    places = places_of(position, references, b, h, stride_pb, stride_ph, stride_pn, sizes) if sizes.P > 0 else None
     out = rows_of(d_x, b, h, stride_db, stride_dh, stride_dn, L, 1) if d_x is not None else None
     d_masses = rows_of(d_log_a, b, h, stride_mb, stride_mh, stride_mn, L, 1) if d_log_a is not None else None
     head = head_of(references, h, sizes, cut)
@@ -115,16 +98,17 @@ def causal_tokens_backward_kernel(
     dl = tl.load(tile_at(d_logits, at, cut.ROWS, sizes))
     middle = 0.0 if rule.DOT else tl.exp2(-head.beta)
     part_log_b = parts.log_b + at * sizes.MP + j
-    d_lam = 0.0
+    d_lam, row_sums = 0.0, tl.zeros([cut.ROWS], tl.float32)
     if KEYS:
         d_f = tl.sum(dl, 1)
+        row_sums += (1.0 - head.lam_a) * d_f if rule.UPDATE_ROWS else d_f
         if d_log_a is not None:
             tl.store(row_starts(d_masses, rows), d_f, mask=asked)
         if rule.UPDATE_ROWS:
             p, top, total, f = row_update(l, tl.load(head.log_b + j), d_f, head.lam_a)
             from_rows = p * (head.lam_a * d_f / total)[:, None]
             dl -= from_rows
-            # Σ df = 0, as in `store_parts`
+            # Σ df = 0, as in `kernel_sums`
             d_lam += tl.sum(d_f * (top + tl.log2(total) - (middle - 1.0) * head.scale)) * LN2
             tl.store(part_log_b, tl.load(part_log_b) - tl.sum(from_rows, 0))
     else:
@@ -134,7 +118,7 @@ def causal_tokens_backward_kernel(
         tokens, dl, kappa, cosine, inverse, rows, asked, live, out, head.y, parts.y, at, factor, KEYS, rule.DOT, sizes,
         cut,
     )  # fmt: skip
-    store_parts(dl, kappa, cosine, places, rows, live, parts, at, d_lam, middle, KEYS, rule.DOT, sizes)
+    store_parts(dl, row_sums, kappa, cosine, head.beta, places, rows, live, parts, at, d_lam, KEYS, rule.DOT, sizes)
 
 
 @triton.jit
@@ -154,7 +138,7 @@ def _fold(parts, out, bh, first_head, chunks, size, index, more):
 def causal_fold_backward_kernel(
     parts, whole,  # Partials of the chunks, of the call
     chunks, first_head, more,
-    sizes, BLOCK: tl.constexpr,
+    sizes, SUMS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """BLOCK numbers of one head's parts of dŷ, or in its last programs of everything else, summed over chunks."""
     MP: tl.constexpr = sizes.MP
@@ -192,7 +176,8 @@ def tokens_backward(
     step = stride_step(tokens)
     rows = (*strided(tokens, step), *strided(log_a), *strided(getattr(x, name + "_position")))
     args = (*rows, *strided(out[name]), *strided(d_log_a), arguments.references, d_logits, slots)
-    constants = arguments.constants | {"KEYS": keys, "cut": arguments.constants["cut"]._replace(STEP=step)}
+    cut = cut_of(arguments.tile, arguments.sizes, device_of(tokens), step, arguments.across)
+    constants = arguments.constants | {"KEYS": keys, "cut": cut.compiled}
     programs = part.heads * part.chunks
     launch(causal_tokens_backward_kernel, programs, (*args, *arguments.counts(part)), constants, arguments.tile)
 
@@ -201,4 +186,5 @@ def fold(part: Part, slots: Partials, whole: Partials, sizes: Sizes) -> None:
     """Sums the slots of a part, one per chunk, into their heads' one slot of the whole call."""
     blocks = sizes.MP * sizes.DP // FOLD.depth + sizes.MP * sizes.PP // FOLD.depth + 1
     args = (slots, whole, part.chunks, part.first_head, part.stretches - 1 - part.stretch)
-    launch(causal_fold_backward_kernel, part.heads * blocks, args, {"sizes": sizes, "BLOCK": FOLD.depth}, FOLD)
+    constants = {"sizes": sizes.compiled, "SUMS": SUMS, "BLOCK": FOLD.depth}
+    launch(causal_fold_backward_kernel, part.heads * blocks, args, constants, FOLD)

@@ -24,10 +24,7 @@ from .plan import range_known
 from .primitives import dot, exact_scale, rounded, tokens_by
 from .rows import store_rows
 
-# What a slot holds for the hyperparameters, in the order of HYPER:
-# Σ dℓ κ (ĉ − 1),  Σ dℓ (κ − 1),  Σ df LSE_j(ℓ + g),  Σ dg c,  Σ dℓ ‖p − π‖²
-BETA_SUM, EPSILON_SUM, KEY_RELAXATION_SUM, REFERENCE_RELAXATION_SUM, TAU_SUM = map(tl.constexpr, range(5))
-SUMS = tl.constexpr(8)  # numbers in a slot
+SUMS = 8  # numbers that a slot holds for the hyperparameters, see `sum_of`
 
 
 def across(device: Device, tokens: Tensor) -> bool:
@@ -74,33 +71,51 @@ def token_gradient(
 
 
 @triton.jit
-def kernel_sums(dl, kappa, cosine, DOT: tl.constexpr):
-    """(Σ_j dℓ κ (ĉ − 1), Σ_j dℓ (κ − 1)) [BN]: the rows' parts of dβ·ε and −dε·ε²."""
-    d_epsilon = tl.sum(dl * (kappa - 1.0), 1)
-    d_beta = d_epsilon * 0.0 if DOT else tl.sum(dl * (kappa * (cosine - 1.0)), 1)
+def kernel_sums(dl, kappa, cosine, beta, BALANCED: tl.constexpr, DOT: tl.constexpr):
+    """(Σ_j dℓ κ (ĉ − 1), Σ_j dℓ (κ − 1)) [BN]: the rows' parts of dβ·ε and −dε·ε²; beta is β·log2 e.
+
+    BALANCED: all dℓ of the queries, and all of the keys, sum to 0.  Moving κ by its value `middle` between orthogonal
+    vectors then changes nothing but the weight of their rounding errors.
+    """
+    middle = 0.0 if DOT else tl.exp2(-beta)
+    d_epsilon = tl.sum(dl * (kappa - (middle if BALANCED else 1.0)), 1)
+    d_beta = d_epsilon * 0.0 if DOT else tl.sum(dl * (kappa * (cosine - 1.0) + (middle if BALANCED else 0.0)), 1)
     return d_beta, d_epsilon
 
 
 @triton.jit
-def store_sum(sums, slot, number: tl.constexpr, value):
-    """One of a program's sums for the hyperparameters."""
-    tl.store(sums + slot * SUMS + number, value)
+def sum_of(name: tl.constexpr):
+    """Which of a slot's SUMS numbers it is, in the order of HYPER.
+
+    Σ dℓ κ (ĉ − 1),  Σ dℓ (κ − 1),  Σ df LSE_j(ℓ + g),  Σ dg c,  Σ dℓ ‖p − π‖²
+    """
+    if name == "beta":
+        return 0
+    elif name == "epsilon":
+        return 1
+    elif name == "key_relaxation":
+        return 2
+    elif name == "reference_relaxation":
+        return 3
+    else:
+        tl.static_assert(name == "tau")
+        return 4
 
 
 @triton.jit
-def load_sum(sums, slot, number: tl.constexpr):
-    """What `store_sum` left."""
-    return tl.load(sums + slot * SUMS + number)
+def sum_at(sums, slot, name: tl.constexpr):
+    """Where one of a slot's sums for the hyperparameters lies."""
+    return sums + slot * 8 + sum_of(name)
 
 
 @triton.jit
 def store_sums(sums, slot, d_beta, d_epsilon, d_key_relaxation, d_reference_relaxation, d_tau):
     """One program's sums for the hyperparameters."""
-    store_sum(sums, slot, BETA_SUM, d_beta)
-    store_sum(sums, slot, EPSILON_SUM, d_epsilon)
-    store_sum(sums, slot, KEY_RELAXATION_SUM, d_key_relaxation)
-    store_sum(sums, slot, REFERENCE_RELAXATION_SUM, d_reference_relaxation)
-    store_sum(sums, slot, TAU_SUM, d_tau)
+    tl.store(sum_at(sums, slot, "beta"), d_beta)
+    tl.store(sum_at(sums, slot, "epsilon"), d_epsilon)
+    tl.store(sum_at(sums, slot, "key_relaxation"), d_key_relaxation)
+    tl.store(sum_at(sums, slot, "reference_relaxation"), d_reference_relaxation)
+    tl.store(sum_at(sums, slot, "tau"), d_tau)
 
 
 @triton.jit
@@ -136,10 +151,10 @@ def no_sums(sizes, cut):
 
 @triton.jit
 def leave_tile(
-    sums, dl, kappa, cosine, inverse, x, y, factor, out, rows, inside, live, columns, writes, places, parts,
-    DOT: tl.constexpr, sizes, cut,
+    sums, dl, total, kappa, cosine, inverse, x, y, factor, beta, out, rows, inside, live, columns, writes, places,
+    parts, BALANCED: tl.constexpr, DOT: tl.constexpr, sizes, cut,
 ):  # fmt: skip
-    """From a tile's dℓ: writes dx (`out`: rows of the gradient, or None), and adds its terms to the sums."""
+    """From a tile's dℓ, whose rows sum to `total`: writes dx (`out`: its rows, or None), and adds terms to the sums."""
     operand, x_hat, d_x = token_gradient(
         dl, kappa, cosine, inverse, x, y, factor, sizes.DP == cut.DEPTH, DOT, cut.PRECISION, cut.ACROSS
     )
@@ -150,12 +165,12 @@ def leave_tile(
     if parts.y is not None:
         d_y += dot(tl.trans(operand), x_hat, cut.PRECISION)
     if parts.sums is not None:
-        beta_rows, epsilon_rows = kernel_sums(dl, kappa, cosine, DOT)
+        beta_rows, epsilon_rows = kernel_sums(dl, kappa, cosine, beta, BALANCED, DOT)
         d_beta += beta_rows
         d_epsilon += epsilon_rows
     if sizes.P > 0:
         if parts.sums is not None or parts.position is not None:
-            tau_rows, pi_sums = position_sums(dl, places, rows, live, sizes)
+            tau_rows, pi_sums = position_sums(dl, total, places, rows, live, sizes)
             d_tau += tau_rows
             d_pi += pi_sums
     return TileSums(d_y, d_pi, d_beta, d_epsilon, d_tau)

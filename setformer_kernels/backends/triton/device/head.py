@@ -7,9 +7,8 @@ import triton.language as tl
 
 from .primitives import LOG2E
 
-# β·log2 e, log2 e/ε, λ_a, λ_b, τ²·log2 e, as the logits take them; then β, ε, τ themselves.
-LOG_BETA, SCALE, KEY_RELAXATION, REFERENCE_RELAXATION, SQUARED_TAU, BETA, EPSILON, TAU = map(tl.constexpr, range(8))
-NUMBERS = tl.constexpr(8)  # in a row
+NUMBERS = 8  # in a row: β·log2 e, log2 e/ε, λ_a, λ_b, τ²·log2 e, as the logits take them; then β, ε, τ themselves
+# Their places are literals in the three functions below: Triton compares every global of a kernel at each launch.
 
 
 class Head(NamedTuple):
@@ -28,30 +27,29 @@ class Head(NamedTuple):
 @triton.jit
 def store_parameters(parameters, h, beta, epsilon, key_relaxation, reference_relaxation, tau):
     """The row of head h."""
-    row = parameters + h * NUMBERS
-    tl.store(row + LOG_BETA, beta * LOG2E)
-    tl.store(row + SCALE, (1.0 / epsilon) * LOG2E)
-    tl.store(row + KEY_RELAXATION, key_relaxation)
-    tl.store(row + REFERENCE_RELAXATION, reference_relaxation)
-    tl.store(row + SQUARED_TAU, tau * tau * LOG2E)
-    tl.store(row + BETA, beta)
-    tl.store(row + EPSILON, epsilon)
-    tl.store(row + TAU, tau)
+    row = parameters + h * 8
+    tl.store(row, beta * LOG2E)
+    tl.store(row + 1, (1.0 / epsilon) * LOG2E)
+    tl.store(row + 2, key_relaxation)
+    tl.store(row + 3, reference_relaxation)
+    tl.store(row + 4, tau * tau * LOG2E)
+    tl.store(row + 5, beta)
+    tl.store(row + 6, epsilon)
+    tl.store(row + 7, tau)
 
 
 @triton.jit
 def head_parameters(parameters, h):
     """(β·log2 e, log2 e/ε, λ_a, λ_b, τ²·log2 e) of head h."""
-    row = parameters + h * NUMBERS
-    relaxations = tl.load(row + KEY_RELAXATION), tl.load(row + REFERENCE_RELAXATION)
-    return tl.load(row + LOG_BETA), tl.load(row + SCALE), relaxations[0], relaxations[1], tl.load(row + SQUARED_TAU)
+    row = parameters + h * 8
+    return tl.load(row), tl.load(row + 1), tl.load(row + 2), tl.load(row + 3), tl.load(row + 4)
 
 
 @triton.jit
 def plain_parameters(parameters, h):
     """(β, ε, τ) of head h."""
-    row = parameters + h * NUMBERS
-    return tl.load(row + BETA), tl.load(row + EPSILON), tl.load(row + TAU)
+    row = parameters + h * 8 + 5
+    return tl.load(row), tl.load(row + 1), tl.load(row + 2)
 
 
 @triton.jit
@@ -75,7 +73,7 @@ def load_references_t(y, start, M: tl.constexpr, DP: tl.constexpr, DEPTH: tl.con
 
 @triton.jit
 def head_of(references, h, sizes, cut):
-    """Head h of the prepared references (`parameters.prepare.Prepared`)."""
+    """Head h of the prepared references (`parameters.prepare.References`)."""
     y = references.y + h * (sizes.MP * sizes.DP)
     y_t = load_references_t(y, 0, sizes.MP, sizes.DP, cut.DEPTH)
     beta, scale, lam_a, lam_b, tau = head_parameters(references.parameters, h)

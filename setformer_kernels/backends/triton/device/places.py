@@ -17,10 +17,10 @@ class Places(NamedTuple):
 
 
 @triton.jit
-def places_of(position, pi, b, h, stride_b, stride_h, stride_n, sizes):
-    """The positions of one head."""
+def places_of(position, references, b, h, stride_b, stride_h, stride_n, sizes):
+    """The positions of one head and of the prepared references."""
     head = b.to(tl.int64) * stride_b + h.to(tl.int64) * stride_h
-    return Places(position + head, stride_n, pi + h * (sizes.M * sizes.P))
+    return Places(position + head, stride_n, references.position + h * (sizes.M * sizes.P))
 
 
 @triton.jit
@@ -48,20 +48,24 @@ def squared_distance(places, rows, live, sizes):
 
 
 @triton.jit
-def position_sums(dl, places, rows, live, sizes):
-    """(Σ_j dℓ ‖p_i − π_j‖² [BN], Σ_i dℓ_ij (p_i − π_j) [MP, PP]); a token whose position is NaN adds nothing."""
-    axes = tl.arange(0, sizes.PP)
+def position_sums(dl, total, places, rows, live, sizes):
+    """(Σ_j dℓ ‖p_i − π_j‖² [BN], Σ_i dℓ_ij (p_i − π_j) [MP, PP]); a token whose position is NaN adds nothing.
+
+    A row of dℓ sums to `total` [BN], but for rounding: a squared distance of thousands would multiply that error.  So
+    squares count from the row's smallest on, and the smallest times the exact sum.
+    """
+    j, axes = tl.arange(0, sizes.MP), tl.arange(0, sizes.PP)
     whole = tl.zeros([dl.shape[0]], tl.float32)
     for axis in tl.static_range(sizes.P):
         whole += tl.load(coordinate(places, rows, axis), mask=live, other=0.0)
     placed = whole == whole
-    squares = tl.zeros([dl.shape[0]], tl.float32)
+    distance = squared_distance(places, rows, live, sizes)
+    nearest = tl.min(tl.where((j < sizes.M)[None, :], distance, INF), 1)
+    squares = tl.sum(dl * (distance - nearest[:, None]), 1) + nearest * total
     sums = tl.zeros([sizes.MP, sizes.PP], tl.float32)
     for axis in tl.static_range(sizes.P):
         at = tl.load(coordinate(places, rows, axis), mask=live & placed, other=0.0)
-        difference = differences(places, at, axis, sizes)
-        weighted = tl.where(placed[:, None], dl * difference, 0.0)
-        squares += tl.sum(weighted * difference, 1)
+        weighted = tl.where(placed[:, None], dl * differences(places, at, axis, sizes), 0.0)
         sums += tl.where(axes[None, :] == axis, tl.sum(weighted, 0)[:, None], 0.0)
     return squares, sums
 

@@ -11,10 +11,8 @@ import triton.language as tl
 from ..host.tiles import INTERPRETED
 
 # Under the interpreter tl.dot multiplies bfloat16 as raw bits (Triton 3.7), and leaves its sums to numpy's BLAS, whose
-# rounding differs among processors and, unlike a GPU's, among equal rows of a product.  So operands are widened there,
-# and where tl.dot takes float64 (Triton 3.5) its sums are rounded once.
+# rounding differs among processors and, unlike a GPU's, among equal rows of a product: there its sums are in float64.
 _INTERPRETED = tl.constexpr(INTERPRETED)
-_WIDE = tl.constexpr(tl.float64 if [int(n) for n in triton.__version__.split(".")[:2]] >= [3, 5] else tl.float32)
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 NORM_FLOOR = tl.constexpr(1e-24)  # ‖x‖² at or below which x̂ = 0
@@ -28,7 +26,7 @@ INF = tl.constexpr(float("inf"))
 def dot(a, b, PRECISION: tl.constexpr):
     """a [I, K] · b [K, J] -> float32 [I, J]; float32 operands as IEEE or tf32x3."""
     if _INTERPRETED:
-        return tl.dot(a.to(_WIDE), b.to(_WIDE), out_dtype=_WIDE).to(tl.float32)
+        return tl.dot(a.to(tl.float64), b.to(tl.float64), out_dtype=tl.float64).to(tl.float32)
     else:
         return tl.dot(a, b, input_precision=PRECISION)
 
@@ -42,7 +40,7 @@ def tokens_by(a, b, PRECISION: tl.constexpr, ACROSS: tl.constexpr):
 @triton.jit
 def rounded(x, dtype: tl.constexpr):
     """x [float32] to the nearest number of a token dtype."""
-    if _INTERPRETED and dtype == tl.bfloat16:  # the interpreter (Triton 3.2 to 3.9) truncates instead
+    if _INTERPRETED and dtype == tl.bfloat16:  # the interpreter (Triton 3.6 to 3.9) truncates instead
         bits = x.to(tl.uint32, bitcast=True)
         x = ((bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000).to(tl.float32, bitcast=True)
     return x.to(dtype)

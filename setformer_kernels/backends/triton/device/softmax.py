@@ -39,23 +39,23 @@ def numerators(l, kappa, g, shift, scale, RANGE: tl.constexpr):
 
 
 @triton.jit
-def kept_weights(w, scalars, head, length, rows, threshold, sizes):
+def kept_weights(w, dropout, head, length, rows, threshold, sizes):
     """(the numerators that survive dropout [BN, MP], what normalises them [BN])."""
     normaliser = 1.0 / tl.sum(w, 1)
-    if scalars.seed is not None:
-        w = tl.where(keep_mask(scalars.seed, head, length, rows, threshold, sizes), w, 0.0)
-        normaliser *= scalars.keep_scale
+    if dropout.seed is not None:
+        w = tl.where(keep_mask(dropout.seed, head, length, rows, threshold, sizes), w, 0.0)
+        normaliser *= dropout.keep_scale
     return w, normaliser
 
 
 @triton.jit
-def read_gradient(w, d_o_z, scalars, head, length, rows, threshold, sizes):
+def read_gradient(w, d_o_z, dropout, head, length, rows, threshold, sizes):
     """(W^q after dropout, dS) [BN, MP] from the softmax's numerators w and ⟨do_i, z_j⟩."""
     normaliser = 1.0 / tl.sum(w, 1)
-    if scalars.seed is not None:
-        keep = keep_mask(scalars.seed, head, length, rows, threshold, sizes)
-        kept = tl.where(keep, w * (normaliser * scalars.keep_scale)[:, None], 0.0)
-        d_p = tl.where(keep, d_o_z * scalars.keep_scale, 0.0)
+    if dropout.seed is not None:
+        keep = keep_mask(dropout.seed, head, length, rows, threshold, sizes)
+        kept = tl.where(keep, w * (normaliser * dropout.keep_scale)[:, None], 0.0)
+        d_p = tl.where(keep, d_o_z * dropout.keep_scale, 0.0)
     else:
         kept = w * normaliser[:, None]
         d_p = d_o_z

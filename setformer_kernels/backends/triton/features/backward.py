@@ -25,8 +25,7 @@ from ..device.rows import load_rows, rows_of, store_rows
 from ..host.launch import device_of, kernel, launch, split_tokens
 from ..host.rows import rows_like, stride_step, strided, unit_rows
 from ..host.tiles import INTERPRETER, Tile
-from ..parameters.prepare import Prepared
-from .problem import inverse_lengths, landmark_cut, landmark_products, prepared_landmarks
+from .problem import Landmarks, inverse_lengths, landmark_cut, landmark_products, prepared_landmarks
 from .whitening import landmark_cosines, whitening, whitening_backward
 
 EXTRA = 16  # numbers behind dW and dŵ in a partial sum: dβ of up to 16 blocks of landmarks
@@ -39,7 +38,7 @@ def features_backward_kernel(
     x, stride_xb, stride_xh, stride_xn,  # [B, H, N, D], strides in units of cut.STEP
     d_psi, stride_pb, stride_ph, stride_pn,  # [B, H, N, R], likewise
     d_x, stride_db, stride_dh, stride_dn,  # [B, H, N, D] or None, likewise
-    landmarks, whitening,  # Prepared, [H, RP, RP]
+    y, parameters, whitening,  # as in Landmarks, [H, RP, RP]
     sums,  # [BH, splits, SIZE] or None
     H, N, stretch, splits,
     SIZE: tl.constexpr, cut,
@@ -55,13 +54,13 @@ def features_backward_kernel(
     tokens = rows_of(x, b, h, stride_xb, stride_xh, stride_xn, N, cut.STEP)
     gradients = rows_of(d_psi, b, h, stride_pb, stride_ph, stride_pn, N, cut.STEP)
     d_tokens = rows_of(d_x, b, h, stride_db, stride_dh, stride_dn, N, cut.STEP) if d_x is not None else None
-    y = landmarks.y + h * RP * DP
+    y += h * RP * DP
     whitening += h * RP * RP
     near, j, d = tl.arange(0, RC), tl.arange(0, RP), tl.arange(0, DP)
     first = tl.program_id(0) % blocks * RC
     last = RP if d_x is not None else first + RC
-    log2_beta, scale, lam_a, lam_b, squared_tau = head_parameters(landmarks.parameters, h)
-    beta, epsilon, tau = plain_parameters(landmarks.parameters, h)
+    log2_beta, scale, lam_a, lam_b, squared_tau = head_parameters(parameters, h)
+    beta, epsilon, tau = plain_parameters(parameters, h)
     if sums is not None:
         d_w, d_y = tl.zeros([RC, RP], tl.float32), tl.zeros([RC, DP], tl.float32)
         d_beta = tl.zeros([cut.ROWS], tl.float32)
@@ -125,7 +124,7 @@ def features_landmarks_backward_kernel(
     landmarks, stride_h, stride_r,  # [H, R, D]
     d_landmarks, stride_oh, stride_or, stride_od,  # [H, R, D] or None
     d_bandwidth,  # [H] or None
-    prepared, d_a, sums,  # Prepared, [H, RP, RP], [H, SIZE]
+    prepared, d_a, sums,  # Landmarks, [H, RP, RP], [H, SIZE]
     R: tl.constexpr, RP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, SIZE: tl.constexpr,
     BLOCKS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -166,7 +165,7 @@ def features_landmarks_backward_kernel(
 
 
 def _over_tokens(
-    x: Tensor, landmarks: Tensor, prepared: Prepared, w: Tensor, d_psi: Tensor, d_x: Tensor | None, parameters: bool
+    x: Tensor, landmarks: Tensor, prepared: Landmarks, w: Tensor, d_psi: Tensor, d_x: Tensor | None, parameters: bool
 ) -> tuple[Tensor, int]:
     """Writes dx where it is wanted; (dW, dŵ, dβ summed over tokens and batch [H, SIZE], how many parts dβ has)."""
     b, h, n, _ = x.shape
@@ -174,16 +173,16 @@ def _over_tokens(
     t, cut = landmark_cut(x, landmarks, "features_backward", step)
     blocks, size = cut.RP // cut.RC, cut.RP * (cut.RP + cut.DP) + EXTRA
     split = split_tokens(n, t.rows, b * h, device_of(x).multiprocessors)
-    constants = {"SIZE": size, "cut": cut}
+    constants = {"SIZE": size, "cut": cut.compiled}
     tokens, counts = (*strided(x, step), *strided(d_psi, step)), (h, n, *split)
     sums = landmarks.new_empty((b, h, split.programs, size)) if parameters else None
     programs = b * h * split.programs
     if parameters and d_x is not None and blocks > 1:
-        args = (*tokens, *strided(d_x, step), prepared, w, None, *counts)
+        args = (*tokens, *strided(d_x, step), prepared.y, prepared.parameters, w, None, *counts)
         launch(features_backward_kernel, programs, args, constants, t)
         d_x = None
     programs *= blocks if d_x is None else 1
-    args = (*tokens, *strided(d_x, step), prepared, w, sums, *counts)
+    args = (*tokens, *strided(d_x, step), prepared.y, prepared.parameters, w, sums, *counts)
     launch(features_backward_kernel, programs, args, constants, t)
     out = landmarks.new_empty((h, size))
     if sums is not None:
@@ -195,14 +194,9 @@ def _over_tokens(
 
 
 def features_backward(
-    x: Tensor,
-    landmarks: Tensor,
-    bandwidth: Tensor | None,
-    scalar: float,
-    ridge: float,
-    d_psi: Tensor,
-    needs: Sequence[bool],
-) -> tuple[Tensor | None, ...]:
+    x: Tensor, landmarks: Tensor, bandwidth: Tensor | None, scalar: float, ridge: float,
+    d_psi: Tensor, needs: Sequence[bool],
+) -> tuple[Tensor | None, ...]:  # fmt: skip
     """(dx, d landmarks, d bandwidth), None where not needed."""
     x_, d_psi, landmarks_ = unit_rows(x), unit_rows(d_psi), unit_rows(landmarks)
     d_x = rows_like(x, x.shape[-1]) if needs[0] else None

@@ -23,7 +23,7 @@ from .whitening import whitening
 def features_kernel(
     x, stride_xb, stride_xh, stride_xn,  # [B, H, N, D], strides in units of cut.STEP
     psi, stride_pb, stride_ph, stride_pn,  # [B, H, N, R], likewise
-    landmarks, whitening,  # Prepared, [H, RP, RP]
+    y, parameters, whitening,  # as in Landmarks, [H, RP, RP]
     H, N,
     cut,
 ):  # fmt: skip
@@ -34,16 +34,16 @@ def features_kernel(
     rows = tl.program_id(0) % blocks * cut.ROWS + tl.arange(0, cut.ROWS)
     live = rows < N
     tokens = rows_of(x, b, h, stride_xb, stride_xh, stride_xn, N, cut.STEP)
-    y = landmarks.y + h * cut.RP * cut.DP
+    y += h * cut.RP * cut.DP
     whitening += h * cut.RP * cut.RP
-    log2_beta, scale, lam_a, lam_b, tau = head_parameters(landmarks.parameters, h)
+    log2_beta, scale, lam_a, lam_b, tau = head_parameters(parameters, h)
     inverse, length = inverse_lengths(tokens, rows, live, cut)
     j = tl.arange(0, cut.RP)
     out = tl.zeros([cut.ROWS, cut.RP], tl.float32)
     for first in range(0, cut.RP, cut.RC):
         r = first + tl.arange(0, cut.RC)
         product = landmark_products(tokens, rows, live, y, r, cut)
-        kappa = rounded(kernel_value(product, inverse, log2_beta, False), landmarks.y.dtype.element_ty)
+        kappa = rounded(kernel_value(product, inverse, log2_beta, False), y.dtype.element_ty)
         out += dot(kappa, tl.load(whitening + r[:, None] * cut.RP + j[None, :]), cut.PRECISION)
     outputs = rows_of(psi, b, h, stride_pb, stride_ph, stride_pn, N, cut.STEP)
     store_rows(outputs, rows, live, j, cut.R, out * length[:, None])
@@ -58,6 +58,6 @@ def features(x: Tensor, landmarks: Tensor, bandwidth: Tensor | None, scalar: flo
     w = whitening(landmarks, prepared, ridge, x.dtype)
     step = stride_step(x_, out.rows)
     t, cut = landmark_cut(x, landmarks, "features", step)
-    args = (*strided(x_, step), *strided(out.rows, step), prepared, w, h, n)
-    launch(features_kernel, b * h * -(-n // t.rows), args, {"cut": cut}, t)
+    args = (*strided(x_, step), *strided(out.rows, step), prepared.y, prepared.parameters, w, h, n)
+    launch(features_kernel, b * h * -(-n // t.rows), args, {"cut": cut.compiled}, t)
     return out.delivered()

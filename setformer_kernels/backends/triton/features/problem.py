@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import triton
@@ -11,19 +13,31 @@ from torch import Tensor
 from ....problem import Operands, Options
 from ..device.primitives import dot, inverse_norm
 from ..device.rows import load_rows
+from ..host.groups import Group
 from ..host.launch import device_of
 from ..host.tiles import Tile, padded, tile
-from ..parameters.prepare import Prepared, prepare
+from ..parameters.prepare import prepare
 
 
-def prepared_landmarks(x: Tensor, landmarks: Tensor, bandwidth: Tensor | None, scalar: float) -> Prepared:
-    """ŵ [H, RP, DP] in the dtype of x, 1/‖w‖ and the bandwidths: landmarks are prepared as references are."""
+class Landmarks(NamedTuple):
+    """Landmarks, prepared as references are."""
+
+    y: Tensor  # [H, RP, DP] ŵ in the dtype of the tokens
+    inverse_norm: Tensor  # [H, RP] 1/‖w‖
+    parameters: Tensor  # [H, NUMBERS], of which only the bandwidth counts
+
+
+def prepared_landmarks(x: Tensor, landmarks: Tensor, bandwidth: Tensor | None, scalar: float) -> Landmarks:
+    """The landmarks of one call on tokens x."""
     absent = (None,) * 11
     x_ = Operands(None, x, x, landmarks, *absent)._replace(bandwidth=bandwidth)
-    return prepare(x_, Options(scalars=(scalar, 1.0, 1.0, 1.0, 1.0)))
+    inverse_norm = landmarks.new_empty((landmarks.shape[0], padded(landmarks.shape[1])))
+    found = prepare(x_, Options(scalars=(scalar, 1.0, 1.0, 1.0, 1.0)), inverse_norm)
+    return Landmarks(found.y, inverse_norm, found.parameters)
 
 
-class Cut(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Cut(Group):
     """The sides of tokens and landmarks, the powers of two that their tiles have, and how these are cut."""
 
     R: int
@@ -42,7 +56,10 @@ def landmark_cut(x: Tensor, landmarks: Tensor, kind: str, step: int) -> tuple[Ti
     r, d = landmarks.shape[1:]
     rp, dp, device = padded(r), padded(d), device_of(x)
     t = tile(kind, device.family, max(r, d), x.element_size())
-    return t, Cut(r, rp, d, dp, t.rows, min(t.depth, dp), min(t.depth, rp), step, device.precision)
+    return t, _cut(r, rp, d, dp, t.rows, min(t.depth, dp), min(t.depth, rp), step, device.precision)
+
+
+_cut = functools.cache(Cut)
 
 
 @triton.jit

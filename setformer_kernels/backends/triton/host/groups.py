@@ -1,12 +1,17 @@
 """What kernels take together.  Strides and counts stay apart: Triton specialises on every member of a group.
 
-Groups of compile-time numbers have capital members; in those of tensors a member may be None.
+Groups of compile-time numbers have capital members.  What makes them is cached (no length enters, so there are few): a
+launch finds the form that kernels take ready-made.  In groups of tensors a member may be None.
 """
 
 from __future__ import annotations
 
+import functools
+from collections import namedtuple
+from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
 
+import triton.language as tl
 from torch import Tensor
 
 from ....problem import Operands, Options
@@ -14,7 +19,23 @@ from .launch import Device
 from .tiles import Tile, padded, power_of_two
 
 
-class Sizes(NamedTuple):
+class Group:
+    """Compile-time numbers: attributes on the host, members of a named tuple in a kernel."""
+
+    @functools.cached_property
+    def compiled(self) -> Any:
+        """The form in which kernels take them."""
+        members = {field.name: tl.constexpr(getattr(self, field.name)) for field in fields(self)}  # type: ignore[arg-type]
+        return _named(type(self).__name__, tuple(members))(**members)
+
+
+@functools.cache
+def _named(name: str, members: tuple[str, ...]) -> Any:
+    return namedtuple(name, members)
+
+
+@dataclass(frozen=True, eq=False)
+class Sizes(Group):
     """The sides of a call's tensors, and the powers of two that their tiles have."""
 
     M: int
@@ -27,7 +48,8 @@ class Sizes(NamedTuple):
     PP: int
 
 
-class Cut(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Cut(Group):
     """A tile, as one call's kernels use it."""
 
     ROWS: int  # tokens of a step
@@ -38,36 +60,42 @@ class Cut(NamedTuple):
     ACROSS: bool = False  # warps share the references, see `primitives.tokens_by`
 
 
-class Rule(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Rule(Group):
     """Which formulas a kernel follows."""
 
     DOT: bool  # κ is the dot product, else rbf
     UPDATE_ROWS: bool  # T ≥ 1
     RANGE: str = "tile"  # see `plan.range_known`
-    REPEAT: bool = False  # T ≥ 2
-    LOG_B: bool = False  # d log b is wanted
 
 
-class Scalars(NamedTuple):
-    """Numbers that no kernel is compiled for."""
+class Dropout(NamedTuple):
+    """What dropout takes beside its threshold."""
 
-    seed: Tensor | None  # [] int64 of dropout
+    seed: Tensor | None  # [] int64, None without dropout
     keep_scale: float  # 1/(1 − p)
-    uniform: float = 0.0  # log2 of a key's mass where none is given
 
 
 def sizes_of(x: Operands) -> Sizes:
     """The sizes of one call."""
-    (m, d), e = x.references.shape[1:], x.value.shape[-1]
-    p = 0 if x.reference_position is None else x.reference_position.shape[-1]
+    m, d = x.references.shape[1:]
+    return _sizes(m, d, x.value.shape[-1], 0 if x.reference_position is None else x.reference_position.shape[-1])
+
+
+@functools.cache
+def _sizes(m: int, d: int, e: int, p: int) -> Sizes:
     return Sizes(m, padded(m), d, padded(d), e, padded(e), p, power_of_two(p))
 
 
+@functools.cache
 def cut_of(tile: Tile, sizes: Sizes, device: Device, step: int, across: bool = False) -> Cut:
     """How a tile cuts tokens of these sizes."""
     return Cut(tile.rows, min(tile.depth, sizes.DP), min(tile.depth, sizes.EP), step, device.precision, across)
 
 
-def rule_of(opt: Options, **more: Any) -> Rule:
-    """The formulas of one call."""
-    return Rule(opt.kernel == "dot", opt.num_iters > 0, **more)
+def rule_of(opt: Options, known: str = "tile") -> Rule:
+    """The formulas of one call; known: `plan.range_known`."""
+    return _rule(opt.kernel == "dot", opt.num_iters > 0, known)
+
+
+_rule = functools.cache(Rule)

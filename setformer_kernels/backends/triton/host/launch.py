@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 
 import torch
 import triton
-import triton.language as tl
 
 from .tiles import INTERPRETED, Tile
 
@@ -77,17 +76,10 @@ def kernel(function: Callable[..., None]) -> Any:
     return triton.jit(do_not_specialize=[n for n in runtime if n.startswith("stride_") or n in COUNTS])(function)
 
 
-@functools.lru_cache(maxsize=4096, typed=True)
-def compiled_in(group: Any) -> Any:
-    """A group of compile-time numbers in the form in which kernels take it."""
-    return type(group)(*map(tl.constexpr, group))
-
-
 def launch(kernel: Any, programs: int, args: Sequence[Any], constants: dict[str, Any], tile: Tile) -> None:
     """Runs `programs` instances of a kernel, on the current stream of the device of its tensors."""
     if programs == 0:
         return
-    constants = {name: compiled_in(value) if isinstance(value, tuple) else value for name, value in constants.items()}
     if _taken is not None:
         _taken.append(Launch(kernel, programs, tuple(args), constants, tile))
         return

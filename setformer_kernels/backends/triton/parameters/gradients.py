@@ -13,22 +13,14 @@ import triton.language as tl
 from torch import Tensor
 
 from ....problem import HYPER, Operands, Options, in_order
-from ..device.gradients import (
-    BETA_SUM,
-    EPSILON_SUM,
-    KEY_RELAXATION_SUM,
-    REFERENCE_RELAXATION_SUM,
-    SUMS,
-    TAU_SUM,
-    sum_slots,
-)
+from ..device.gradients import SUMS, sum_at, sum_slots
 from ..device.head import plain_parameters
 from ..device.primitives import inverse_norm
 from ..host.groups import sizes_of
 from ..host.launch import kernel, launch
 from ..host.rows import unit_rows
 from ..host.tiles import Tile, power_of_two
-from .prepare import Prepared
+from .prepare import References
 
 BLOCK = 256  # numbers of [M, D] that one program adds over the slots
 TILE = Tile(rows=16, depth=BLOCK, warps=4, stages=1)  # a [16 slots, 256] tile is 32 numbers a thread
@@ -56,7 +48,7 @@ class ParameterGradients(NamedTuple):
     reference_position: Tensor | None  # [H, M, P]
 
 
-def new_partials(x: Operands, prepared: Prepared, slots: int, needs: Sequence[bool]) -> Partials:
+def new_partials(x: Operands, prepared: References, slots: int, needs: Sequence[bool]) -> Partials:
     """Empty slots for `slots` programs per head, of the sums that the needed gradients take."""
     need = {name for name, n in zip(Operands._fields, needs, strict=True) if n and getattr(x, name) is not None}
     heads, (_, mp, dp) = x.key.shape[0] * x.key.shape[1], prepared.y.shape
@@ -64,7 +56,7 @@ def new_partials(x: Operands, prepared: Prepared, slots: int, needs: Sequence[bo
     return Partials(
         new((heads, slots, mp)),
         new((heads, slots, mp, dp)) if "references" in need else None,
-        new((heads, slots, SUMS.value)) if need & {*HYPER} else None,
+        new((heads, slots, SUMS)) if need & {*HYPER} else None,
         new((heads, slots, mp, power_of_two(pi.shape[-1])))
         if pi is not None and "reference_position" in need
         else None,
@@ -97,11 +89,11 @@ def _store_reference(parts, references, h, stride_rh, stride_rm, d_references, H
 
 
 @triton.jit
-def _store_hyper(sums, out, number: tl.constexpr, factor, h, H, B, slots):
+def _store_hyper(sums, out, name: tl.constexpr, factor, h, H, B, slots, SUMS: tl.constexpr):
     """The gradient of one hyperparameter of head h, where it is wanted."""
     if out is not None:
         zero = tl.arange(0, 1)
-        total = sum_slots(sums + number, h, H, B, slots, slots, SUMS, zero, zero == 0)
+        total = sum_slots(sum_at(sums, 0, name), h, H, B, slots, slots, SUMS, zero, zero == 0)
         tl.store(out + h + zero, total * factor)
 
 
@@ -111,7 +103,7 @@ def parameters_backward_kernel(
     parameters,  # [H, NUMBERS]
     parts, out,  # Partials, ParameterGradients
     H, B, slots,
-    DOT: tl.constexpr, ROWS: tl.constexpr, sizes,
+    DOT: tl.constexpr, SUMS: tl.constexpr, ROWS: tl.constexpr, sizes,
 ):  # fmt: skip
     """All parameter gradients of ROWS references of one head; the hyperparameters' in the head's first program."""
     M: tl.constexpr = sizes.M
@@ -132,15 +124,15 @@ def parameters_backward_kernel(
         total = sum_slots(parts.position, h, H, B, slots, slots, sizes.MP * sizes.PP, index, inside)
         tl.store(out.reference_position + (h * M + j) * sizes.P + axis, 2.0 * tau * tau * total, mask=inside)
     if block == 0:
-        _store_hyper(parts.sums, out.bandwidth, BETA_SUM, 1.0 / epsilon, h, H, B, slots)
-        _store_hyper(parts.sums, out.epsilon, EPSILON_SUM, -1.0 / (epsilon * epsilon), h, H, B, slots)
-        _store_hyper(parts.sums, out.key_relaxation, KEY_RELAXATION_SUM, -1.0, h, H, B, slots)
-        _store_hyper(parts.sums, out.reference_relaxation, REFERENCE_RELAXATION_SUM, -1.0, h, H, B, slots)
-        _store_hyper(parts.sums, out.position_scale, TAU_SUM, -2.0 * tau, h, H, B, slots)
+        _store_hyper(parts.sums, out.bandwidth, "beta", 1.0 / epsilon, h, H, B, slots, SUMS)
+        _store_hyper(parts.sums, out.epsilon, "epsilon", -1.0 / (epsilon * epsilon), h, H, B, slots, SUMS)
+        _store_hyper(parts.sums, out.key_relaxation, "key_relaxation", -1.0, h, H, B, slots, SUMS)
+        _store_hyper(parts.sums, out.reference_relaxation, "reference_relaxation", -1.0, h, H, B, slots, SUMS)
+        _store_hyper(parts.sums, out.position_scale, "tau", -2.0 * tau, h, H, B, slots, SUMS)
 
 
 def parameter_gradients(
-    x: Operands, opt: Options, prepared: Prepared, parts: Partials, needs: Sequence[bool]
+    x: Operands, opt: Options, prepared: References, parts: Partials, needs: Sequence[bool]
 ) -> dict[str, Tensor | None]:
     """The gradients of references, masses, hyperparameters and reference positions by name, None where not needed."""
     need = dict(zip(Operands._fields, needs, strict=True))
@@ -152,6 +144,6 @@ def parameter_gradients(
     references = unit_rows(x.references)
     b, slots, rows = x.key.shape[0], parts.log_b.shape[1], max(1, min(sizes.MP, BLOCK // sizes.DP))
     args = (references, *references.stride()[:2], prepared.parameters, parts, out, h, b, slots)
-    constants = {"DOT": opt.kernel == "dot", "ROWS": rows, "sizes": sizes}
+    constants = {"DOT": opt.kernel == "dot", "SUMS": SUMS, "ROWS": rows, "sizes": sizes.compiled}
     launch(parameters_backward_kernel, h * sizes.MP // rows, args, constants, TILE)
     return {n: in_order(given[n], t) for n, t in out._asdict().items()}

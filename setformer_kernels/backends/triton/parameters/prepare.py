@@ -24,11 +24,10 @@ ROWS = 16  # references per program: a few thousand numbers in all, so any tile 
 TILE = Tile(rows=ROWS, depth=0, warps=4, stages=1)
 
 
-class Prepared(NamedTuple):
+class References(NamedTuple):
     """The references of one call, in the form the kernels use."""
 
     y: Tensor  # [H, MP, DP] ŷ (rbf) or y (dot) in the tokens' dtype, zero where padded
-    inverse_norm: Tensor  # [H, MP] 1/‖y‖, 0 where ‖y‖ ≤ 1e-12
     log_b: Tensor  # [H, MP] log2 b, −∞ where padded
     parameters: Tensor  # [H, NUMBERS] the hyperparameters, as device/head.py lays them out
     position: Tensor | None  # [H, M, P] contiguous
@@ -58,7 +57,8 @@ def parameters_prepare_kernel(
     references, stride_rh, stride_rm,  # [H, M, D], strides in units of STEP
     log_b, stride_bh,  # [H, M] or None
     given, scalars,  # Hyper of tensors or None, of numbers
-    y, inverse_norms, log_b_out, parameters,  # as in Prepared
+    y, log_b_out, parameters,  # as in References
+    inverse_norms,  # [H, MP] or None
     DOT: tl.constexpr, STEP: tl.constexpr, ROWS: tl.constexpr, sizes,
 ):  # fmt: skip
     """ROWS references of one head; every program of a head writes its hyperparameters alike."""
@@ -72,7 +72,8 @@ def parameters_prepare_kernel(
     inverse = inverse_norm(tl.sum(raw * raw, 1))
     scaled = raw if DOT else raw * inverse[:, None]
     tl.store(y + (h * sizes.MP + j)[:, None] * sizes.DP + d[None, :], rounded(scaled, y.dtype.element_ty))
-    tl.store(inverse_norms + h * sizes.MP + j, inverse)
+    if inverse_norms is not None:
+        tl.store(inverse_norms + h * sizes.MP + j, inverse)
     if log_b is None:
         mass = tl.where(j < sizes.M, -tl.log2(sizes.M + 0.0), -INF)
     else:
@@ -86,18 +87,17 @@ def parameters_prepare_kernel(
     store_parameters(parameters, h, beta, eps, lam_a, lam_b, tau)
 
 
-def prepare(x: Operands, opt: Options) -> Prepared:
-    """Launches the preparation of one call's references."""
+def prepare(x: Operands, opt: Options, inverse_norms: Tensor | None = None) -> References:
+    """Launches the preparation of one call's references; writes 1/‖y‖ [H, MP], 0 where ‖y‖ ≤ 1e-12, where wanted."""
     h, sizes, new = x.references.shape[0], sizes_of(x), x.references.new_empty
     references, log_b = unit_rows(x.references), unit_rows(x.log_b)
-    out = Prepared(
+    out = References(
         new((h, sizes.MP, sizes.DP), dtype=x.key.dtype),
         new((h, sizes.MP)),
-        new((h, sizes.MP)),
-        new((h, NUMBERS.value)),
+        new((h, NUMBERS)),
         None if x.reference_position is None else x.reference_position.contiguous(),
     )
-    given, scalars = Hyper(*(unit_rows(getattr(x, name)) for name in HYPER)), Hyper(*map(float, opt.scalars))
+    given, scalars = Hyper(*[unit_rows(getattr(x, name)) for name in HYPER]), Hyper(*map(float, opt.scalars))
     step = stride_step(references)
     tensors = (
         references,
@@ -105,6 +105,7 @@ def prepare(x: Operands, opt: Options) -> Prepared:
         log_b,
         0 if log_b is None else log_b.stride(0),
     )
-    constants = {"DOT": opt.kernel == "dot", "STEP": step, "ROWS": ROWS, "sizes": sizes}
-    launch(parameters_prepare_kernel, h * sizes.MP // ROWS, (*tensors, given, scalars, *out[:4]), constants, TILE)
+    constants = {"DOT": opt.kernel == "dot", "STEP": step, "ROWS": ROWS, "sizes": sizes.compiled}
+    args = (*tensors, given, scalars, *out[:3], inverse_norms)
+    launch(parameters_prepare_kernel, h * sizes.MP // ROWS, args, constants, TILE)
     return out

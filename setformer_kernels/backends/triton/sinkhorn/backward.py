@@ -22,6 +22,7 @@ from ..host.launch import device_of, kernel, launch
 from ..host.tiles import Tile
 from .problem import (
     COLUMNS,
+    add_exponentials,
     exp,
     given,
     load_problems,
@@ -156,10 +157,7 @@ def sinkhorn_rows_backward_kernel(
             j = column + tl.arange(0, BM)
             g = potentials_before(log_b, stride_bm, c, relax_b, numbers.uniform_b, j, t, M)
             u = load_tile(log_kernel, rows, live, stride_ln, j, M) + g[None, :]
-            new = tl.maximum(peak, tl.max(u, 1))
-            safe = finite_or_zero(new)
-            mass_sum = mass_sum * exp(peak - safe) + tl.sum(exp(u - safe[:, None]), 1)
-            peak = new
+            peak, mass_sum = add_exponentials(peak, mass_sum, u, 1)
         sums = natural_log_sum(peak, mass_sum)
         a = mass(log_a, group * stride_ag + rows.to(tl.int64) * stride_an, live, numbers.uniform_a)
         f = potential(a, relax_a, sums)
@@ -289,7 +287,7 @@ def sinkhorn_backward(
     else:
         t = cut.tile._replace(warps=16) if cut.NP * cut.MP == RESIDENT else cut.tile
         args = (*given(x), *state, *out, groups, n, m, c.shape[1])
-        launch(sinkhorn_resident_backward_kernel, -(-groups // cut.PB), args, {"cut": cut}, t)
+        launch(sinkhorn_resident_backward_kernel, -(-groups // cut.PB), args, {"cut": cut.compiled}, t)
     grads = [in_order(t, g) for t, g in zip(tensors[:3], out[:3], strict=True)]
     # Outputs of an op share no memory, but `contiguous` would leave the columns of one problem where they are.
     d_lams = [

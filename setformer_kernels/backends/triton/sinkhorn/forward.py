@@ -25,6 +25,7 @@ from ..device.primitives import INF, finite_or_zero, potential
 from ..host.launch import device_of, kernel, launch
 from .problem import (
     COLUMNS,
+    add_exponentials,
     exp,
     given,
     load_problems,
@@ -117,10 +118,7 @@ def row_log_sums(log_kernel, rows, live, stride, g, M, BM: tl.constexpr):
         j = column + tl.arange(0, BM)
         u = load_tile(log_kernel, rows, live, stride, j, M)
         u += tl.load(g + j, mask=j < M, other=-INF)[None, :]
-        new = tl.maximum(peak, tl.max(u, 1))
-        safe = finite_or_zero(new)
-        total = total * exp(peak - safe) + tl.sum(exp(u - safe[:, None]), 1)
-        peak = new
+        peak, total = add_exponentials(peak, total, u, 1)
     return natural_log_sum(peak, total)
 
 
@@ -162,13 +160,10 @@ def sinkhorn_rows_kernel(
         for column in range(0, M, BM):
             j = column + tl.arange(0, BM)
             h = load_tile(log_kernel, rows, live, stride_ln, j, M) + own[:, None]
-            here = tl.max(h, 0)
             if ONE:
-                new = tl.maximum(peak, here)
-                safe = finite_or_zero(new)
-                total = total * exp(peak - safe) + tl.sum(exp(h - safe[None, :]), 0)
-                peak = new
+                peak, total = add_exponentials(peak, total, h, 0)
             else:
+                here = tl.max(h, 0)
                 tl.store(peaks + out + j, here, mask=j < M)
                 tl.store(totals + out + j, tl.sum(exp(h - finite_or_zero(here)[None, :]), 0), mask=j < M)
     if ONE:
@@ -246,7 +241,7 @@ def sinkhorn(x: Sinkhorn) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         _stream(x, *out)
     else:
         args = (*given(x), *out, groups, n, m, x.num_iters)
-        launch(sinkhorn_resident_kernel, -(-groups // cut.PB), args, {"cut": cut}, cut.tile)
+        launch(sinkhorn_resident_kernel, -(-groups // cut.PB), args, {"cut": cut.compiled}, cut.tile)
     return out
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import triton
@@ -11,6 +13,7 @@ from torch import Tensor
 
 from ....problem import Sinkhorn
 from ..device.primitives import INF, LN2, LOG2E, finite_or_zero
+from ..host.groups import Group
 from ..host.launch import Device, Split, split_tokens
 from ..host.rows import unit_rows
 from ..host.tiles import INTERPRETER, MIN_BLOCK, Tile, padded
@@ -29,7 +32,8 @@ WIDEST = 256  # columns of such a tile
 COLUMNS = Tile(rows=16, depth=64, warps=4, stages=1)  # partial sums of [16 splits, 64 columns] at a time
 
 
-class Cut(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Cut(Group):
     """The tile of a resident program."""
 
     PB: int  # problems
@@ -48,7 +52,7 @@ def resident(n: int, m: int, limit: int = RESIDENT) -> Cut | None:
     rows, columns = padded(n), padded(m)
     if rows * columns > limit:
         return None
-    return Cut(max(1, limit // 2 // (rows * columns)), rows, columns)  # several small problems share a program
+    return _cut(max(1, limit // 2 // (rows * columns)), rows, columns)  # several small problems share a program
 
 
 def stream(n: int, m: int, groups: int, device: Device, numbers: int = STREAM) -> tuple[Tile, Split]:
@@ -59,6 +63,9 @@ def stream(n: int, m: int, groups: int, device: Device, numbers: int = STREAM) -
     t = Tile(rows=rows, depth=columns, warps=4 if rows < MIN_BLOCK else 8, stages=1)
     split = split_tokens(n, t.rows, groups, device.multiprocessors) if m <= columns else Split(t.rows, -(-n // t.rows))
     return t, split
+
+
+_cut = functools.cache(Cut)
 
 
 class Numbers(NamedTuple):
@@ -109,6 +116,15 @@ def peak_and_total(x, AXIS: tl.constexpr):
     """(peak, Σ e^{x − peak}) over an axis of x [PB, NP, MP]."""
     peak = tl.max(x, AXIS, keep_dims=True)
     return peak, tl.sum(exp(x - finite_or_zero(peak)), AXIS, keep_dims=True)
+
+
+@triton.jit
+def add_exponentials(peak, total, x, AXIS: tl.constexpr):
+    """(peak, total) of total·e^peak + Σ e^x along an axis of x [I, J]."""
+    new = tl.maximum(peak, tl.max(x, AXIS))
+    safe = finite_or_zero(new)
+    terms = exp(x - (safe[None, :] if AXIS == 0 else safe[:, None]))
+    return new, total * exp(peak - safe) + tl.sum(terms, AXIS)
 
 
 @triton.jit
