@@ -237,7 +237,7 @@ sinkhorn = register(
         run=_run_sinkhorn,
         run_backward=_run_sinkhorn_backward,
         fake=_fake_sinkhorn,
-        decomposition=lambda *args: dispatch.EAGER.sinkhorn(*args[:-1]),
+        decomposition=lambda *args: dispatch.EAGER.sinkhorn(Sinkhorn(*args[:-1])),
     )
 )
 

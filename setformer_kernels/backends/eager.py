@@ -55,9 +55,9 @@ def _vjp(
 
 
 def _in_order(like: Tensor, t: Tensor) -> Tensor:
-    """`t` as `empty_in_order` lays it out, by operations that any compiler has."""
+    """`t` as `empty_in_order` lays it out, by operations that any compiler has; no view, so it may change in place."""
     order = memory_order(like)
-    return t.permute(order).contiguous().permute([order.index(d) for d in range(t.ndim)])
+    return t.permute(order).contiguous().permute([order.index(d) for d in range(t.ndim)]).clone()
 
 
 def attention(x: Operands, opt: Options) -> tuple[Tensor, Tensor, Tensor]:
