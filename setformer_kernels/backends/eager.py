@@ -56,9 +56,9 @@ def _vjp(
 
 
 def _in_order(like: Tensor, t: Tensor) -> Tensor:
-    """`t` as `empty_in_order` lays it out, by operations that any compiler has."""
+    """A copy of `t` in the memory order of `like`: no view, and by operations that exported graphs may hold."""
     order = memory_order(like)
-    return t.permute(order).contiguous().permute([order.index(d) for d in range(t.ndim)])
+    return t.permute(order).contiguous().permute([order.index(d) for d in range(t.ndim)]).clone()
 
 
 def attention(x: Operands, opt: Options) -> tuple[Tensor, Tensor, Tensor]:

@@ -157,9 +157,7 @@ def _logit_bound(x: Operands, opt: Options, l_k: Tensor) -> float:
     learned = x.bandwidth is not None or x.epsilon is not None
     if opt.kernel == "rbf" and x.reference_position is None and not learned:
         return (1 - math.exp(-2 * bandwidth)) / epsilon
-    traced = (
-        torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._are_functorch_transforms_active()
-    )
+    traced = torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._are_functorch_transforms_active()
     if traced or type(l_k) is not Tensor or l_k.device.type != "cpu" or l_k.numel() == 0:
         return INF
     return float(l_k.detach().abs().max())
