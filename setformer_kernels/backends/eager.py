@@ -55,7 +55,7 @@ def _vjp(
 
 
 def _in_order(like: Tensor, t: Tensor) -> Tensor:
-    """`t` as `empty_in_order` lays it out, by operations that any compiler has; no view, so it may change in place."""
+    """A copy of `t` in the memory order of `like`: no view, and by operations that exported graphs may hold."""
     order = memory_order(like)
     return t.permute(order).contiguous().permute([order.index(d) for d in range(t.ndim)]).clone()
 
