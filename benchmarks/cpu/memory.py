@@ -22,9 +22,9 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.cases import BOTH, AttentionCase, Entry, MemoryCase, attention_inputs
-from benchmarks.hardware import ROOT, Unavailable
-from benchmarks.implementations import attention, has_references
+from benchmarks.common.cases import BOTH, AttentionCase, Entry, MemoryCase, attention_inputs
+from benchmarks.common.hardware import ROOT, Unavailable
+from benchmarks.common.implementations import attention, has_references
 
 CHILD_ENV = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
 WARM_UP_LENGTH = 64
@@ -67,7 +67,7 @@ def peak_extra(entry: Entry, L: int) -> int:
 
 def measure(case: MemoryCase, threads: int) -> int:
     """`peak_extra` in a fresh process; RuntimeError with the child's error where the call itself failed."""
-    command = [sys.executable, "-m", "benchmarks.memory", case.entry.impl, str(case.entry.T or 0), str(case.L)]
+    command = [sys.executable, "-m", "benchmarks.cpu.memory", case.entry.impl, str(case.entry.T or 0), str(case.L)]
     environment = {**os.environ, **CHILD_ENV, "OMP_NUM_THREADS": str(threads)}
     done = subprocess.run(
         [*command, str(threads)], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300

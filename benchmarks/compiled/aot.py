@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple
 
-from benchmarks.gpus import FAMILIES
+from benchmarks.compiled.gpus import FAMILIES
 
 WHY_NOT = "kernels cannot be compiled in a process with TRITON_INTERPRET=1"
 

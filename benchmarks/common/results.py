@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.hardware import commit, cpu_flags, cpu_model
+from benchmarks.common.hardware import commit, cpu_flags, cpu_model
 
 OK, SKIPPED, UNAVAILABLE, FAILED = "ok", "skipped", "unavailable", "failed"
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import setformer_kernels.functional as SF
-from benchmarks.cases import BANDWIDTH, BOTH, EPSILON, FORWARD
+from benchmarks.common.cases import BANDWIDTH, BOTH, EPSILON, FORWARD
 
 SDPA = {
     "sdpa flash": SDPBackend.FLASH_ATTENTION,

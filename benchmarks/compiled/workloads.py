@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.gpus import GPUS
+from benchmarks.compiled.gpus import GPUS
 from setformer_kernels.problem import Operands, Options
 
 MULTIPROCESSORS = {gpu.family: gpu.multiprocessors for gpu in GPUS.values()}

@@ -1,4 +1,4 @@
-"""`python -m benchmarks.gpu_measure`: the benchmark table on a GPU, correctness first, as rows in a CSV.
+"""`python -m benchmarks.gpu.measure`: the benchmark table on a GPU, correctness first, as rows in a CSV.
 
 Everything of one case is timed in interleaved rounds, as replays of CUDA graphs where a call can be captured (`note`
 says where it cannot) and with CUDA events.  Inputs stay where the last replay left them, so short lengths run from the
@@ -20,9 +20,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks import entry_point, implementations
-from benchmarks.cases import BOTH, FORWARD, Entry
-from benchmarks.gpu_cases import (
+from benchmarks.common import entry_point, implementations
+from benchmarks.common.cases import BOTH, FORWARD, Entry
+from benchmarks.common.hardware import cpu_flags, cpu_model, default_threads
+from benchmarks.common.measure import Clock, interleave, paired_ratio, quartiles, wall_clock
+from benchmarks.common.results import FAILED, OK, SKIPPED, UNAVAILABLE, Row, Stamp, write_csv
+from benchmarks.gpu.cases import (
     SDPA,
     Call,
     GpuCase,
@@ -37,9 +40,6 @@ from benchmarks.gpu_cases import (
     set_attention,
     timed_call,
 )
-from benchmarks.hardware import cpu_flags, cpu_model, default_threads
-from benchmarks.measure import Clock, interleave, paired_ratio, quartiles, wall_clock
-from benchmarks.results import FAILED, OK, SKIPPED, UNAVAILABLE, Row, Stamp, write_csv
 from setformer_kernels import dispatch, testing
 from setformer_kernels.problem import Problem
 
@@ -260,7 +260,7 @@ def peak_extra(run: Callable[[Inputs], Tensor], x: Inputs) -> int:
 
 def host_times(case: GpuCase, backend: str, device: str) -> list[float]:
     """Seconds from the call of set_attention to the return of its first kernel's launch, the queue empty."""
-    from benchmarks import workloads
+    from benchmarks.compiled import workloads
 
     if backend != "triton":
         raise RuntimeError(f"the first launch of backend {backend!r} cannot be seen from Python")
@@ -306,9 +306,9 @@ def _matmul_probe(plan: GpuPlan) -> tuple[Call, float]:
 
 
 def _exp_probe(plan: GpuPlan) -> tuple[Call, float]:
-    from benchmarks import gpu_probe
+    from benchmarks.gpu import probe
 
-    return gpu_probe.exponentials(plan.device, plan.probe_scale)
+    return probe.exponentials(plan.device, plan.probe_scale)
 
 
 PROBES: dict[str, tuple[str, Callable[[GpuPlan], tuple[Call, float]]]] = {
@@ -360,7 +360,7 @@ def stamp(device: str, commit: str) -> Stamp:
 
 def main(argv: list[str] | None = None) -> int:
     """Entry point; 1 where a result is wrong."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_measure", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu.measure", description=__doc__)
     parser.add_argument("csv", type=Path)
     parser.add_argument("--dry-run", action="store_true", help="tiny sizes on the CPU")
     parser.add_argument("--seconds", type=float, default=150.0, help="no case is begun after this long")
@@ -379,4 +379,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    entry_point.run("benchmarks.gpu_measure", main)
+    entry_point.run("benchmarks.gpu.measure", main)

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from benchmarks import implementations, memory
-from benchmarks.cases import (
+from benchmarks.common import implementations
+from benchmarks.common.cases import (
     BOTH,
     SET_T1,
     SET_T3,
@@ -21,10 +21,11 @@ from benchmarks.cases import (
     attention_inputs,
     sinkhorn_log_kernel,
 )
-from benchmarks.hardware import Unavailable, probe
-from benchmarks.measure import CLOCKS, Clock, interleave, paired_ratio, quartiles
-from benchmarks.results import FAILED, OK, SKIPPED, UNAVAILABLE, Row
-from benchmarks.table import FMA_PEAK
+from benchmarks.common.hardware import Unavailable, probe
+from benchmarks.common.measure import CLOCKS, Clock, interleave, paired_ratio, quartiles
+from benchmarks.common.results import FAILED, OK, SKIPPED, UNAVAILABLE, Row
+from benchmarks.common.targets import FMA_PEAK
+from benchmarks.cpu import memory
 from setformer_kernels import dispatch
 from setformer_kernels.problem import Problem
 

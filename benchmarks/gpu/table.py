@@ -6,11 +6,11 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from benchmarks import model
-from benchmarks.cases import BOTH, FORWARD
-from benchmarks.results import OK, Row
-from benchmarks.table import Measured, Target, break_even, find
-from benchmarks.workloads import Call
+from benchmarks.common.cases import BOTH, FORWARD
+from benchmarks.common.results import OK, Row
+from benchmarks.common.targets import Measured, Target, break_even, find
+from benchmarks.compiled import model
+from benchmarks.compiled.workloads import Call
 
 SOFTMAX = ("sdpa flash", "sdpa cudnn", "sdpa efficient", "sdpa default")
 LONG = (16384, 65536)

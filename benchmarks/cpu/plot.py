@@ -6,9 +6,9 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from benchmarks.cases import MODES
-from benchmarks.results import Row
-from benchmarks.table import break_even, find
+from benchmarks.common.cases import MODES
+from benchmarks.common.results import Row
+from benchmarks.common.targets import break_even, find
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("torch", "numpy", "POT", "geomloss", "setformer-kernels", "triton")
 SIMD_FLAGS = ("sse2", "avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_bf16", "asimd")
 COPY_BYTES = 2**26  # of one thread's buffer: beyond any last-level cache share

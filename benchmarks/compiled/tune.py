@@ -1,6 +1,6 @@
-"""`python -m benchmarks.tune`: what other tiles would do to the kernels of one kind, compiled without a GPU.
+"""`python -m benchmarks.compiled.tune`: what other tiles would do to the kernels of one kind, compiled without a GPU.
 
-    python -m benchmarks.tune attention --backward --kind gradient --size small --tile 32,64,8,1 --tile 32,32,8,1
+    python -m benchmarks.compiled.tune attention --backward --kind gradient --tile 32,64,8,1 --tile 32,32,8,1
 
 compiles the launches once per tile (rows, depth, warps, stages) and prints registers, spills, shared memory and the
 model's predicted time of each kernel whose code changes.  Nothing is written: numbers go into `tiles.py` by hand, each
@@ -13,9 +13,10 @@ import argparse
 
 import torch
 
-from benchmarks import aot, entry_point, model, sass, workloads
-from benchmarks.gpus import FAMILIES, GPUS
-from benchmarks.workloads import Call
+from benchmarks.common import entry_point
+from benchmarks.compiled import aot, model, sass, workloads
+from benchmarks.compiled.gpus import FAMILIES, GPUS
+from benchmarks.compiled.workloads import Call
 from setformer_kernels.backends.triton.host import tiles
 
 
@@ -57,7 +58,7 @@ def _line(variant: aot.Variant, tile: object, gpu: str) -> str:
 def main(argv: list[str] | None = None) -> int:
     """Entry point."""
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.tune", description="Other tiles, compiled and predicted."
+        prog="python -m benchmarks.compiled.tune", description="Other tiles, compiled and predicted."
     )
     parser.add_argument("op", choices=sorted(workloads.RUN))
     parser.add_argument("--tile", action="append", default=[], help="rows,depth,warps,stages (repeatable)")
@@ -79,4 +80,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    entry_point.run("benchmarks.tune", main)
+    entry_point.run("benchmarks.compiled.tune", main)

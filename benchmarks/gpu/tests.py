@@ -1,6 +1,6 @@
 """The test suite on a machine with a GPU: in several processes, for a limited time, with nothing but pytest.
 
-As a pytest plugin (`-p benchmarks.gpu_tests`) it keeps one share of the tests, those of GPU backends first, and writes
+As a pytest plugin (`-p benchmarks.gpu.tests`) it keeps one share of the tests, those of GPU backends first, and writes
 each outcome to a file as it comes, so that a run that is stopped loses nothing.  As a module it starts the shares.
 """
 
@@ -15,7 +15,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any, NamedTuple
 
-ROOT = Path(__file__).resolve().parents[1]  # nothing is imported that needs torch: every share starts anew
+ROOT = Path(__file__).resolve().parents[2]  # nothing is imported that needs torch: every share starts anew
 SHARE, REPORT = "SETFORMER_TEST_SHARE", "SETFORMER_TEST_REPORT"
 # Last, if there is time: they test what no GPU changes.
 LAST = (
@@ -37,7 +37,7 @@ OPTIONS = (
     "no:cacheprovider",
     "--continue-on-collection-errors",
     "-p",
-    "benchmarks.gpu_tests",
+    "benchmarks.gpu.tests",
 )
 
 

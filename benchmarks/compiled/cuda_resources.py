@@ -1,4 +1,4 @@
-"""What nvcc makes of the CUDA kernels for GPUs that are not there: `python -m benchmarks.cuda_resources`.
+"""What nvcc makes of the CUDA kernels for GPUs that are not there: `python -m benchmarks.compiled.cuda_resources`.
 
 Writes benchmarks/results/cuda_resources.csv: registers, stack, spills and static shared memory of every kernel and
 architecture.  A test compiles again and compares.
@@ -17,9 +17,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
-from benchmarks import entry_point
+from benchmarks.common import entry_point
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 TABLE = ROOT / "benchmarks" / "results" / "cuda_resources.csv"
 TOOLS = ("nvcc", "c++filt")
 ARCHITECTURES = ("80", "90", "100", "120")
@@ -89,7 +89,7 @@ def committed() -> list[Row]:
 
 def main(argv: list[str] | None = None) -> int:
     """Entry point."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.cuda_resources", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.compiled.cuda_resources", description=__doc__)
     parser.add_argument("--out", type=Path, default=TABLE, help="file to write (default: the committed table)")
     arguments = parser.parse_args(argv)
     if not available():
@@ -106,4 +106,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    entry_point.run("benchmarks.cuda_resources", main)
+    entry_point.run("benchmarks.compiled.cuda_resources", main)

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import setformer_kernels.functional as SF
-from benchmarks.cases import BANDWIDTH, EPSILON, FORWARD, AttentionInputs, Entry
+from benchmarks.common.cases import BANDWIDTH, EPSILON, FORWARD, AttentionInputs, Entry
 
 Attention = Callable[[AttentionInputs], Tensor]
 Potentials = tuple[Tensor, Tensor]

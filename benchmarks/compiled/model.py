@@ -1,4 +1,4 @@
-"""`python -m benchmarks.model`: what attention has to cost on a GPU, and what the compiled kernels should take there.
+"""`python -m benchmarks.compiled.model`: what attention has to cost on a GPU, and what the kernels should take there.
 
 A prediction, not a measurement: it needs triton and no GPU.
 
@@ -41,10 +41,11 @@ from typing import Any, NamedTuple
 
 import torch
 
-from benchmarks import aot, entry_point, model_resident, sass, workloads
-from benchmarks.gpus import COPY_SHARE, FAMILIES, GPUS, SCHEDULERS, Gpu, resident_blocks
-from benchmarks.model_resident import HALF, Work, resident, resident_backward
-from benchmarks.workloads import Call
+from benchmarks.common import entry_point
+from benchmarks.compiled import aot, model_resident, sass, workloads
+from benchmarks.compiled.gpus import COPY_SHARE, FAMILIES, GPUS, SCHEDULERS, Gpu, resident_blocks
+from benchmarks.compiled.model_resident import HALF, Work, resident, resident_backward
+from benchmarks.compiled.workloads import Call
 
 LAUNCH_S = 1.5e-6  # from the end of one kernel to the start of the next in a CUDA graph, an assumption
 LENGTHS = (4096, 16384, 65536)
@@ -303,7 +304,7 @@ def launch_table(gpu: Gpu, L: int, T: int, both: bool) -> str:
 
 def _parser() -> argparse.ArgumentParser:
     about = "What attention has to cost on a GPU, and what the compiled kernels are predicted to take."
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.model", description=about)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.compiled.model", description=about)
     parser.add_argument("--gpu", choices=sorted(GPUS), action="append", help="only this one (repeatable)")
     parser.add_argument("--L", type=int, action="append", help="lengths (default: 4096, 16384, 65536)")
     parser.add_argument("--T", type=int, action="append", help="iterations (default: 1 and 3)")
@@ -345,4 +346,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    entry_point.run("benchmarks.model", main)
+    entry_point.run("benchmarks.compiled.model", main)

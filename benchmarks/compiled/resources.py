@@ -1,4 +1,4 @@
-"""`python -m benchmarks.resources`: compile every Triton kernel for GPUs that are not there, and table what they take.
+"""`python -m benchmarks.compiled.resources`: every Triton kernel compiled for GPUs that are not there, what it takes.
 
 Needs triton and no GPU.  For every call of `workloads.table_calls` the backend's launches are recorded, each distinct
 binary is compiled for sm_80, sm_90 and sm_100, and registers, spills, shared memory, tensor-core use and the
@@ -26,15 +26,16 @@ from typing import NamedTuple
 
 import torch
 
-from benchmarks import aot, entry_point, sass, workloads
-from benchmarks.gpus import FAMILIES, resident_blocks
-from benchmarks.hardware import ROOT
-from benchmarks.workloads import Call
+from benchmarks.common import entry_point
+from benchmarks.common.hardware import ROOT
+from benchmarks.compiled import aot, sass, workloads
+from benchmarks.compiled.gpus import FAMILIES, resident_blocks
+from benchmarks.compiled.workloads import Call
 
 TABLE = ROOT / "benchmarks" / "results" / "triton_resources.csv"
 BACKEND = ROOT / "setformer_kernels" / "backends" / "triton"
 MEASURED = ("registers", "spill_bytes", "shared_bytes", "instructions", "tensor_instructions")
-REGENERATE = "regenerate it with `python -m benchmarks.resources`"
+REGENERATE = "regenerate it with `python -m benchmarks.compiled.resources`"
 
 
 @dataclass(frozen=True)
@@ -314,7 +315,7 @@ def _range(numbers: Iterable[int]) -> str:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.resources", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.compiled.resources", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="the few calls that the tests compile; writes nothing")
     parser.add_argument("--family", choices=sorted(FAMILIES), action="append", help="only this one (repeatable)")
     parser.add_argument("--op", choices=sorted(workloads.RUN), action="append", help="only this one (repeatable)")
@@ -358,4 +359,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    entry_point.run("benchmarks.resources", main)
+    entry_point.run("benchmarks.compiled.resources", main)

@@ -24,9 +24,9 @@ from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 
-from benchmarks import gpu_table, gpu_tests
-from benchmarks.hardware import ROOT, commit, default_threads, environment
-from benchmarks.results import read_csv
+from benchmarks.common.hardware import ROOT, commit, default_threads, environment
+from benchmarks.common.results import read_csv
+from benchmarks.gpu import table, tests
 
 OK, FAILED, SKIPPED = "ok", "failed", "skipped"
 NO_GPU = 2  # exit status
@@ -145,7 +145,7 @@ def shares() -> int:
 
 def suite(seconds: float, folder: Path, arguments: tuple[str, ...]) -> Step:
     """The test suite in as many processes as the machine carries."""
-    found = gpu_tests.run(folder / "tests", seconds, shares(), arguments)
+    found = tests.run(folder / "tests", seconds, shares(), arguments)
     ran = found.counts["passed"] + found.counts["failed"]
     status = FAILED if found.failures or not ran else OK
     late = " (left: not run before the time was out)" if found.counts["left"] else ""
@@ -155,7 +155,7 @@ def suite(seconds: float, folder: Path, arguments: tuple[str, ...]) -> Step:
 def sanitizer(seconds: float, folder: Path) -> Step:
     """compute-sanitizer on every kernel at small sizes."""
     tool = shutil.which("compute-sanitizer")
-    smoke = [sys.executable, "-m", "benchmarks.gpu_smoke"]
+    smoke = [sys.executable, "-m", "benchmarks.gpu.smoke"]
     start = time.monotonic()
     status, output = child(
         smoke, seconds, folder / "smoke.log"
@@ -188,7 +188,7 @@ def sanitizer(seconds: float, folder: Path) -> Step:
 
 def benchmark(seconds: float, folder: Path, csv: Path, dry: bool) -> Step:
     """The benchmark table, in a process of its own."""
-    command = [sys.executable, "-m", "benchmarks.gpu_measure", str(csv), "--seconds", str(0.75 * seconds)]
+    command = [sys.executable, "-m", "benchmarks.gpu.measure", str(csv), "--seconds", str(0.75 * seconds)]
     command += ["--commit", commit(), *(["--dry-run"] if dry else [])]
     variables = {"TRITON_INTERPRET": "1"} if dry else {}
     status, output = child(command, seconds, folder / "benchmark.log", **variables)
@@ -231,9 +231,9 @@ def write_results(csv: Path, steps: list[Step], about: Mapping[str, object]) -> 
     lines += [f"| {s.name} | {s.status} | {s.summary.replace('|', '/')} | {s.seconds:.0f} |" for s in steps]
     if csv.exists():
         rows, stamp = read_csv(csv)
-        lines += ["", gpu_table.render(rows, stamp)]
+        lines += ["", table.render(rows, stamp)]
         if importlib.util.find_spec("matplotlib") is not None:
-            gpu_table.draw(rows, stamp, csv.with_suffix(".png"))
+            table.draw(rows, stamp, csv.with_suffix(".png"))
         else:
             lines += ["", "No plot: matplotlib is not installed."]
     csv.with_suffix(".md").write_text("\n".join(lines) + "\n")

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import setformer_kernels.functional as SF
-from benchmarks.cases import BOTH, MODES, AttentionCase, SinkhornCase, attention_inputs, sinkhorn_log_kernel
+from benchmarks.common.cases import BOTH, MODES, AttentionCase, SinkhornCase, attention_inputs, sinkhorn_log_kernel
 
 Benchmark = Callable[..., Any]
 LENGTH = 1024

@@ -19,11 +19,11 @@ from typing import NamedTuple
 
 import torch
 
-from benchmarks.gpus import FAMILIES, Gpu
-from benchmarks.workloads import Call
+from benchmarks.compiled.gpus import FAMILIES, Gpu
+from benchmarks.compiled.workloads import Call
 from setformer_kernels.backends._extension import DTYPE_CODES
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 HALF, FLOAT = 2, 4  # bytes
 SIZES = ((4096, 49), (4096, 196), (128, 256), (128, 512), (128, 1024), (128, 2048), (144, 4096))  # B·H, L
 

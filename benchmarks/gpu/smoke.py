@@ -1,4 +1,4 @@
-"""`python -m benchmarks.gpu_smoke`: every GPU kernel once, on small sizes; what compute-sanitizer watches."""
+"""`python -m benchmarks.gpu.smoke`: every GPU kernel once, on small sizes; what compute-sanitizer watches."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 import setformer_kernels.functional as SF
-from benchmarks import entry_point
+from benchmarks.common import entry_point
 from setformer_kernels import dispatch
 from setformer_kernels.problem import Problem
 
@@ -112,4 +112,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    entry_point.run("benchmarks.gpu_smoke", main)
+    entry_point.run("benchmarks.gpu.smoke", main)

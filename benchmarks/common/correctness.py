@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 import setformer_kernels.functional as SF
-from benchmarks import implementations
-from benchmarks.cases import (
+from benchmarks.common import implementations
+from benchmarks.common.cases import (
     BANDWIDTH,
     BOTH,
     ENTRIES,

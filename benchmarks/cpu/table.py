@@ -4,54 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
 
-from benchmarks.cases import BOTH, FORWARD
-from benchmarks.results import OK, Row
+from benchmarks.common.cases import BOTH, FORWARD
+from benchmarks.common.results import OK, Row
+from benchmarks.common.targets import FMA_PEAK, Measured, Target, break_even, find
 
-MET, NOT_MET, UNMEASURED = "met", "**not met**", "not measured"
 HEADLINE_LENGTH = 4096  # the length the design's rows are about; other lengths judge nothing
-FMA_PEAK = "fma peak"
 MEMORY_MIN_LENGTH, MEMORY_MIN_HEADS = 4096, 8
-
-
-class Measured(NamedTuple):
-    """A judged value: the number, how it is printed, and what it says beside it."""
-
-    value: float
-    text: str
-
-
-@dataclass(frozen=True)
-class Target:
-    """One line of the table; `least` targets are met from above, the others from below."""
-
-    where: str
-    what: str
-    bound: float
-    unit: str
-    least: bool
-    measure: Callable[[Sequence[Row]], Measured | None]
-
-    def verdict(self, measured: Measured | None) -> str:
-        """met, not met, or not measured."""
-        if measured is None or math.isnan(measured.value):
-            return UNMEASURED
-        met = measured.value >= self.bound if self.least else measured.value <= self.bound
-        return MET if met else NOT_MET
-
-    def line(self, rows: Sequence[Row]) -> str:
-        """The markdown line."""
-        measured = self.measure(rows)
-        sign = "≥" if self.least else "≤"
-        text = "–" if measured is None else measured.text
-        return f"| {self.where} | {self.what} | {sign} {self.bound:g}{self.unit} | {text} | {self.verdict(measured)} |"
-
-
-def find(rows: Sequence[Row], **columns: object) -> list[Row]:
-    """The measured rows with these cells."""
-    return [row for row in rows if row.status == OK and all(getattr(row, k) == v for k, v in columns.items())]
 
 
 def _headline(rows: Sequence[Row], mode: str, impl: str, T: int | None) -> list[Row]:
@@ -90,22 +49,6 @@ def peak_share(rows: Sequence[Row], T: int = 3) -> Measured | None:
     share = 100 * times[0].work / times[0].median / peak
     text = f"{share:.3g} % of {peak / 1e9:.3g} GFLOP/s"
     return Measured(share, text) if share <= 100 else Measured(math.nan, f"{text}: the probe is wrong")
-
-
-def break_even(lengths: Sequence[int], ratios: Sequence[float]) -> float:
-    """The length from which the ratio stays at 1 or above, log-log interpolated; inf if it never does.
-
-    Below the first measured length nothing is known, so a method that already wins there gets that length.
-    """
-    losing = [i for i, ratio in enumerate(ratios) if ratio < 1]
-    if not losing:
-        return float(lengths[0])
-    last = losing[-1]
-    if last + 1 == len(lengths):
-        return math.inf
-    low, high = math.log(ratios[last]), math.log(ratios[last + 1])
-    share = -low / (high - low)
-    return math.exp(math.log(lengths[last]) + share * (math.log(lengths[last + 1]) - math.log(lengths[last])))
 
 
 def sdpa_break_even(rows: Sequence[Row], mode: str, *, t1: bool = False) -> Measured | None:
