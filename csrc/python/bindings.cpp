@@ -1,9 +1,8 @@
 // Python's view of the kernels.
-#include "cuda/bindings.h"
-
+#include "../cpu/isa/table.h"
+#include "../cpu/probe_threads.h"
 #include "arguments.h"
-#include "cpu/probe_threads.h"
-#include "cpu/table.h"
+#include "cuda_bindings.h"
 
 using namespace sfk;
 

@@ -1,7 +1,7 @@
 // Nyström features ψ(x) = ‖x‖ W κ(w, x̂), W the whitening matrix that the caller computed, forward and backward.
 #pragma once
-#include "refs.h"
-#include "team.h"
+#include "base/team.h"
+#include "gradients.h"
 
 namespace sfk {
 namespace {

@@ -1,6 +1,7 @@
 #include <atomic>
 #include <cstdlib>
 #include <cstring>
+#include <stdexcept>
 
 #include "table.h"
 
@@ -12,14 +13,19 @@ struct Entry {
   bool runs;
 };
 
+// Those of this build, the widest first: a build says which it holds (setup.py).
 int entries(Entry out[3]) {
   int n = 0;
-#if defined(SFK_X86)
-  out[n++] = {&kAvx512Table, __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                                 __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")};
-  out[n++] = {&kAvx2Table, __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")};
+#if defined(SFK_AVX512)
+  out[n++] = {&avx512::table, __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                                  __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")};
 #endif
-  out[n++] = {&kGenericTable, true};
+#if defined(SFK_AVX2)
+  out[n++] = {&avx2::table, __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")};
+#endif
+#if defined(SFK_GENERIC) || !(defined(SFK_AVX2) || defined(SFK_AVX512))
+  out[n++] = {&generic::table, true};
+#endif
   return n;
 }
 
@@ -48,6 +54,7 @@ const KernelTable& kernels() {
   if (!table) {
     table = find(std::getenv("SETFORMER_KERNELS_CPU_ISA"));
     if (!table) table = find(nullptr);
+    if (!table) throw std::runtime_error("this build of the CPU kernels is for other processors only: build it again");
     chosen = table;
   }
   return *table;

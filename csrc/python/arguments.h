@@ -6,7 +6,7 @@
 #include <stdexcept>
 #include <string>
 
-#include "params.h"
+#include "../params.h"
 
 namespace py = pybind11;
 

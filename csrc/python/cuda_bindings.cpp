@@ -1,7 +1,7 @@
-#include "bindings.h"
+#include "cuda_bindings.h"
 
-#include "../arguments.h"
-#include "cuda.h"
+#include "../cuda/cuda.h"
+#include "arguments.h"
 
 namespace sfk {
 namespace {

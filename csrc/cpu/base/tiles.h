@@ -3,8 +3,8 @@
 #include <algorithm>
 #include <utility>
 
-#include "../params.h"
-#include "../philox.h"
+#include "../../params.h"
+#include "../../philox.h"
 #include "gemm.h"
 #include "scratch.h"
 
