@@ -51,10 +51,10 @@ struct KeyGradSource {
     if (keys.p.d_value)
       store_rows<F>(keys.p.d_value, keys.b, keys.h, keys.lo + row0, n, dv, keys.Ep, static_cast<const F*>(nullptr));
   }
-  void accept(int64_t row0, int64_t n, F* dl) {
+  void accept(int64_t row0, int64_t n, F* dl, const F* totals) {
     const Refs<F>& refs = keys.refs;
     if (!loaded) keys.load_keys(row0, n);
-    logit_grads<F>(refs, n, kappa, keys.pos, dl, grads);
+    logit_grads<F>(refs, n, kappa, keys.pos, dl, totals, grads);
     for (int64_t i = 0; i < n * refs.Mp; ++i) dl[i] *= refs.inv_eps;
     kernel_grads<F>(refs, n, keys.x, keys.inv, kappa, dl, keys.p.d_key ? d_x + 0 : nullptr, grads);
     if (keys.p.d_key)
@@ -96,6 +96,8 @@ class BackwardWorker {
     shared_.dg.reset(refs_.Mp);
     shared_.query_grads = &query_grads_;
     shared_.key_grads = &key_grads_;
+    query_grads_.balanced = true;
+    key_grads_.balanced = transport_.balanced = !p.d_c;
   }
   Shared& shared() { return shared_; }
 
@@ -113,6 +115,7 @@ class BackwardWorker {
     merge_queries(b, h, team);
     team.sync();
     source_.begin(b, h, lo, transport_.la);
+    transport_.center = transport_.balanced ? refs_.middle_logit() : F(0);
     const Marginals<F> marg{p_.M, Mp, p_.T, refs_.lam_a, refs_.lam_b, refs_.log_b};
     std::vector<const typename TransportBackward<F, KeyGradSource<F>>::Shared*> members;
     for (int i = 0; i < team.size; ++i) members.push_back(&team.template member<Shared>(i).transport);
@@ -184,7 +187,7 @@ class BackwardWorker {
     for (int64_t j = 0; j < Mp; ++j) shared_.dg[j] += dg_block_[j];
     drop<F>(p_, b, h, row0, n, Mp, w_);
     gemm<F>(p_.M, Ep_, n, w_, 1, Mp, d_o_, Ep_, shared_.dz, Ep_, true);
-    logit_grads<F>(refs_, n, kappa_, pos, dp_, query_grads_);
+    logit_grads<F>(refs_, n, kappa_, pos, dp_, static_cast<const F*>(nullptr), query_grads_);
     for (int64_t i = 0; i < n * Mp; ++i) dp_[i] *= refs_.inv_eps;
     kernel_grads<F>(refs_, n, x, inv, kappa_, dp_, p_.d_query ? d_x_ + 0 : nullptr, query_grads_);
     if (p_.d_query) store_rows<F>(p_.d_query, b, h, row0, n, d_x_ + 0, refs_.Dp, static_cast<const F*>(nullptr));

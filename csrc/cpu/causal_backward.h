@@ -37,12 +37,15 @@ class CausalBackwardWorker {
         lse_(rows_),
         row_top_(rows_),
         row_sum_(rows_),
+        totals_(rows_),
         g_(Mp_),
         dp_(Mp_),
         d_log_b_(Mp_),
         G_(Mp_ * Ep_),
         mask_(Mp_),
-        h_(Mp_) {}
+        h_(Mp_) {
+    grads_.balanced = true;
+  }
 
   void run(int64_t item) {
     const int64_t h = item / p_.B, b = item % p_.B;
@@ -77,7 +80,7 @@ class CausalBackwardWorker {
     kernel_tile<F>(refs_, n, x, inv, kappa_);
     logit_tile<F>(refs_, n, kappa_, pos, ds_);
     for (int64_t i = 0; i < n; ++i) forward_step(b, h, row0, i);
-    logit_grads<F>(refs_, n, kappa_, pos, ds_, grads_);
+    logit_grads<F>(refs_, n, kappa_, pos, ds_, static_cast<const F*>(nullptr), grads_);
     for (int64_t k = 0; k < n * Mp_; ++k) ds_[k] *= refs_.inv_eps;
     kernel_grads<F>(refs_, n, x, inv, kappa_, ds_, p_.d_query ? d_x_ + 0 : nullptr, grads_);
     if (p_.d_query) store_rows<F>(p_.d_query, b, h, row0, n, d_x_ + 0, refs_.Dp, static_cast<const F*>(nullptr));
@@ -135,7 +138,7 @@ class CausalBackwardWorker {
     load_rows<F>(p_.d_o, b, h, row0, n, nullptr, d_o_, Ep_);
     for (int64_t i = n - 1; i >= 0; --i) reverse_step(b, h, row0, i);
     if (p_.d_value) store_rows<F>(p_.d_value, b, h, row0, n, dv_ + 0, Ep_, static_cast<const F*>(nullptr));
-    logit_grads<F>(refs_, n, kappa_, source_.pos, ds_, grads_);
+    logit_grads<F>(refs_, n, kappa_, source_.pos, ds_, totals_, grads_);
     for (int64_t k = 0; k < n * Mp_; ++k) ds_[k] *= refs_.inv_eps;
     kernel_grads<F>(refs_, n, source_.x, source_.inv, kappa_, ds_, p_.d_key ? d_x_ + 0 : nullptr, grads_);
     if (p_.d_key) store_rows<F>(p_.d_key, b, h, row0, n, d_x_ + 0, refs_.Dp, static_cast<const F*>(nullptr));
@@ -165,8 +168,9 @@ class CausalBackwardWorker {
       dp_[j] = present ? static_cast<F>(p * (reduce_add<F>(acc) + h_[j])) : F(0);
       df += dp_[j];
     }
-    if (p_.T && present) grads_.hyper[kLambdaA] -= static_cast<double>(df) * lse_[i];
+    if (p_.T && present) grads_.hyper[kLambdaA] -= df * (static_cast<double>(lse_[i]) - refs_.middle_logit());
     const F back = p_.T && present ? -refs_.lam_a * df : F(0);
+    totals_[i] = df + back;
     for (int64_t j = 0; j < p_.M; ++j) {
       const F through = back == 0 ? F(0) : back * std::exp(dl[j] + refs_.log_b[j] - row_top_[i]) / row_sum_[i];
       d_log_b_[j] += through;
@@ -186,7 +190,7 @@ class CausalBackwardWorker {
   Scan<F> scan_;
   // Column maxima and sums, W^q (dropped) and d log C of every token of one head: what the reverse scan needs.
   Buffer<F> la_, top_, sum_, weight_, log_c_, d_log_c_, kappa_, tile_, ds_, v_, d_o_, dv_, d_x_, lse_, row_top_,
-      row_sum_, g_, dp_, d_log_b_, G_;
+      row_sum_, totals_, g_, dp_, d_log_b_, G_;
   Buffer<F> mask_;
   Buffer<double> h_;  // a long sum that cancels against ⟨G, v⟩
 };

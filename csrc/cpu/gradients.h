@@ -12,6 +12,7 @@ struct RefGrads {
   Buffer<F> pos;  // [P][Mp]
   double hyper[kNumHyper];
   bool wants_points, wants_hyper;
+  bool balanced = false;  // all dℓ sum to 0: moving κ by `middle` only takes weight off their rounding errors
   RefGrads(const Refs<F>& r, bool points, bool hypers)
       : y(r.Mp * r.Dp), pos(r.P * r.Mp), wants_points(points), wants_hyper(hypers) {}
   void clear(const Refs<F>& r) {
@@ -26,26 +27,27 @@ struct RefGrads {
   }
 };
 
-// Sums over one tile of dℓ for ε, τ and π.
+// Sums over one tile of dℓ for ε, τ and π; totals [n]: what the rows of dℓ sum to, null for 0.
 template <class F>
-void logit_grads(const Refs<F>& r, int64_t n, const F* kappa, const F* pos, const F* d_logits, RefGrads<F>& out) {
+void logit_grads(const Refs<F>& r, int64_t n, const F* kappa, const F* pos, const F* d_logits, const F* totals,
+                 RefGrads<F>& out) {
   const int64_t Mp = r.Mp;
   if (!out.wants_hyper && r.P == 0) return;
+  const F middle = out.balanced ? r.middle : F(1);
   double d_eps_sum = 0, d_tau_sum = 0;
   for (int64_t i = 0; i < n; ++i) {
-    Vec<F> d_eps{}, d_tau{};
+    Vec<F> d_eps{};
     const int64_t P = coordinates(r, pos + i * r.P);
     for (int64_t j = 0; j < Mp; j += kLanes<F>) {
       const Vec<F> dl = load(d_logits + i * Mp + j);
-      d_eps += dl * (load(kappa + i * Mp + j) - F(1));
+      d_eps += dl * (load(kappa + i * Mp + j) - middle);
       for (int64_t c = 0; c < P; ++c) {
         const Vec<F> d = pos[i * r.P + c] - load(r.pos_t + c * Mp + j);
-        d_tau += dl * d * d;
         store(out.pos + c * Mp + j, load(out.pos + c * Mp + j) + dl * d);
       }
     }
     d_eps_sum += reduce_add<F>(d_eps);
-    d_tau_sum += reduce_add<F>(d_tau);
+    if (P) d_tau_sum += distance_sum<F>(r, P, pos + i * r.P, d_logits + i * Mp, totals ? totals[i] : F(0));
   }
   out.hyper[kEpsilon] -= d_eps_sum * r.inv_eps * r.inv_eps;
   out.hyper[kPositionScale] -= 2.0 * r.tau * d_tau_sum;
@@ -57,14 +59,15 @@ void kernel_grads(const Refs<F>& r, int64_t n, const F* x, const F* inv, const F
                   RefGrads<F>& out) {
   const int64_t Mp = r.Mp, Dp = r.Dp;
   if (r.rbf) {
+    const F middle = out.balanced ? -r.beta * r.middle : F(0);  // of κ log κ
     double d_beta_sum = 0;
     for (int64_t i = 0; i < n; ++i) {
       Vec<F> d_beta{};
       const F scale = r.beta * inv[i];
       for (int64_t j = 0; j < Mp; j += kLanes<F>) {
-        const Vec<F> k = load(kappa + i * Mp + j), g = load(d_kappa + i * Mp + j) * k;
+        const Vec<F> k = load(kappa + i * Mp + j), d = load(d_kappa + i * Mp + j), g = d * k;
         // dκ/dβ = κ log κ / β; where κ underflowed, so did g.
-        if (out.wants_hyper) d_beta += g * vlog<F>(vmax(k, splat(std::numeric_limits<F>::min())));
+        if (out.wants_hyper) d_beta += g * vlog<F>(vmax(k, splat(std::numeric_limits<F>::min()))) - d * middle;
         store(d_kappa + i * Mp + j, g * scale);
       }
       if (out.wants_hyper) d_beta_sum += reduce_add<F>(d_beta);

@@ -16,11 +16,12 @@ struct Refs {
   int64_t M, Mp, D, Dp, P;
   bool rbf;
   F beta, inv_eps, inv_eps_low, lam_a, lam_b, tau;  // 1/ε = inv_eps + inv_eps_low to twice the precision of F
+  F middle;                                         // κ of orthogonal vectors
   Buffer<F> yt;                                     // [D][Mp] ŷ transposed (raw y for "dot")
   Buffer<F> y;                                      // [Mp][Dp] the same by rows
   Buffer<F> inv_norm;                               // [Mp]
   Buffer<F> log_b;                                  // [Mp] padded with −inf
-  Buffer<F> pos_t;                                  // [P][Mp]
+  Buffer<F> pos_t;                                  // [P][Mp] padded with the last reference's
   int64_t packed_head = -1;
 
   explicit Refs(const AttentionParams& p) : Refs(p.M, p.D, p.ref_pos ? p.P : 0, p.kernel == KernelKind::rbf) {}
@@ -55,11 +56,15 @@ struct Refs {
       log_b[j] = p.log_b ? static_cast<const F*>(p.log_b.data)[h * p.log_b.stride[0] + j * p.log_b.stride[1]] : uniform;
     const Block<F> pos(p.ref_pos, h);
     for (int64_t c = 0; c < P; ++c)
-      for (int64_t j = 0; j < Mp; ++j) pos_t[c * Mp + j] = j < M ? pos(j, c) : F(0);
+      for (int64_t j = 0; j < Mp; ++j) pos_t[c * Mp + j] = pos(std::min(j, M - 1), c);
   }
+
+  // ℓ of orthogonal vectors at one place.
+  F middle_logit() const { return (middle - 1) * inv_eps; }
 
   void set_kernel(F bandwidth, double epsilon) {
     beta = bandwidth;
+    middle = rbf ? std::exp(-beta) : F(0);
     inv_eps = static_cast<F>(1 / epsilon);
     inv_eps_low = static_cast<F>(1 / epsilon - static_cast<double>(inv_eps));
   }
@@ -100,6 +105,29 @@ int64_t coordinates(const Refs<F>& r, const F* pos) {
   for (int64_t c = 0; c < r.P; ++c)
     if (std::isnan(pos[c])) return 0;
   return r.P;
+}
+
+// ‖p − π_j‖² of the P coordinates of one token, for the references from j on.
+template <class F>
+Vec<F> squared_distance(const Refs<F>& r, int64_t P, const F* pos, int64_t j) {
+  Vec<F> sum{};
+  for (int64_t c = 0; c < P; ++c) {
+    const Vec<F> away = pos[c] - load(r.pos_t + c * r.Mp + j);
+    sum += away * away;
+  }
+  return sum;
+}
+
+// Σ_j dℓ_j ‖p − π_j‖² of one token, whose dℓ sum to `total` but for rounding: a squared distance of thousands would
+// multiply that error.  So squares count from the smallest on, and the smallest times the exact sum.
+template <class F>
+F distance_sum(const Refs<F>& r, int64_t P, const F* pos, const F* d_logits, F total) {
+  Vec<F> lowest = splat(kInf<F>), sum{};
+  for (int64_t j = 0; j < r.Mp; j += kLanes<F>) lowest = vmin(lowest, squared_distance<F>(r, P, pos, j));
+  const F nearest = reduce_min<F>(lowest);
+  for (int64_t j = 0; j < r.Mp; j += kLanes<F>)
+    sum += load(d_logits + j) * (squared_distance<F>(r, P, pos, j) - nearest);
+  return reduce_add<F>(sum) + nearest * total;
 }
 
 // ℓ = (κ − 1)/ε − τ²‖p − π‖² of the n rows with positions pos [n][P].  κ and ℓ may be the same tile.

@@ -47,7 +47,7 @@ struct MatrixSource {
     for (int64_t i = 0; i < n; ++i) df[i] += element<F>(p.d_f, g, lo + row0 + i);
   }
   void store_dv(int64_t, int64_t, F*) {}
-  void accept(int64_t row0, int64_t n, const F* dl) {
+  void accept(int64_t row0, int64_t n, const F* dl, const F*) {
     const View& v = p.d_log_kernel;
     for (int64_t i = 0; v && i < n; ++i)
       store_row<F>(v, g * v.stride[0] + (lo + row0 + i) * v.stride[1], v.stride[2], p.M, dl + i * Mp);

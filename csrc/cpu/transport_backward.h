@@ -14,7 +14,8 @@ template <class F>
 constexpr F kBackwardRange = sizeof(F) == 4 ? F(40) : F(300);
 
 // Source: logits, values, values_ahead (as in Transport); d_f(row0, n, out) adds the gradient of f^T; store_dv(row0, n,
-// dv); accept(row0, n, dl) takes the finished dℓ of a block; restart() forgets what it accepted.
+// dv); accept(row0, n, dl, totals) takes the finished dℓ of a block and the sums of its rows; restart() forgets what it
+// accepted.
 template <class F, class Source>
 class TransportBackward {
  public:
@@ -45,6 +46,7 @@ class TransportBackward {
         shift_(steps_),
         cref_(steps_),
         zdz_(Mp),
+        zdv_(Mp),
         dcol_(Mp),
         dzq_(Mp * Ep_),
         dzt_(E * Mp),
@@ -86,6 +88,7 @@ class TransportBackward {
   void settle_rows(const Marginals<F>& marg, int64_t row0, int64_t n);
   template <bool kLog>
   void finish_block(Source& src, const Marginals<F>& marg, int64_t row0, int64_t n);
+  void deliver(Source& src, const Marginals<F>& marg, int64_t row0, int64_t n);
   void finish_one_column(Source& src, const Marginals<F>& marg, int64_t row0, int64_t n);
   void exp_tile(int64_t n, const F* row, const F* col, F* out);
 
@@ -99,13 +102,15 @@ class TransportBackward {
 
  public:
   // In: la [rows], c and d_c [max(T,1)][Mp], z and dz [Mp][Ep], dg = dg^T [Mp].  Out: d_la [rows], d_log_b [Mp], dλ.
-  // t counts from 0: step t is iteration t+1 of the definition.  top_ holds the row maxima of ℓ + g (log mode) or 1/(K
-  // G).
+  // t counts from 0: step t is iteration t+1 of the definition.
   Buffer<F> la, d_la, c, z, dz, dg, d_c, d_log_b, partial;
   double d_lam_a = 0, d_lam_b = 0;
+  bool balanced = false;  // Σ_s df^t_s = Σ_j dg^t_j = 0, as rows of dS sum to 0: only the spread of c counts for dλ_b,
+  F center = 0;           // and of LSE_j(ℓ + g) about this value for dλ_a
 
  private:
-  Buffer<F> m_, coefs_, lse_, top_, df_, basis_, cq_, g_, shift_, cref_, zdz_, dcol_, dzq_, dzt_;
+  // top_: the row maxima of ℓ + g (log mode) or 1/(K G).
+  Buffer<F> m_, coefs_, lse_, top_, df_, basis_, cq_, g_, shift_, cref_, zdz_, zdv_, dcol_, dzq_, dzt_;
   Buffer<F> tile_, q_, r_, acc_, v_, dv_, u_;
 };
 
@@ -144,11 +149,17 @@ bool TransportBackward<F, Source>::prepare(const Marginals<F>& marg, F& spread) 
     ok = ok && top - low <= kBackwardRange<F> && spread <= kBackwardRange<F>;
   }
   for (int64_t j = 0; j < Mp_; ++j) {
-    zdz_[j] = 0;
-    for (int64_t e = 0; e < Ep_; ++e) zdz_[j] += z[j * Ep_ + e] * dz[j * Ep_ + e];
     const F factor = kLog ? F(1) : cq_[(steps_ - 1) * Mp_ + j];
     for (int64_t e = 0; e < Ep_; ++e) dzq_[j * Ep_ + e] = factor * dz[j * Ep_ + e];
     for (int64_t e = 0; e < E_; ++e) dzt_[e * Mp_ + j] = dz[j * Ep_ + e];
+  }
+  // ⟨z_j, dz_j⟩ rounded as ⟨v_s, dz_j⟩ will be, and as ⟨v_s, dv_s⟩: where a column has one key, z_j is its value and
+  // dv_s is dz_j, and what must cancel cancels exactly.
+  for (int64_t j = 0; j < Mp_; ++j) {
+    zdz_[j] = gemm_element<F>(E_, z + j * Ep_, dzt_, Mp_, j);
+    Vec<F> dot{};
+    for (int64_t e = 0; e < Ep_; e += kLanes<F>) dot += load(z + j * Ep_ + e) * load(dz + j * Ep_ + e);
+    zdv_[j] = reduce_add<F>(dot);
   }
   return ok;
 }
@@ -164,10 +175,12 @@ void TransportBackward<F, Source>::set_columns(const Marginals<F>& marg, int64_t
     if (reached) d_log_b[j] += dg[j];
     if (marg.T && reached) {
       d -= marg.lam_b * dg[j];
-      d_lam_b -= static_cast<double>(dg[j]) * c_t[j];
+      d_lam_b -= static_cast<double>(dg[j]) * (balanced ? c_t[j] - cref_[t] : c_t[j]);
     }
-    dcol_[j] = (t == steps_ - 1 && !lone_ ? d - zdz_[j] : d);
-    basis_q(t)[j] = kLog ? dcol_[j] : dcol_[j] * cq_[t * Mp_ + j];
+    const bool pooled = t == steps_ - 1 && !lone_;
+    const F factor = kLog ? F(1) : cq_[t * Mp_ + j];
+    basis_q(t)[j] = (pooled ? d - zdz_[j] : d) * factor;
+    dcol_[j] = (pooled ? d - zdv_[j] : d) * factor;
   }
 }
 
@@ -261,7 +274,7 @@ void TransportBackward<F, Source>::row_gradients(Source& src, const Marginals<F>
     exp_tile(n, q, cq_ + t * Mp_, q_);
     Q = q_;
   }
-  row_dots<F>(n, Mp_, Q, basis_q(t), u_);
+  row_dots<F>(n, Mp_, Q, dcol_, u_);
   if (last && Ep_) {
     src.values(row0, n, v_);
     Ahead ahead = src.values_ahead(row0, n);
@@ -280,7 +293,7 @@ void TransportBackward<F, Source>::row_gradients(Source& src, const Marginals<F>
     const bool absent = la[row0 + i] == -kInf<F> || lse[i] == -kInf<F>;
     if (absent) df[i] = 0;
     d_la[row0 + i] += df[i];
-    if (marg.T && !absent) d_lam_a -= static_cast<double>(df[i]) * lse[i];
+    if (marg.T && !absent) d_lam_a -= static_cast<double>(df[i]) * (lse[i] - center);
     u_[i] = marg.T ? -marg.lam_a * df[i] : F(0);
   }
   if (marg.T == 0) return;
@@ -315,22 +328,25 @@ void TransportBackward<F, Source>::settle_rows(const Marginals<F>& marg, int64_t
     }
     const F settled = kLog ? reduce_add<F>(sum) : reduce_add<F>(sum) * q[i];
     d_la[row0 + i] += settled - df[i];
-    if (marg.T) d_lam_a -= static_cast<double>(settled - df[i]) * lse[i];
+    if (marg.T) d_lam_a -= static_cast<double>(settled - df[i]) * (lse[i] - center);
     df[i] = settled;
     if (!kLog) r[i] = -marg.lam_a * settled * inv[i];
   }
+}
+
+// dℓ of the block as it stands in acc_, to the source.  Its rows sum to those of Q, less λ_a of them as Σ_j R = 1.
+template <class F, class Source>
+void TransportBackward<F, Source>::deliver(Source& src, const Marginals<F>& marg, int64_t row0, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) u_[i] = (marg.T ? 1 - marg.lam_a : F(1)) * d_la[row0 + i];
+  src.accept(row0, n, acc_, u_);
 }
 
 // dℓ_s = (1 − λ_a) Σ_t df^t_s: with one column R = 1 and every Q term is its own row sum.  Exactly 0 where λ_a = 1.
 template <class F, class Source>
 void TransportBackward<F, Source>::finish_one_column(Source& src, const Marginals<F>& marg, int64_t row0, int64_t n) {
   fill(acc_ + 0, n * Mp_, F(0));
-  for (int64_t i = 0; i < n; ++i) {
-    F sum = 0;
-    for (int64_t t = 0; t < steps_; ++t) sum += df_[t * stride_ + row0 + i];
-    acc_[i * Mp_] = (1 - marg.lam_a) * sum;
-  }
-  src.accept(row0, n, acc_);
+  for (int64_t i = 0; i < n; ++i) acc_[i * Mp_] = (1 - marg.lam_a) * d_la[row0 + i];
+  deliver(src, marg, row0, n);
 }
 
 // The whole dℓ of the block, handed to the source.
@@ -357,7 +373,7 @@ void TransportBackward<F, Source>::finish_block(Source& src, const Marginals<F>&
         if (Ep_) a += q[i] * load(cq + j) * load(acc_ + i * Mp_ + j);
         store(acc_ + i * Mp_ + j, a * load(tile_ + i * Mp_ + j));
       }
-    src.accept(row0, n, acc_);
+    deliver(src, marg, row0, n);
     return;
   }
   if (!Ep_) fill(acc_ + 0, n * Mp_, F(0));
@@ -374,7 +390,7 @@ void TransportBackward<F, Source>::finish_block(Source& src, const Marginals<F>&
       }
     }
   }
-  src.accept(row0, n, acc_);
+  deliver(src, marg, row0, n);
 }
 
 }  // namespace

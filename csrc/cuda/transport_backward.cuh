@@ -65,7 +65,8 @@ SFK_DEVICE void KeyPass<T, kLog>::step_columns(int t) {
     if (p.T == 0 || reached) shared.d_log_b[j] += shared.dg[j];
     if (p.T && reached) {
       d -= head.lam_b * shared.dg[j];
-      sums.of[kLambdaB] -= shared.dg[j] * c;
+      // Σ_j dg_j = 0 unless c has a gradient: then only its spread counts.
+      sums.of[kLambdaB] -= shared.dg[j] * (p.d_c.data ? c : c - shared.levels[2 * t + 1]);
     }
     if (t == last && !lone) d -= shared.zdz[j];
     d_col(t)[j] = reached ? (kLog ? d : d * col_q(t)[j]) : 0.0f;
@@ -273,9 +274,11 @@ SFK_DEVICE void KeyPass<T, kLog>::finish() const {
       };
       const int tokens[2] = {token(row + g), token(row + g + 8)};
       const auto logits = [&](int first, int tiles, Chunk& dl) { to_logits(row, first, tiles, dl); };
+      const float rest = p.T ? 1 - head.lam_a : 1.0f;  // of df: Σ_j R = 1
+      const float total[2] = {rest * shared.d_log_a[row + g], rest * shared.d_log_a[row + g + 8]};
       float along[2];
-      gradient_tile(head, shared, mine, w + warp_index() * kTile * shared.v_length, tile, positions, tokens, logits,
-                    sums, along);
+      gradient_tile(head, shared, mine, w + warp_index() * kTile * shared.v_length, tile, positions, tokens, total,
+                    logits, sums, along);
       if (p.d_key.data)
         store_token_gradients(Rows<T>(p.d_key, head.b, head.h), head, shared, mine, tile, keys.first + row, count,
                               along);
