@@ -46,13 +46,13 @@ gpu:
 	$(PYTHON) -m benchmarks.gpu
 
 resources: $(VENV)/.installed
-	$(RUN) -m benchmarks.resources
+	$(RUN) -m benchmarks.compiled.resources
 
 cuda-resources: $(VENV)/.installed
-	$(RUN) -m benchmarks.cuda_resources
+	$(RUN) -m benchmarks.compiled.cuda_resources
 
 model: $(VENV)/.installed
-	$(RUN) -m benchmarks.model --resident
+	$(RUN) -m benchmarks.compiled.model --resident
 
 docs: $(VENV)/.docs
 	$(VENV)/bin/mkdocs build --strict --clean

@@ -16,9 +16,9 @@ from sklearn.metrics import jaccard_score
 from torch import nn
 
 from benchmarks.quality import __main__ as command
-from benchmarks.quality import listops, results, shapes, table, tasks, train
+from benchmarks.quality import results, table, tasks, train
 from benchmarks.quality.model import Alone, Elu, Softmax, sinusoids
-from demo import sources
+from benchmarks.tasks import listops, shapes, sources
 from setformer_kernels import SeTAttention
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.results import read_csv
-from benchmarks.table import render
+from benchmarks.common.results import read_csv
+from benchmarks.cpu.table import render
 from setformer_kernels import available_backends
 
 ROOT = Path(__file__).parents[1]
