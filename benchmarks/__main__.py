@@ -11,14 +11,15 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.cases import full_plan, quick_plan
-from benchmarks.correctness import Wrong, check
-from benchmarks.hardware import ROOT, default_threads, environment
-from benchmarks.measure import CLOCKS
-from benchmarks.plot import draw
-from benchmarks.results import Row, read_csv, stamp, write_csv
-from benchmarks.runner import Run
-from benchmarks.table import render
+from benchmarks.common import entry_point
+from benchmarks.common.cases import full_plan, quick_plan
+from benchmarks.common.correctness import Wrong, check
+from benchmarks.common.hardware import ROOT, default_threads, environment
+from benchmarks.common.measure import CLOCKS
+from benchmarks.common.results import Row, read_csv, stamp, write_csv
+from benchmarks.cpu.plot import draw
+from benchmarks.cpu.runner import Run
+from benchmarks.cpu.table import render
 
 ONLY = ("probes", "headline", "sweep", "sinkhorn", "memory")
 
@@ -97,4 +98,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    entry_point.run("benchmarks", main)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
+import importlib.util
 import json
 import platform
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -11,8 +14,6 @@ from typing import Any
 import torch
 
 from setformer_kernels.dispatch import available_backends, select, typical_problem
-
-from . import digits, figures, report, text
 
 OUTPUT = Path("demo_output")
 # Seconds each part may take, and the whole: a slow part leaves less to the next, and what was cut is reported.
@@ -39,6 +40,8 @@ def print_environment(facts: dict[str, Any]) -> None:
 
 
 def run_parts(start: float) -> dict[str, Any]:
+    from . import digits, figures, report, text
+
     def left(part: float, reserve: float) -> float:
         return min(part, TOTAL_SECONDS - reserve - (time.perf_counter() - start))
 
@@ -56,7 +59,11 @@ def run_parts(start: float) -> dict[str, Any]:
     return {"digits": digits_result, "text": text_result, "lengths": lengths}
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
+    """Entry point."""
+    argparse.ArgumentParser(prog="python -m demo", description=__doc__).parse_args(argv)
+    if missing := [name for name in ("sklearn", "matplotlib", "tqdm") if importlib.util.find_spec(name) is None]:
+        sys.exit(f"demo: {', '.join(missing)} missing: pip install '.[demo]'")
     start = time.perf_counter()
     OUTPUT.mkdir(exist_ok=True)
     facts = environment()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import warnings
 from types import ModuleType
 
 import torch
@@ -13,6 +15,7 @@ from .problem import Problem
 REFERENCE = "reference"
 # In the order `auto` tries them: cuda keeps on the chip what fits there, triton streams whatever there is.
 NATIVE: dict[str, ModuleType] = {module.NAME: module for module in (cpu, cuda, triton)}
+LARGE = 2**20  # logits of a call that is worth a word when it runs slowly: some 10 ms on the reference
 EAGER = eager  # behind the ops where no native backend is left: an exported graph on another machine
 
 
@@ -32,22 +35,48 @@ def typical_problem(device: str = "cpu") -> Problem:
 def select(problem: Problem, requested: str = "auto") -> str:
     """The backend that runs `problem`; ValueError if the requested one is unknown or cannot, with its reasons."""
     names = [*NATIVE, REFERENCE]
+    if requested not in ("auto", *names):
+        raise ValueError(f"backend must be one of auto, {', '.join(names)}, got {requested!r}")
+    # The TorchScript exporter of ONNX has no decompositions, as the newer one has, and ONNX no such ops.
+    if torch.jit.is_tracing() and torch.onnx.is_in_onnx_export():
+        return REFERENCE
     if requested == "auto":
         able = [name for name in NATIVE if not NATIVE[name].unsupported_reasons(problem)]
         return able[0] if able else REFERENCE
-    if requested not in names:
-        raise ValueError(f"backend must be one of auto, {', '.join(names)}, got {requested!r}")
     reasons = [] if requested == REFERENCE else NATIVE[requested].unsupported_reasons(problem)
     if reasons:
         raise ValueError(f"backend {requested!r} cannot run this call: {'; '.join(reasons)}")
     return requested
 
 
-def implementation(problem: Problem, requested: str) -> ModuleType:
+def absent(problem: Problem) -> list[str]:
+    """What is missing on this machine, one sentence a backend, where nothing else keeps that backend from `problem`."""
+    modules = [module for module in NATIVE.values() if module.ABSENT]
+    return [module.ABSENT for module in modules if module.unsupported_reasons(problem) == [module.ABSENT]]
+
+
+def choose(problem: Problem, requested: str, logits: int) -> str:
+    """`select` for a call that forms so many logits ℓ: a large one that goes to the reference only because something
+    is not installed says so, once in a process."""
+    chosen = select(problem, requested)
+    # under tracing there is nobody to tell, and sizes are symbols
+    eager = not torch.compiler.is_compiling() and isinstance(logits, int)
+    if chosen == REFERENCE != requested and eager and logits >= LARGE and (missing := absent(problem)):
+        _tell("; ".join(missing))
+    return chosen
+
+
+@functools.cache
+def _tell(missing: str) -> None:
+    slow = "setformer_kernels runs on its reference, which is several times slower than its kernels"
+    warnings.warn(f"{slow}: {missing}", stacklevel=4)
+
+
+def implementation(problem: Problem, requested: str, logits: int = 0) -> ModuleType:
     """The backend module an op calls on real tensors: the selected native one, or the eager one.
 
     All backends save the same for the backward: where the requested one has none for this size, another one runs it.
     """
     if problem.backward and requested in NATIVE and NATIVE[requested].unsupported_reasons(problem):
         requested = "auto"
-    return NATIVE.get(select(problem, requested), EAGER)
+    return NATIVE.get(choose(problem, requested, logits), EAGER)

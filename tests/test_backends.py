@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import setformer_kernels.functional as SF
-from setformer_kernels.backends.triton.config import INTERPRETED
+from setformer_kernels.backends.triton.host.tiles import INTERPRETED
 from setformer_kernels.testing import (
     ALL_CASES,
     CASES,

@@ -26,7 +26,7 @@ from torch import Tensor
 import setformer_kernels.functional as SF
 from setformer_kernels import dispatch
 from setformer_kernels.backends import cuda, eager
-from setformer_kernels.problem import Operands, Options
+from setformer_kernels.problem import Operands, Options, Sinkhorn
 from setformer_kernels.testing import (
     ALL_CASES,
     CASES,
@@ -65,11 +65,11 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     """The CUDA backend on a GPU, or with its kernels on the CPU."""
     if request.param == "shim":
         monkeypatch.setattr(cuda, "_C", request.getfixturevalue("shim"))
-        monkeypatch.setattr(cuda, "_TROUBLE", "")
+        monkeypatch.setattr(cuda, "ABSENT", "")
         monkeypatch.setattr(cuda, "_DEVICE", "cpu")
         yield "cuda"
-    elif not torch.cuda.is_available() or cuda._TROUBLE:
-        pytest.skip(cuda._TROUBLE or "no GPU")
+    elif not torch.cuda.is_available() or cuda.ABSENT:
+        pytest.skip(cuda.ABSENT or "no GPU")
     else:
         with torch.device("cuda"):
             yield "cuda"
@@ -189,10 +189,11 @@ def problem(n: int, m: int, groups: int = 2) -> list[Tensor]:
 
 def both_ways(module: Any, inputs: list[Tensor], num_iters: int, tol: float | None) -> list[Tensor]:
     """f, g, c, iters and the gradients of a fixed combination of f and g."""
-    f, g, c, iters = module.sinkhorn(*inputs, (1.0, 1.0), num_iters, tol)
+    x = Sinkhorn(*inputs, num_iters=num_iters, tol=tol)
+    f, g, c, iters = module.sinkhorn(x)
     d_f = torch.where(f > -math.inf, torch.cos(torch.arange(f.shape[1])), 0).to(f.dtype)
     d_g = torch.where(g > -math.inf, torch.sin(torch.arange(g.shape[1])), 0).to(f.dtype)
-    grads = module.sinkhorn_backward(*inputs, (1.0, 1.0), c, iters, d_f, d_g, (True,) * 5)
+    grads = module.sinkhorn_backward(x, c, iters, d_f, d_g, (True,) * 5)
     return [f, g, c, iters, *grads]
 
 
@@ -221,7 +222,7 @@ def test_a_tolerance_stops_each_problem_by_itself(backend: str, poisoned_memory:
     inputs = problem(150, 70)
     inputs[0][1] = 0.01 * inputs[0][1].nan_to_num(neginf=0)  # nearly constant: one iteration is nearly all
     _, _, c, iters, *_ = both_ways(cuda, inputs, 5, 0.05)
-    assert torch.equal(iters, eager.sinkhorn(*[t.double() for t in inputs], (1.0, 1.0), 5, 0.05)[3])
+    assert torch.equal(iters, eager.sinkhorn(Sinkhorn(*[t.double() for t in inputs], num_iters=5, tol=0.05))[3])
     ran = int(iters[1])
     assert ran < iters[0]
     assert torch.equal(c[1, ran - 1 :], c[1, ran - 1].expand(5 - ran + 1, -1))

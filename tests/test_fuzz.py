@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import setformer_kernels.functional as SF
-from setformer_kernels.backends.triton.config import INTERPRETED
+from setformer_kernels.backends.triton.host.tiles import INTERPRETED
 
 SETTINGS = settings(deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-3, torch.bfloat16: 0.1, torch.float16: 0.05}

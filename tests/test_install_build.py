@@ -19,11 +19,20 @@ NO_COMPILER = dict.fromkeys(("CC", "CXX", "LDSHARED"), "/nonexistent/compiler")
 # An editable install of this package would otherwise lend its own extension to the wheel's copy.
 USE = """
 import sys; sys.meta_path = [finder for finder in sys.meta_path if "Editable" not in repr(finder)]
-import torch, setformer_kernels as sk
+import torch, setformer_kernels as sk, warnings
 assert sk.__file__.startswith({site!r}), sk.__file__
-x = torch.randn(2, 6, 16)
-assert sk.SeTAttention(16, 2, batch_first=True, num_references=4)(x, x, x)[0].isfinite().all()
-assert any("_C" in reason for reason in sk.available_backends()["cpu"]), sk.available_backends()
+attention, x = sk.SeTAttention(16, 2, batch_first=True, num_references=64), torch.randn(2, 6, 16)
+with warnings.catch_warnings():
+    warnings.simplefilter("error")
+    assert attention(x, x, x)[0].isfinite().all()
+(reason,) = sk.available_backends()["cpu"]
+assert "no C++ compiler was found" in reason and "apt install g++" in reason, reason
+x = torch.randn(1, 4096, 16)
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    for _ in range(2):
+        attention(x, x, x, need_weights=False)
+assert [str(w.message).count("apt install g++") for w in caught] == [1], caught
 """
 
 pytest.importorskip("pybind11", reason="builds run here without isolation and need the build requirements")
@@ -37,6 +46,7 @@ def build(hook: str, source: Path, out: Path, **environment: str) -> Path:
         command, cwd=source, env=os.environ | environment, capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0, done.stdout + done.stderr
+    assert ("WITHOUT its C++ kernels: no C++ compiler" in done.stderr) == ("CXX" in environment), done.stderr
     return out / done.stdout.splitlines()[-1]
 
 
@@ -68,7 +78,7 @@ def test_wheel_without_a_compiler_installs_and_works(sdist: Path, tmp_path: Path
     site = tmp_path / "site"
     install = ["-m", "pip", "install", "--quiet", "--no-index", "--no-deps", "--target", str(site), str(wheel)]
     subprocess.run([sys.executable, *install], check=True, timeout=120)
-    environment = os.environ | {"PYTHONPATH": str(site)}
+    environment = os.environ | {"PYTHONPATH": str(site), "TRITON_INTERPRET": "0"}
     command = [sys.executable, "-c", USE.format(site=str(site))]
     subprocess.run(command, cwd=tmp_path, env=environment, check=True, timeout=120)
 
@@ -76,5 +86,5 @@ def test_wheel_without_a_compiler_installs_and_works(sdist: Path, tmp_path: Path
 def test_wheel_has_the_typing_marker_and_no_tests(sdist: Path, tmp_path: Path) -> None:
     with zipfile.ZipFile(build("build_wheel", sdist, tmp_path, **NO_COMPILER)) as wheel:
         names = wheel.namelist()
-    assert "setformer_kernels/py.typed" in names
+    assert {"setformer_kernels/py.typed", "setformer_kernels/_C.missing.txt"} <= set(names)
     assert not [name for name in names if name.startswith(("tests/", "demo/", "benchmarks/")) or name.endswith(".so")]

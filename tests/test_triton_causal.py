@@ -20,8 +20,9 @@ from setformer_kernels.testing.budget import cast
 from setformer_kernels.testing.cases import ALL_CASES, make
 
 pytest.importorskip("triton")
-from setformer_kernels.backends.triton import causal_state, face
-from setformer_kernels.backends.triton.launch import Device, recorded
+from setformer_kernels.backends.triton import face
+from setformer_kernels.backends.triton.causal import state
+from setformer_kernels.backends.triton.host.launch import Device, recorded
 
 causal = functools.partial(SF.set_attention, causal=True, num_iters=1)
 
@@ -90,7 +91,7 @@ def test_parts_of_the_heads_equal_the_whole(monkeypatch: pytest.MonkeyPatch) -> 
     cotangent, call = torch.randn(given["value"].shape), functools.partial(causal, backend="triton", dropout_p=0.2)
     call = functools.partial(call, seed=torch.tensor(5))
     whole = gradients(call, given, cotangent)
-    monkeypatch.setattr(causal_state, "WORKSPACE_SHARE", 0.0)
+    monkeypatch.setattr(state, "WORKSPACE_SHARE", 0.0)
     in_parts = gradients(call, given, cotangent)
     assert all(torch.equal(whole[name], in_parts[name]) for name in whole)
 
@@ -98,8 +99,8 @@ def test_parts_of_the_heads_equal_the_whole(monkeypatch: pytest.MonkeyPatch) -> 
 @pytest.fixture
 def stretches(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every chunk of a head is a stretch of its own."""
-    monkeypatch.setattr(causal_state, "WORKSPACE_SHARE", 0.0)
-    monkeypatch.setattr(causal_state, "FEW_TOKENS", 0)
+    monkeypatch.setattr(state, "WORKSPACE_SHARE", 0.0)
+    monkeypatch.setattr(state, "FEW_TOKENS", 0)
 
 
 STRETCHED = {
@@ -119,8 +120,8 @@ def test_stretches_of_the_length(name: str, stretches: None, poisoned_memory: No
 
 def test_stretches_of_several_chunks(monkeypatch: pytest.MonkeyPatch, poisoned_memory: None) -> None:
     """Of as many as fill the interpreter's device, 4: 5 in 3 and 2."""
-    monkeypatch.setattr(causal_state, "WORKSPACE_SHARE", 0.0)
-    monkeypatch.setattr(causal_state, "PROGRAMS", 1)
+    monkeypatch.setattr(state, "WORKSPACE_SHARE", 0.0)
+    monkeypatch.setattr(state, "PROGRAMS", 1)
     check(inputs(300), torch.bfloat16)
 
 

@@ -21,7 +21,7 @@ DEVICE = device_of("triton")
 
 @pytest.fixture
 def whitening() -> ModuleType:
-    from setformer_kernels.backends.triton import whitening
+    from setformer_kernels.backends.triton.features import whitening
 
     return whitening
 
@@ -55,10 +55,10 @@ def error(found: Tensor, exact: Tensor) -> float:
 
 
 def prepared_for(w: Tensor) -> tuple[Tensor, ModuleType]:
-    from setformer_kernels.backends.triton import features
+    from setformer_kernels.backends.triton.features import problem
 
     w = w.to(DEVICE)
-    return w, features.prepared_landmarks(w[None], w, None, 1.0)
+    return w, problem.prepared_landmarks(w[None], w, None, 1.0)
 
 
 @pytest.mark.parametrize(("r", "kind"), [(7, "pairs"), (64, "equal"), (64, "pairs"), (64, "random"), (100, "pairs")])

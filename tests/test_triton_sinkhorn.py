@@ -14,6 +14,7 @@ from conftest import device_of
 from torch import Tensor
 
 from setformer_kernels.backends import eager
+from setformer_kernels.problem import Sinkhorn
 from setformer_kernels.testing import assert_within_budget
 
 pytest.importorskip("triton")
@@ -33,18 +34,19 @@ def problem(n: int, m: int, infinite: bool = False) -> list[Tensor]:
 
 def both_ways(module: Any, backward: Any, inputs: list[Tensor], num_iters: int, tol: float | None) -> dict[str, Tensor]:
     """f, g, c, iters and the gradients of a fixed combination of f and g."""
-    f, g, c, iters = module.sinkhorn(*inputs, (1.0, 1.0), num_iters, tol)
+    x = Sinkhorn(*inputs, num_iters=num_iters, tol=tol)
+    f, g, c, iters = module.sinkhorn(x)
     rows, columns = torch.arange(f.shape[1], device=f.device), torch.arange(g.shape[1], device=g.device)
     d_f = torch.where(f > -math.inf, torch.cos(rows.to(f.dtype)), 0)
     d_g = torch.where(g > -math.inf, torch.sin(columns.to(g.dtype)), 0)
-    grads = backward.sinkhorn_backward(*inputs, (1.0, 1.0), c, iters, d_f, d_g, (True,) * 5)
+    grads = backward.sinkhorn_backward(x, c, iters, d_f, d_g, (True,) * 5)
     return {"f": f, "g": g, "c": c, "iters": iters} | dict(zip(NAMES, grads, strict=True))
 
 
 def compare(inputs: list[Tensor], num_iters: int, tol: float | None = None) -> dict[str, Tensor]:
-    from setformer_kernels.backends.triton import sinkhorn, sinkhorn_backward
+    from setformer_kernels.backends.triton.sinkhorn import backward, forward
 
-    found = both_ways(sinkhorn, sinkhorn_backward, [t.to(DEVICE) for t in inputs], num_iters, tol)
+    found = both_ways(forward, backward, [t.to(DEVICE) for t in inputs], num_iters, tol)
     found = {name: t.cpu() for name, t in found.items()}
     exact = both_ways(eager, eager, [t.double() for t in inputs], num_iters, tol)
     model = both_ways(eager, eager, inputs, num_iters, tol)
@@ -66,12 +68,12 @@ SIZES = {"resident": (20, 37), "resident, then streaming": (64, 100), "streaming
 
 @pytest.mark.parametrize("size", SIZES)
 def test_the_route_follows_from_the_size(size: str) -> None:
-    from setformer_kernels.backends.triton import sinkhorn, sinkhorn_backward
+    from setformer_kernels.backends.triton.sinkhorn import backward, problem
 
     n, m = SIZES[size]
-    routes = [sinkhorn.resident(n, m) is not None, sinkhorn.resident(n, m, sinkhorn_backward.RESIDENT) is not None]
+    routes = [problem.resident(n, m) is not None, problem.resident(n, m, backward.RESIDENT) is not None]
     assert routes == [size.startswith("resident"), size == "resident"]
-    assert (m > sinkhorn.WIDEST) == (size == "two tiles")
+    assert (m > problem.WIDEST) == (size == "two tiles")
 
 
 @pytest.mark.parametrize("num_iters", [0, 1, 3])

@@ -10,12 +10,13 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.hardware import ROOT
+from benchmarks.common import entry_point
+from benchmarks.common.hardware import ROOT
+from benchmarks.common.results import stamp
 from benchmarks.quality import results, table, train
 from benchmarks.quality.plot import draw
 from benchmarks.quality.results import Setting
 from benchmarks.quality.tasks import TASKS
-from benchmarks.results import stamp
 
 SEEDS = (0, 1, 2)
 QUICK = tuple(variant for variant in train.VARIANTS if variant.name in ("softmax", "SeT", "SeT, RKHS values"))
@@ -83,4 +84,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    entry_point.run("benchmarks.quality", main)

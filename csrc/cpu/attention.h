@@ -1,6 +1,6 @@
 // set_attention and set_pool, forward: transport of the keys, then the read of every query.
 #pragma once
-#include "refs.h"
+#include "logits.h"
 #include "transport.h"
 
 namespace sfk {

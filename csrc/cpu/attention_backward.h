@@ -1,6 +1,7 @@
 // set_attention and set_pool, backward: the queries give dz and dg^T, then the transport's backward runs over the keys.
 #pragma once
 #include "attention.h"
+#include "gradients.h"
 #include "transport_backward.h"
 
 namespace sfk {

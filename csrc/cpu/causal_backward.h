@@ -4,6 +4,7 @@
 // t_sj = dω_sj = p_sj (⟨G_j, v_s⟩ + h_j), p_sj = e^{ω_sj}/C_sj;  dv_s = Σ_j p_sj G_j.
 #pragma once
 #include "causal.h"
+#include "gradients.h"
 
 namespace sfk {
 namespace {

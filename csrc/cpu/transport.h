@@ -4,8 +4,8 @@
 // per row, and a column sum: no exponentials of tiles.  It holds while K and e^g stay in the normal range.  Otherwise
 // the head is done again in log mode: row-wise and column-wise logsumexp of ℓ itself, at two exponentials per element.
 #pragma once
-#include "explog.h"
-#include "team.h"
+#include "base/explog.h"
+#include "base/team.h"
 
 namespace sfk {
 namespace {

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Sequence
+from importlib.machinery import EXTENSION_SUFFIXES
+from pathlib import Path
 from types import ModuleType
 
 # torch brings its own OpenMP runtime; loaded first, it is the one the extension's threads come from.
 import torch
 from torch import Tensor
 
-from ..problem import HYPER, Operands, compute_dtype, empty_in_order
+from ..problem import HYPER, Operands, Sinkhorn, compute_dtype, empty_in_order, in_order
 
 DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3, torch.int64: 4}
 View = tuple[int, tuple[int, ...], tuple[int, ...], int]
@@ -48,7 +50,7 @@ def attention_backward(x: Operands, needs: Sequence[bool], parts: int, run: Call
     run(tuple([view(t) for t in (*tokens, d_log_a, d_references, d_log_b, d_hyper, d_position)]))
 
     hyper = _added_up(d_hyper)
-    d_hypers = [hyper[:, i, 0].contiguous() if hyper is not None and n else None for i, n in enumerate(hypers)]
+    d_hypers = [_own(hyper[:, i, 0]) if hyper is not None and n else None for i, n in enumerate(hypers)]
     d_log_b = None if d_log_b is None else d_log_b.squeeze(-1)
     d_parameters = in_order(x.references, _added_up(d_references)), in_order(x.log_b, _added_up(d_log_b))
     d_position = in_order(x.reference_position, _added_up(d_position))
@@ -62,44 +64,55 @@ def _added_up(t: Tensor | None) -> Tensor | None:
     return t.squeeze(0) if t.shape[0] == 1 else t.sum(0)
 
 
-def in_order(like: Tensor | None, t: Tensor | None) -> Tensor | None:
-    """`t` in the memory order of `like`."""
-    if t is None or like is None:
-        return None
-    return t.contiguous() if like.is_contiguous() else empty_in_order(like, t.shape).copy_(t)
+def _own(t: Tensor) -> Tensor:
+    """Contiguous, in memory of its own, as outputs of an op lie: `contiguous` leaves one head's column where it is."""
+    return t.clone(memory_format=torch.contiguous_format)
 
 
-def sinkhorn(
-    inputs: Sequence[Tensor | None], num_iters: int, run: Callable[[Views], None]
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """f [G, N], g [G, M], c [G, max(T, 1), M], iters [G] of (log_kernel, log_a, log_b, λ_a, λ_b)."""
-    log_kernel = inputs[0]
-    assert log_kernel is not None
-    groups, n, m = log_kernel.shape
-    f, g = log_kernel.new_empty((groups, n)), log_kernel.new_empty((groups, m))
-    c = log_kernel.new_empty((groups, max(num_iters, 1), m))
-    iters = log_kernel.new_empty(groups, dtype=torch.int64)
-    run(tuple([view(t) for t in (*inputs, f, g, c, iters, *[None] * 6)]))
+def sinkhorn(x: Sinkhorn, run: Callable[[Views], None]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """f [G, N], g [G, M], c [G, max(T, 1), M], iters [G]."""
+    (groups, n, m), new = x.log_kernel.shape, x.log_kernel.new_empty
+    f, g, c = new((groups, n)), new((groups, m)), new((groups, max(x.num_iters, 1), m))
+    iters = new(groups, dtype=torch.int64)
+    run(tuple([view(t) for t in (*x.tensors, f, g, c, iters, *[None] * 6)]))
     return f, g, c, iters
 
 
 def sinkhorn_backward(
-    inputs: Sequence[Tensor | None], given: Sequence[Tensor], needs: Sequence[bool], run: Callable[[Views], None]
+    x: Sinkhorn, given: Sequence[Tensor], needs: Sequence[bool], run: Callable[[Views], None]
 ) -> tuple[Tensor | None, ...]:
     """Gradients of `sinkhorn`'s inputs, None where not needed; given: c, iters, d_f, d_g."""
-    wanted = [t if n else None for t, n in zip(inputs, needs, strict=True)]
+    wanted = [t if n else None for t, n in zip(x.tensors, needs, strict=True)]
     grads = [None if t is None else empty_in_order(t, t.shape) for t in wanted[:3]]
     relaxed = any(t is not None for t in wanted[3:])
     d_lam = given[0].new_empty((given[0].shape[0], 2)) if relaxed else None
-    run(tuple([view(t) for t in (*inputs, None, None, *given, *grads, d_lam)]))
-    return *grads, *(None if t is None or d_lam is None else d_lam[:, i].contiguous() for i, t in enumerate(wanted[3:]))
+    run(tuple([view(t) for t in (*x.tensors, None, None, *given, *grads, d_lam)]))
+    return *grads, *(None if t is None or d_lam is None else _own(d_lam[:, i]) for i, t in enumerate(wanted[3:]))
+
+
+MISSING = "_C.missing.txt"  # setup.py leaves it beside the extension that it could not build
+
+
+def _absence(folder: Path) -> str:
+    """Why the package in `folder` has no extension for this interpreter, and what to do about it."""
+    note, others = folder / MISSING, [path.name for path in folder.glob("_C.*") if path.suffix in (".so", ".pyd")]
+    if others:
+        why = f"{others[0]} is for another interpreter: install the package into this one"
+    elif note.exists():
+        why = note.read_text(encoding="utf-8").strip()
+    else:
+        why = "it was never built in this source tree: pip install -e ."
+    return f"the C++ extension setformer_kernels._C is missing: {why}"
 
 
 def _load() -> tuple[ModuleType | None, str]:
+    name, folder = "setformer_kernels._C", Path(__file__).parents[1]
     try:
-        return importlib.import_module("setformer_kernels._C"), ""
+        return importlib.import_module(name), ""
     except ImportError as error:
-        return None, f"the C++ extension cannot be loaded ({error})"
+        if any((folder / f"_C{suffix}").exists() for suffix in EXTENSION_SUFFIXES):
+            return None, f"the C++ extension {name} cannot be loaded ({error})"
+        return None, _absence(folder)
 
 
 MODULE, REASON = _load()

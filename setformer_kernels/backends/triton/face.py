@@ -15,12 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...problem import Operands, Options, Problem
-from .config import INTERPRETED, MAX_HEAD_DIM, MAX_REFERENCES
+from ...problem import Operands, Options, Problem, Sinkhorn, beyond
+from .host.tiles import INTERPRETED, MAX_HEAD_DIM, MAX_REFERENCES
 
 NAME = "triton"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-OLDEST = (3, 2)  # the oldest release that the tests run with
+OLDEST = (3, 6)  # the oldest release that the tests run with
 
 Gradients = Sequence[Tensor | None]
 
@@ -38,24 +38,16 @@ def _trouble() -> str:
     return "" if enough else f"needs triton >= {wanted}, found {version}"
 
 
-# A constant of the process, found once: `unsupported_reasons` is traced by torch.compile.
-TROUBLE = _trouble()
+# What keeps the whole backend away, found once: `unsupported_reasons` is traced by torch.compile.
+ABSENT = _trouble()
 
 
 def unsupported_reasons(p: Problem) -> list[str]:
     """Why this backend cannot run `p`; empty when it can."""
-    reasons = [TROUBLE] if TROUBLE else []
+    reasons = [ABSENT] if ABSENT else []
     if p.device != "cuda" and not (p.device == "cpu" and INTERPRETED):
         reasons.append(f"runs on cuda tensors (on cpu tensors only under TRITON_INTERPRET=1), not on {p.device}")
-    if p.dtype not in DTYPES:
-        reasons.append(f"has no kernels for {p.dtype}")
-    if p.op != "sinkhorn" and p.M > MAX_REFERENCES:
-        reasons.append(f"holds at most {MAX_REFERENCES} references, not {p.M}")
-    if max(p.D, p.E) > MAX_HEAD_DIM:
-        reasons.append(f"holds head dims of at most {MAX_HEAD_DIM}, not {max(p.D, p.E)}")
-    if p.op == "causal" and p.num_iters > 1:
-        reasons.append("the causal scan needs num_iters <= 1")
-    return reasons
+    return reasons + beyond(p, DTYPES, MAX_REFERENCES, MAX_HEAD_DIM)
 
 
 def _on_device(t: Tensor) -> AbstractContextManager[Any]:
@@ -65,83 +57,83 @@ def _on_device(t: Tensor) -> AbstractContextManager[Any]:
 
 def attention(x: Operands, opt: Options) -> tuple[Tensor, Tensor, Tensor]:
     """o [B, H, L, E], z [B, H, M, E], c [B, H, max(T, 1), M]."""
-    from . import prepare, read, transport
+    from .attention import forward
 
     with _on_device(x.key):
-        prepared = prepare.prepare(x, opt)
-        z, c = transport.transport(x, opt, prepared)
-        return read.read(x, opt, prepared, z, c), z, c
+        return forward.attention(x, opt)
 
 
 def attention_backward(x: Operands, opt: Options, z: Tensor, c: Tensor, d_o: Tensor, needs: Sequence[bool]) -> Operands:
     """Gradients in the order of `Operands`, None where not needed."""
-    from . import attention_backward
+    from .attention import backward
 
     with _on_device(x.key):
-        return attention_backward.attention_backward(x, opt, z, c, d_o, needs)
+        return backward.attention_backward(x, opt, z, c, d_o, needs)
 
 
 def pool(x: Operands, opt: Options) -> tuple[Tensor, Tensor]:
     """z [B, H, M, E], c [B, H, max(T, 1), M]."""
-    from . import prepare, transport
+    from .attention import forward
 
     with _on_device(x.key):
-        return transport.transport(x, opt, prepare.prepare(x, opt))
+        return forward.pool(x, opt)
 
 
 def pool_backward(
     x: Operands, opt: Options, z: Tensor, c: Tensor, d_z: Tensor, d_c: Tensor | None, needs: Sequence[bool]
 ) -> Operands:
     """As `attention_backward`, from the gradients of z and (where given) c."""
-    from . import attention_backward
+    from .attention import backward
 
     with _on_device(x.key):
-        return attention_backward.pool_backward(x, opt, z, c, d_z, d_c, needs)
+        return backward.pool_backward(x, opt, z, c, d_z, d_c, needs)
 
 
 def causal(x: Operands, opt: Options) -> Tensor:
     """o [B, H, L, E], for T <= 1."""
-    from . import causal
+    from .causal import forward
 
     with _on_device(x.key):
-        return causal.causal(x, opt)
+        return forward.causal(x, opt)
 
 
 def causal_backward(x: Operands, opt: Options, d_o: Tensor, needs: Sequence[bool]) -> Operands:
     """As `attention_backward`, for the causal scan."""
-    from . import causal_backward
+    from .causal import backward
 
     with _on_device(x.key):
-        return causal_backward.causal_backward(x, opt, d_o, needs)
+        return backward.causal_backward(x, opt, d_o, needs)
 
 
 def features(x: Tensor, landmarks: Tensor, bandwidth: Tensor | None, scalar: float, ridge: float) -> Tensor:
     """x [B, H, N, D], landmarks [H, R, D] -> ψ [B, H, N, R]."""
-    from . import features
+    from .features import forward
 
     with _on_device(x):
-        return features.features(x, landmarks, bandwidth, scalar, ridge)
+        return forward.features(x, landmarks, bandwidth, scalar, ridge)
 
 
 def features_backward(x: Tensor, landmarks: Tensor, *args: Any) -> tuple[Tensor | None, ...]:
     """(dx, d landmarks, d bandwidth), None where not needed."""
-    from . import features_backward
+    from .features import backward
 
     with _on_device(x):
-        return features_backward.features_backward(x, landmarks, *args)
+        return backward.features_backward(x, landmarks, *args)
 
 
-def sinkhorn(log_kernel: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def sinkhorn(x: Sinkhorn) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """f [G, N], g [G, M], c [G, max(T, 1), M], iters [G]."""
-    from . import sinkhorn
+    from .sinkhorn import forward
 
-    with _on_device(log_kernel):
-        return sinkhorn.sinkhorn(log_kernel, *args)
+    with _on_device(x.log_kernel):
+        return forward.sinkhorn(x)
 
 
-def sinkhorn_backward(log_kernel: Tensor, *args: Any) -> tuple[Tensor | None, ...]:
+def sinkhorn_backward(
+    x: Sinkhorn, c: Tensor, iters: Tensor, d_f: Tensor, d_g: Tensor, needs: Sequence[bool]
+) -> tuple[Tensor | None, ...]:
     """(d log_kernel, d log_a, d log_b, dλ_a, dλ_b), None where not needed."""
-    from . import sinkhorn_backward
+    from .sinkhorn import backward
 
-    with _on_device(log_kernel):
-        return sinkhorn_backward.sinkhorn_backward(log_kernel, *args)
+    with _on_device(x.log_kernel):
+        return backward.sinkhorn_backward(x, c, iters, d_f, d_g, needs)

@@ -1,0 +1,1 @@
+"""Attention for every T: keys transported onto references, queries reading them."""

@@ -1,0 +1,67 @@
+"""Backward of attention and of pooling: the passes over queries and keys, then the parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from ....problem import Operands, Options, replaced
+from ..device.gradients import gradient_tile
+from ..host.launch import Split, device_of, split_tokens
+from ..host.rows import TOKENS, token_gradients
+from ..host.tiles import padded
+from ..parameters.gradients import new_partials, parameter_gradients, wants_parameters
+from ..parameters.prepare import prepare
+from .plan_backward import Cotangents
+from .read_backward import read_backward
+from .transport_backward import KeyGradients, transport_backward
+
+
+def attention_backward(x: Operands, opt: Options, z: Tensor, c: Tensor, d_o: Tensor, needs: Sequence[bool]) -> Operands:
+    """Gradients in the order of `Operands`, None where not needed."""
+    return _backward(x, opt, (z, c), (d_o, None, None), needs)
+
+
+def pool_backward(
+    x: Operands, opt: Options, z: Tensor, c: Tensor, d_z: Tensor, d_c: Tensor | None, needs: Sequence[bool]
+) -> Operands:
+    """As `attention_backward`, from the gradients of z and (where given) c."""
+    x = replaced(x, query=None, query_position=None)
+    return _backward(x, opt, (z, c), (None, d_z, d_c), needs)
+
+
+def _backward(
+    x: Operands, opt: Options, state: tuple[Tensor, Tensor], incoming: tuple[Tensor | None, ...], needs: Sequence[bool]
+) -> Operands:
+    d_o, d_z, d_c = incoming
+    need = dict(zip(Operands._fields, needs, strict=True))
+    prepared = prepare(x, opt)
+    out = token_gradients(x, need)
+    rows = {name: out[name].rows if name in out else None for name in (*TOKENS, "log_a")}
+    parameters = wants_parameters(x, needs)
+    keys = parameters or any(rows[name] is not None for name in ("key", "value", "log_a"))
+    rows_per_step = gradient_tile(x, opt).rows
+    queries = Split(0, 0) if x.query is None else _split(x.query, rows_per_step)
+    of_keys = _split(x.key, rows_per_step)
+    parts = new_partials(x, prepared, queries.programs + of_keys.programs, needs)
+    part_z = None
+    if d_o is not None:
+        if keys:
+            (b, h, _, e), mp = x.value.shape, prepared.y.shape[1]
+            part_z = x.references.new_empty((b * h, queries.programs, mp, padded(e)))
+        read_backward(x, opt, prepared, state, d_o, queries, rows["query"], part_z, parts)
+    if keys:
+        given = Cotangents(part_z, queries.programs, *(None if t is None else t.contiguous() for t in (d_z, d_c)))
+        of_rows = KeyGradients(rows["key"], rows["value"], rows["log_a"])
+        log_b = need["log_b"] and x.log_b is not None
+        transport_backward(x, opt, prepared, state, given, of_keys, of_rows, parts, log_b)
+    found: dict[str, Tensor | None] = {name: gradient.delivered() for name, gradient in out.items()}
+    found |= parameter_gradients(x, opt, prepared, parts, needs)
+    return Operands._make(found.get(name) for name in Operands._fields)
+
+
+def _split(tokens: Tensor, rows: int) -> Split:
+    """How the tokens of a head are shared among programs."""
+    b, h, n, _ = tokens.shape
+    return split_tokens(n, rows, b * h, device_of(tokens).multiprocessors)

@@ -1,0 +1,244 @@
+"""Keys onto references: one pass over the keys per Sinkhorn iteration, the last pooling the values as well.
+
+    u = ℓ + g^{t−1},  m_s = max_j u_sj,  p = e^{u − m},  f_s = log a_s − λ_a (m_s + log Σ_j p_sj),
+    c^t_j = LSE_s(ℓ_sj + f_s);  last:  z_j = Σ_s e^{ℓ_sj + f_s − c_j} v_s
+
+The M references fit a tile, so the row update is local.  A program walks a stretch of the keys of one head and leaves
+partial column sums (peak, total) [M], and at the last pass the pooled values in units of e^peak [M, E]; the next pass
+merges the partial sums as it begins, `transport_finish_kernel` those of the last.  Sums run in a fixed order.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ....problem import Operands, Options
+from ..device.head import head_of
+from ..device.logits import token_logits
+from ..device.places import farthest, places_of
+from ..device.plan import log_domain_weights, narrow_weights, potentials_narrow, range_known
+from ..device.primitives import INF, LN2, column_sum, dot, finite_or_zero, merged_log_sum, rounded
+from ..device.rows import key_mass, load_rows, rows_of
+from ..host.groups import Sizes, cut_of, rule_of, sizes_of
+from ..host.launch import Split, device_of, kernel, launch, split_tokens
+from ..host.rows import log2_uniform, stride_step, strided, unit_rows
+from ..host.tiles import Tile, tile
+from ..parameters.prepare import References
+
+
+class Sums(NamedTuple):
+    """What the programs of a pass leave of Σ_s e^{ℓ+f}: total·2^peak, both [BH, splits, MP]."""
+
+    peak: Tensor
+    total: Tensor
+
+
+@triton.jit
+def walk_keys(
+    keys, values, masses, places, head, g, e, start, end, uniform,
+    NARROW: tl.constexpr, UPDATE_ROWS: tl.constexpr, POOL: tl.constexpr, DOT: tl.constexpr, sizes, cut,
+):  # fmt: skip
+    """(peak, total [MP], sums [MP, VDEPTH]) of keys start..end: Σ e^{ℓ+f} = total·e^peak, Σ e^{ℓ+f} v = sums·e^peak."""
+    MP: tl.constexpr = sizes.MP
+    top = tl.max(g, 0)
+    shift = g - top if UPDATE_ROWS else tl.zeros_like(g)
+    peak = tl.full([MP], -INF, tl.float32)
+    total = tl.zeros([MP], tl.float32)
+    sums = tl.zeros([MP, e.shape[0]], tl.float32)
+    # Where nothing is rescaled, sums over tokens can wait until after the loop: as long as registers last.
+    DEFER: tl.constexpr = NARROW and MP <= 64
+    tile = tl.zeros([cut.ROWS, MP], tl.float32) if DEFER else total
+    for first in range(start, end, cut.ROWS):
+        rows = first + tl.arange(0, cut.ROWS)
+        live, mass = key_mass(masses, rows, end, uniform)
+        l, kappa, cosine, inverse, first_columns = token_logits(keys, rows, live, places, head, DOT, sizes, cut)
+        if NARROW:
+            # Without positions ℓ is κ/ε − 1/ε: one multiply-add with the shift.
+            exponent = l + shift[None, :] if sizes.P > 0 else kappa * head.scale + (shift - head.scale)[None, :]
+            weights = narrow_weights(exponent, mass, head.lam_a, UPDATE_ROWS)  # [BS, MP]
+        else:
+            weights, here = log_domain_weights(l, g, mass, head.lam_a, UPDATE_ROWS)
+            new = tl.maximum(peak, here)
+            weights *= tl.exp2(here - finite_or_zero(new))[None, :]
+            fade = tl.exp2(peak - finite_or_zero(new))
+            total *= fade
+            sums *= fade[:, None]
+            peak = new
+        if DEFER:
+            tile += weights
+        else:
+            total += column_sum(weights)
+        if POOL:
+            v = load_rows(values, rows, live, e, sizes.E)
+            high = rounded(weights, v.dtype)
+            sums += dot(tl.trans(high), v, cut.PRECISION)
+            if v.dtype != tl.float32:  # the backward subtracts ⟨dz, z⟩ from ⟨dz, v⟩: z needs all of its weights
+                sums += dot(tl.trans(rounded(weights - high.to(tl.float32), v.dtype)), v, cut.PRECISION)
+    if NARROW:
+        total = column_sum(tile) if DEFER else total
+        peak = tl.zeros_like(g)
+        if UPDATE_ROWS:
+            peak = tl.where(g > -INF, (1.0 - head.lam_a) * top - finite_or_zero(g), -INF)
+    return peak, total, sums
+
+
+@kernel
+def transport_kernel(
+    key, stride_kb, stride_kh, stride_kn,  # [B, H, S, D], strides in units of cut.STEP
+    value, stride_vb, stride_vh, stride_vn,  # [B, H, S, E], likewise
+    log_a, stride_ab, stride_ah, stride_an,  # [B, H, S] or None
+    position, stride_pb, stride_ph, stride_pn,  # [B, H, S, P] or None
+    references, before, after,  # References; Sums of iteration − 1, of this one
+    pooled, c,  # [BH, splits, MP, EP], [B, H, iterations, M]
+    H, S, stretch, splits, iteration, iterations, uniform,
+    FIRST: tl.constexpr, LAST: tl.constexpr, rule, sizes, cut,
+):  # fmt: skip
+    """Iteration t ≥ 1 (not UPDATE_ROWS: the one column sum of T = 0) over `stretch` keys of one head.
+
+    The last iteration also pools; its programs each take VDEPTH columns of the values.
+    """
+    MP: tl.constexpr = sizes.MP
+    v_blocks: tl.constexpr = sizes.EP // cut.VDEPTH if LAST else 1
+    block = tl.program_id(0) % v_blocks
+    split = tl.program_id(0) // v_blocks % splits
+    bh = (tl.program_id(0) // (v_blocks * splits)).to(tl.int64)
+    b, h = bh // H, bh % H
+    j, e = tl.arange(0, MP), block * cut.VDEPTH + tl.arange(0, cut.VDEPTH)
+    keys = rows_of(key, b, h, stride_kb, stride_kh, stride_kn, S, cut.STEP)
+    values = rows_of(value, b, h, stride_vb, stride_vh, stride_vn, S, cut.STEP)
+    masses = rows_of(log_a, b, h, stride_ab, stride_ah, stride_an, S, 1) if log_a is not None else None
+    places = places_of(position, references, b, h, stride_pb, stride_ph, stride_pn, sizes) if sizes.P > 0 else None
+    head = head_of(references, h, sizes, cut)
+    g = tl.load(head.log_b + j)  # [MP]
+    if not FIRST:
+        old = merged_log_sum(before.peak + bh * splits * MP, before.total + bh * splits * MP, splits, MP)
+        g -= head.lam_b * finite_or_zero(old)
+        if (split == 0) & (block == 0):
+            tl.store(c + (bh * iterations + iteration - 2) * sizes.M + j, old * LN2, mask=j < sizes.M)
+    start, end = split * stretch, tl.minimum(S, (split + 1) * stretch)
+    if rule.RANGE == "always":
+        narrow = True
+    elif rule.RANGE == "device":
+        distance = head.tau * farthest(places, start, end, sizes) if sizes.P > 0 else 0.0
+        narrow = potentials_narrow(g, head.beta, head.scale, sizes.M, distance)
+    else:
+        narrow = False
+    if narrow:
+        peak, total, sums = walk_keys(
+            keys, values, masses, places, head, g, e, start, end, uniform,
+            True, rule.UPDATE_ROWS, LAST, rule.DOT, sizes, cut,
+        )  # fmt: skip
+    else:
+        peak, total, sums = walk_keys(
+            keys, values, masses, places, head, g, e, start, end, uniform,
+            False, rule.UPDATE_ROWS, LAST, rule.DOT, sizes, cut,
+        )  # fmt: skip
+    out = (bh * splits + split) * MP + j
+    if block == 0:
+        tl.store(after.peak + out, peak)
+        tl.store(after.total + out, total)
+    if LAST:
+        tl.store(pooled + out[:, None] * sizes.EP + e[None, :], sums)
+
+
+@kernel
+def transport_finish_kernel(
+    sums,  # Sums of the last pass
+    pooled, c, z,  # [BH, splits, MP, EP], [B, H, iterations, M], [B, H, M, E]
+    splits, iterations,
+    M: tl.constexpr, MP: tl.constexpr, E: tl.constexpr, EP: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The partial sums of the last pass, merged: its c [M], and BLOCK numbers of z [M, E]."""
+    blocks: tl.constexpr = MP * EP // BLOCK
+    bh = (tl.program_id(0) // blocks).to(tl.int64)
+    block = tl.program_id(0) % blocks
+    peaks = sums.peak + bh * splits * MP
+    totals = sums.total + bh * splits * MP
+    j = tl.arange(0, MP)
+    if block == 0:
+        last = merged_log_sum(peaks, totals, splits, MP)
+        tl.store(c + (bh * iterations + iterations - 1) * M + j, last * LN2, mask=j < M)
+    index = block * BLOCK + tl.arange(0, BLOCK)
+    row, e, i = index // EP, index % EP, tl.arange(0, 16)
+    peak = tl.full([BLOCK], -INF, tl.float32)
+    total = tl.zeros([BLOCK], tl.float32)
+    value = tl.zeros([BLOCK], tl.float32)
+    for start in range(0, splits, 16):
+        split = (start + i)[:, None]
+        some = split < splits
+        part = tl.load(peaks + split * MP + row[None, :], mask=some, other=-INF)  # [16, BLOCK]
+        new = tl.maximum(peak, tl.max(part, 0))
+        safe = finite_or_zero(new)
+        fade, weight = tl.exp2(peak - safe), tl.exp2(part - safe[None, :])
+        mass = tl.load(totals + split * MP + row[None, :], mask=some, other=0.0)
+        part_value = tl.load(pooled + (bh * splits + split) * (MP * EP) + index[None, :], mask=some, other=0.0)
+        total = total * fade + tl.sum(mass * weight, 0)
+        value = value * fade + tl.sum(part_value * weight, 0)
+        peak = new
+    mean = tl.where(total > 0, value / tl.where(total > 0, total, 1.0), 0.0)
+    tl.store(z + (bh * M + row) * E + e, mean, mask=(row < M) & (e < E))
+
+
+FINISH = Tile(rows=16, depth=256, warps=4, stages=1)  # a [16 splits, 256] tile is 32 numbers a thread
+
+
+def transport(x: Operands, opt: Options, prepared: References) -> tuple[Tensor, Tensor]:
+    """z [B, H, M, E] and c [B, H, max(T, 1), M] of the keys and values."""
+    (b, h), sizes = x.key.shape[:2], sizes_of(x)
+    iterations = max(opt.num_iters, 1)
+    z, c = (x.references.new_empty((b, h, *shape)) for shape in ((sizes.M, sizes.E), (iterations, sizes.M)))
+    split, sums, pooled = column_sums(x, opt, prepared, sizes, c)
+    block = min(256, sizes.MP * sizes.EP)
+    constants = {"M": sizes.M, "MP": sizes.MP, "E": sizes.E, "EP": sizes.EP, "BLOCK": block}
+    programs = b * h * sizes.MP * sizes.EP // block
+    launch(transport_finish_kernel, programs, (sums, pooled, c, z, split.programs, iterations), constants, FINISH)
+    return z, c
+
+
+def _range(x: Operands, opt: Options) -> str:
+    """`range_known`, with positions bounded by their boxes; what is left runs in the log domain."""
+    boxed = x.reference_position is not None and opt.kernel == "rbf" and x.key.dtype != torch.float16
+    return "device" if boxed else range_known(x, opt)
+
+
+def warps_across(references: int, known: str, itemsize: int) -> bool:
+    """Whether warps share the references rather than the keys.
+
+    Sharing keys, a thread holds M/4 entries of every [M] vector: too many beyond 128 references, and beyond 64 where
+    the log domain adds peaks to potentials and sums, or float32 operands come in three parts.  Sharing references
+    costs each row's logarithm in many threads.
+    """
+    return references > (128 if known == "always" and itemsize == 2 else 64)
+
+
+def column_sums(x: Operands, opt: Options, prepared: References, sizes: Sizes, c: Tensor) -> tuple[Split, Sums, Tensor]:
+    """Writes c^1..c^{T−1}; the last iteration's sums, and the pooled values in their units [BH, splits, MP, EP]."""
+    key, value, position = unit_rows(x.key), unit_rows(x.value), unit_rows(x.key_position)
+    b, h, s, _ = key.shape
+    device, known = device_of(key), _range(x, opt)
+    across = warps_across(sizes.MP, known, key.element_size())
+    kind = "column" if known == "always" and not across else "across"
+    t = tile(kind, device.family, max(sizes.MP, sizes.DP, sizes.EP), key.element_size())
+    split = split_tokens(s, t.rows, b * h, device.multiprocessors)
+    new = x.references.new_empty
+    shape = (b * h, split.programs, sizes.MP)
+    before, after = Sums(new(shape), new(shape)), Sums(new(shape), new(shape))
+    pooled = new((*shape, sizes.EP))
+    step = stride_step(key, value)
+    cut = cut_of(t, sizes, device, step, across)
+    tokens = (*strided(key, step), *strided(value, step), *strided(x.log_a), *strided(position), prepared)
+    constants: dict[str, Any] = {"rule": rule_of(opt, known).compiled, "sizes": sizes.compiled, "cut": cut.compiled}
+    iterations, uniform = c.shape[2], log2_uniform(s)
+    for iteration in range(1, iterations + 1):
+        last = iteration == iterations
+        blocks = sizes.EP // cut.VDEPTH if last else 1
+        args = (*tokens, before, after, pooled, c, h, s, *split, iteration, iterations, uniform)
+        variant = constants | {"FIRST": iteration == 1, "LAST": last}
+        launch(transport_kernel, b * h * split.programs * blocks, args, variant, t)
+        before, after = after, before
+    return split, before, pooled

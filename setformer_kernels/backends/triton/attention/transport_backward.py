@@ -1,0 +1,316 @@
+"""Backward of the transport, exact for the T iterations that ran: from dz and dg^T to dk, dv and the parameters' parts.
+
+    W^k = Q^T,  dc^t = −λ_b dg^t
+    t = T:  C_sj = W^k_sj (⟨v_s, dz_j⟩ − ⟨dz_j, z_j⟩ + dc^T_j)      t < T:  C_sj = Q^t_sj dc^t_j
+    df^t_s = Σ_j C_sj,   dℓ += C − λ_a R^t df^t,   dg^{t−1}_j = −λ_a Σ_s R^t_sj df^t_s,   dv_s = Σ_j W^k_sj dz_j
+
+`transport_columns_backward_kernel` is one pass over the keys per t = T..2, for dg^{t−1} alone;
+`transport_keys_backward_kernel` then sums all terms of dℓ in a last one, with dg^0, and takes them to dk and the
+parameters as `device.gradients` says.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ....problem import Operands, Options, replaced
+from ..device.gradients import across, gradient_tile, leave_tile, no_sums, store_tile_sums, sum_slots
+from ..device.head import gradient_factor, head_of, load_references, load_references_t
+from ..device.logits import token_logits
+from ..device.places import places_of
+from ..device.plan import range_known
+from ..device.primitives import INF, LN2, finite_or_zero, rounded, tokens_by
+from ..device.rows import key_mass, load_rows, row_starts, rows_of, store_rows
+from ..host.groups import cut_of, rule_of, sizes_of
+from ..host.launch import Split, device_of, kernel, launch
+from ..host.rows import stride_step, strided, unit_rows
+from ..parameters.gradients import Partials
+from ..parameters.prepare import References
+from .plan_backward import Cotangents, column_gradient, load_columns, merged_state, plan_terms, pooling_weights
+
+
+@triton.jit
+def key_value_products(values, rows, live, d_z, first_t, sizes, cut):
+    """⟨v_s, dz_j⟩ [BS, MP]; first_t: the first VDEPTH columns of dz, transposed."""
+    columns = tl.arange(0, cut.VDEPTH)
+    v = load_rows(values, rows, live, columns, sizes.E)
+    product = tokens_by(v, first_t, cut.PRECISION, cut.ACROSS)
+    if sizes.EP > cut.VDEPTH:
+        for start in range(cut.VDEPTH, sizes.EP, cut.VDEPTH):
+            v = load_rows(values, rows, live, start + columns, sizes.E)
+            d_z_t = load_references_t(d_z, start, sizes.MP, sizes.EP, cut.VDEPTH)
+            product += tokens_by(v, d_z_t, cut.PRECISION, cut.ACROSS)
+    return product
+
+
+@triton.jit
+def _store_value_columns(out, rows, inside, weights, d_z, start, sizes, cut):
+    """Columns start.. of dv_s = Σ_j W^k_sj dz_j."""
+    e = start + tl.arange(0, cut.VDEPTH)
+    d_z_chunk = load_references(d_z, start, sizes.MP, sizes.EP, cut.VDEPTH)
+    d_v = tokens_by(rounded(weights, d_z_chunk.dtype), d_z_chunk, cut.PRECISION, cut.ACROSS)
+    store_rows(out, rows, inside, e, sizes.E, d_v)
+
+
+@triton.jit
+def store_values(out, rows, inside, weights, d_z, block, blocks: tl.constexpr, sizes, cut):
+    """Every `blocks`-th VDEPTH columns of dv from `block` on."""
+    if sizes.EP == cut.VDEPTH:
+        if block == 0:
+            _store_value_columns(out, rows, inside, weights, d_z, 0, sizes, cut)
+    else:
+        for chunk in range(block, sizes.EP // cut.VDEPTH, blocks):
+            _store_value_columns(out, rows, inside, weights, d_z, chunk * cut.VDEPTH, sizes, cut)
+
+
+@kernel
+def transport_columns_backward_kernel(
+    key, stride_kb, stride_kh, stride_kn,  # [B, H, S, D], strides in units of cut.STEP
+    value, stride_vb, stride_vh, stride_vn,  # [B, H, S, E], likewise
+    log_a, stride_ab, stride_ah, stride_an,  # [B, H, S] or None
+    position, stride_pb, stride_ph, stride_pn,  # [B, H, S, P] or None
+    references, state,  # References, State
+    part_in, part_out,  # [BH, splits, MP] parts of dg^t, of dg^{t−1}
+    H, S, stretch, splits, iteration, iterations,
+    LAST: tl.constexpr, rule, sizes, cut,
+):  # fmt: skip
+    """Parts of dg^{t−1} of iteration t ≥ 2 (LAST: t = T) over `stretch` keys of one head."""
+    MP: tl.constexpr = sizes.MP
+    split = tl.program_id(0) % splits
+    bh = (tl.program_id(0) // splits).to(tl.int64)
+    b, h = bh // H, bh % H
+    j = tl.arange(0, MP)
+    keys = rows_of(key, b, h, stride_kb, stride_kh, stride_kn, S, cut.STEP)
+    values = rows_of(value, b, h, stride_vb, stride_vh, stride_vn, S, cut.STEP)
+    masses = rows_of(log_a, b, h, stride_ab, stride_ah, stride_an, S, 1) if log_a is not None else None
+    places = places_of(position, references, b, h, stride_pb, stride_ph, stride_pn, sizes) if sizes.P > 0 else None
+    head = head_of(references, h, sizes, cut)
+    d_z = state.d_z + bh * MP * sizes.EP
+    at = bh * iterations + iteration - 1
+    column = load_columns(state, at, sizes)
+    second = column.second
+    if LAST:
+        d_z_t = load_references_t(d_z, 0, MP, sizes.EP, cut.VDEPTH)
+        off, use = tl.load(state.offset + bh * MP + j), tl.load(state.use_values + bh)
+    else:
+        merged = sum_slots(part_in, bh, 0, 1, splits, splits, MP, j, j < MP)
+        if split == 0:
+            tl.store(state.d_g + at * MP + j, merged)
+        second *= column_gradient(merged, state, at, head.lam_b, sizes)
+    total = tl.zeros([MP], tl.float32)
+    end = tl.minimum(S, (split + 1) * stretch)
+    for start in range(split * stretch, end, cut.ROWS):
+        rows = start + tl.arange(0, cut.ROWS)
+        live, mass = key_mass(masses, rows, end, state.uniform)
+        l, kappa, cosine, inverse, x = token_logits(keys, rows, live, places, head, rule.DOT, sizes, cut)
+        p, r, lse, first = plan_terms(kappa, l, mass, head, column, rule, sizes)
+        if LAST:
+            weights = pooling_weights(first, second, live, use)
+            v_dz = key_value_products(values, rows, live, d_z, d_z_t, sizes, cut)
+            d_f = tl.sum(weights * (v_dz * use - off[None, :]), 1)
+        else:
+            d_f = tl.sum(first * second[None, :], 1)
+        total -= tl.sum(p * (head.lam_a * d_f / r)[:, None], 0)
+    tl.store(part_out + (bh * splits + split) * MP + j, total)
+
+
+class LogitTerms(NamedTuple):
+    """What becomes of the iterations' terms over a tile of keys, and over all of them."""
+
+    d_l: Any  # [BS, MP] dℓ
+    sent: Any  # [BS] Σ_t df^t
+    relaxed: Any  # [BS] Σ_t df^t (LSE_j(ℓ + g^{t−1}) − center), over the tiles before as well
+    d_g_0: Any  # [MP] dg^0, likewise
+
+
+@triton.jit
+def earlier_terms(terms, center, kappa, l, mass, newest, head, state, parts, bh, iterations, rule, sizes):
+    """Adds the terms of t = T−1..1."""
+    d_l, sent, relaxed, d_g_0 = terms
+    j = tl.arange(0, sizes.MP)
+    for step in range(1, iterations):
+        t = iterations - step
+        at = bh * iterations + t - 1
+        column = load_columns(state, at, sizes)
+        p, r, lse, first = plan_terms(kappa, l, mass, head, column, rule, sizes)
+        d_g_t = tl.where(t == 1, newest, tl.load(state.d_g + at * sizes.MP + j))
+        term = first * (column.second * column_gradient(d_g_t, state, at, head.lam_b, sizes))[None, :]
+        d_f = tl.sum(term, 1)
+        sent += d_f
+        relaxed += d_f * (lse - center)
+        row_term = p * (head.lam_a * d_f / r)[:, None]
+        d_l += term - row_term
+        if parts.log_b is not None:
+            if t == 1:
+                d_g_0 -= tl.sum(row_term, 0)
+    return LogitTerms(d_l, sent, relaxed, d_g_0)
+
+
+@triton.jit
+def last_terms(relaxed, d_g_0, center, p, r, lse, weights, v_dz, use, head, state, parts, bh, rule, sizes):
+    """The term of t = T, with what the tiles before left of `relaxed` and dg^0."""
+    j = tl.arange(0, sizes.MP)
+    d_l = weights * (v_dz * use - tl.load(state.offset + bh * sizes.MP + j)[None, :])
+    sent = tl.sum(d_l, 1)
+    if rule.UPDATE_ROWS:
+        relaxed += sent * (lse - center)
+        row_term = p * (head.lam_a * sent / r)[:, None]
+        d_l -= row_term
+        if parts.log_b is not None and state.first_d_g is None:
+            d_g_0 -= tl.sum(row_term, 0)
+    return LogitTerms(d_l, sent, relaxed, d_g_0)
+
+
+@triton.jit
+def relaxation_center(head, state, DOT: tl.constexpr):
+    """What is subtracted from LSE_j(ℓ + g): Σ_s df^t_s = 0 unless c has a gradient, so only its spread counts."""
+    if state.d_c is not None:
+        return 0.0 * head.scale
+    else:
+        return -head.scale if DOT else head.scale * (tl.exp2(-head.beta) - 1.0)
+
+
+@triton.jit
+def _totals(state, newest, bh, iterations, sizes):
+    """(Σ_{0<t<T} dg^t [MP], Σ_{t>0} ⟨dg^t, c^t⟩); unless c has a gradient, Σ_j dg^t_j = 0: only its spread counts."""
+    j = tl.arange(0, sizes.MP)
+    total = tl.zeros([sizes.MP], tl.float32)
+    products = tl.zeros([sizes.MP], tl.float32)
+    for t in range(1, iterations + 1):
+        at = bh * iterations + t - 1
+        d_g_t = tl.load(state.d_g + at * sizes.MP + j)
+        if state.first_d_g is not None:
+            d_g_t = tl.where(t == 1, newest, d_g_t)
+        c_t = tl.load(state.c + at * sizes.M + j, mask=j < sizes.M, other=-INF)
+        top = finite_or_zero(tl.max(c_t, 0)) if state.d_c is None else 0.0
+        products += d_g_t * tl.where(c_t > -INF, c_t - top, 0.0)
+        total += tl.where(t < iterations, d_g_t, 0.0)
+    return total, tl.sum(products)
+
+
+@kernel
+def transport_keys_backward_kernel(
+    key, stride_kb, stride_kh, stride_kn,  # [B, H, S, D], strides in units of cut.STEP
+    value, stride_vb, stride_vh, stride_vn,  # [B, H, S, E], likewise
+    log_a, stride_ab, stride_ah, stride_an,  # [B, H, S] or None
+    position, stride_pb, stride_ph, stride_pn,  # [B, H, S, P] or None
+    d_key, stride_dkb, stride_dkh, stride_dkn,  # as the tensors whose gradients they are, None where not needed
+    d_value, stride_dvb, stride_dvh, stride_dvn,
+    d_log_a, stride_dab, stride_dah, stride_dan,
+    references, state, parts,  # References, State, Partials
+    H, S, stretch, splits, first_slot, iterations,
+    rule, sizes, cut,
+):  # fmt: skip
+    """All of dℓ over `stretch` keys of one head; DEPTH columns of dk and dŷ, and every d_blocks-th VDEPTH of dv."""
+    MP: tl.constexpr = sizes.MP
+    d_blocks: tl.constexpr = sizes.DP // cut.DEPTH
+    block = tl.program_id(0) % d_blocks
+    split = tl.program_id(0) // d_blocks % splits
+    bh = (tl.program_id(0) // (d_blocks * splits)).to(tl.int64)
+    b, h = bh // H, bh % H
+    j, d = tl.arange(0, MP), block * cut.DEPTH + tl.arange(0, cut.DEPTH)
+    keys = rows_of(key, b, h, stride_kb, stride_kh, stride_kn, S, cut.STEP)
+    values = rows_of(value, b, h, stride_vb, stride_vh, stride_vn, S, cut.STEP)
+    masses = rows_of(log_a, b, h, stride_ab, stride_ah, stride_an, S, 1) if log_a is not None else None
+    places = places_of(position, references, b, h, stride_pb, stride_ph, stride_pn, sizes) if sizes.P > 0 else None
+    d_keys = rows_of(d_key, b, h, stride_dkb, stride_dkh, stride_dkn, S, cut.STEP) if d_key is not None else None
+    d_values = rows_of(d_value, b, h, stride_dvb, stride_dvh, stride_dvn, S, cut.STEP) if d_value is not None else None
+    d_masses = rows_of(d_log_a, b, h, stride_dab, stride_dah, stride_dan, S, 1) if d_log_a is not None else None
+    head = head_of(references, h, sizes, cut)
+    factor = gradient_factor(references.parameters, h, rule.DOT)
+    y_own = load_references(head.y, block * cut.DEPTH, MP, sizes.DP, cut.DEPTH)
+    d_z = state.d_z + bh * MP * sizes.EP
+    d_z_t = load_references_t(d_z, 0, MP, sizes.EP, cut.VDEPTH)
+    use = tl.load(state.use_values + bh)
+    newest = tl.zeros([MP], tl.float32)
+    if state.first_d_g is not None:
+        newest = sum_slots(state.first_d_g, bh, 0, 1, splits, splits, MP, j, j < MP)  # dg^1
+    center = relaxation_center(head, state, rule.DOT)
+    relaxed, d_g_0 = tl.zeros([cut.ROWS], tl.float32), tl.zeros([MP], tl.float32)
+    sums = no_sums(sizes, cut)
+    end = tl.minimum(S, (split + 1) * stretch)
+    for start in range(split * stretch, end, cut.ROWS):
+        rows = start + tl.arange(0, cut.ROWS)
+        inside = rows < end
+        live, mass = key_mass(masses, rows, end, state.uniform)
+        l, kappa, cosine, inverse, x = token_logits(keys, rows, live, places, head, rule.DOT, sizes, cut)
+        # Columns are read in the loop: a thread cannot hold its share of them beside the tiles.
+        column = load_columns(state, bh * iterations + iterations - 1, sizes)
+        p, r, lse, first = plan_terms(kappa, l, mass, head, column, rule, sizes)
+        weights = pooling_weights(first, column.second, live, use)
+        if d_value is not None:
+            store_values(d_values, rows, inside, weights, d_z, block, d_blocks, sizes, cut)
+        v_dz = key_value_products(values, rows, live, d_z, d_z_t, sizes, cut)
+        terms = last_terms(relaxed, d_g_0, center, p, r, lse, weights, v_dz, use, head, state, parts, bh, rule, sizes)
+        if state.first_d_g is not None:
+            terms = earlier_terms(
+                terms, center, kappa, l, mass, newest, head, state, parts, bh, iterations, rule, sizes
+            )
+        d_l, sent, relaxed, d_g_0 = terms
+        if rule.UPDATE_ROWS and sizes.M == 1:  # R = 1, and every Q term is its own row sum: exactly 0 where λ_a = 1
+            d_l = tl.where((j < sizes.M)[None, :], ((1.0 - head.lam_a) * sent)[:, None], 0.0)
+        if d_log_a is not None:
+            if block == 0:
+                tl.store(row_starts(d_masses, rows), sent, mask=inside)
+        if d_blocks > 1:
+            x = load_rows(keys, rows, live, d, sizes.D)
+        total = (1.0 - head.lam_a) * sent if rule.UPDATE_ROWS else sent  # Σ_j R = 1
+        sums = leave_tile(
+            sums, d_l, total, kappa, cosine, inverse, x, y_own, factor, head.beta, d_keys, rows, inside, live, d, True,
+            places, parts, state.d_c is None, rule.DOT, sizes, cut,
+        )  # fmt: skip
+    slot = bh * (first_slot + splits) + first_slot + split
+    d_lambda_b = 0.0
+    if rule.UPDATE_ROWS:
+        if (block == 0) & (split == 0):  # what a head counts once
+            others, d_lambda_b = _totals(state, newest, bh, iterations, sizes)
+            d_g_0 += others
+    if parts.log_b is not None:
+        if block == 0:
+            tl.store(parts.log_b + slot * MP + j, d_g_0)
+    store_tile_sums(parts, slot, sums, d, tl.sum(relaxed) * LN2, d_lambda_b, True, block == 0, sizes)
+
+
+class KeyGradients(NamedTuple):
+    """Where the rows' gradients go, None where not needed."""
+
+    key: Tensor | None
+    value: Tensor | None
+    log_a: Tensor | None
+
+
+def transport_backward(
+    x: Operands, opt: Options, prepared: References, state: tuple[Tensor, Tensor], given: Cotangents,
+    split: Split, out: KeyGradients, parts: Partials, log_b: bool,
+) -> None:  # fmt: skip
+    """All passes over the keys: `out`, and the slots of `parts` after those of the queries (log_b: that one too)."""
+    merged, sizes = merged_state(x, opt, prepared, state, given, parts), sizes_of(x)
+    key, value, position = unit_rows(x.key), unit_rows(x.value), unit_rows(x.key_position)
+    b, h, s, _ = key.shape
+    iterations, device, t = state[1].shape[2], device_of(key), gradient_tile(x, opt)
+    step = stride_step(key, value, out.key, out.value)
+    tokens = (*strided(key, step), *strided(value, step), *strided(x.log_a), *strided(position))
+    cut = cut_of(t, sizes, device, step, across(device, key))
+    rule = rule_of(opt, range_known(x, opt))
+    sums = [x.references.new_empty((b * h, split.programs, sizes.MP)) for _ in range(min(2, iterations - 1))]
+    for iteration in range(iterations, 1, -1):
+        args = (*tokens, prepared, merged, sums[0], sums[-1], h, s, *split, iteration, iterations)
+        constants = {
+            "LAST": iteration == iterations,
+            "rule": rule.compiled,
+            "sizes": sizes.compiled,
+            "cut": cut.compiled,
+        }
+        launch(transport_columns_backward_kernel, b * h * split.programs, args, constants, t)
+        sums.reverse()
+    merged = merged._replace(first_d_g=sums[0] if sums else None)
+    gradients = (*strided(out.key, step), *strided(out.value, step), *strided(out.log_a))
+    parts = parts if log_b else replaced(parts, log_b=None)
+    args = (*tokens, *gradients, prepared, merged, parts, h, s, *split, given.splits, iterations)
+    programs = b * h * split.programs * (sizes.DP // cut.DEPTH)
+    constants = {"rule": rule.compiled, "sizes": sizes.compiled, "cut": cut.compiled}
+    launch(transport_keys_backward_kernel, programs, args, constants, t)

@@ -1,0 +1,230 @@
+"""Device functions of the causal kernels on one chunk: BC queries and keys at the same places, everything in base 2.
+
+    ω_sj log weights of the keys, 2^{before_j} the sum of those of all earlier chunks,
+    2^{log C_ij} = 2^{before_j} + Σ_{s≤i} 2^{ω_sj},   e_sj = 2^{ω_sj − ref_j} with ref_j the column's largest
+
+A ratio 2^{ω_sj − log C_ij}, s ≤ i, is at most 1.  As a product e_sj · 2^{ref_j − log C_ij} it is one matrix product for
+all pairs (i, s), exact while no prefix sum that counts lies more than `SPAN` below ref.  Where one does, and this is
+decided on the device, the pairs are formed one key at a time from differences of logarithms.
+"""
+
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+
+from ..device.logits import token_logits
+from ..device.plan import row_update
+from ..device.primitives import INF, SPAN, dot, finite_or_zero, log_sum, rounded, tokens_by
+from ..device.rows import key_mass
+
+
+class Chunk(NamedTuple):
+    """What the keys of one chunk weigh."""
+
+    live: Any  # [BC] which keys take part
+    omega: Any  # [BC, MP]
+    before: Any  # [MP]
+    ref: Any  # [MP]
+    narrow: Any  # whether products of factors are exact
+    log_c: Any  # [BC, MP]
+    count: Any  # keys of the chunk
+
+
+@triton.jit
+def place(chunks, first_head, first_chunk):
+    """(slot in the part's workspaces, b·H + h, chunk of the whole length) of a program on one chunk."""
+    slot = tl.program_id(0)
+    return slot.to(tl.int64), slot // chunks + first_head, slot % chunks + first_chunk
+
+
+@triton.jit
+def fine_product(a, b, PRECISION: tl.constexpr, ACROSS: tl.constexpr):
+    """a [BC, K] float32 · b [K, MP]; for b in half precision a is the sum of two such numbers.
+
+    ⟨do_i, v_s⟩ meets every reference: its rounding error would not average out over them.
+    """
+    high = rounded(a, b.dtype)
+    result = tokens_by(high, b, PRECISION, ACROSS)
+    if b.dtype != tl.float32:
+        result += tokens_by(rounded(a - high.to(tl.float32), b.dtype), b, PRECISION, ACROSS)
+    return result
+
+
+@triton.jit
+def log_weights(l, log_b, mass, relaxation, UPDATE_ROWS: tl.constexpr, M_TRUE: tl.constexpr):
+    """ω [BC, MP]; −∞ in padded columns and for absent keys."""
+    f = mass
+    if UPDATE_ROWS:
+        p, m, r, f = row_update(l, log_b, mass, relaxation)
+    omega = l + f[:, None]
+    if omega.shape[1] != M_TRUE:
+        omega = tl.where((tl.arange(0, omega.shape[1]) < M_TRUE)[None, :], omega, -INF)
+    return omega
+
+
+@triton.jit
+def column_units(omega, before):
+    """(ref [MP], whether every prefix sum that is not empty lies within SPAN of it)."""
+    ref = finite_or_zero(tl.maximum(before, tl.max(omega, 0)))
+    floor = tl.maximum(before, tl.min(tl.where(omega == -INF, INF, omega), 0))  # ∞ in an empty column
+    return ref, tl.min(tl.minimum(floor - ref, 0.0)) >= -SPAN
+
+
+@triton.jit
+def row_of(x, s, empty):
+    """Row s of x [BC, N], whose entries are at least `empty`: [N]."""
+    return tl.max(tl.where((tl.arange(0, x.shape[0]) == s)[:, None], x, empty), 0)
+
+
+@triton.jit
+def column_of(x, s):
+    """Column s of x [N, BC]: [N]."""
+    return tl.sum(tl.where((tl.arange(0, x.shape[1]) == s)[None, :], x, 0.0), 1)
+
+
+@triton.jit
+def lower(x):
+    """x [BC, BC] where the column's key is not later than the row's query, else 0."""
+    i = tl.arange(0, x.shape[0])
+    return tl.where(i[:, None] >= i[None, :], x, 0.0)
+
+
+@triton.jit
+def prefix_log_sums(omega, ref, before, narrow, count):
+    """log C [BC, MP]; −∞ before the first key."""
+    log_c = omega
+    if narrow:
+        total = tl.cumsum(tl.exp2(omega - ref[None, :]), 0) + tl.exp2(before - ref)[None, :]
+        log_c = log_sum(ref[None, :], total)
+    else:
+        log_c = _prefix_key_by_key(omega, before, count)
+    return log_c
+
+
+@triton.jit
+def _prefix_key_by_key(omega, before, count):
+    """log C [BC, MP] of the first `count` rows without units."""
+    i = tl.arange(0, omega.shape[0])
+    log_c = omega
+    so_far = before
+    for s in range(count):
+        key = row_of(omega, s, -INF)
+        peak = finite_or_zero(tl.maximum(so_far, key))
+        so_far = log_sum(peak, tl.exp2(so_far - peak) + tl.exp2(key - peak))
+        log_c = tl.where((i == s)[:, None], so_far[None, :], log_c)
+    return log_c
+
+
+@triton.jit
+def query_weights(l, log_b, log_c, relaxation, UPDATE_ROWS: tl.constexpr):
+    """The numerators of W [BC, MP]."""
+    u = l + log_b[None, :]
+    if UPDATE_ROWS:
+        u -= relaxation * finite_or_zero(log_c)
+    return tl.exp2(u - tl.max(u, 1)[:, None])
+
+
+@triton.jit
+def chunk_weights(w, chunk, FACTOR: tl.constexpr, PRECISION: tl.constexpr):
+    """(A [BC, BC] lower triangular, weights of the means before the chunk [BC, MP]) from W or a multiple w [BC, MP]."""
+    BC: tl.constexpr = w.shape[0]
+    seen = chunk.log_c > -INF
+    safe = finite_or_zero(chunk.log_c)
+    carried = w
+    a = tl.zeros([BC, BC], tl.float32)
+    if chunk.narrow:
+        scaled = tl.where(seen, w * tl.exp2(chunk.ref[None, :] - safe), 0.0)
+        carried = scaled * tl.exp2(chunk.before - chunk.ref)[None, :]
+        e = tl.exp2(chunk.omega - chunk.ref[None, :])
+        a = lower(dot(rounded(scaled, FACTOR), tl.trans(rounded(e, FACTOR)), PRECISION))
+    else:
+        carried = w * tl.exp2(chunk.before[None, :] - safe)
+        i = tl.arange(0, BC)
+        for s in range(chunk.count):
+            a = tl.where((i == s)[None, :], tl.sum(w * _ratio(chunk.omega, safe, s), 1)[:, None], a)
+    return a, carried
+
+
+@triton.jit
+def chunk_log_weights(keys, masses, places, head, log_b, rows, uniform, rule, sizes, cut):
+    """(which keys take part [BC], ω) of a chunk."""
+    live, mass = key_mass(masses, rows, keys.count, uniform)
+    l, kappa, cosine, inverse, first_columns = token_logits(keys, rows, live, places, head, rule.DOT, sizes, cut)
+    return live, log_weights(l, log_b, mass, head.lam_a, rule.UPDATE_ROWS, sizes.M)
+
+
+@triton.jit
+def chunk_keys(keys, masses, places, head, log_c, at, number, uniform, rule, sizes, cut):
+    """(the rows of chunk `number` [BC], which of them are tokens, log b [MP], what its keys weigh)."""
+    j = tl.arange(0, sizes.MP)
+    before, log_b = tl.load(log_c + at * sizes.MP + j), tl.load(head.log_b + j)
+    first = number * cut.ROWS
+    rows, count = first + tl.arange(0, cut.ROWS), tl.minimum(keys.count - first, cut.ROWS)
+    live, omega = chunk_log_weights(keys, masses, places, head, log_b, rows, uniform, rule, sizes, cut)
+    ref, narrow = column_units(omega, before)
+    so_far = prefix_log_sums(omega, ref, before, narrow, count)
+    return rows, rows < keys.count, log_b, Chunk(live, omega, before, ref, narrow, so_far, count)
+
+
+@triton.jit
+def pooled_products(d, from_means, chunk, FACTOR: tl.constexpr, cut):
+    """⟨do_i, z_ij⟩ [BC, MP] from lower triangular ⟨do_i, v_s⟩ [BC, BC] and ⟨do_i, z⁰_j⟩ [BC, MP]."""
+    seen = chunk.log_c > -INF
+    safe = finite_or_zero(chunk.log_c)
+    products = from_means
+    if chunk.narrow:
+        e = rounded(tl.exp2(chunk.omega - chunk.ref[None, :]), FACTOR)
+        inside = fine_product(d, e, cut.PRECISION, cut.ACROSS)
+        inside += tl.exp2(chunk.before - chunk.ref)[None, :] * from_means
+        products = tl.where(seen, tl.exp2(chunk.ref[None, :] - safe) * inside, 0.0)
+    else:
+        products = tl.exp2(chunk.before[None, :] - safe) * from_means
+        for s in range(chunk.count):
+            products += column_of(d, s)[:, None] * _ratio(chunk.omega, safe, s)
+    return products
+
+
+@triton.jit
+def _ratio(omega, log_c, s):
+    """e^{ω_s}/C_i [BC, MP] of key s; 0 for earlier queries."""
+    reached = tl.arange(0, omega.shape[0]) >= s
+    return tl.exp2(tl.where(reached[:, None], row_of(omega, s, -INF)[None, :] - log_c, -INF))
+
+
+@triton.jit
+def key_gradient(w, d_log_c, d, chunk, FACTOR: tl.constexpr, cut):
+    """(A [BC, BC], Σ_{i≥s} e^{ω_sj}/C_ij (W_ij ⟨do_i, v_s⟩ + d log C_ij) [BC, MP]) of the chunk's own queries."""
+    seen = chunk.log_c > -INF
+    safe = finite_or_zero(chunk.log_c)
+    a = d
+    d_omega = chunk.omega
+    if chunk.narrow:
+        e = tl.exp2(chunk.omega - chunk.ref[None, :])
+        fade = tl.where(seen, tl.exp2(chunk.ref[None, :] - safe), 0.0)
+        scaled = rounded(w * fade, FACTOR)
+        a = lower(dot(scaled, tl.trans(rounded(e, FACTOR)), cut.PRECISION))
+        later = tl.cumsum(d_log_c * fade, 0, reverse=True)
+        d_omega = e * (fine_product(tl.trans(d), scaled, cut.PRECISION, cut.ACROSS) + later)
+    else:
+        i = tl.arange(0, d.shape[0])
+        a = tl.zeros_like(d)
+        d_omega = tl.zeros_like(chunk.omega)
+        for s in range(chunk.count):
+            ratio = _ratio(chunk.omega, safe, s)
+            a = tl.where((i == s)[None, :], tl.sum(w * ratio, 1)[:, None], a)
+            row = tl.sum(ratio * (column_of(d, s)[:, None] * w + d_log_c), 0)
+            d_omega = tl.where((i == s)[:, None], row[None, :], d_omega)
+    return a, d_omega
+
+
+@triton.jit
+def tile_at(x, at, ROWS: tl.constexpr, sizes):
+    """Where a chunk's [BC, MP] numbers lie."""
+    return x + (at * ROWS + tl.arange(0, ROWS))[:, None] * sizes.MP + tl.arange(0, sizes.MP)[None, :]
+
+
+@triton.jit
+def state_at(z, at, columns, sizes):
+    """Where columns of a chunk's [MP, EP] numbers lie."""
+    return z + (at * sizes.MP + tl.arange(0, sizes.MP))[:, None] * sizes.EP + columns[None, :]

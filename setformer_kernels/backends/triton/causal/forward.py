@@ -1,0 +1,126 @@
+"""Causal attention for T ≤ 1, linear in the length: sums of chunks of keys, a scan over chunks, queries in their chunk.
+
+    ω_sj = ℓ_sj + f̂_s + log a_s,   f̂_s = −λ_a LSE_j(ℓ_sj + log b_j)   (T = 0: 0)
+    C_ij = Σ_{s≤i} e^{ω_sj},   z_ij = Σ_{s≤i} e^{ω_sj} v_s / C_ij
+    W_ij = softmax_j(ℓ(q_i, y_j) + log b_j − λ_b log C_ij)   (T = 0: without C),   o_i = Σ_j W_ij z_ij
+
+With C⁰, z⁰ the sums and means of all keys before a chunk,
+
+    o_i = Σ_j W_ij (C⁰_j / C_ij) z⁰_j + Σ_{s≤i in the chunk} A_is v_s,   A_is = Σ_j W_ij e^{ω_sj} / C_ij
+"""
+
+from __future__ import annotations
+
+import triton.language as tl
+from torch import Tensor
+
+from ....problem import Operands, Options, replaced
+from ..device.head import head_of
+from ..device.logits import token_logits
+from ..device.places import places_of
+from ..device.primitives import dot, rounded
+from ..device.rows import load_rows, rows_of, store_rows
+from ..device.softmax import dropout_constants, kept_weights
+from ..host.groups import cut_of, rule_of, sizes_of
+from ..host.launch import device_of, kernel, launch
+from ..host.rows import log2_uniform, rows_like, stride_step, strided, unit_rows
+from ..host.tiles import Tile, tile
+from ..parameters.prepare import References, prepare
+from .chunk import chunk_keys, chunk_weights, place, query_weights, state_at
+from .state import Arguments, Part, Scalars, new_passed, parts, scan
+
+
+@kernel
+def causal_kernel(
+    query, stride_qb, stride_qh, stride_qn,  # [B, H, L, D], strides in units of cut.STEP
+    key, stride_kb, stride_kh, stride_kn,  # [B, H, L, D], likewise
+    value, stride_vb, stride_vh, stride_vn,  # [B, H, L, E], likewise
+    log_a, stride_ab, stride_ah, stride_an,  # [B, H, L] or None
+    query_position, stride_sb, stride_sh, stride_sn,  # [B, H, L, P] or None
+    key_position, stride_pb, stride_ph, stride_pn,  # [B, H, L, P] or None
+    output, stride_ob, stride_oh, stride_on,  # [B, H, L, E], as the queries
+    references, scalars, states,  # References, Scalars, States
+    H, L, chunks, first_head, first_chunk, threshold,
+    rule, sizes, cut,
+):  # fmt: skip
+    """One chunk of one head."""
+    token: tl.constexpr = value.dtype.element_ty
+    FACTOR: tl.constexpr = tl.float32 if token == tl.float16 else token
+    at, number, chunk = place(chunks, first_head, first_chunk)
+    b, h = number // H, number % H
+    queries = rows_of(query, b, h, stride_qb, stride_qh, stride_qn, L, cut.STEP)
+    keys = rows_of(key, b, h, stride_kb, stride_kh, stride_kn, L, cut.STEP)
+    values = rows_of(value, b, h, stride_vb, stride_vh, stride_vn, L, cut.STEP)
+    outputs = rows_of(output, b, h, stride_ob, stride_oh, stride_on, L, cut.STEP)
+    masses = rows_of(log_a, b, h, stride_ab, stride_ah, stride_an, L, 1) if log_a is not None else None
+    asking = (
+        places_of(query_position, references, b, h, stride_sb, stride_sh, stride_sn, sizes) if sizes.P > 0 else None
+    )
+    places = places_of(key_position, references, b, h, stride_pb, stride_ph, stride_pn, sizes) if sizes.P > 0 else None
+    head = head_of(references, h, sizes, cut)
+    rows, asked, log_b, known = chunk_keys(
+        keys, masses, places, head, states.log_c, at, chunk, scalars.uniform, rule, sizes, cut
+    )
+    l, kappa, cosine, inverse, first_columns = token_logits(queries, rows, asked, asking, head, rule.DOT, sizes, cut)
+    w = query_weights(l, log_b, known.log_c, head.lam_b, rule.UPDATE_ROWS)
+    w, normaliser = kept_weights(w, scalars, number.to(tl.int64), L, rows, threshold, sizes)
+    a, carried = chunk_weights(w, known, FACTOR, cut.PRECISION)
+    a, carried = rounded(a, token), rounded(carried, token)
+    for first in tl.static_range(0, sizes.EP, cut.VDEPTH):
+        e = first + tl.arange(0, cut.VDEPTH)
+        v = load_rows(values, rows, known.live, e, sizes.E)
+        means = rounded(tl.load(state_at(states.z, at, e, sizes)), token)
+        o = (dot(carried, means, cut.PRECISION) + dot(a, v, cut.PRECISION)) * normaliser[:, None]
+        store_rows(outputs, rows, asked, e, sizes.E, o)
+
+
+def causal(x: Operands, opt: Options) -> Tensor:
+    """o [B, H, L, E] in the dtype and memory order of the queries, for T ≤ 1."""
+    assert x.query is not None
+    output = rows_like(x.query, x.value.shape[-1])
+    x, sizes, device = with_unit_rows(x), sizes_of(x), device_of(x.key)
+    t = tile("chunk", device.family, max(sizes.MP, sizes.DP, sizes.EP), x.key.element_size())
+    arguments = chunk_arguments(x, prepare(x, opt), opt, t, output.rows)
+    for stretches in parts(x, t.rows, sizes.MP * (sizes.EP + 5), device.multiprocessors):
+        _heads(stretches, arguments)
+    return output.delivered()
+
+
+def _heads(stretches: list[Part], arguments: Arguments) -> None:
+    """Writes the rows of some heads; what it allocates goes when it returns."""
+    passed = new_passed(stretches[0], arguments)
+    for part in stretches:
+        _part(part, arguments, passed)
+
+
+def _part(part: Part, arguments: Arguments, passed: tuple[Tensor, Tensor]) -> None:
+    """One stretch of some heads."""
+    sizes = arguments.sizes
+    room = passed[1].new_empty((part.heads, part.chunks, sizes.MP, sizes.EP))
+    states = scan(part, arguments, passed, room)
+    tensors = (*arguments.tokens, *arguments.output, arguments.references, arguments.scalars, states)
+    args = (*tensors, *arguments.counts(part), arguments.threshold)
+    launch(causal_kernel, part.heads * part.chunks, args, arguments.constants, arguments.tile)
+
+
+def with_unit_rows(x: Operands) -> Operands:
+    """Token tensors with unit stride along their last dimension."""
+    names = ("query", "key", "value", "query_position", "key_position")
+    return replaced(x, **{name: unit_rows(getattr(x, name)) for name in names})
+
+
+def chunk_arguments(x: Operands, prepared: References, opt: Options, t: Tile, output: Tensor) -> Arguments:
+    """What the kernels on chunks share; `output` is o, or the gradient that arrives there."""
+    assert x.query is not None
+    (_, h, l, _), device, sizes = x.key.shape, device_of(x.key), sizes_of(x)
+    step = stride_step(x.query, x.key, x.value, output)
+    tokens = strided(x.query, step), strided(x.key, step), strided(x.value, step)
+    others = strided(x.log_a), strided(x.query_position), strided(x.key_position)
+    threshold, keep_scale = dropout_constants(opt.dropout_p)
+    scalars = Scalars(x.seed, keep_scale, log2_uniform(l))
+    across = 16 * t.warps <= sizes.MP
+    cut = cut_of(t, sizes, device, step, across)
+    constants = {"rule": rule_of(opt).compiled, "sizes": sizes.compiled, "cut": cut.compiled}
+    return Arguments(
+        *tokens, *others, strided(output, step), prepared, scalars, h, l, threshold, sizes, across, constants, t
+    )

@@ -1,0 +1,271 @@
+"""What comes before each chunk: sums of the chunks' keys, scanned along the length.
+
+Sums and means of every chunk take memory; so the heads are worked on in parts, one after another (`parts`), and where
+one head alone would take too much, its length in stretches.  Kernels get the tensors of the whole call, and count heads
+and chunks from the part's first: so no address, whose alignment Triton compiles for, depends on the part.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ....problem import Operands
+from ..device.head import head_of
+from ..device.places import places_of
+from ..device.primitives import INF, dot, finite_or_zero, log_sum, rounded
+from ..device.rows import load_rows, rows_of
+from ..host.groups import Sizes
+from ..host.launch import kernel, launch
+from ..host.tiles import Tile
+from ..parameters.prepare import References
+from .chunk import chunk_log_weights, place, state_at
+
+WORKSPACE_SHARE = 0.23  # of the bytes of q, k, v and o: what a part may take, so that all workspaces stay within 1/4
+FEW_TOKENS = 8 * 4096  # of all heads: with fewer, a part may fill the device, which takes some megabytes
+PROGRAMS = 2  # on chunks, that a multiprocessor holds at once: the backward kernels' registers, M = D = E = 64
+SCAN = Tile(rows=0, depth=256, warps=2, stages=4)  # 4 numbers a thread: one wide load; many programs hide the steps
+
+
+class Scalars(NamedTuple):
+    """Numbers that no kernel is compiled for: those of `Dropout`, and of the masses."""
+
+    seed: Tensor | None  # [] int64, None without dropout
+    keep_scale: float  # 1/(1 − p)
+    uniform: float  # log2 of a key's mass where none is given
+
+
+class Part(NamedTuple):
+    """Some heads of one call, counted by b·H + h, and some chunks of their length."""
+
+    first_head: int
+    heads: int
+    first_chunk: int
+    chunks: int
+    stretch: int  # number of the part among those of the same heads
+    stretches: int  # how many these are
+
+
+class Sums(NamedTuple):
+    """Of each chunk Σ e^ω = totals · 2^peaks and Σ e^ω v = pooled · 2^peaks."""
+
+    peaks: Tensor  # [heads, chunks, MP]
+    totals: Tensor  # [heads, chunks, MP]
+    pooled: Tensor  # [heads, chunks, MP, EP]
+
+
+class States(NamedTuple):
+    """What comes before the chunks of a part."""
+
+    log_c: Tensor  # [heads, chunks, MP] log2 C before each chunk
+    log_end: Tensor  # [heads, chunks, MP] and after it
+    z: Tensor  # [heads, chunks, MP, EP] means before each chunk
+
+
+@kernel
+def causal_sums_kernel(
+    key, stride_kb, stride_kh, stride_kn,  # [B, H, L, D], strides in units of cut.STEP
+    value, stride_vb, stride_vh, stride_vn,  # [B, H, L, E], likewise
+    log_a, stride_ab, stride_ah, stride_an,  # [B, H, L] or None
+    position, stride_pb, stride_ph, stride_pn,  # [B, H, L, P] or None
+    references, scalars, sums,  # References, Scalars, Sums
+    H, L, chunks, first_head, first_chunk,
+    rule, sizes, cut,
+):  # fmt: skip
+    """One chunk's sums."""
+    at, number, chunk = place(chunks, first_head, first_chunk)
+    b, h = number // H, number % H
+    keys = rows_of(key, b, h, stride_kb, stride_kh, stride_kn, L, cut.STEP)
+    values = rows_of(value, b, h, stride_vb, stride_vh, stride_vn, L, cut.STEP)
+    masses = rows_of(log_a, b, h, stride_ab, stride_ah, stride_an, L, 1) if log_a is not None else None
+    places = places_of(position, references, b, h, stride_pb, stride_ph, stride_pn, sizes) if sizes.P > 0 else None
+    head = head_of(references, h, sizes, cut)
+    j = tl.arange(0, sizes.MP)
+    rows = chunk * cut.ROWS + tl.arange(0, cut.ROWS)
+    log_b = tl.load(head.log_b + j)
+    live, omega = chunk_log_weights(keys, masses, places, head, log_b, rows, scalars.uniform, rule, sizes, cut)
+    peak = tl.max(omega, 0)
+    e = tl.exp2(omega - finite_or_zero(peak)[None, :])
+    tl.store(sums.peaks + at * sizes.MP + j, peak)
+    tl.store(sums.totals + at * sizes.MP + j, tl.sum(e, 0))
+    weights = tl.trans(rounded(e, value.dtype.element_ty))
+    for first in tl.static_range(0, sizes.EP, cut.VDEPTH):
+        columns = first + tl.arange(0, cut.VDEPTH)
+        v = load_rows(values, rows, live, columns, sizes.E)
+        tl.store(state_at(sums.pooled, at, columns, sizes), dot(weights, v, cut.PRECISION))
+
+
+@kernel
+def causal_scan_kernel(
+    sums, states,  # Sums; States, the means in place of the pooled values
+    passed_c, passed_z,  # [heads, stretches, MP] and [heads, stretches, MP, EP]
+    chunks, stretch, stretches,
+    sizes, BLOCK: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Sums of each chunk become what comes before it.
+
+    A stretch begins with what the one before passed on, and passes on the same.
+    """
+    MP: tl.constexpr = sizes.MP
+    EP: tl.constexpr = sizes.EP
+    blocks: tl.constexpr = MP * EP // BLOCK
+    bh = (tl.program_id(0) // blocks).to(tl.int64)
+    index = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
+    column = index // EP
+    first = index % EP == 0  # one number of each column also writes log C
+    passed_c += (bh * stretches + stretch) * MP + column
+    passed_z += (bh * stretches + stretch) * (MP * EP) + index
+    begun = index < tl.where(stretch > 0, MP * EP, 0)
+    state = tl.load(passed_c - MP, mask=begun, other=-INF)
+    peak = state
+    total = tl.where(state > -INF, 1.0, 0.0)
+    value = tl.load(passed_z - MP * EP, mask=begun, other=0.0)
+    for chunk in tl.range(0, chunks, num_stages=STAGES):
+        at = (bh * chunks + chunk) * MP
+        here, mass = tl.load(sums.peaks + at + column), tl.load(sums.totals + at + column)
+        pooled = tl.load(sums.pooled + at * EP + index)
+        tl.store(states.z + at * EP + index, tl.where(total > 0, value / tl.where(total > 0, total, 1.0), 0.0))
+        tl.store(states.log_c + at + column, state, mask=first)
+        new = tl.maximum(peak, here)
+        safe = finite_or_zero(new)
+        fade, weight = tl.exp2(peak - safe), tl.exp2(here - safe)
+        total = total * fade + mass * weight
+        value = value * fade + pooled * weight
+        peak = new
+        state = log_sum(peak, total)
+        tl.store(states.log_end + at + column, state, mask=first)
+    tl.store(passed_c, state, mask=first)
+    tl.store(passed_z, tl.where(total > 0, value / tl.where(total > 0, total, 1.0), 0.0))
+
+
+@triton.jit
+def _scan_back(states, later, passed, more, bh, chunks, index, column, size, MP: tl.constexpr, STAGES: tl.constexpr):
+    """Sums of each chunk become the sums of all later ones; both in units of C where they begin."""
+    passed += bh * size + index
+    carry = tl.load(passed, mask=index < tl.where(more > 0, size, 0), other=0.0)
+    after = tl.load(states.log_end + (bh * chunks + chunks - 1) * MP + column)
+    for step in tl.range(0, chunks, num_stages=STAGES):
+        at = bh * chunks + chunks - 1 - step
+        begin = tl.load(states.log_c + at * MP + column)
+        own = tl.load(later + at * size + index)
+        tl.store(later + at * size + index, carry)
+        carry = own + carry * tl.exp2(begin - finite_or_zero(after))
+        after = begin
+    tl.store(passed, carry)
+
+
+@kernel
+def causal_scan_backward_kernel(
+    states,  # States
+    later_o, later_c,  # [heads, chunks, MP, EP] and [heads, chunks, MP]
+    passed_o, passed_c,  # the same without chunks
+    chunks, more,
+    sizes, BLOCK: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """BLOCK numbers of Σ W do, or in the head's last program Σ d log C, from the last chunk to the first.
+
+    Where `more` chunks follow, a stretch begins with what theirs passed on; it passes on the same, in its place.
+    """
+    MP: tl.constexpr = sizes.MP
+    EP: tl.constexpr = sizes.EP
+    blocks: tl.constexpr = MP * EP // BLOCK
+    bh = (tl.program_id(0) // (blocks + 1)).to(tl.int64)
+    block = tl.program_id(0) % (blocks + 1)
+    if block < blocks:
+        index = block * BLOCK + tl.arange(0, BLOCK)
+        _scan_back(states, later_o, passed_o, more, bh, chunks, index, index // EP, MP * EP, MP, STAGES)
+    else:
+        j = tl.arange(0, MP)
+        _scan_back(states, later_c, passed_c, more, bh, chunks, j, j, MP, MP, STAGES)
+
+
+class Arguments(NamedTuple):
+    """What the kernels on the chunks of one call are launched with."""
+
+    query: tuple[Any, ...]  # this and the following: a tensor and its strides
+    key: tuple[Any, ...]
+    value: tuple[Any, ...]
+    log_a: tuple[Any, ...]
+    query_position: tuple[Any, ...]
+    key_position: tuple[Any, ...]
+    output: tuple[Any, ...]
+    references: References
+    scalars: Scalars
+    heads: int  # H
+    length: int  # L
+    threshold: int
+    sizes: Sizes
+    across: bool
+    constants: dict[str, Any]
+    tile: Tile
+
+    @property
+    def tokens(self) -> tuple[Any, ...]:
+        """The arguments that most of these kernels begin with."""
+        return (*self.query, *self.key, *self.value, *self.log_a, *self.query_position, *self.key_position)
+
+    def counts(self, part: Part) -> tuple[int, ...]:
+        """H, L, and which chunks of which heads."""
+        return self.heads, self.length, part.chunks, part.first_head, part.first_chunk
+
+
+def new_passed(part: Part, arguments: Arguments) -> tuple[Tensor, Tensor]:
+    """What the stretches of the same heads pass on: log2 C [heads, stretches, MP] and z [heads, stretches, MP, EP]."""
+    new, shape = arguments.references.log_b.new_empty, (part.heads, part.stretches, arguments.sizes.MP)
+    return new(shape), new((*shape, arguments.sizes.EP))
+
+
+def scan(part: Part, arguments: Arguments, passed: tuple[Tensor, Tensor], z: Tensor) -> States:
+    """What comes before each chunk, the means in `z`, after the stretches before were scanned."""
+    peaks, totals, log_c, log_end = (z.new_empty(z.shape[:3]) for _ in range(4))
+    sums, states = Sums(peaks, totals, z), States(log_c, log_end, z)
+    tokens = (*arguments.key, *arguments.value, *arguments.log_a, *arguments.key_position)
+    args = (*tokens, arguments.references, arguments.scalars, sums, *arguments.counts(part))
+    launch(causal_sums_kernel, part.heads * part.chunks, args, arguments.constants, arguments.tile)
+    args = (sums, states, *passed, part.chunks, part.stretch, part.stretches)
+    _launch_scan(causal_scan_kernel, args, z, arguments.sizes)
+    return states
+
+
+def scan_back(
+    part: Part, states: States, later: tuple[Tensor, Tensor], passed: tuple[Tensor, Tensor], sizes: Sizes
+) -> None:
+    """In place: what each chunk's queries leave becomes what all later ones leave; the stretches after it went first.
+
+    `later` [heads, chunks, MP, EP] and [heads, chunks, MP]; `passed`, from stretch to stretch, without chunks.
+    """
+    more = part.stretches - 1 - part.stretch
+    args = (states, *later, *passed, part.chunks, more)
+    _launch_scan(causal_scan_backward_kernel, args, later[0], sizes, further=1)
+
+
+def _launch_scan(kernel: Any, args: tuple[Any, ...], z: Tensor, sizes: Sizes, further: int = 0) -> None:
+    """A program for each BLOCK of a head's [MP, EP] numbers, and `further` ones; z [heads, chunks, MP, EP]."""
+    (heads, chunks), numbers = z.shape[:2], sizes.MP * sizes.EP
+    block = min(SCAN.depth, numbers)
+    constants = {"sizes": sizes.compiled, "BLOCK": block, "STAGES": SCAN.stages}
+    programs = heads * (numbers // block + further) if chunks else 0
+    launch(kernel, programs, args, constants, SCAN)
+
+
+def parts(x: Operands, rows: int, numbers: int, multiprocessors: int) -> Iterator[list[Part]]:
+    """Groups of heads as their stretches, whose workspaces, `numbers` float32 a chunk, stay within WORKSPACE_SHARE.
+
+    With fewer than FEW_TOKENS they may always be as large as fills the device.
+    """
+    b, h, s, d = x.key.shape
+    tokens = b * h * s * 2 * (d + x.value.shape[-1]) * x.key.element_size()
+    least = 1 if b * h * s >= FEW_TOKENS else PROGRAMS * multiprocessors
+    at_once = max(least, int(WORKSPACE_SHARE * tokens) // (4 * numbers))
+    chunks = math.ceil(s / rows)
+    stretch = max(1, math.ceil(chunks / max(1, math.ceil(chunks / at_once))))
+    firsts = range(0, max(1, chunks), stretch)
+    heads = max(1, at_once // max(1, chunks))
+    for head in range(0, b * h, heads):
+        some = min(heads, b * h - head)
+        yield [Part(head, some, c, min(stretch, chunks - c), n, len(firsts)) for n, c in enumerate(firsts)]

@@ -1,0 +1,109 @@
+"""Device functions shared by the kernels: products, norms, logits, log sums and dropout on tiles.
+
+Inside kernels everything exponential is in base 2 (exp2 is the hardware's instruction): ℓ, f, g, c and masses are
+carried times log2(e), and only what leaves a kernel is in natural units.  Names in tiles: BN tokens (queries or keys),
+M references padded to a power of two.
+"""
+
+import triton
+import triton.language as tl
+
+from ..host.tiles import INTERPRETED
+
+# Under the interpreter tl.dot multiplies bfloat16 as raw bits (Triton 3.7), and leaves its sums to numpy's BLAS, whose
+# rounding differs among processors and, unlike a GPU's, among equal rows of a product: there its sums are in float64.
+_INTERPRETED = tl.constexpr(INTERPRETED)
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+NORM_FLOOR = tl.constexpr(1e-24)  # ‖x‖² at or below which x̂ = 0
+SPAN = tl.constexpr(115.0)  # 80 in base 2: logits this close keep every product of two exponentials above underflow
+# 44 in base 2: this close, e^{ℓ+g}, a row's mass ≥ 1/S, the row sum and the tokens' own spread leave 35 bits to spare.
+NARROW = tl.constexpr(64.0)
+INF = tl.constexpr(float("inf"))
+
+
+@triton.jit
+def dot(a, b, PRECISION: tl.constexpr):
+    """a [I, K] · b [K, J] -> float32 [I, J]; float32 operands as IEEE or tf32x3."""
+    if _INTERPRETED:
+        return tl.dot(a.to(tl.float64), b.to(tl.float64), out_dtype=tl.float64).to(tl.float32)
+    else:
+        return tl.dot(a, b, input_precision=PRECISION)
+
+
+@triton.jit
+def tokens_by(a, b, PRECISION: tl.constexpr, ACROSS: tl.constexpr):
+    """a [BN, K] · b [K, J] with a tokens' row per row of a; ACROSS: as (bᵀ aᵀ)ᵀ, so that warps share the columns."""
+    return tl.trans(dot(tl.trans(b), tl.trans(a), PRECISION)) if ACROSS else dot(a, b, PRECISION)
+
+
+@triton.jit
+def rounded(x, dtype: tl.constexpr):
+    """x [float32] to the nearest number of a token dtype."""
+    if _INTERPRETED and dtype == tl.bfloat16:  # the interpreter (Triton 3.6 to 3.9) truncates instead
+        bits = x.to(tl.uint32, bitcast=True)
+        x = ((bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000).to(tl.float32, bitcast=True)
+    return x.to(dtype)
+
+
+@triton.jit
+def column_sum(x):
+    """Σ over tokens of x [BN, M].  A GPU adds in a tree; numpy, and so the interpreter, one row after the other."""
+    if _INTERPRETED:
+        return tl.sum(tl.sum(tl.reshape(x, [8, x.shape[0] // 8, x.shape[1]]), 1), 0)
+    else:
+        return tl.sum(x, 0)
+
+
+@triton.jit
+def inverse_norm(square):
+    """1/‖x‖ from ‖x‖² [BN], and 0 where ‖x‖ ≤ 1e-12."""
+    positive = square > NORM_FLOOR
+    safe = tl.where(positive, square, 1.0)
+    guess = tl.rsqrt(safe)
+    # One Newton step brings the hardware's approximation to rounding, in fewer instructions than a root and a division.
+    return tl.where(positive, guess * (1.5 - (0.5 * safe) * guess * guess), 0.0)
+
+
+@triton.jit
+def exact_scale(x, inverse):
+    """(x·2^e, inverse·2^−e) with 2^e ≤ inverse < 2^(e+1): x̂ as a product whose first factor is exact in x's dtype."""
+    power = tl.exp2(tl.floor(tl.log2(tl.where(inverse > 0, inverse, 1.0))))  # [BN]
+    return (x.to(tl.float32) * power[:, None]).to(x.dtype), inverse / power
+
+
+@triton.jit
+def finite_or_zero(x):
+    """x with −∞ replaced by 0: the safe amount to subtract before exp2."""
+    return tl.where(x == -INF, 0.0, x)
+
+
+@triton.jit
+def log_sum(peak, total):
+    """log2 of total·2^peak, −∞ where the total is 0."""
+    return tl.where(total > 0, peak + tl.log2(tl.where(total > 0, total, 1.0)), -INF)
+
+
+@triton.jit
+def potential(log_mass, relaxation, log_total):
+    """log mass − λ·log total; −∞ where nothing can be sent."""
+    reached = log_total > -INF
+    return tl.where(reached, log_mass - relaxation * tl.where(reached, log_total, 0.0), -INF)
+
+
+@triton.jit
+def merged_log_sum(peaks, totals, splits, M: tl.constexpr):
+    """log2 Σ over splits of totals·2^peaks, both [splits, M]: [M], in a fixed order."""
+    j, i = tl.arange(0, M), tl.arange(0, 16)
+    peak = tl.full([M], -INF, tl.float32)
+    total = tl.zeros([M], tl.float32)
+    for start in range(0, splits, 16):
+        index = (start + i)[:, None] * M + j[None, :]
+        some = (start + i < splits)[:, None]
+        part = tl.load(peaks + index, mask=some, other=-INF)
+        new = tl.maximum(peak, tl.max(part, 0))
+        safe = finite_or_zero(new)
+        parts = tl.load(totals + index, mask=some, other=0.0) * tl.exp2(part - safe[None, :])
+        total = total * tl.exp2(peak - safe) + tl.sum(parts, 0)
+        peak = new
+    return log_sum(peak, total)

@@ -1,0 +1,1 @@
+"""Nyström features and the whitening of their landmarks."""

@@ -1,0 +1,139 @@
+"""Tile sizes: one table, with the reason beside each number; no length ever enters it."""
+
+from __future__ import annotations
+
+import os
+from typing import NamedTuple
+
+# Whether kernels run in Python, on CPU tensors; Triton reads the same variable when it is imported.
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+class Tile(NamedTuple):
+    """How one kernel is cut."""
+
+    rows: int  # tokens per step of a program's loop
+    depth: int  # head dims per product: longer ones are summed, or split over programs
+    warps: int
+    stages: int  # of the software pipeline
+
+
+MAX_REFERENCES = 256  # a row of logits stays in one tile, so that the row update needs no second pass
+MAX_HEAD_DIM = 256
+MIN_BLOCK = 16  # the smallest side of a tensor-core product
+
+
+def padded(n: int) -> int:
+    """The next power of two that a tile can have as a side."""
+    return max(MIN_BLOCK, 1 << (n - 1).bit_length())
+
+
+def power_of_two(n: int) -> int:
+    """The next power of two, the padded side of something that enters no product."""
+    return 1 << max(0, n - 1).bit_length()
+
+
+# Kinds of kernel, by what a program holds across its loop: "row" kernels hold no accumulator (read, features),
+# "column" kernels hold [M] or [M, depth] sums (transport), "gradient" kernels hold [M, depth] sums beside two tiles.
+# "across" and "gradient_log" are those in the log domain or with warps across the references: peaks beside every sum.
+# Sizes: "small" M, D, E ≤ 64; "medium" ≤ 128; "large" beyond.  "half" and "single" are the token's bytes.
+DEFAULT: dict[tuple[str, str, str], Tile] = {
+    # [rows, M] float32 logits are the largest tile a thread holds: rows · M / (32 · warps) registers each.
+    ("row", "small", "half"): Tile(64, 64, 4, 2),
+    ("row", "medium", "half"): Tile(64, 64, 4, 2),
+    ("row", "large", "half"): Tile(32, 32, 8, 1),
+    ("row", "small", "single"): Tile(16, 32, 4, 1),
+    ("row", "medium", "single"): Tile(16, 32, 4, 1),
+    ("row", "large", "single"): Tile(16, 16, 8, 1),
+    ("column", "small", "half"): Tile(64, 64, 4, 2),
+    ("column", "medium", "half"): Tile(128, 64, 8, 2),
+    ("column", "large", "half"): Tile(32, 32, 8, 1),
+    ("column", "small", "single"): Tile(32, 16, 4, 1),
+    ("column", "medium", "single"): Tile(32, 32, 8, 1),
+    ("column", "large", "single"): Tile(16, 16, 8, 1),
+    ("across", "small", "half"): Tile(32, 64, 4, 2),
+    ("across", "medium", "half"): Tile(64, 64, 8, 2),
+    # Half precision: [references, rows] products of 16 or 32 tokens; eight warps, as [M, depth] sums spill on four.
+    ("gradient", "small", "half"): Tile(32, 64, 8, 2),
+    ("gradient", "medium", "half"): Tile(16, 64, 8, 1),
+    ("gradient", "large", "half"): Tile(16, 64, 8, 1),
+    ("gradient", "small", "single"): Tile(16, 32, 8, 1),
+    ("gradient", "medium", "single"): Tile(16, 32, 8, 1),
+    ("gradient", "large", "single"): Tile(16, 16, 8, 1),
+    # "chunk": the causal kernels hold several [rows, M] tiles at once and no sums across a loop.
+    ("chunk", "small", "half"): Tile(32, 64, 8, 1),
+    ("chunk", "medium", "half"): Tile(32, 32, 8, 1),
+    ("chunk", "large", "half"): Tile(16, 32, 8, 1),
+    ("chunk", "small", "single"): Tile(16, 32, 8, 1),
+    ("chunk", "medium", "single"): Tile(16, 32, 8, 1),
+    ("chunk", "large", "single"): Tile(16, 16, 8, 1),
+    ("chunk_backward", "small", "half"): Tile(32, 64, 4, 1),
+    ("chunk_backward", "medium", "half"): Tile(16, 32, 8, 1),
+    ("chunk_backward", "large", "half"): Tile(16, 32, 8, 1),
+    ("chunk_backward", "small", "single"): Tile(16, 32, 4, 1),
+    ("chunk_backward", "medium", "single"): Tile(16, 32, 8, 1),
+    ("chunk_backward", "large", "single"): Tile(16, 16, 8, 1),
+    # "features" hold [rows, R] sums over blocks of `depth` landmarks; "features_backward" the [depth, R] and [depth, D]
+    # sums of such a block, or [rows, D] ones: 16 rows keep the widest within 99 KiB of shared memory.
+    ("features", "small", "half"): Tile(64, 64, 4, 2),
+    ("features", "medium", "half"): Tile(64, 64, 4, 2),
+    ("features", "large", "half"): Tile(32, 64, 8, 1),
+    ("features", "small", "single"): Tile(32, 32, 4, 1),
+    ("features", "medium", "single"): Tile(32, 32, 4, 1),
+    ("features", "large", "single"): Tile(32, 32, 8, 1),
+    ("features_backward", "small", "half"): Tile(32, 64, 4, 1),
+    ("features_backward", "medium", "half"): Tile(32, 32, 8, 1),
+    ("features_backward", "large", "half"): Tile(32, 32, 8, 1),
+    ("features_backward", "small", "single"): Tile(32, 32, 4, 1),
+    ("features_backward", "medium", "single"): Tile(32, 32, 8, 1),
+    ("features_backward", "large", "single"): Tile(16, 32, 8, 1),
+}
+# Kinds that are cut as another where the tables say nothing of their own.
+LIKE = {"across": "column", "gradient_log": "gradient"}
+# With 227 KiB of shared memory, 128 head dims stay in one product: nothing of the references is loaded twice.
+HOPPER: dict[tuple[str, str, str], Tile] = {
+    ("row", "medium", "half"): Tile(64, 128, 4, 2),
+    # wgmma wants 128 rows of eight warps; values in two products with their weights leave half the columns at a time.
+    ("column", "medium", "half"): Tile(128, 32, 8, 2),
+    # Four warps and 16 rows: two blocks share a multiprocessor without spilling, and issue fewer instructions a row.
+    ("gradient", "small", "half"): Tile(16, 64, 4, 2),
+    ("gradient_log", "small", "half"): Tile(16, 32, 4, 2),
+    ("chunk_backward", "small", "single"): Tile(16, 32, 8, 1),
+}
+# 64 rows would go to tcgen05, whose results live in tensor memory: by the model the exponentials are then taken twice.
+BLACKWELL = HOPPER | {
+    ("row", "small", "half"): Tile(32, 64, 4, 2),
+    ("row", "medium", "half"): Tile(32, 64, 4, 2),
+    ("column", "small", "half"): Tile(32, 64, 4, 2),
+    ("column", "medium", "half"): Tile(32, 64, 8, 2),
+    ("gradient", "small", "half"): Tile(32, 64, 8, 2),
+    ("gradient_log", "small", "half"): Tile(16, 64, 8, 2),
+}
+# Without wgmma the operands are registers too: half the head dims at a time keep them within 255.
+AMPERE: dict[tuple[str, str, str], Tile] = {
+    ("column", "medium", "half"): Tile(64, 32, 8, 2),
+    ("gradient", "medium", "single"): Tile(16, 16, 8, 1),
+    ("gradient_log", "small", "single"): Tile(16, 16, 8, 1),
+    ("chunk", "medium", "single"): Tile(16, 16, 8, 1),
+}
+OVERRIDES: dict[str, dict[tuple[str, str, str], Tile]] = {
+    "sm_80": AMPERE,
+    "sm_90": HOPPER,
+    "sm_100": BLACKWELL,
+    "default": AMPERE,
+}
+INTERPRETER = Tile(64, 64, 4, 1)  # a step costs the same at any size: few steps, yet several at the lengths tested
+
+
+def tile(kind: str, family: str, widest: int, itemsize: int) -> Tile:
+    """The tile of a kind of kernel on a device family; `widest` is max(M, D, E)."""
+    if family == "interpreter":
+        return INTERPRETER
+    size = "small" if widest <= 64 else "medium" if widest <= 128 else "large"
+    return shipped(family, (kind, size, "half" if itemsize == 2 else "single"))
+
+
+def shipped(family: str, key: tuple[str, str, str]) -> Tile:
+    """The tile of a row (kind, size, bytes): the family's own, that of all, or that of the kind it is like."""
+    own = OVERRIDES[family].get(key) or DEFAULT.get(key)
+    return own or shipped(family, (LIKE[key[0]], *key[1:]))

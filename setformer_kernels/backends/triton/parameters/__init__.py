@@ -1,0 +1,1 @@
+"""References and hyperparameters: brought into the form kernels read, and their gradients."""

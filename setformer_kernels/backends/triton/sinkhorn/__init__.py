@@ -1,0 +1,1 @@
+"""Log-domain Sinkhorn on a given log-kernel."""

@@ -1,0 +1,268 @@
+"""Log-domain Sinkhorn on a given log-kernel ℓ [G, N, M]: resident for small problems, streaming for the others.
+
+    g⁰ = log b;  f^t = log a − λ_a LSE_j(ℓ + g^{t−1});  c^t = LSE_s(ℓ + f^t);  g^t = log b − λ_b c^t
+
+ℓ may have any magnitude, so nothing is carried in base 2: that would round ℓ itself.  Differences are taken in natural
+units and only then scaled for the hardware's exponential.
+
+Resident: ℓ stays in registers for all iterations of one launch, tolerance included.  Streaming: an iteration is two
+launches, rows (f, and partial sums of the columns over a stretch of rows) and columns (merged in a fixed order: c, g);
+whether a problem still runs is read on the device from how far each block of its columns moved.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ....problem import Sinkhorn
+from ..device.primitives import INF, finite_or_zero, potential
+from ..host.launch import device_of, kernel, launch
+from .problem import (
+    COLUMNS,
+    add_exponentials,
+    exp,
+    given,
+    load_problems,
+    load_tile,
+    mass,
+    natural_log_sum,
+    numbers,
+    peak_and_total,
+    rate,
+    resident,
+    spanned,
+    stream,
+    unit,
+)
+
+
+@triton.jit
+def log_sum_exp(x, AXIS: tl.constexpr):
+    """LSE over an axis of x [PB, NP, MP]; −∞ where every term is."""
+    peak, total = peak_and_total(x, AXIS)
+    return natural_log_sum(peak, total)
+
+
+@triton.jit
+def distance(x, y):
+    """|x − y|, 0 where both are −∞."""
+    same = x == y
+    return tl.abs(tl.where(same, 0.0, x) - tl.where(same, 0.0, y))
+
+
+@kernel
+def sinkhorn_resident_kernel(
+    log_kernel, stride_lg, stride_ln,  # [G, N, M]
+    log_a, stride_ag, stride_an,  # [G, N] or None
+    log_b, stride_bg, stride_bm,  # [G, M] or None
+    lam_a, lam_b, numbers,  # [G] or None, [G] or None, Numbers
+    f_out, g_out, c, iters,  # [G, N], [G, M], [G, max(T, 1), M], [G]
+    G, N, M, T,
+    cut,
+):  # fmt: skip
+    """All iterations of PB problems."""
+    group, i, j, l, a, b, relax_a, relax_b = load_problems(
+        log_kernel, stride_lg, stride_ln, log_a, stride_ag, stride_an, log_b, stride_bg, stride_bm, lam_a, lam_b,
+        numbers, G, N, M, cut,
+    )  # fmt: skip
+    live = group < G
+    f, g = a, b
+    running = live.to(tl.int32)  # [PB, 1, 1]
+    done = running * 0
+    latest = finite_or_zero(b) * 0.0
+    rows = tl.maximum(T, 1)
+    c += group * rows * M + j
+    if T == 0:
+        tl.store(c, log_sum_exp(l + a, 1), mask=live & (j < M))
+    some = tl.max(running)
+    for t in range(0, T):
+        if some > 0:
+            now = running > 0
+            new_f = potential(a, relax_a, log_sum_exp(l + g, 2))
+            new_c = log_sum_exp(l + new_f, 1)
+            new_g = potential(b, relax_b, new_c)
+            moved = tl.max(distance(new_g, g), 2, keep_dims=True)
+            f, g = tl.where(now, new_f, f), tl.where(now, new_g, g)
+            latest = tl.where(now, new_c, latest)
+            done += running
+            running = tl.where(moved <= numbers.tol, 0, running)
+            some = tl.max(running)
+        tl.store(c + t * M, latest, mask=live & (j < M))
+    tl.store(f_out + group * N + i, f, mask=live & (i < N))
+    tl.store(g_out + group * M + j, g, mask=live & (j < M))
+    problem = tl.program_id(0).to(tl.int64) * cut.PB + tl.arange(0, cut.PB)
+    tl.store(iters + problem, tl.reshape(done, [cut.PB]).to(tl.int64), mask=problem < G)
+
+
+@triton.jit
+def still_running(moved, group, blocks, tol, step):
+    """Whether a problem takes part in this iteration: some block of its columns moved by more than tol in the last."""
+    far = tl.where(step > 1, -1.0, INF)
+    for block in range(0, tl.where(step > 1, blocks, 0)):
+        far = tl.maximum(far, tl.load(moved + group * blocks + block))
+    return far > tol
+
+
+@triton.jit
+def row_log_sums(log_kernel, rows, live, stride, g, M, BM: tl.constexpr):
+    """LSE_j(ℓ + g) [BN], M beyond one tile in blocks of columns."""
+    peak = tl.full([rows.shape[0]], -INF, tl.float32)
+    total = tl.zeros([rows.shape[0]], tl.float32)
+    for column in range(0, M, BM):
+        j = column + tl.arange(0, BM)
+        u = load_tile(log_kernel, rows, live, stride, j, M)
+        u += tl.load(g + j, mask=j < M, other=-INF)[None, :]
+        peak, total = add_exponentials(peak, total, u, 1)
+    return natural_log_sum(peak, total)
+
+
+@kernel
+def sinkhorn_rows_kernel(
+    log_kernel, stride_lg, stride_ln,  # [G, N, M]
+    log_a, stride_ag, stride_an,  # [G, N] or None
+    lam_a, numbers,  # [G] or None, Numbers
+    f, g, moved,  # [G, N], [G, M], [G, blocks] in the iteration before
+    peaks, totals,  # [G, splits, M]
+    N, M, stretch, splits, blocks, step,
+    UPDATE: tl.constexpr, LIMITED: tl.constexpr, ONE: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr,
+):  # fmt: skip
+    """f of a stretch of rows of one problem, and their column sums (peak, total) [M].
+
+    ONE: the columns fit one tile, and their sums stay in registers over the stretch; else a stretch is BN rows.
+    """
+    split = tl.program_id(0) % splits
+    group = (tl.program_id(0) // splits).to(tl.int64)
+    log_kernel += group * stride_lg
+    f += group * N
+    g += group * M
+    out = (group * splits + split) * M
+    end = tl.minimum(N, (split + 1) * stretch)
+    if LIMITED:
+        end = tl.where(still_running(moved, group, blocks, numbers.tol, step), end, 0)
+    peak = tl.full([BM], -INF, tl.float32)
+    total = tl.zeros([BM], tl.float32)
+    for start in range(split * stretch, end, BN):
+        rows = start + tl.arange(0, BN)
+        live = rows < end
+        if UPDATE:
+            a = mass(log_a, group * stride_ag + rows.to(tl.int64) * stride_an, live, numbers.uniform_a)
+            sums = row_log_sums(log_kernel, rows, live, stride_ln, g, M, BM)
+            own = potential(a, rate(lam_a, numbers.rate_a, group, group >= 0), sums)
+            tl.store(f + rows, own, mask=live)
+        else:
+            own = tl.load(f + rows, mask=live, other=-INF)
+        for column in range(0, M, BM):
+            j = column + tl.arange(0, BM)
+            h = load_tile(log_kernel, rows, live, stride_ln, j, M) + own[:, None]
+            if ONE:
+                peak, total = add_exponentials(peak, total, h, 0)
+            else:
+                here = tl.max(h, 0)
+                tl.store(peaks + out + j, here, mask=j < M)
+                tl.store(totals + out + j, tl.sum(exp(h - finite_or_zero(here)[None, :]), 0), mask=j < M)
+    if ONE:
+        j = tl.arange(0, BM)
+        tl.store(peaks + out + j, peak, mask=j < M)
+        tl.store(totals + out + j, total, mask=j < M)
+
+
+@triton.jit
+def merged_columns(peaks, totals, j, M, splits, ROWS: tl.constexpr):
+    """LSE [BM] of the partial sums [splits, M] of some columns, in a fixed order."""
+    peak = tl.full([j.shape[0]], -INF, tl.float32)
+    total = tl.zeros([j.shape[0]], tl.float32)
+    for start in range(0, splits, ROWS):
+        split = start + tl.arange(0, ROWS)
+        index = split.to(tl.int64)[:, None] * M + j[None, :]
+        some = (split < splits)[:, None] & (j < M)[None, :]
+        part = tl.load(peaks + index, mask=some, other=-INF)
+        new = tl.maximum(peak, tl.max(part, 0))
+        safe = finite_or_zero(new)
+        parts = tl.load(totals + index, mask=some, other=0.0) * exp(part - safe[None, :])
+        total = total * exp(peak - safe) + tl.sum(parts, 0)
+        peak = new
+    return natural_log_sum(peak, total)
+
+
+@kernel
+def sinkhorn_columns_kernel(
+    log_b, stride_bg, stride_bm,  # [G, M] or None
+    lam_b, numbers,  # [G] or None, Numbers
+    peaks, totals,  # [G, splits, M]
+    g, c, iters,  # [G, M], [G, max(T, 1), M], [G]
+    moved_before, moved,  # [G, blocks] in the iteration before, in this one
+    M, T, splits, blocks, step,
+    UPDATE: tl.constexpr, LIMITED: tl.constexpr, ROWS: tl.constexpr, BM: tl.constexpr,
+):  # fmt: skip
+    """c^t and g^t of one block of columns; how far g moved; how many iterations the problem has run."""
+    group = (tl.program_id(0) // blocks).to(tl.int64)
+    block = tl.program_id(0) % blocks
+    j = block * BM + tl.arange(0, BM)
+    inside = j < M
+    new_c = merged_columns(peaks + group * splits * M, totals + group * splits * M, j, M, splits, ROWS)
+    c += group * T * M + j
+    if UPDATE:
+        old = tl.load(g + group * M + j, mask=inside, other=-INF)
+        b = mass(log_b, group * stride_bg + j * stride_bm, inside, numbers.uniform_b)
+        new = potential(b, rate(lam_b, numbers.rate_b, group, group >= 0), new_c)
+        if LIMITED:
+            running = still_running(moved_before, group, blocks, numbers.tol, step)
+            far = tl.max(distance(new, old), 0)
+            tl.store(moved + group * blocks + block, tl.where(running, far, -1.0))
+            new = tl.where(running, new, old)
+            before = tl.load(c + (step - 2) * M, mask=j < tl.where(step > 1, M, 0), other=-INF)
+            new_c = tl.where(running, new_c, before)
+            if running & (block == 0):
+                tl.store(iters + group, step.to(tl.int64))
+        elif block == 0:
+            tl.store(iters + group, step.to(tl.int64))
+        tl.store(g + group * M + j, new, mask=inside)
+    tl.store(c + (step - 1) * M, new_c, mask=inside)
+
+
+def _fill(out: Tensor, given: Tensor | None) -> None:
+    """Log masses, or the uniform ones, into `out` [G, n]."""
+    out.fill_(-math.log(out.shape[1])) if given is None else out.copy_(given)
+
+
+def sinkhorn(x: Sinkhorn) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """f [G, N], g [G, M], c [G, max(T, 1), M], iters [G]."""
+    x = unit(x)
+    (groups, n, m), new = x.log_kernel.shape, x.log_kernel.new_empty
+    out = new((groups, n)), new((groups, m)), new((groups, max(x.num_iters, 1), m)), new(groups, dtype=torch.int64)
+    cut = resident(n, m)
+    if cut is None:
+        _stream(x, *out)
+    else:
+        args = (*given(x), *out, groups, n, m, x.num_iters)
+        launch(sinkhorn_resident_kernel, -(-groups // cut.PB), args, {"cut": cut.compiled}, cut.tile)
+    return out
+
+
+def _stream(x: Sinkhorn, f: Tensor, g: Tensor, c: Tensor, iters: Tensor) -> None:
+    """Two launches an iteration (T = 0: for the one column sum)."""
+    (groups, n, m), new, own = x.log_kernel.shape, x.log_kernel.new_empty, numbers(x)
+    _fill(f, x.log_a)
+    _fill(g, x.log_b)
+    if x.num_iters == 0:
+        iters.zero_()
+    t, split = stream(n, m, groups, device_of(x.log_kernel))
+    blocks = -(-m // COLUMNS.depth)
+    sums = [new((groups, split.programs, m)) for _ in range(2)]  # peaks, totals
+    moved = [new((groups, blocks)) for _ in range(2)]  # in the iteration before, in this one
+    flags: dict[str, Any] = {"UPDATE": x.num_iters > 0, "LIMITED": own.tol >= 0 and x.num_iters > 0}
+    cut_rows = flags | {"ONE": m <= t.depth, "BN": t.rows, "BM": t.depth}
+    cut_columns = flags | {"ROWS": COLUMNS.rows, "BM": COLUMNS.depth}
+    rows, columns = (*spanned(x.log_kernel), *spanned(x.log_a), x.lam_a, own), (*spanned(x.log_b), x.lam_b, own)
+    for step in range(1, max(x.num_iters, 1) + 1):
+        args: tuple[Any, ...] = (*rows, f, g, moved[0], *sums, n, m, *split, blocks, step)
+        launch(sinkhorn_rows_kernel, groups * split.programs, args, cut_rows, t)
+        args = (*columns, *sums, g, c, iters, *moved, m, c.shape[1], split.programs, blocks, step)
+        launch(sinkhorn_columns_kernel, groups * blocks, args, cut_columns, COLUMNS)
+        moved.reverse()
