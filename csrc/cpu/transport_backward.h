@@ -203,10 +203,7 @@ bool TransportBackward<F, Source>::solve(Source& src, const Marginals<F>& marg, 
     for (int64_t row0 = 0; row0 < rows_; row0 += block_) {
       const int64_t n = std::min(block_, rows_ - row0);
       src.logits(row0, n, tile_);
-      for (int64_t i = 0; kLog && i < n; ++i) {
-        if (la[row0 + i] == -kInf<F>) fill(tile_ + i * Mp_, marg.M, F(0));
-        for (int64_t j = marg.M; j < Mp_; ++j) tile_[i * Mp_ + j] = -kInf<F>;
-      }
+      if (kLog) shift_rows<F>(n, marg.M, Mp_, tile_, la + row0, m_ + row0);
       if (!kLog) scale_rows<F>(n, marg.M, Mp_, tile_, la + row0, m_ + row0, shared.lowest);
       if (!kLog && spread - shared.lowest > kBackwardRange<F>) break;
       row_factors<kLog>(marg, t, row0, n);
@@ -241,11 +238,12 @@ void TransportBackward<F, Source>::row_factors(const Marginals<F>& marg, int64_t
   F *lse = lse_ + t * stride_ + row0, *q = row_q(t) + row0, *r = row_r(t) + row0;
   if (kLog) {
     for (int64_t i = 0; i < n; ++i) {
-      F sum = 1, *top = top_ + t * stride_ + row0 + i;
+      F sum = 1, *top = top_ + t * stride_ + row0 + i, m = m_[row0 + i];
       *top = 0;
-      lse[i] = marg.T == 0 ? F(0) : row_lse<F>(Mp_, tile_ + i * Mp_, g_ + t * Mp_, top, &sum);
-      r[i] = 1 / sum;  // R = e^{ℓ + g − top}/sum: exact to rounding however large ℓ is
-      q[i] = lse[i] == -kInf<F> || mass[i] == -kInf<F> ? -kInf<F> : mass[i] - lam * lse[i];
+      const F below = marg.T == 0 ? F(0) : row_lse<F>(Mp_, tile_ + i * Mp_, g_ + t * Mp_, top, &sum);
+      lse[i] = m + below;
+      r[i] = 1 / sum;  // R = e^{ℓ − m + g − top}/sum: exact to rounding however large ℓ is
+      q[i] = below == -kInf<F> || mass[i] == -kInf<F> ? -kInf<F> : mass[i] + m * (1 - lam) - lam * below;
     }
     return;
   }
