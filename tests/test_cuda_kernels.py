@@ -5,13 +5,10 @@ Where there is a GPU the same tests run on it too.
 
 from __future__ import annotations
 
-import fcntl
 import functools
-import importlib.util
 import math
 import re
 import shutil
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,11 +16,15 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))  # benchmarks/ is not installed
+
 import test_backends
 import torch
 from torch import Tensor
 
 import setformer_kernels.functional as SF
+from benchmarks.cpu.budget import cuda_shim
 from setformer_kernels import dispatch
 from setformer_kernels.backends import cuda, eager
 from setformer_kernels.problem import Operands, Options, Sinkhorn
@@ -47,17 +48,7 @@ def shim() -> ModuleType:
     """The kernels built for the CPU."""
     if shutil.which("g++") is None or shutil.which("make") is None:
         pytest.skip("needs g++ and make")
-    command = ["make", "--silent", "-C", str(ROOT / "csrc"), "cuda-shim", f"PYTHON={sys.executable}"]
-    (ROOT / "build").mkdir(exist_ok=True)
-    with (ROOT / "build" / "shim.lock").open("w") as lock:  # one build for all processes of a parallel run
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        subprocess.run(command, check=True, timeout=600)
-    spec = importlib.util.spec_from_file_location("cuda_shim", ROOT / "build" / "shim" / "cuda_shim.so")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return cuda_shim()
 
 
 @pytest.fixture(params=["shim", "gpu"])

@@ -116,7 +116,7 @@ def tasks(setting: str, backend: str, dtype: str, seed: int) -> Iterator[tuple[s
         if not causal and backend != "triton":
             yield "pooling", name
     if dtype == "float32":
-        kinds = measure.SINKHORN if backend == "cpu" else ("relaxed",)
+        kinds = measure.SINKHORN if backend == "cpu" else ("relaxed", "wide")
         yield from (("sinkhorn", f"{kind} {T}") for kind in kinds for T in (1, 7))
     if backend != "cuda":
         yield from (("features", name) for name in (measure.FEATURES if backend == "cpu" else ("plain",)))
