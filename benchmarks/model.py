@@ -138,7 +138,8 @@ def _touched(ttir: str) -> tuple[bool, ...]:
 
 def _moved(launch: Any, used: Iterable[bool]) -> float:
     """Bytes of the tensors a launch touches, each storage once; broadcasts count what is there."""
-    tensors = [argument for argument in launch.args if isinstance(argument, torch.Tensor)]
+    members = [m for argument in launch.args for m in (argument if isinstance(argument, tuple) else (argument,))]
+    tensors = [member for member in members if isinstance(member, torch.Tensor)]
     sizes = {}
     for tensor, touched in zip(tensors, used, strict=True):
         if touched:
