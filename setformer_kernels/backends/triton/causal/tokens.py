@@ -183,5 +183,5 @@ def fold(part: Part, slots: Partials, whole: Partials, sizes: Sizes) -> None:
     """Sums the slots of a part, one per chunk, into their heads' one slot of the whole call."""
     blocks = sizes.MP * sizes.DP // FOLD.depth + sizes.MP * sizes.PP // FOLD.depth + 1
     args = (slots, whole, part.chunks, part.first_head, part.stretches - 1 - part.stretch)
-    constants = {"SUMS": SUMS, "BLOCK": FOLD.depth} | sizes.of("MP", "DP", "PP")
+    constants = {"SUMS": SUMS, "BLOCK": FOLD.depth} | {"MP": sizes.MP, "DP": sizes.DP, "PP": sizes.PP}
     launch(causal_fold_backward_kernel, part.heads * blocks, args, constants, FOLD)

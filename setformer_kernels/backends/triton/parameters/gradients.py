@@ -149,6 +149,6 @@ def parameter_gradients(
     b, slots, rows = x.key.shape[0], parts.log_b.shape[1], max(1, min(sizes.MP, BLOCK // sizes.DP))
     args = (references, *references.stride()[:2], prepared.parameters, parts, out, h, b, slots)
     constants = {"DOT": opt.kernel == "dot", "SUMS": SUMS, "ROWS": rows}
-    constants |= sizes.of("M", "MP", "D", "DP", "P", "PP")
+    constants |= {"M": sizes.M, "MP": sizes.MP, "D": sizes.D, "DP": sizes.DP, "P": sizes.P, "PP": sizes.PP}
     launch(parameters_backward_kernel, h * sizes.MP // rows, args, constants, TILE)
     return {n: in_order(given[n], t) for n, t in out._asdict().items()}

@@ -111,7 +111,12 @@ def prepared_with_norms(x: Operands, opt: Options) -> tuple[References, Tensor]:
         log_b,
         0 if log_b is None else log_b.stride(0),
     )
-    constants = {"DOT": opt.kernel == "dot", "STEP": step, "ROWS": ROWS} | sizes.of("M", "MP", "D", "DP")
+    constants = {"DOT": opt.kernel == "dot", "STEP": step, "ROWS": ROWS} | {
+        "M": sizes.M,
+        "MP": sizes.MP,
+        "D": sizes.D,
+        "DP": sizes.DP,
+    }
     args = (*tensors, given, scalars, *out[:3], inverse_norms)
     launch(parameters_prepare_kernel, h * sizes.MP // ROWS, args, constants, TILE)
     return out, inverse_norms
