@@ -105,14 +105,12 @@ def causal_scan_kernel(
     sums, states,  # Sums; States, the means in place of the pooled values
     passed_c, passed_z,  # [heads, stretches, MP] and [heads, stretches, MP, EP]
     chunks, stretch, stretches,
-    sizes, BLOCK: tl.constexpr, STAGES: tl.constexpr,
+    MP: tl.constexpr, EP: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Sums of each chunk become what comes before it.
 
     A stretch begins with what the one before passed on, and passes on the same.
     """
-    MP: tl.constexpr = sizes.MP
-    EP: tl.constexpr = sizes.EP
     blocks: tl.constexpr = MP * EP // BLOCK
     bh = (tl.program_id(0) // blocks).to(tl.int64)
     index = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
@@ -165,14 +163,12 @@ def causal_scan_backward_kernel(
     later_o, later_c,  # [heads, chunks, MP, EP] and [heads, chunks, MP]
     passed_o, passed_c,  # the same without chunks
     chunks, more,
-    sizes, BLOCK: tl.constexpr, STAGES: tl.constexpr,
+    MP: tl.constexpr, EP: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """BLOCK numbers of Σ W do, or in the head's last program Σ d log C, from the last chunk to the first.
 
     Where `more` chunks follow, a stretch begins with what theirs passed on; it passes on the same, in its place.
     """
-    MP: tl.constexpr = sizes.MP
-    EP: tl.constexpr = sizes.EP
     blocks: tl.constexpr = MP * EP // BLOCK
     bh = (tl.program_id(0) // (blocks + 1)).to(tl.int64)
     block = tl.program_id(0) % (blocks + 1)
@@ -248,7 +244,7 @@ def _launch_scan(kernel: Any, args: tuple[Any, ...], z: Tensor, sizes: Sizes, fu
     """A program for each BLOCK of a head's [MP, EP] numbers, and `further` ones; z [heads, chunks, MP, EP]."""
     (heads, chunks), numbers = z.shape[:2], sizes.MP * sizes.EP
     block = min(SCAN.depth, numbers)
-    constants = {"sizes": sizes.compiled, "BLOCK": block, "STAGES": SCAN.stages}
+    constants = {"BLOCK": block, "STAGES": SCAN.stages} | sizes.of("MP", "EP")
     programs = heads * (numbers // block + further) if chunks else 0
     launch(kernel, programs, args, constants, SCAN)
 

@@ -28,6 +28,10 @@ class Group:
         members = {field.name: tl.constexpr(getattr(self, field.name)) for field in fields(self)}  # type: ignore[arg-type]
         return _named(type(self).__name__, tuple(members))(**members)
 
+    def of(self, *names: str) -> dict[str, int]:
+        """Some of them, for a kernel that takes no more."""
+        return {name: getattr(self, name) for name in names}
+
 
 @functools.cache
 def _named(name: str, members: tuple[str, ...]) -> Any:
