@@ -29,6 +29,7 @@ class Buffer {
     bytes_ = sizeof(F) * static_cast<size_t>(n > 0 ? n : 1);
     data_ = static_cast<F*>(take_scratch(bytes_));
   }
+  F* data() const { return data_; }
   operator F*() const { return data_; }
 
  private:
