@@ -72,7 +72,7 @@ def test_without_the_extension_the_reference_runs_and_the_reason_is_told() -> No
 
 @built
 def test_the_extension_names_its_operands_as_python_does() -> None:
-    assert MODULE.OPERANDS == Operands._fields[:-1]
+    assert Operands._fields[:-1] == MODULE.OPERANDS
 
 
 @built

@@ -138,13 +138,19 @@ class CausalWorker {
   Buffer<F> la_, omega_, w_, v_, o_, lse_, log_c_, g_;
 };
 
-template <class F>
-void causal_forward(const AttentionParams& p) {
+// A thread a head, and no more threads than are useful.
+template <class Worker>
+void run_heads(const AttentionParams& p) {
   if (p.B * p.H == 0) return;
   const int threads = static_cast<int>(std::min<int64_t>(useful_threads(p.threads, attention_flops(p)), p.B * p.H));
-  std::vector<std::unique_ptr<CausalWorker<F>>> workers;
-  for (int i = 0; i < threads; ++i) workers.push_back(std::make_unique<CausalWorker<F>>(p));
+  std::vector<std::unique_ptr<Worker>> workers;
+  for (int i = 0; i < threads; ++i) workers.push_back(std::make_unique<Worker>(p));
   run_each(workers, p.B * p.H);
+}
+
+template <class F>
+void causal_forward(const AttentionParams& p) {
+  run_heads<CausalWorker<F>>(p);
 }
 
 }  // namespace

@@ -197,11 +197,7 @@ class CausalBackwardWorker {
 
 template <class F>
 void causal_backward(const AttentionParams& p) {
-  if (p.B * p.H == 0) return;
-  const int threads = static_cast<int>(std::min<int64_t>(useful_threads(p.threads, attention_flops(p)), p.B * p.H));
-  std::vector<std::unique_ptr<CausalBackwardWorker<F>>> workers;
-  for (int i = 0; i < threads; ++i) workers.push_back(std::make_unique<CausalBackwardWorker<F>>(p));
-  run_each(workers, p.B * p.H);
+  run_heads<CausalBackwardWorker<F>>(p);
 }
 
 }  // namespace
