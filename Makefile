@@ -8,7 +8,7 @@ PIP := $(RUN) -m pip
 CSRC := $(shell find csrc -name '*.cpp' -o -name '*.hpp' -o -name '*.h' -o -name '*.inc' -o -name '*.cu' -o -name '*.cuh' 2>/dev/null)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-models bench gpu resources cuda-resources model lint types sanitize clean
+.PHONY: help demo test test-models bench gpu resources cuda-resources model docs lint types wheel sanitize clean
 
 help:
 	@echo "make demo      train and compare on real input (3 minutes); results in demo_output/"
@@ -19,8 +19,10 @@ help:
 	@echo "make resources compile every Triton kernel for GPUs that are not there; the table in benchmarks/results/"
 	@echo "make cuda-resources  compile every CUDA kernel with nvcc for GPUs that are not there; the table in benchmarks/results/"
 	@echo "make model     what attention has to cost on a GPU, and what the compiled kernels should take there"
-	@echo "make lint      ruff, import layers, clang-format"
+	@echo "make docs      the guides and the API as a site, in site/"
+	@echo "make lint      ruff, import layers, clang-format, workflows"
 	@echo "make types     mypy on the package"
+	@echo "make wheel     an sdist and a manylinux wheel in dist/, checked and tried in an empty environment"
 	@echo "make sanitize  the C++ tests under AddressSanitizer and UBSan"
 	@echo "make clean     remove what was built and installed"
 	@echo "PYTHON=python3.12 picks the interpreter, VENV=dir the environment, PYTEST_FLAGS='-x -k name' what pytest gets"
@@ -44,29 +46,38 @@ gpu:
 	$(PYTHON) -m benchmarks.gpu
 
 resources: $(VENV)/.installed
-	$(RUN) -m benchmarks.resources
+	$(RUN) -m benchmarks.compiled.resources
 
 cuda-resources: $(VENV)/.installed
-	$(RUN) -m benchmarks.cuda_resources
+	$(RUN) -m benchmarks.compiled.cuda_resources
 
 model: $(VENV)/.installed
-	$(RUN) -m benchmarks.model --resident
+	$(RUN) -m benchmarks.compiled.model --resident
+
+docs: $(VENV)/.docs
+	$(VENV)/bin/mkdocs build --strict --clean
 
 lint: $(VENV)/.lint
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(VENV)/bin/lint-imports
 	$(VENV)/bin/clang-format --dry-run --Werror $(CSRC)
+	$(VENV)/bin/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
+	$(VENV)/bin/zizmor --offline --quiet .github/workflows
 
 types: $(VENV)/.installed $(VENV)/.lint
 	$(RUN) -m mypy
+
+# An sdist and a wheel in dist/, checked, installed into an empty environment and run there.
+wheel:
+	PYTHON=$(PYTHON) .ci/wheel
 
 sanitize:
 	$(MAKE) -C csrc sanitize
 	$(MAKE) -C csrc cuda-sanitize
 
 clean:
-	rm -rf $(VENV)/.installed $(VENV)/.lint .venv-models/.installed build dist demo_output *.egg-info setformer_kernels/_C*.so
+	rm -rf $(VENV)/.installed $(VENV)/.lint $(VENV)/.docs .venv-models/.installed build dist site demo_output *.egg-info setformer_kernels/_C*.so
 
 $(VENV)/.venv-ready: constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
@@ -84,9 +95,13 @@ $(VENV)/.installed: $(VENV)/.venv-ready pyproject.toml $(wildcard setup.py) $(CS
 	test -x .venv-models/bin/python || $(PYTHON) -m venv .venv-models
 	.venv-models/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt pip
 	.venv-models/bin/python -m pip install --quiet -c constraints-models.txt --build-constraint constraints.txt \
-		-e '.[timm,transformers,recipes,test]'
+		-e '.[timm,transformers,recipes,onnx,test]'
 	@touch $@
 
 $(VENV)/.lint: $(VENV)/.venv-ready pyproject.toml
 	$(PIP) install --quiet -c constraints.txt --group lint
+	@touch $@
+
+$(VENV)/.docs: $(VENV)/.venv-ready pyproject.toml
+	$(PIP) install --quiet -c constraints.txt --group docs
 	@touch $@

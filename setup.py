@@ -1,9 +1,12 @@
 """Builds the optional C++ extension; everything else about the package is in pyproject.toml.
 
 The extension needs neither torch nor its headers.  One build holds the kernels for every instruction set of the
-architecture and chooses at run time.  Without a compiler the package still installs, on the reference: the build says
+architecture and chooses at run time.  What is built stays in build/, and only what changed, or includes what changed,
+is compiled again.  Without a compiler the package still installs, on the reference: the build says
 what was missing, and leaves it beside the package for `python -m setformer_kernels info`.
 
+SETFORMER_KERNELS_CPU_BUILD=all|native: the kernels of every instruction set, or of this machine's widest alone, for a
+short wait after an edit.
 SETFORMER_KERNELS_CUDA=auto|0|1: CUDA kernels where nvcc and a GPU are found, never, or always (failing without nvcc).
 SETFORMER_KERNELS_CUDA_ARCHS: the compute capabilities they are compiled for, "80;90;100;120" by default.
 """
@@ -20,6 +23,7 @@ import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
@@ -28,14 +32,28 @@ from setuptools.errors import BaseError, CCompilerError, CompileError
 MISSING = "_C.missing.txt"  # beside the extension that could not be built: why, for `info`
 INSTALL_A_COMPILER = "install one (Debian, Ubuntu: apt install g++; Fedora: dnf install gcc-c++; conda: cxx-compiler)"
 X86 = platform.machine().lower() in ("x86_64", "amd64")
-COMMON = ["bindings.cpp", "cpu/dispatch.cpp", "cpu/scratch.cpp", "cpu/probe_threads.cpp", "cpu/kernels_generic.cpp"]
+PLAIN = ["python/bindings.cpp", "cpu/isa/dispatch.cpp", "cpu/base/scratch.cpp", "cpu/probe_threads.cpp"]
+# Compiled once for each instruction set; those that take longest first.
+UNITS = ["sinkhorn", "attention_backward", "attention", "causal_backward", "causal", "features", "table"]
 WIDE = ["-mprefer-vector-width=512"]  # gcc and clang prefer 256 bits on some targets
-# Source file -> flags of its instruction set; only that file may use it.
-ISA_FLAGS = {
-    "cpu/kernels_avx2.cpp": ["-mavx2", "-mfma"],
-    "cpu/kernels_avx512.cpp": [*(f"-mavx512{part}" for part in ("f", "bw", "dq", "vl")), "-mfma", *WIDE],
+
+
+class Isa(NamedTuple):
+    """An instruction set: the flags that allow it, and the macros by which a compiler says that it may be used."""
+
+    flags: list[str]
+    macros: list[str]
+
+
+AVX512 = ["f", "bw", "dq", "vl"]
+AVX512_FLAGS = [*(f"-mavx512{part}" for part in AVX512), "-mfma", *WIDE]
+ISAS = {  # the widest first
+    "avx512": Isa(
+        [*(f"-mavx512{part}" for part in AVX512), "-mfma", *WIDE], [f"__AVX512{x.upper()}__" for x in AVX512]
+    ),
+    "avx2": Isa(["-mavx2", "-mfma"], ["__AVX2__", "__FMA__"]),
+    "generic": Isa([], []),
 }
-CUDA = ["cuda/bindings.cpp", *(f"cuda/{path.name}" for path in sorted(Path("csrc", "cuda").glob("*.cu")))]
 NVCC_FLAGS = ["-std=c++17", "-O3", "--expt-relaxed-constexpr", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
 NVCC_FLAGS += ["--threads", "0"]  # architectures side by side, as many as there are processors
 PTX = "90"  # what GPUs that are newer than the list compile for themselves
@@ -74,6 +92,29 @@ def cuda_architectures() -> list[str]:
     return [*machine, f"-gencode=arch=compute_{PTX},code=compute_{PTX}"]
 
 
+def isas(compiler: list[str]) -> list[str]:
+    """The instruction sets to build for, the widest first."""
+    choice = os.environ.get("SETFORMER_KERNELS_CPU_BUILD", "all")
+    if choice not in ("all", "native"):
+        sys.exit(f"SETFORMER_KERNELS_CPU_BUILD must be all or native, got {choice!r}")
+    if not X86:
+        return ["generic"]
+    if choice == "all":
+        return list(ISAS)
+    command = [*compiler, "-march=native", "-dM", "-E", "-x", "c++", os.devnull]
+    defined = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout.split()
+    return [next(name for name, isa in ISAS.items() if set(isa.macros) <= set(defined))]
+
+
+def up_to_date(built: Path, arguments: str) -> bool:
+    """Whether an object is newer than all that it was made of, as the compiler wrote it down, by the same arguments."""
+    made_of, made_by = built.with_suffix(".d"), built.with_suffix(".flags")
+    if not (built.exists() and made_of.exists() and made_by.exists() and made_by.read_text("utf-8") == arguments):
+        return False
+    names = shlex.split(made_of.read_text("utf-8").partition(":")[2].replace("\\\n", " "))
+    return all(Path(name).exists() and Path(name).stat().st_mtime <= built.stat().st_mtime for name in names)
+
+
 def compiles(compiler: list[str], flags: list[str]) -> bool:
     """Whether the compiler accepts the flags and can link with them."""
     with tempfile.TemporaryDirectory() as folder:
@@ -87,7 +128,7 @@ def compiles(compiler: list[str], flags: list[str]) -> bool:
 
 
 class Build(build_ext):
-    """Compiles each source with its own flags, several at a time; says why where it cannot."""
+    """Compiles what is not up to date, several files at a time; says why where it cannot."""
 
     def build_extension(self, ext: Extension) -> None:
         note = Path(self.get_ext_fullpath(ext.name)).with_name(MISSING)
@@ -124,24 +165,64 @@ class Build(build_ext):
         if self.compiler.compiler_type != "unix":
             return super().build_extension(ext)
         self.set_unix_flags(ext)
-        if not cuda_wanted():
-            return super().build_extension(ext)
-        plain = list(ext.sources), list(ext.define_macros)
-        self.add_cuda(ext)
-        try:
-            super().build_extension(ext)
-        except CompileError:
-            if os.environ.get("SETFORMER_KERNELS_CUDA") == "1":
-                sys.exit("SETFORMER_KERNELS_CUDA=1, but the CUDA kernels do not compile")
-            print("the CUDA kernels do not compile: building without them", file=sys.stderr)
-            ext.sources, ext.define_macros, ext.libraries = *plain, []
-            super().build_extension(ext)
+        plain = list(ext.define_macros)
+        if cuda_wanted():
+            self.add_cuda(ext)
+            try:
+                return self.link(ext, [*self.objects(ext), *self.cuda_objects()])
+            except CompileError:
+                if os.environ.get("SETFORMER_KERNELS_CUDA") == "1":
+                    sys.exit("SETFORMER_KERNELS_CUDA=1, but the CUDA kernels do not compile")
+                print("the CUDA kernels do not compile: building without them", file=sys.stderr)
+                ext.define_macros, ext.libraries = plain, []
+        self.link(ext, self.objects(ext))
+
+    def objects(self, ext: Extension) -> list[str]:
+        """The compiled sources: each kernel once for every instruction set."""
+        chosen = isas(list(self.compiler.compiler_cxx))
+        units = [(f"cpu/isa/{unit}.cpp", isa) for unit in UNITS for isa in chosen]
+        plain = [*PLAIN, *(["python/cuda_bindings.cpp"] if ("SFK_CUDA", "1") in ext.define_macros else [])]
+        jobs = [(plain[0], ""), *units, *((source, "") for source in plain[1:])]
+        with ThreadPoolExecutor(max_workers=os.cpu_count() or 1) as pool:
+            return list(pool.map(lambda job: self.compile_one(ext, *job, chosen), jobs))
+
+    def compile_one(self, ext: Extension, source: str, isa: str, chosen: list[str]) -> str:
+        """The object of a source, for an instruction set or for all; compiled where it is not up to date."""
+        macros, flags = list(ext.define_macros), [*ext.extra_compile_args, "-MMD"]
+        if isa:
+            macros, flags = [*macros, ("SFK_ISA", isa)], [*flags, *ISAS[isa].flags]
+        if source.endswith("dispatch.cpp"):
+            macros += [(f"SFK_{name.upper()}", "1") for name in chosen]
+        folder = Path(self.build_temp, isa or "plain")
+        built = folder / Path("csrc", source).with_suffix(".o")
+        arguments = repr((self.compiler.compiler_cxx, flags, macros, ext.include_dirs))
+        if self.force or not up_to_date(built, arguments):
+            made_by = built.with_suffix(".flags")
+            made_by.unlink(missing_ok=True)
+            options = {"macros": macros, "include_dirs": ext.include_dirs, "extra_postargs": flags}
+            self.compiler.compile([f"csrc/{source}"], output_dir=str(folder), **options)
+            made_by.write_text(arguments, encoding="utf-8")
+        return str(built)
+
+    def cuda_objects(self) -> list[str]:
+        """What nvcc makes of the CUDA kernels, always anew."""
+        made = []
+        for path in sorted(Path("csrc", "cuda").glob("*.cu")):
+            built = Path(self.build_temp, "cuda", path.stem).with_suffix(".o")
+            built.parent.mkdir(parents=True, exist_ok=True)
+            command = [nvcc(), *NVCC_FLAGS, *cuda_architectures(), "-c", str(path), "-o", str(built)]
+            print(shlex.join(command))
+            if subprocess.run(command).returncode != 0:
+                raise CompileError(f"nvcc cannot compile {path}")
+            made.append(str(built))
+        return made
+
+    def link(self, ext: Extension, objects: list[str]) -> None:
+        """The extension, where an object is newer."""
+        ext.sources, ext.extra_objects, ext.depends = [], objects, objects
+        super().build_extension(ext)
 
     def add_cuda(self, ext: Extension) -> None:
-        self.force = True  # the dates of the sources do not tell whether an extension that is there has CUDA
-        if ".cu" not in self.compiler.src_extensions:
-            self.compiler.src_extensions = [*self.compiler.src_extensions, ".cu"]
-        ext.sources = [*ext.sources, *(f"csrc/{name}" for name in CUDA)]
         ext.define_macros = [*ext.define_macros, ("SFK_CUDA", "1")]
         folders = [Path(cuda_toolkit(), name) for name in ("lib64", "lib")]
         ext.library_dirs = [str(path) for path in folders if path.exists()]
@@ -168,36 +249,19 @@ class Build(build_ext):
         if compiles(compiler, ["-fopenmp"]):
             base.append("-fopenmp")
             ext.extra_link_args.append("-fopenmp")
+            if sys.platform == "linux":  # a released wheel brings the OpenMP runtime there (.ci/repair.py)
+                ext.extra_link_args.append("-Wl,-rpath,$ORIGIN/lib")
         ext.extra_compile_args = base
-        plain_compile, plain_batch = self.compiler._compile, self.compiler.compile
-
-        def compile_one(obj, src, ext_, cc_args, extra, pp_opts):  # type: ignore[no-untyped-def]
-            if str(src).endswith(".cu"):
-                command = [nvcc(), *NVCC_FLAGS, *cuda_architectures(), "-c", str(src), "-o", str(obj)]
-                print(shlex.join(command))
-                if subprocess.run(command).returncode != 0:
-                    raise CompileError(f"nvcc cannot compile {src}")
-                return
-            flags = next((f for name, f in ISA_FLAGS.items() if str(src).endswith(name)), [])
-            plain_compile(obj, src, ext_, cc_args, [*extra, *flags], pp_opts)
-
-        def compile_all(sources, **options):  # type: ignore[no-untyped-def]
-            with ThreadPoolExecutor(max_workers=os.cpu_count() or 1) as pool:
-                jobs = [pool.submit(plain_batch, [source], **options) for source in sources]
-                return [job.result()[0] for job in jobs]
-
-        self.compiler._compile, self.compiler.compile = compile_one, compile_all
 
 
 def extension() -> Extension:
     """The extension; optional, so that an installation never fails for want of it."""
     return Extension(
         "setformer_kernels._C",
-        sources=[f"csrc/{name}" for name in [*COMMON, *(ISA_FLAGS if X86 else [])]],
+        sources=[f"csrc/{name}" for name in [*PLAIN, *(f"cpu/isa/{unit}.cpp" for unit in UNITS)]],
         include_dirs=["csrc"],
-        define_macros=[("SFK_X86", "1")] if X86 else [],
-        depends=[str(path) for path in Path("csrc").rglob("*") if path.suffix in (".h", ".inc", ".cuh", ".cu")]
-        + ["csrc/cuda/bindings.cpp"],
+        depends=[str(path) for path in Path("csrc").rglob("*") if path.suffix in (".h", ".cuh", ".cu")]
+        + ["csrc/python/cuda_bindings.cpp"],
         language="c++",
         optional=True,
     )

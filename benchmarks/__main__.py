@@ -11,15 +11,15 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import entry_point
-from benchmarks.cases import full_plan, quick_plan
-from benchmarks.correctness import Wrong, check
-from benchmarks.hardware import ROOT, default_threads, environment
-from benchmarks.measure import CLOCKS
-from benchmarks.plot import draw
-from benchmarks.results import Row, read_csv, stamp, write_csv
-from benchmarks.runner import Run
-from benchmarks.table import render
+from benchmarks.common import entry_point
+from benchmarks.common.cases import full_plan, quick_plan
+from benchmarks.common.correctness import Wrong, check
+from benchmarks.common.hardware import ROOT, default_threads, environment
+from benchmarks.common.measure import CLOCKS
+from benchmarks.common.results import Row, read_csv, stamp, write_csv
+from benchmarks.cpu.plot import draw
+from benchmarks.cpu.runner import Run
+from benchmarks.cpu.table import render
 
 ONLY = ("probes", "headline", "sweep", "sinkhorn", "memory")
 
@@ -80,10 +80,7 @@ def table(csv: Path) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Entry point; 1 when a result is wrong."""
-    words = list(sys.argv[1:] if argv is None else argv)
-    if not words or (words[0].startswith("-") and words[0] not in ("-h", "--help")):
-        words.insert(0, "run")
-    arguments = _parser().parse_args(words)
+    arguments = _parser().parse_args(entry_point.words(argv, "run"))
     try:
         if arguments.command == "table":
             table(arguments.csv)

@@ -5,25 +5,16 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
+
+from benchmarks.tasks.digits import SEED, load
+from benchmarks.tasks.training import Batch, Trainer, predict, train_together
 
 from .models import SET, SOFTMAX, Attention, Classifier, build_pair, place_references
-from .training import Batch, Trainer, predict, train_together
 
-STEPS, BATCH, LEARNING_RATE, SEED = 400, 64, 3e-3, 0
+STEPS, BATCH, LEARNING_RATE = 400, 64, 3e-3
 WIDTH, HEADS, DEPTH, REFERENCES = 64, 4, 2, 16
 PIXELS = 64
-
-
-def load() -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Training pixels [N,64,1] in [0,1] and labels [N], then the same for the quarter held out for the test."""
-    from sklearn.datasets import load_digits
-    from sklearn.model_selection import train_test_split
-
-    pixels, labels = load_digits(return_X_y=True)
-    parts = train_test_split(pixels / 16.0, labels, test_size=0.25, stratify=labels, random_state=SEED)
-    x, x_test, y, y_test = (torch.from_numpy(part) for part in parts)
-    return x.float().unsqueeze(-1), y.long(), x_test.float().unsqueeze(-1), y_test.long()
 
 
 def build(attention: Attention) -> Classifier:

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import setformer_kernels.functional as SF
+from benchmarks.tasks.digits import load
 
-from .digits import REFERENCES, load
+from .digits import REFERENCES
 from .models import SET, SOFTMAX, Classifier, attention_named
 
 matplotlib.use("Agg")

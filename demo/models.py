@@ -8,6 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from benchmarks.tasks.encoder import Block
 from setformer_kernels import SeTAttention
 
 Attention = Callable[..., nn.MultiheadAttention]
@@ -20,22 +21,6 @@ def attention_named(name: str, num_references: int) -> Attention:
     return {SOFTMAX: nn.MultiheadAttention, SET: partial(SeTAttention, num_references=num_references)}[name]
 
 
-class Block(nn.Module):
-    """x [B,L,width] -> [B,L,width]: attention, then a two-layer MLP, each behind a LayerNorm and added to its input."""
-
-    def __init__(self, width: int, heads: int, attention: Attention) -> None:
-        super().__init__()
-        self.norm1 = nn.LayerNorm(width)
-        self.attention = attention(width, heads, batch_first=True)
-        self.norm2 = nn.LayerNorm(width)
-        self.mlp = nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.norm1(x)
-        x = x + self.attention(y, y, y, need_weights=False)[0]
-        return x + self.mlp(self.norm2(x))
-
-
 class Classifier(nn.Module):
     """Embed tokens, add learned positions, run the blocks, average over the tokens, normalise, classify."""
 
@@ -46,7 +31,7 @@ class Classifier(nn.Module):
         width = position.shape[1]
         self.embed = embed  # tokens of any kind -> [B, length, width]
         self.position = nn.Parameter(position)  # [length, width]
-        self.blocks = nn.Sequential(*(Block(width, heads, attention) for _ in range(depth)))
+        self.blocks = nn.Sequential(*(Block(width, heads, partial(attention, batch_first=True)) for _ in range(depth)))
         self.norm = nn.LayerNorm(width)
         self.head = nn.Linear(width, classes)
 

@@ -53,7 +53,8 @@ def normalise(
     """Check everything, then bring it to the form of `Operands`; `hyper` is in the order of `HYPER`."""
     _check_tokens(query, key, value, references)
     (b, h, s, _), m = key.shape, references.shape[1]
-    _check_constants(hyper, h, kernel, num_iters, dropout_p)
+    hyper = _checked_hyper(hyper, h)
+    constants = (checks.kernel(kernel), checks.iterations(num_iters), checks.probability("dropout_p", dropout_p))
     _check_masses(key_mask, (b, s), reference_log_mass, (h, m))
     tokens: dict[str, Any] = {"key_position": (key_position, b, s)}
     if query is not None:
@@ -78,11 +79,11 @@ def normalise(
         query_position=_token_position(query_position, b, h, dtype),
         key_position=_token_position(key_position, b, h, dtype),
         reference_position=None if reference_position is None else reference_position.to(dtype),
-        seed=_seed(seed, dropout_p, key.device),
+        seed=_seed(seed, constants[2], key.device),
     )
     if s == 0:
         operands = _with_an_absent_key(operands)
-    return operands, Options(tuple(scalars), kernel, int(num_iters), float(dropout_p), backend)
+    return operands, Options(tuple(scalars), *constants, checks.plain(backend))
 
 
 def _with_an_absent_key(x: Operands) -> Operands:
@@ -121,10 +122,8 @@ def _check_tokens(query: Tensor | None, key: Tensor, value: Tensor, references: 
         checks.same_dtype("key", key, "query", query)
 
 
-def _check_constants(hyper: tuple[Hyper, ...], heads: int, kernel: str, num_iters: int, dropout_p: float) -> None:
-    checks.kernel(kernel)
-    checks.iterations(num_iters)
-    checks.probability(dropout_p)
+def _checked_hyper(hyper: tuple[Hyper, ...], heads: int) -> tuple[Hyper, ...]:
+    """The hyperparameters, numbers among them as floats; in the order of `HYPER`."""
     bounds = (
         (0.0, math.inf, True),
         (0.0, math.inf, True),
@@ -132,8 +131,10 @@ def _check_constants(hyper: tuple[Hyper, ...], heads: int, kernel: str, num_iter
         (0.0, 1.0, False),
         (0.0, math.inf, False),
     )
-    for name, value, (low, high, open_low) in zip(HYPER, hyper, bounds, strict=True):
+    return tuple(
         checks.hyperparameter(name, value, heads, low, high, open_low)
+        for name, value, (low, high, open_low) in zip(HYPER, hyper, bounds, strict=True)
+    )
 
 
 def _log_mass(mask: Tensor | None, dtype: torch.dtype, shape: tuple[int, int, int]) -> Tensor | None:
@@ -153,7 +154,6 @@ def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
 
 def query_mask(x: Operands, s: int, attn_mask: Tensor | None, causal: bool, num_iters: float) -> Tensor | None:
     """The query-dependent log masses [B or 1, H or 1, L, S] of the dense path; None where a linear path serves."""
-    checks.flag("causal", causal)
     assert x.query is not None
     b, h, length, _ = x.query.shape
     if causal and length != s:

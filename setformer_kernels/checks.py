@@ -1,11 +1,13 @@
 """Every input check of the functional API: ValueError or TypeError naming the argument, what it got, what it wants.
 
-Checks read shapes, dtypes, devices and Python numbers, never a tensor's values: that would stall a GPU.
+Checks read shapes, dtypes, devices and Python numbers, never the values of a tensor: that would stall a GPU.  Only a
+0-d tensor that stands where a Python number is meant is read, as `plain` says.
 """
 
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Sequence
 from typing import Any
 
@@ -61,44 +63,93 @@ def nonempty(name: str, value: Tensor, letters: str, sizes: Sequence[int]) -> No
             raise ValueError(f"{name} must have {letter} > 0, got {list(value.shape)}")
 
 
-def hyperparameter(name: str, value: Any, heads: int, low: float, high: float, open_low: bool = False) -> None:
-    """A float in [low, high] ((low, high] if `open_low`), or a tensor [H], whose values are not read."""
-    if isinstance(value, Tensor):
-        if not (_fits(value, (heads,)) or value.ndim == 0) or not value.is_floating_point():
-            raise ValueError(
-                f"{name} must be a float or a floating-point tensor [H] = [{heads}], got {value.dtype} "
-                f"{list(value.shape)}"
-            )
-        return
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name} must be a float or a tensor [H], got {type(value).__name__}")
+def plain(value: Any) -> Any:
+    """A NumPy scalar, or a 0-d array or tensor without gradient, as the Python number it holds; others as they are."""
+    if type(value) in (bool, int, float, str):  # nearly always, and all that a tracer need follow
+        return value
+    scalar = getattr(value, "ndim", None) == 0 and not getattr(value, "requires_grad", False)
+    return value.item() if scalar and hasattr(value, "item") else value
+
+
+def integer(name: str, value: Any, low: int | None = None) -> int:
+    """`value` as an int, ≥ low where that is given."""
+    whole = plain(value)
+    if isinstance(whole, bool) or not isinstance(whole, (int, torch.SymInt)):
+        raise TypeError(f"{name} must be an int{'' if low is None else f' ≥ {low}'}, got {_kind(value)}")
+    if low is not None and whole < low:
+        raise ValueError(f"{name} must be ≥ {low}, got {whole}")
+    return int(whole)
+
+
+def number(name: str, value: Any, low: float, high: float = math.inf, open_low: bool = False) -> float:
+    """`value` as a float in [low, high] ((low, high] if `open_low`), never infinite."""
+    return _bounded(name, _real(name, value, "a float"), low, high, open_low)
+
+
+def _real(name: str, value: Any, wants: str) -> float:
+    """`value` as a float of any size."""
+    real = plain(value)
+    if isinstance(real, bool) or not isinstance(real, (int, float, numbers.Real, torch.SymInt, torch.SymFloat)):
+        raise TypeError(f"{name} must be {wants}, got {_kind(value)}")
+    return float(real)
+
+
+def _bounded(name: str, value: float, low: float, high: float, open_low: bool) -> float:
     if not (low <= value <= high and value < math.inf) or (open_low and value == low):
         wants = f"{'> ' if open_low else '≥ '}{low:g}" + ("" if math.isinf(high) else f" and ≤ {high:g}")
         raise ValueError(f"{name} must be finite and {wants}, got {value}")
+    return value
 
 
-def iterations(value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
-        raise TypeError(f"num_iters must be an int ≥ 0, got {type(value).__name__}")
-    if value < 0:
-        raise ValueError(f"num_iters must be ≥ 0, got {value}")
+def _kind(value: Any) -> str:
+    """What a wrong number is, for its message."""
+    if not isinstance(value, Tensor):
+        return type(value).__name__
+    return f"a Tensor {list(value.shape)} of {value.dtype}" + (" that requires grad" if value.requires_grad else "")
 
 
-def probability(value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"dropout_p must be a float in [0, 1], got {type(value).__name__}")
-    if not 0.0 <= value <= 1.0:
-        raise ValueError(f"dropout_p must be in [0, 1], got {value}")
+def hyperparameter(
+    name: str, value: Any, heads: int, low: float, high: float, open_low: bool = False
+) -> float | Tensor:  # fmt: skip
+    """A number as `number` takes it, or a floating-point tensor [H] or [], whose values are not read."""
+    if not isinstance(value, Tensor) or (value.ndim == 0 and not value.is_floating_point()):
+        return _bounded(name, _real(name, value, "a float or a tensor [H]"), low, high, open_low)
+    if not (_fits(value, (heads,)) or value.ndim == 0) or not value.is_floating_point():
+        raise ValueError(
+            f"{name} must be a float or a floating-point tensor [H] = [{heads}], got {value.dtype} {list(value.shape)}"
+        )
+    return value
 
 
-def kernel(value: Any) -> None:
-    if value not in KERNELS:
-        raise ValueError(f"kernel must be one of {', '.join(KERNELS)}, got {value!r}")
+def iterations(value: Any) -> int:
+    return integer("num_iters", value, 0)
 
 
-def flag(name: str, value: Any) -> None:
-    if not isinstance(value, bool):
-        raise TypeError(f"{name} must be a bool, got {type(value).__name__}")
+def probability(name: str, value: Any) -> float:
+    p = _real(name, value, "a float in [0, 1]")
+    if not 0.0 <= p <= 1.0:
+        raise ValueError(f"{name} must be in [0, 1], got {p}")
+    return p
+
+
+def choice(name: str, value: Any, choices: Sequence[str]) -> str:
+    """`value` as one of the strings there are to choose from."""
+    text = plain(value)
+    if not isinstance(text, str) or text not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
+    return choices[choices.index(text)]
+
+
+def kernel(value: Any) -> str:
+    return choice("kernel", value, KERNELS)
+
+
+def flag(name: str, value: Any) -> bool:
+    """`value` as a bool."""
+    truth = plain(value)
+    if not isinstance(truth, bool):
+        raise TypeError(f"{name} must be a bool, got {_kind(value)}")
+    return truth
 
 
 def mask(name: str, value: Any, allowed: Sequence[Sequence[int]]) -> None:

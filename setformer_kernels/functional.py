@@ -15,10 +15,12 @@ from torch import Tensor
 from . import checks, dispatch, ops, reference
 from .arguments import Hyper, autocast, hyperparameters, normalise, query_mask
 from .problem import compute_dtype
+from .tracing import leaf
 
 __all__ = ["nystrom_features", "set_attention", "set_attention_weights", "set_pool", "sinkhorn"]
 
 
+@leaf
 def set_attention(
     query: Tensor,
     key: Tensor,
@@ -78,7 +80,8 @@ def set_attention(
         kernel=kernel, num_iters=num_iters, dropout_p=dropout_p, seed=seed, backend=backend,
     )  # fmt: skip
     checks.nonempty("value", value, "E", value.shape[3:])
-    mask = query_mask(x, key.shape[2], attn_mask, causal, num_iters)
+    causal = checks.flag("causal", causal)
+    mask = query_mask(x, key.shape[2], attn_mask, causal, opt.num_iters)
     if mask is not None:
         dispatch.select(ops.attention_problem("dense", x, opt), _dense_backend(backend))
         return reference.dense(x, opt, mask)[0]
@@ -89,6 +92,7 @@ def set_attention(
     return ops.set_causal(*x, *opt) if causal else ops.set_attention(*x, *opt)[0]
 
 
+@leaf
 def set_attention_weights(
     query: Tensor,
     key: Tensor,
@@ -126,11 +130,12 @@ def set_attention_weights(
         kernel=kernel, num_iters=num_iters, dropout_p=dropout_p, seed=seed, backend=backend,
     )  # fmt: skip
     dispatch.select(ops.attention_problem("weights", x, opt), _dense_backend(backend))
-    mask = query_mask(x, key.shape[2], attn_mask, causal, math.inf)
+    mask = query_mask(x, key.shape[2], attn_mask, checks.flag("causal", causal), math.inf)
     a = reference.weights(x, opt) if mask is None else reference.dense(x, opt, mask)[1]
     return a[..., : key.shape[2]]
 
 
+@leaf
 def set_pool(
     key: Tensor,
     value: Tensor,
@@ -165,6 +170,7 @@ def set_pool(
     return ops.set_pool(*x, *opt)[0].to(x.value.dtype)
 
 
+@leaf
 def nystrom_features(
     x: Tensor, landmarks: Tensor, *, bandwidth: Hyper = 1.0, ridge: float = 1e-3, backend: str = "auto"
 ) -> Tensor:
@@ -179,20 +185,19 @@ def nystrom_features(
     checks.nonempty("landmarks", landmarks, "HRD", landmarks.shape)
     checks.shape("landmarks", landmarks, (h, None, d), "H and D of x")
     checks.same_device("x", x, landmarks=landmarks, bandwidth=bandwidth)
-    checks.hyperparameter("bandwidth", bandwidth, h, 0.0, math.inf, open_low=True)
-    checks.hyperparameter("ridge", ridge, h, 0.0, math.inf, open_low=True)
-    if isinstance(ridge, Tensor):
-        raise TypeError("ridge must be a float, got Tensor")
+    bandwidth = checks.hyperparameter("bandwidth", bandwidth, h, 0.0, math.inf, open_low=True)
+    ridge, backend = checks.number("ridge", ridge, 0.0, open_low=True), checks.plain(backend)
     (x,) = autocast(x)
     dtype = compute_dtype(x.dtype)
     landmarks, (tensors, scalars) = landmarks.to(dtype), hyperparameters((bandwidth,), h, dtype)
     size = math.prod(x.shape[:3]) * landmarks.shape[1]
     if dispatch.choose(ops.features_problem(x, landmarks), backend, size) != dispatch.REFERENCE:
-        return ops.nystrom_features(x, landmarks, tensors[0], scalars[0], float(ridge), backend)
+        return ops.nystrom_features(x, landmarks, tensors[0], scalars[0], ridge, backend)
     beta = landmarks.new_full((h,), scalars[0]) if tensors[0] is None else tensors[0]
-    return reference.nystrom_features(x.to(dtype), landmarks, beta[:, None, None], float(ridge)).to(x.dtype)
+    return reference.nystrom_features(x.to(dtype), landmarks, beta[:, None, None], ridge).to(x.dtype)
 
 
+@leaf
 def sinkhorn(
     log_kernel: Tensor,
     log_a: Tensor | None = None,
@@ -217,10 +222,10 @@ def sinkhorn(
     if log_kernel.ndim < 2 or 0 in log_kernel.shape[-2:]:
         raise ValueError(f"log_kernel must have shape [..., N, M], N and M > 0, got {list(log_kernel.shape)}")
     checks.tensor("log_kernel", log_kernel, "." * log_kernel.ndim)
-    checks.iterations(num_iters)
+    num_iters, backend = checks.iterations(num_iters), checks.plain(backend)
     batch, (n, m) = log_kernel.shape[:-2], log_kernel.shape[-2:]
     if tol is not None:
-        checks.hyperparameter("tol", tol, 0, 0.0, math.inf)
+        tol = checks.number("tol", tol, 0.0)
     dtype = compute_dtype(log_kernel.dtype)
     groups = math.prod(batch)
     l = log_kernel.to(dtype).reshape(groups, n, m)

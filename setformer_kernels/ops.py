@@ -167,6 +167,7 @@ set_attention = register(
         run=_run_attention,
         run_backward=_run_attention_backward,
         fake=_fake_attention,
+        decomposition=lambda *args: dispatch.EAGER.attention(*_split(args)),
     )
 )
 
@@ -182,6 +183,7 @@ set_pool = register(
         run=_run_pool,
         run_backward=_run_pool_backward,
         fake=lambda *args: _fake_state(*_split(args)),
+        decomposition=lambda *args: dispatch.EAGER.pool(*_split(args)),
     )
 )
 
@@ -197,6 +199,7 @@ set_causal = register(
         run=_run_causal,
         run_backward=_run_causal_backward,
         fake=lambda *args: _fake_output(_split(args)[0]),
+        decomposition=lambda *args: dispatch.EAGER.causal(*_split(args)),
     )
 )
 
@@ -212,6 +215,7 @@ nystrom_features = register(
         run=_run_features,
         run_backward=_run_features_backward,
         fake=_fake_features,
+        decomposition=lambda *args: dispatch.EAGER.features(*args[:-1]),
     )
 )
 
@@ -233,6 +237,7 @@ sinkhorn = register(
         run=_run_sinkhorn,
         run_backward=_run_sinkhorn_backward,
         fake=_fake_sinkhorn,
+        decomposition=lambda *args: dispatch.EAGER.sinkhorn(Sinkhorn(*args[:-1])),
     )
 )
 

@@ -106,6 +106,11 @@ class Problem:
     backward: bool = False  # the gradient of the op, from what its forward saves
 
 
+def memory_order(t: Tensor) -> list[int]:
+    """The dimensions from the outermost in memory to the innermost."""
+    return sorted(range(t.ndim), key=lambda d: -t.stride()[d])
+
+
 def beyond(p: Problem, dtypes: tuple[torch.dtype, ...], references: int, head_dim: int) -> list[str]:
     """What of `p` a backend of tiles in fast memory does not hold, in sentences that follow its name."""
     reasons = [] if p.dtype in dtypes else [f"has no kernels for {p.dtype}"]
@@ -120,8 +125,7 @@ def beyond(p: Problem, dtypes: tuple[torch.dtype, ...], references: int, head_di
 
 def empty_in_order(like: Tensor, shape: tuple[int, ...] | torch.Size) -> Tensor:
     """An empty dense tensor of `shape` whose dimensions lie in memory in the order of those of `like`."""
-    order = sorted(range(like.ndim), key=lambda d: -like.stride()[d])
-    return torch.empty_permuted(tuple(shape), order, dtype=like.dtype, device=like.device)
+    return torch.empty_permuted(tuple(shape), memory_order(like), dtype=like.dtype, device=like.device)
 
 
 def in_order(like: Tensor | None, t: Tensor | None) -> Tensor | None:

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from types import new_class
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._decomp import register_decomposition
 from torch._functorch.utils import unwrap_dead_wrappers
 from torch.autograd import forward_ad
 
@@ -23,6 +25,7 @@ _library = torch.library.Library(NAMESPACE, "DEF")
 
 # How a tensor batches: TOKEN is [B, H, ...], HEAD is [H, ...] (or any leading group), SEED has neither.
 TOKEN, HEAD, SEED = "token", "head", "seed"
+HEADS_AT = {TOKEN: 1, HEAD: 0}
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,7 @@ class Spec:
     run: Callable[..., Any]
     run_backward: Callable[..., Sequence[Tensor | None]]
     fake: Callable[..., Any]
+    decomposition: Callable[..., Any]  # the op as PyTorch operations
 
     @property
     def schema(self) -> str:
@@ -71,30 +75,41 @@ def _below_autograd(op: Any, args: Sequence[Any]) -> Any:
         return op(*args)
 
 
-def _fold(kind: str, t: Tensor | None, dim: int | None, size: int) -> Tensor | None:
-    """Move a vmapped dimension into H: TOKEN [B, V·H, ...], HEAD [V·H, ...]."""
+def _led(t: Tensor | None, dim: int | None, size: int) -> Tensor | None:
+    """The tensor with its vmapped dimension first; expanded where it has none."""
     if t is None:
         return None
-    t = t.movedim(dim, 0) if dim is not None else t.expand((size, *t.shape))
-    return t.flatten(0, 1) if kind == HEAD else t.movedim(0, 1).flatten(1, 2)
+    return t.movedim(dim, 0) if dim is not None else t.expand((size, *t.shape))
 
 
-def _unfold(kind: str, t: Tensor, size: int) -> tuple[Tensor, int]:
-    """Undo `_fold`: the tensor and where its vmapped dimension lies."""
-    if t.ndim == 1 and t.numel() == 0:
-        return t.expand(size, 0), 0
-    return (t.unflatten(0, (size, -1)), 0) if kind == HEAD else (t.unflatten(1, (size, -1)), 1)
+def _fold(kind: str, t: Tensor | None) -> Tensor | None:
+    """[V, ...] with V folded into H: TOKEN [B, V·H, ...], HEAD [V·H, ...]."""
+    if t is None or kind == SEED:
+        return None
+    at = HEADS_AT[kind]
+    return t.movedim(0, at).flatten(at, at + 1)
+
+
+def _unfold(kind: str | None, t: Tensor, size: int, heads: int) -> tuple[Tensor, int]:
+    """Undo `_fold`: the tensor and where its vmapped dimension lies.  Without a kind: a gradient that nobody needs."""
+    if kind is None:
+        return t.expand(size, *t.shape), 0
+    return t.unflatten(HEADS_AT[kind], (size, heads)), HEADS_AT[kind]
 
 
 def _vmap(
-    op: Any, tensors: dict[str, str], outputs: Sequence[str], info: Any, in_dims: Any, args: Sequence[Any]
+    op: Any, tensors: dict[str, str], outputs: Sequence[str | None], info: Any, in_dims: Any, args: Sequence[Any]
 ) -> Any:
     """One call with V folded into H; one call per element where dropout counts elements."""
     n, size = len(tensors), info.batch_size
-    if SEED in tensors and args[list(tensors).index(SEED)] is not None:
+    seeded = SEED in tensors.values() and args[list(tensors.values()).index(SEED)] is not None
+    if seeded and size > 0:
         return _vmap_loop(op, n, size, in_dims, args)
-    folded = [_fold(k, t, d, size) for k, t, d in zip(tensors.values(), args[:n], in_dims, strict=False)]
-    results = [_unfold(k, r, size) for k, r in zip(outputs, as_tuple(op(*folded, *args[n:])), strict=True)]
+    led = {name: _led(t, d, size) for name, t, d in zip(tensors, args[:n], in_dims, strict=False)}
+    # Not read off the results: 0 of them have any number of heads.
+    heads = next(t.shape[1 + HEADS_AT[k]] for k, t in zip(tensors.values(), led.values(), strict=True) if t is not None)
+    folded = [_fold(kind, led[name]) for name, kind in tensors.items()]
+    results = [_unfold(k, r, size, heads) for k, r in zip(outputs, as_tuple(op(*folded, *args[n:])), strict=True)]
     return one_or_tuple([r for r, _ in results]), one_or_tuple([d for _, d in results])
 
 
@@ -107,82 +122,97 @@ def _vmap_loop(op: Any, n: int, size: int, in_dims: Any, args: Sequence[Any]) ->
     return one_or_tuple(stacked), one_or_tuple((0,) * len(stacked))
 
 
-def _refuse(what: str, name: str) -> RuntimeError:
-    return RuntimeError(
-        f"{NAMESPACE}::{name} has no {what}: pass backend='reference', which differentiates to any order"
-    )
-
-
 def _materialise(cotangents: Sequence[Tensor | None], shapes: Sequence[torch.Size]) -> list[Tensor]:
     """Zeros for the outputs that no gradient reached; at least one was."""
     some = next(c for c in cotangents if c is not None)
     return [some.new_zeros(shape) if c is None else c for c, shape in zip(cotangents, shapes, strict=True)]
 
 
-def _make_functions(spec: Spec, op: Any, op_backward: Any) -> tuple[type, type]:
-    """The autograd.Functions of `f` and `f_backward`."""
-    n = len(spec.tensors)
+def _function(name: str, **methods: Callable[..., Any]) -> type:
+    """An autograd.Function called `name` from the start: that is when torch names its node."""
+    body = {"__module__": __name__, **{key: staticmethod(method) for key, method in methods.items()}}
+    return new_class(name, (torch.autograd.Function,), exec_body=lambda namespace: namespace.update(body))
+
+
+def _refuse(what: str, name: str) -> Callable[..., Any]:
+    """The method of an autograd.Function that has no such derivative."""
+
+    def method(ctx: Any, *_: Any) -> Any:
+        raise RuntimeError(
+            f"{NAMESPACE}::{name} has no {what}: pass backend='reference', which differentiates to any order"
+        )
+
+    return method
+
+
+def _setup_context(spec: Spec) -> Callable[..., None]:
+    """Saves the op's tensors, then those of its outputs that the backward reads."""
+    n, positions = len(spec.tensors), {name: i for i, name in enumerate(spec.outputs)}
+
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        outputs = as_tuple(output)
+        ctx.save_for_backward(*inputs[:n], *(outputs[positions[name]] for name in spec.saved))
+        ctx.constants = inputs[n:]
+        ctx.shapes = [outputs[positions[name]].shape for name in spec.differentiable]
+        ctx.set_materialize_grads(False)  # made by autograd, zero tangents trip functorch before jvp can refuse
+        ctx.mark_non_differentiable(*(outputs[i] for o, i in positions.items() if o not in spec.differentiable))
+
+    return setup_context
+
+
+def _backward(spec: Spec, op_backward: Any) -> Callable[..., tuple[Tensor | None, ...]]:
+    """Calls the backward op on the cotangents and what `_setup_context` saved."""
+    n, positions = len(spec.tensors), {name: i for i, name in enumerate(spec.outputs)}
+
+    def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
+        if all(c is None for c in cotangents):
+            return (None,) * (n + len(ctx.constants))
+        given = _materialise([cotangents[positions[name]] for name in spec.differentiable], ctx.shapes)
+        kept = ctx.saved_tensors  # read once: non-reentrant checkpointing recomputes at each read
+        tensors, saved = kept[:n], kept[n:]
+        needs = [bool(ctx.needs_input_grad[i]) and name in spec.graded for i, name in enumerate(spec.tensors)]
+        found = iter(op_backward(*given, *saved, *tensors, *ctx.constants, needs))
+        grads = [next(found) if name in spec.graded else None for name in spec.tensors]
+        return (*(g if need else None for g, need in zip(grads, needs, strict=True)), *(None,) * len(ctx.constants))
+
+    return backward
+
+
+def _forward_function(spec: Spec, op: Any, op_backward: Any) -> type:
+    """The autograd.Function of `f`."""
     kinds = {name: kind for name, (kind, _) in spec.tensors.items()}
-    positions = {name: i for i, name in enumerate(spec.outputs)}
 
-    class Forward(torch.autograd.Function):
-        @staticmethod
-        def forward(*args: Any) -> Any:
-            return _below_autograd(op, args)
+    def vmap(info: Any, in_dims: Any, *args: Any) -> Any:
+        return _vmap(op, kinds, list(spec.outputs.values()), info, in_dims, args)
 
-        @staticmethod
-        def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-            outputs = as_tuple(output)
-            ctx.save_for_backward(*inputs[:n], *(outputs[positions[name]] for name in spec.saved))
-            ctx.constants = inputs[n:]
-            ctx.shapes = [outputs[positions[name]].shape for name in spec.differentiable]
-            ctx.set_materialize_grads(False)  # made by autograd, zero tangents trip functorch before jvp can refuse
-            ctx.mark_non_differentiable(*(outputs[i] for o, i in positions.items() if o not in spec.differentiable))
+    return _function(
+        spec.name,
+        forward=lambda *args: _below_autograd(op, args),
+        setup_context=_setup_context(spec),
+        backward=_backward(spec, op_backward),
+        vmap=vmap,
+        jvp=_refuse("forward-mode derivative", spec.name),
+    )
 
-        @staticmethod
-        def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
-            if all(c is None for c in cotangents):
-                return (None,) * (n + len(ctx.constants))
-            given = _materialise([cotangents[positions[name]] for name in spec.differentiable], ctx.shapes)
-            kept = ctx.saved_tensors  # read once: non-reentrant checkpointing recomputes at each read
-            tensors, saved = kept[:n], kept[n:]
-            needs = [bool(ctx.needs_input_grad[i]) and name in spec.graded for i, name in enumerate(spec.tensors)]
-            found = iter(op_backward(*given, *saved, *tensors, *ctx.constants, needs))
-            grads = [next(found) if name in spec.graded else None for name in spec.tensors]
-            return (*(g if need else None for g, need in zip(grads, needs, strict=True)), *(None,) * len(ctx.constants))
 
-        @staticmethod
-        def vmap(info: Any, in_dims: Any, *args: Any) -> Any:
-            return _vmap(op, kinds, list(spec.outputs.values()), info, in_dims, args)
+def _backward_function(spec: Spec, op_backward: Any) -> type:
+    """The autograd.Function of `f_backward`."""
+    first = len(spec.backward_tensors) - len(spec.tensors)
 
-        @staticmethod
-        def jvp(ctx: Any, *tangents: Any) -> Any:
-            raise _refuse("forward-mode derivative", spec.name)
+    def vmap(info: Any, in_dims: Any, *args: Any) -> Any:
+        tensors = zip(spec.tensors.items(), args[first:], args[-1], strict=False)
+        wanted = {name: kind if need and t is not None else None for (name, (kind, _)), t, need in tensors}
+        outputs = [wanted[name] for name in spec.graded]
+        return _vmap(op_backward, spec.backward_tensors, outputs, info, in_dims, args)
 
-    class Backward(torch.autograd.Function):
-        @staticmethod
-        def forward(*args: Any) -> Any:
-            return _below_autograd(op_backward, args)
-
-        @staticmethod
-        def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-            pass
-
-        @staticmethod
-        def backward(ctx: Any, *cotangents: Tensor) -> Any:
-            raise _refuse("second derivative", spec.name)
-
-        @staticmethod
-        def vmap(info: Any, in_dims: Any, *args: Any) -> Any:
-            outputs = [kinds[name] for name in spec.graded]
-            return _vmap(op_backward, spec.backward_tensors, outputs, info, in_dims, args)
-
-        @staticmethod
-        def jvp(ctx: Any, *tangents: Any) -> Any:
-            raise _refuse("forward-mode derivative of its backward", spec.name)
-
-    Forward.__name__, Backward.__name__ = f"{spec.name}", f"{spec.name}_backward"
-    return Forward, Backward
+    return _function(
+        f"{spec.name}_backward",
+        forward=lambda *args: _below_autograd(op_backward, args),
+        setup_context=lambda ctx, inputs, output: None,
+        backward=_refuse("second derivative", spec.name),
+        vmap=vmap,
+        jvp=_refuse("forward-mode derivative of its backward", spec.name),
+    )
 
 
 def _through(function: type, op: Any) -> Callable[..., Any]:
@@ -229,10 +259,15 @@ def _gradient_like(t: Tensor | None, need: bool, device_of: Tensor) -> Tensor:
 
 
 def _kernel_backward(spec: Spec) -> Callable[..., tuple[Tensor, ...]]:
-    """The backend's gradients, with an empty tensor for each that is not needed: op outputs are never None."""
+    """The backend's gradients, with an empty tensor for each that is not needed: op outputs are never None.
+
+    What the forward saved reaches a backend as a forward writes it, contiguous, also where vmap expanded it.
+    """
+    first, last = len(spec.differentiable), len(spec.differentiable) + len(spec.saved)
 
     def kernel(*args: Any) -> tuple[Tensor, ...]:
-        grads = dict(zip(spec.tensors, spec.run_backward(*args), strict=True))
+        saved = [t.contiguous() for t in args[first:last]]
+        grads = dict(zip(spec.tensors, spec.run_backward(*args[:first], *saved, *args[last:]), strict=True))
         return tuple(args[0].new_empty(0) if (g := grads[name]) is None else g for name in spec.graded)
 
     return kernel
@@ -247,7 +282,7 @@ def register(spec: Spec) -> Any:
         f"({', '.join(['Tensor'] * len(spec.graded))})"
     )
     op, op_backward = (getattr(getattr(torch.ops, NAMESPACE), spec.name + s).default for s in ("", "_backward"))
-    functions = _make_functions(spec, op, op_backward)
+    functions = (_forward_function(spec, op, op_backward), _backward_function(spec, op_backward))
     kernels = ((spec.run, spec.fake), (_kernel_backward(spec), _fake_backward(spec)))
     for o, function, (kernel, fake) in zip((op, op_backward), functions, kernels, strict=True):
         name = o.name().split("::")[1]
@@ -255,4 +290,14 @@ def register(spec: Spec) -> Any:
         torch.library.register_fake(o.name(), fake, lib=_library)
         for key in ("Autograd", "FuncTorchBatched"):
             _library.impl(name, _through(function, o), key)
+    _decompose(op, spec)
     return op
+
+
+def _decompose(op: Any, spec: Spec) -> None:
+    """PyTorch operations for `ExportedProgram.run_decompositions` with a table of everything, as torch.onnx does.
+
+    Fake tensors with unknown lengths would take them too, in place of the fake kernel, but for a second table.
+    """
+    register_decomposition(op)(spec.decomposition)
+    register_decomposition(op, type="meta")(spec.fake)

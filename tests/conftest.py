@@ -33,10 +33,12 @@ FLOAT64_TESTS = (
 # What a machine with nothing but torch, triton, numpy and pytest (`make gpu`) leaves out, and what only `make
 # test-models` has.
 NEEDS = {
+    "test_docs.py": "sybil", "models/test_docs_extras.py": "transformers",
     "test_fuzz.py": "hypothesis", "test_cuda_fuzz.py": "hypothesis",
     "test_demo_parts.py": "sklearn", "test_benchmarks_quality.py": "sklearn",
     "models/test_heads.py": "transformers", "models/test_recipes.py": "transformers",
-    "models/test_recipe_detect.py": "transformers", "models/test_timm.py": "timm",
+    "models/test_recipe_detect.py": "transformers", "models/test_timm.py": "timm", "models/test_onnx.py": "onnxruntime",
+    "models/test_recipe_input.py": "transformers",
     "models/test_transformers.py": "transformers",
 }  # fmt: skip
 collect_ignore = [file for file, module in NEEDS.items() if importlib.util.find_spec(module) is None]

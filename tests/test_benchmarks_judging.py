@@ -9,11 +9,20 @@ import pytest
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # benchmarks/ is not installed
 
-from benchmarks import table
-from benchmarks.cases import BOTH, FORWARD, MODES, AttentionCase, Entry, full_plan, quick_plan
-from benchmarks.measure import MAX_ROUNDS, MIN_ROUNDS, interleave, paired_ratio, quartiles, repeats_for, rounds_for
-from benchmarks.results import COLUMNS, OK, SKIPPED, Row, Stamp, read_csv, write_csv
-from benchmarks.runner import Run
+from benchmarks.common.cases import BOTH, FORWARD, MODES, AttentionCase, Entry, full_plan, quick_plan
+from benchmarks.common.measure import (
+    MAX_ROUNDS,
+    MIN_ROUNDS,
+    interleave,
+    paired_ratio,
+    quartiles,
+    repeats_for,
+    rounds_for,
+)
+from benchmarks.common.results import COLUMNS, OK, SKIPPED, Row, Stamp, read_csv, write_csv
+from benchmarks.common.targets import MET, NOT_MET, UNMEASURED, break_even
+from benchmarks.cpu import table
+from benchmarks.cpu.runner import Run
 
 STAMP = Stamp("abc", "a CPU", "avx2", 2, "cpu", "2.13.0", "3.11", "2026-01-01")
 
@@ -63,13 +72,13 @@ def test_rounds_are_interleaved():
 
 
 def test_break_even():
-    assert table.break_even([64, 128, 256], [0.25, 0.5, 2.0]) == pytest.approx(math.sqrt(128 * 256))
-    assert table.break_even([64, 128, 256], [1.2, 2.0, 4.0]) == 64
-    assert table.break_even([64, 128], [0.25, 0.5]) == math.inf
-    assert table.break_even([64, 128, 256], [2.0, 0.5, 2.0]) > 128, "ahead only from where it stays ahead"
+    assert break_even([64, 128, 256], [0.25, 0.5, 2.0]) == pytest.approx(math.sqrt(128 * 256))
+    assert break_even([64, 128, 256], [1.2, 2.0, 4.0]) == 64
+    assert break_even([64, 128], [0.25, 0.5]) == math.inf
+    assert break_even([64, 128, 256], [2.0, 0.5, 2.0]) > 128, "ahead only from where it stays ahead"
 
 
-@pytest.mark.parametrize(("ratio", "verdict"), [(25.0, table.MET), (24.9, table.NOT_MET), (math.nan, table.UNMEASURED)])
+@pytest.mark.parametrize(("ratio", "verdict"), [(25.0, MET), (24.9, NOT_MET), (math.nan, UNMEASURED)])
 def test_verdict_of_a_ratio(ratio, verdict):
     row = timed("sdpa", ratio=ratio, ratio_q25=20.0, ratio_q75=30.0, ratio_t1=50.0)
     assert verdicts([row])["forward, L = 4096, against `F.scaled_dot_product_attention`"] == verdict
@@ -81,7 +90,7 @@ def test_skipped_rows_and_other_lengths_judge_nothing():
         timed("reference", T=3, L=256, ratio=100.0),
         timed("set", T=3, case="memory", L=512, median=1.0, work=1e9),
     ]
-    assert set(verdicts(rows).values()) == {table.UNMEASURED}
+    assert set(verdicts(rows).values()) == {UNMEASURED}
 
 
 def rate(impl, q75, case="probe"):
@@ -97,7 +106,7 @@ def test_share_of_peak():
 
 def test_a_share_above_the_peak_is_no_measurement():
     rows = [timed("set", T=3, median=0.01, work=2e9), rate("fma peak", 100e9)]
-    assert verdicts(rows)["share of the FMA peak measured in the same run, forward"] == table.UNMEASURED
+    assert verdicts(rows)["share of the FMA peak measured in the same run, forward"] == UNMEASURED
 
 
 def test_memory_is_judged_by_its_worst_case():
@@ -107,19 +116,19 @@ def test_memory_is_judged_by_its_worst_case():
     good, bad = memory(4096, 20.0), memory(16384, 30.0)
     assert table.memory_share([good]).value == pytest.approx(0.2)
     name = "peak extra memory, forward + backward, × (q, k, v, o)"
-    assert verdicts([good])[name] == table.MET
-    assert verdicts([good, bad])[name] == table.NOT_MET
+    assert verdicts([good])[name] == MET
+    assert verdicts([good, bad])[name] == NOT_MET
 
 
 def test_sinkhorn_is_judged_by_its_worst_case():
     rows = [timed("pot", T=20, case="sinkhorn", ratio=r) for r in (30.0, 9.0)]
-    assert verdicts(rows)["`sinkhorn` against POT (`ot.batch`)"] == table.NOT_MET
-    assert verdicts(rows[:1])["`sinkhorn` against POT (`ot.batch`)"] == table.MET
+    assert verdicts(rows)["`sinkhorn` against POT (`ot.batch`)"] == NOT_MET
+    assert verdicts(rows[:1])["`sinkhorn` against POT (`ot.batch`)"] == MET
 
 
 def test_break_even_with_sdpa_uses_the_sweep():
     rows = [timed("sdpa", case="sweep", L=L, ratio=r) for L, r in ((64, 0.5), (128, 1.5), (256, 3.0))]
-    assert verdicts(rows)["break-even with SDPA, forward"] == table.MET
+    assert verdicts(rows)["break-even with SDPA, forward"] == MET
     assert table.sdpa_break_even(rows[:1], FORWARD).value == math.inf
 
 

@@ -17,10 +17,10 @@ import torch
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # benchmarks/ is not installed
 
-from benchmarks import model, model_resident, sass
-from benchmarks.gpus import COPY_SHARE, GPUS, resident_blocks
-from benchmarks.sass import Instruction
-from benchmarks.workloads import Call
+from benchmarks.compiled import model, model_resident, sass
+from benchmarks.compiled.gpus import COPY_SHARE, GPUS, resident_blocks
+from benchmarks.compiled.sass import Instruction
+from benchmarks.compiled.workloads import Call
 
 ROOT = Path(__file__).resolve().parents[1]
 H200 = GPUS["H200"]
@@ -176,7 +176,18 @@ def test_floors_alone_need_no_triton(capsys: pytest.CaptureFixture[str], tmp_pat
 def test_a_prediction_lies_above_its_floor() -> None:
     pytest.importorskip("triton")
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "benchmarks.model", "--gpu", "H200", "--L", "16384", "--T", "1", "--forward"]
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.compiled.model",
+        "--gpu",
+        "H200",
+        "--L",
+        "16384",
+        "--T",
+        "1",
+        "--forward",
+    ]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode in (0, 1), done.stderr
     (line,) = [line for line in done.stdout.splitlines() if line.startswith("| H200 | forward | 16384 | 1 |")]

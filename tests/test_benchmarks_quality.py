@@ -16,9 +16,9 @@ from sklearn.metrics import jaccard_score
 from torch import nn
 
 from benchmarks.quality import __main__ as command
-from benchmarks.quality import listops, results, shapes, table, tasks, train
+from benchmarks.quality import results, table, tasks, train
 from benchmarks.quality.model import Alone, Elu, Softmax, sinusoids
-from demo import sources
+from benchmarks.tasks import listops, shapes, sources
 from setformer_kernels import SeTAttention
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -290,10 +290,10 @@ def test_table_cells_are_means_with_spread() -> None:
     assert table.cell([]) == "not measured"
 
 
-def test_the_readme_shows_the_table_of_complete_results() -> None:
-    readme = (ROOT / "README.md").read_text()
-    (name,) = set(re.findall(r"\(benchmarks/results/(quality_\S+\.csv)\)", readme))
+def test_the_page_of_quality_shows_the_table_of_complete_results() -> None:
+    page = (ROOT / "docs" / "quality.md").read_text()
+    (name,) = set(re.findall(r"\(../benchmarks/results/(quality_\S+\.csv)\)", page))
     rows = results.read(ROOT / "benchmarks" / "results" / name)
     assert results.missing(command.plan(False, None), rows) == []
     lines = table.render(rows).splitlines()
-    assert [line for line in lines if line not in readme] == []
+    assert [line for line in lines if line not in page] == []

@@ -12,10 +12,11 @@ import torch
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # benchmarks/ is not installed
 
 from benchmarks import __main__ as command
-from benchmarks import correctness, implementations, memory
-from benchmarks.cases import Entry, MemoryCase, quick_plan
-from benchmarks.hardware import ROOT
-from benchmarks.results import COLUMNS, OK
+from benchmarks.common import correctness, implementations
+from benchmarks.common.cases import Entry, MemoryCase, quick_plan
+from benchmarks.common.hardware import ROOT
+from benchmarks.common.results import COLUMNS, OK
+from benchmarks.cpu import memory
 
 
 @pytest.fixture(autouse=True)

@@ -16,7 +16,16 @@ import setformer_kernels.functional as SF
 from setformer_kernels.backends import cpu, eager
 from setformer_kernels.backends._extension import MODULE, REASON
 from setformer_kernels.problem import Operands, Options, Sinkhorn
-from setformer_kernels.testing import ALL_CASES, Case, assert_within_budget, gradients, make, model_inputs
+from setformer_kernels.testing import (
+    ALL_CASES,
+    Case,
+    assert_typically_within_budget,
+    assert_within_budget,
+    gradients,
+    make,
+    measure,
+    model_inputs,
+)
 from setformer_kernels.testing.budget import cast
 
 pytestmark = pytest.mark.skipif(MODULE is None, reason=REASON or "extension loaded")
@@ -53,24 +62,24 @@ def check(case: Case, dtype: torch.dtype) -> None:
             allowed = 1e-11 * exact[name].norm().item() + 1e-12  # some gradients are exactly 0
             assert (result - exact[name]).norm().item() <= allowed, name
     else:
-        assert_within_budget(fast, exact, model, case.name)
+        assert_within_budget({n: t for n, t in fast.items() if measure.large(n, t)}, exact, model, case.name)
 
 
-# Many heads for the positions: the [H] gradient of their scale is one rounding error a head.
 ISA_CASES = (
-    *(
-        ALL_CASES[name]
-        for name in ("odd_sizes", "length_63", "many_references", "small_epsilon_wide", "causal_t1", "t0")
-    ),
-    dataclasses.replace(ALL_CASES["positions"], B=1, H=24),
-    ALL_CASES["tensors"],
-)
+    "odd_sizes", "length_63", "many_references", "small_epsilon_wide", "causal_t1", "t0", "positions", "tensors"
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("case", ISA_CASES, ids=lambda case: case.name)
-def test_every_instruction_set_keeps_the_error_budget(case: Case, dtype: torch.dtype, isa: str) -> None:
-    check(case, dtype)
+@pytest.mark.parametrize("name", ISA_CASES)
+def test_every_instruction_set_keeps_the_error_budget(name: str, dtype: torch.dtype, isa: str) -> None:
+    check(ALL_CASES[name], dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", ["tensors", "far_positions", "causal_tensors"])
+def test_every_instruction_set_keeps_small_gradients_in_the_budget(name: str, dtype: torch.dtype, isa: str) -> None:
+    assert_typically_within_budget(*measure.small_gradients(ALL_CASES[name], dtype, "cpu"), name)
 
 
 @pytest.mark.parametrize("num_threads", [2, 3, 7])

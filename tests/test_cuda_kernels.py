@@ -27,7 +27,15 @@ import setformer_kernels.functional as SF
 from setformer_kernels import dispatch
 from setformer_kernels.backends import cuda, eager
 from setformer_kernels.problem import Operands, Options, Sinkhorn
-from setformer_kernels.testing import ALL_CASES, CASES, Case, assert_within_budget, gradients, model_inputs
+from setformer_kernels.testing import (
+    ALL_CASES,
+    CASES,
+    Case,
+    assert_typically_within_budget,
+    assert_within_budget,
+    measure,
+    model_inputs,
+)
 from setformer_kernels.testing.budget import cast
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -79,12 +87,15 @@ NOT_CAUSAL = [case for case in CASES if not case.options.get("causal")]
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("case", NOT_CAUSAL, ids=lambda case: case.name)
 def test_attention_within_the_error_budget(case: Case, dtype: torch.dtype, backend: str, poisoned_memory: None) -> None:
-    if not test_backends.fits(case, dtype):
+    if not measure.fits(case, dtype):
         pytest.skip("out of float16's range")
-    inputs, cotangent, exact, model = test_backends.expected(case.name, dtype, torch.get_default_device())
-    call = functools.partial(SF.set_attention, backend=backend)
-    fast = gradients(call, cast(inputs, torch.float32, dtype), cotangent)
-    assert_within_budget(test_backends.large(fast), exact, model, case.name)
+    measure.attention(case, dtype, backend).check(case.name)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", [name for name in measure.SMALL_CASES if ALL_CASES[name] in NOT_CAUSAL])
+def test_small_gradients_within_the_error_budget(name: str, dtype: torch.dtype, backend: str) -> None:
+    assert_typically_within_budget(*measure.small_gradients(ALL_CASES[name], dtype, backend, draws=1), name)
 
 
 @pytest.mark.parametrize("name", ["plain", "t1", "no_key", "tensors", "far_positions", "length_1000"])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from benchmarks import cuda_resources
+from benchmarks.compiled import cuda_resources
 
 
 @pytest.mark.slow

@@ -11,7 +11,9 @@ import pytest
 import torch
 from torch import nn
 
-from demo import digits, figures, report, sources, text, training
+from benchmarks.tasks import sources, training
+from benchmarks.tasks.text import BUCKETS, hashed_grams
+from demo import digits, figures, report, text
 from demo.models import SET, SOFTMAX, Classifier, build_pair, place_references
 
 
@@ -149,11 +151,11 @@ def test_hashed_grams_depend_on_the_last_bytes_only() -> None:
     tokens = torch.randint(256, (2, 40))
     other = tokens.clone()
     other[:, 10] = (other[:, 10] + 1) % 256
-    same = text.hashed_grams(tokens, 3) == text.hashed_grams(other, 3)
+    same = hashed_grams(tokens, 3) == hashed_grams(other, 3)
     assert same[:, :10].all()
     assert not same[:, 10:13].any()
     assert same[:, 13:].all()
-    assert text.hashed_grams(tokens, 3).max() < text.BUCKETS
+    assert hashed_grams(tokens, 3).max() < BUCKETS
 
 
 def test_crossover_is_the_length_from_which_set_always_wins() -> None:

@@ -54,9 +54,9 @@ def test_an_unknown_option_is_refused(name: str, monkeypatch: pytest.MonkeyPatch
     ("arguments", "sentence"),
     [
         (["demo"], "sklearn, matplotlib, tqdm missing: pip install '.[demo]'"),
-        (["benchmarks.cuda_resources"], "benchmarks.cuda_resources: needs nvcc and c++filt on PATH"),
-        (["benchmarks.tune", "attention", "--kind", "row"], "triton is missing: pip install '.[triton]'"),
-        (["benchmarks.gpu_smoke"], "no GPU backend can run here"),
+        (["benchmarks.compiled.cuda_resources"], "benchmarks.compiled.cuda_resources: needs nvcc and c++filt on PATH"),
+        (["benchmarks.compiled.tune", "attention", "--kind", "row"], "triton is missing: pip install '.[triton]'"),
+        (["benchmarks.gpu.smoke"], "no GPU backend can run here"),
         (["benchmarks.quality", "--out", "x.csv"], "is missing: pip install '.[demo]'"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",

@@ -14,13 +14,15 @@ import torch
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # benchmarks/ is not installed
 
-from benchmarks import gpu, gpu_table, gpu_tests
-from benchmarks.cases import BOTH, FORWARD
-from benchmarks.gpu import FAILED, OK, SKIPPED, Step
-from benchmarks.gpu_cases import GpuCase, copies, dry_plan, full_plan
-from benchmarks.gpu_measure import Measure
-from benchmarks.results import Row, read_csv
-from benchmarks.table import MET, NOT_MET, UNMEASURED
+from benchmarks.common.cases import BOTH, FORWARD
+from benchmarks.common.results import Row, read_csv
+from benchmarks.common.targets import MET, NOT_MET, UNMEASURED
+from benchmarks.gpu import __main__ as gpu
+from benchmarks.gpu import table as gpu_table
+from benchmarks.gpu import tests as gpu_tests
+from benchmarks.gpu.__main__ import FAILED, OK, SKIPPED, Step
+from benchmarks.gpu.cases import GpuCase, copies, dry_plan, full_plan
+from benchmarks.gpu.measure import Measure
 from setformer_kernels import dispatch
 from setformer_kernels.problem import Problem
 

@@ -276,3 +276,28 @@ def test_no_random_number_is_drawn_without_dropout(native: str) -> None:
     SF.set_attention(*leaves, backend=native).sum().backward()
     assert torch.equal(state, torch.get_rng_state())
     assert math.isfinite(leaves[0].grad.sum().item())  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("name", ARGUMENTS)
+def test_nodes_carry_the_name_of_the_op(name: str, native: str) -> None:
+    arguments = ARGUMENTS[name]()
+    leaf = next(a for a in arguments if isinstance(a, Tensor) and a.requires_grad)
+    out = getattr(OPS, name)(*arguments)
+    o = out if isinstance(out, Tensor) else out[0]
+    assert o.grad_fn is not None
+    assert o.grad_fn.name() == f"{name}Backward"
+    with torch.autograd.profiler.profile() as profile:
+        (grad,) = torch.autograd.grad(o.square().sum(), leaf, create_graph=True)
+    assert f"{name}Backward" in {event.name for event in profile.function_events}
+    nodes = [grad.grad_fn]
+    while (node := nodes[-1]).name() != f"{name}_backwardBackward":
+        nodes.append(node.next_functions[0][0])
+
+
+def test_errors_of_autograd_name_the_op(native: str) -> None:
+    leaves = tokens(torch.float32)
+    o = SF.set_attention(*leaves, backend=native)
+    norm = o.square().sum()
+    o.detach().mul_(2)
+    with pytest.raises(RuntimeError, match="output 0 of set_attention,"):
+        norm.backward()

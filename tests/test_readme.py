@@ -1,4 +1,4 @@
-"""The README shows the tables that the committed results give."""
+"""The README and the page of backends show the tables that the committed results and the code give."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.results import read_csv
-from benchmarks.table import render
+from benchmarks.common.results import read_csv
+from benchmarks.cpu.table import render
 from setformer_kernels import available_backends
 
 ROOT = Path(__file__).parents[1]
@@ -24,8 +24,14 @@ def test_the_cpu_table_is_that_of_the_results_it_names() -> None:
 
 
 def test_the_backends_stand_in_the_order_in_which_auto_tries_them() -> None:
-    table = README.partition("## Backends")[2].partition("\n\n`backend=")[0]
-    assert re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE) == list(available_backends())
+    page = (ROOT / "docs" / "backends.md").read_text()
+    assert re.findall(r"^\| `(\w+)` \|", page, re.MULTILINE) == list(available_backends())
+
+
+@pytest.mark.parametrize("page", sorted((ROOT / "docs").rglob("*.md")), ids=lambda page: page.name)
+def test_ratios_and_times_on_pages_are_those_of_the_table(page: Path) -> None:
+    quoted = re.findall(r"\d[\d.]*×|\d[\d.]* ms", page.read_text())
+    assert [number for number in quoted if number not in README] == []
 
 
 @pytest.mark.parametrize("link", sorted(set(re.findall(r"\]\(([^)#:]+)\)", README))))

@@ -12,8 +12,8 @@ import pytest
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # benchmarks/ is not installed
 
-from benchmarks import resources
-from benchmarks.resources import Row
+from benchmarks.compiled import resources
+from benchmarks.compiled.resources import Row
 
 pytest.importorskip("triton")
 ROOT = Path(__file__).resolve().parents[1]
@@ -30,7 +30,7 @@ def compiling(*arguments: str, timeout: int = 600) -> subprocess.CompletedProces
 def compiled(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Row], str]:
     """A reduced set compiled for every family, and what the command had to complain of."""
     path = tmp_path_factory.mktemp("resources") / "few.csv"
-    done = compiling("-m", "benchmarks.resources", "--quick", "--out", str(path))
+    done = compiling("-m", "benchmarks.compiled.resources", "--quick", "--out", str(path))
     assert path.exists(), done.stderr
     return resources.read(path), "" if done.returncode == 0 else done.stderr
 
@@ -76,8 +76,8 @@ def test_the_forward_pass_in_half_precision_never_spills() -> None:
 
 KEYS = """
 import json, sys
-from benchmarks import aot, workloads
-from benchmarks.workloads import Call
+from benchmarks.compiled import aot, workloads
+from benchmarks.compiled.workloads import Call
 
 shapes = [(1, 16, length) for length in (1, 16, 17, 1000, 1001, 1024, 4096, 65536)] + [(3, 5, 1000), (64, 1, 100)]
 shapes += [(1, 8, 4096)]  # a head in stretches of its length

@@ -10,13 +10,13 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import entry_point
-from benchmarks.hardware import ROOT
+from benchmarks.common import entry_point
+from benchmarks.common.hardware import ROOT
+from benchmarks.common.results import stamp
 from benchmarks.quality import results, table, train
 from benchmarks.quality.plot import draw
 from benchmarks.quality.results import Setting
 from benchmarks.quality.tasks import TASKS
-from benchmarks.results import stamp
 
 SEEDS = (0, 1, 2)
 QUICK = tuple(variant for variant in train.VARIANTS if variant.name in ("softmax", "SeT", "SeT, RKHS values"))
@@ -66,10 +66,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    words = list(sys.argv[1:] if argv is None else argv)
-    if not words or (words[0].startswith("-") and words[0] not in ("-h", "--help")):
-        words.insert(0, "run")
-    arguments = parser().parse_args(words)
+    arguments = parser().parse_args(entry_point.words(argv, "run"))
     try:
         if arguments.command == "table":
             if not (rows := results.read(arguments.csv)):

@@ -7,17 +7,15 @@ seed start from the same values of these.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.implementations import elu_attention
+from benchmarks.common.implementations import elu_attention
+from benchmarks.tasks.encoder import Attention, Block
 from setformer_kernels import SeTAttention
 from setformer_kernels.nn.attention import merge_heads, split_heads
-
-Attention = Callable[[int, int], nn.MultiheadAttention]  # embed_dim, num_heads, all of them batch_first
 
 
 class Mixing(nn.MultiheadAttention):
@@ -61,25 +59,6 @@ class Alone(Mixing):
         return v
 
 
-class Block(nn.Module):
-    """x [B,L,width] -> [B,L,width]: attention, then a two-layer MLP, each behind a LayerNorm and added to its input."""
-
-    def __init__(self, width: int, heads: int, attention: Attention) -> None:
-        super().__init__()
-        self.norm1 = nn.LayerNorm(width)
-        self.attention = attention(width, heads)
-        self.norm2 = nn.LayerNorm(width)
-        self.mlp = nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
-
-    def forward(self, x: Tensor, absent: Tensor | None, position: Tensor) -> Tensor:
-        """absent [B,L] marks padding, position [L,P] in [0,1] is for an attention whose logits have a position term."""
-        y = self.norm1(x)
-        positions = isinstance(self.attention, SeTAttention) and self.attention.position_dim > 0
-        extra = {"query_position": position, "key_position": position} if positions else {}
-        x = x + self.attention(y, y, y, key_padding_mask=absent, need_weights=False, **extra)[0]
-        return x + self.mlp(self.norm2(x))
-
-
 class Encoder(nn.Module):
     """Embed tokens, add sinusoids of their positions, run the blocks, then a head per token or on the tokens' mean."""
 
@@ -104,12 +83,18 @@ class Encoder(nn.Module):
         L = x.shape[1]
         x = x + self.waves[:L]
         for block in self.blocks:
-            x = block(x, absent, self.position[:L])
+            x = block(x, key_padding_mask=absent, **coordinates(block.attention, self.position[:L]))
         x = self.norm(x)
         if self.pooled:
             kept = torch.ones_like(x[..., :1]) if absent is None else (~absent).unsqueeze(-1).to(x.dtype)
             x = (x * kept).sum(1) / kept.sum(1)
         return self.head(x)
+
+
+def coordinates(attention: nn.Module, position: Tensor) -> dict[str, Tensor]:
+    """The positions [L,P] as arguments of an attention whose logits have a position term; none for all others."""
+    wanted = isinstance(attention, SeTAttention) and attention.position_dim > 0
+    return {"query_position": position, "key_position": position} if wanted else {}
 
 
 def sinusoids(position: Tensor, width: int) -> Tensor:

@@ -8,9 +8,9 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
+from benchmarks.common.results import Stamp
 from benchmarks.quality.tasks import Budget, Task
 from benchmarks.quality.train import Result, Variant
-from benchmarks.results import Stamp
 
 Record = dict[str, str]
 

@@ -14,10 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from benchmarks.quality import listops, shapes
-from benchmarks.quality.model import Attention, Encoder
-from demo import digits, sources, text
-from demo.training import Batch
+from benchmarks.quality.model import Encoder
+from benchmarks.tasks import digits, listops, shapes, sources, text
+from benchmarks.tasks.encoder import Attention
+from benchmarks.tasks.training import Batch
 
 WIDTH = text.WIDTH  # of its byte embedding
 HEADS, DEPTH = 2, 2

@@ -8,9 +8,10 @@ from functools import partial
 import numpy as np
 import torch
 
-from benchmarks.quality.model import Alone, Attention, Elu, Encoder, Softmax
+from benchmarks.quality.model import Alone, Elu, Encoder, Softmax
 from benchmarks.quality.tasks import Budget, Task
-from demo.training import Trainer, predict, rate
+from benchmarks.tasks.encoder import Attention
+from benchmarks.tasks.training import Trainer, predict, rate
 from setformer_kernels import SeTAttention
 
 TEST_BATCH = 50

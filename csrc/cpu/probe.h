@@ -2,7 +2,7 @@
 #pragma once
 #include <chrono>
 
-#include "explog.h"
+#include "base/explog.h"
 
 namespace sfk {
 namespace {

@@ -4,7 +4,7 @@
 #include <cstring>
 #include <vector>
 
-#include "table.h"
+#include "isa/table.h"
 
 namespace sfk {
 namespace {

@@ -4,8 +4,8 @@
 // per row, and a column sum: no exponentials of tiles.  It holds while K and e^g stay in the normal range.  Otherwise
 // the head is done again in log mode: row-wise and column-wise logsumexp of ℓ itself, at two exponentials per element.
 #pragma once
-#include "explog.h"
-#include "team.h"
+#include "base/explog.h"
+#include "base/team.h"
 
 namespace sfk {
 namespace {
@@ -51,16 +51,21 @@ F exp_shifted(int64_t M, int64_t Mp, const F* g, F* G, F& spread) {
   return top;
 }
 
-// ℓ -> e^{ℓ − m} in place; columns M.. become −inf first, rows that take no part (la = −inf) all equal.  Lowers
-// `lowest` to the smallest finite ℓ − m.
+// Columns M.. become −inf, rows that take no part (la = −inf) all equal.
+template <class F>
+void mask_rows(int64_t n, int64_t M, int64_t Mp, F* tile, const F* la) {
+  for (int64_t i = 0; i < n; ++i, tile += Mp) {
+    if (la[i] == -kInf<F>) fill(tile, M, F(0));
+    for (int64_t j = M; j < Mp; ++j) tile[j] = -kInf<F>;
+  }
+}
+
+// ℓ -> e^{ℓ − m} in place, masked first.  Lowers `lowest` to the smallest finite ℓ − m.
 template <class F>
 void scale_rows(int64_t n, int64_t M, int64_t Mp, F* tile, const F* la, F* m, F& lowest) {
   Vec<F> low = splat(lowest);
+  mask_rows(n, M, Mp, tile, la);
   for (int64_t i = 0; i < n; ++i, tile += Mp) {
-    if (la[i] == -kInf<F>) {
-      fill(tile, M, F(0));
-    }
-    for (int64_t j = M; j < Mp; ++j) tile[j] = -kInf<F>;
     Vec<F> top = load(tile);
     for (int64_t j = kLanes<F>; j < Mp; j += kLanes<F>) top = vmax(top, load(tile + j));
     m[i] = reduce_max<F>(top);
@@ -109,20 +114,20 @@ template <class F, class Source>
 class Transport {
  public:
   Transport(int64_t max_rows, int64_t cache_rows, int64_t block_rows, int64_t Mp, int64_t Ep, int64_t T)
-      : block_(block_rows),
+      : la(max_rows + kLanes<F>),
+        g(Mp),
+        c(std::max<int64_t>(T, 1) * Mp),
+        z(Mp * Ep),
+        block_(block_rows),
         cache_rows_(std::min(cache_rows, max_rows + block_rows)),
         Mp_(Mp),
         Ep_(Ep),
-        la(max_rows + kLanes<F>),
         m_(max_rows + kLanes<F>),
         cache_(cache_rows_ * Mp),
         tile_(block_ * Mp),
         values_(block_ * std::max<int64_t>(Ep, 1) + kLanes<F>),
         u_(block_ + kLanes<F>),
-        G_(Mp),
-        g(Mp),
-        c(std::max<int64_t>(T, 1) * Mp),
-        z(Mp * Ep) {
+        G_(Mp) {
     state.ref.reset(Mp);
     state.sum.reset(Mp);
     state.z.reset(Mp * Ep);
@@ -138,6 +143,13 @@ class Transport {
     return iters >= 0 ? iters : solve<true>(src, marg, tol, team);
   }
 
+  Buffer<F> la;  // [rows] log masses
+  Buffer<F> g;   // [Mp]
+  Buffer<F> c;   // [max(T,1)][Mp]
+  Buffer<F> z;   // [Mp][Ep]
+  ColumnState<F> state;
+
+ private:
   template <bool kLog>
   int64_t solve(Source& src, const Marginals<F>& marg, double tol, const Team& team);
   template <bool kLog>
@@ -147,17 +159,13 @@ class Transport {
   void pool_lone(int64_t n, const F* present);
   bool merge(const Marginals<F>& marg, F shift, bool pool, bool check, F* c_t, const Team& team);
 
- private:
   int64_t block_, cache_rows_, Mp_, Ep_, rows_ = 0, passes_ = 1;
-
- public:
-  Buffer<F> la;  // [rows] log masses
- private:
-  Buffer<F> m_, cache_, tile_, values_, u_, G_;
-
- public:
-  Buffer<F> g, c, z;  // [Mp] [max(T,1)][Mp] [Mp][Ep]
-  ColumnState<F> state;
+  Buffer<F> m_;       // [rows] row maxima
+  Buffer<F> cache_;   // [cache rows][Mp] K of the first rows (log mode: ℓ)
+  Buffer<F> tile_;    // [block][Mp] the same of a block that is not cached; weights in log mode
+  Buffer<F> values_;  // [block][Ep] values; f
+  Buffer<F> u_;       // [block] weights of rows, and their logarithms
+  Buffer<F> G_;       // [Mp] e^{g − max g}
 };
 
 template <class F, class Source>
@@ -165,15 +173,15 @@ template <bool kLog>
 int64_t Transport<F, Source>::solve(Source& src, const Marginals<F>& marg, double tol, const Team& team) {
   const int64_t passes = passes_ = std::max<int64_t>(marg.T, 1);
   const F lam = marg.T ? marg.lam_a : F(0);
-  std::copy(marg.log_b, marg.log_b + Mp_, g + 0);
+  std::copy(marg.log_b, marg.log_b + Mp_, g.data());
   state.lowest = 0;
   for (int64_t t = 1; t <= passes; ++t) {
     const bool pool = Ep_ > 0 && t == passes;
     F shift = 0, spread = 0;
     if (!kLog) shift = -lam * exp_shifted<F>(marg.M, Mp_, g, G_, spread);
-    fill(state.ref + 0, Mp_, -kInf<F>);
-    fill(state.sum + 0, Mp_, F(0));
-    if (pool) fill(state.z + 0, Mp_ * Ep_, F(0));
+    fill(state.ref.data(), Mp_, -kInf<F>);
+    fill(state.sum.data(), Mp_, F(0));
+    if (pool) fill(state.z.data(), Mp_ * Ep_, F(0));
     for (int64_t row0 = 0; row0 < rows_; row0 += block_) {
       const int64_t n = std::min(block_, rows_ - row0);
       F* tile = rows_tile<kLog>(src, row0, n, t == 1, marg.M);
@@ -207,17 +215,13 @@ template <class F, class Source>
 template <bool kLog>
 F* Transport<F, Source>::rows_tile(Source& src, int64_t row0, int64_t n, bool first, int64_t M) {
   const bool cached = passes_ > 1 && row0 + n <= cache_rows_;
-  F* tile = cached ? cache_ + row0 * Mp_ : tile_ + 0;
+  F* tile = cached ? cache_ + row0 * Mp_ : tile_.data();
   if (cached && !first) return tile;
   src.logits(row0, n, tile);
-  if (!kLog) {
+  if (kLog)
+    mask_rows<F>(n, M, Mp_, tile, la + row0);
+  else
     scale_rows<F>(n, M, Mp_, tile, la + row0, m_ + row0, state.lowest);
-  } else {
-    for (int64_t i = 0; i < n; ++i) {
-      if (la[row0 + i] == -kInf<F>) fill(tile + i * Mp_, M, F(0));
-      for (int64_t j = M; j < Mp_; ++j) tile[i * Mp_ + j] = -kInf<F>;
-    }
-  }
   return tile;
 }
 
@@ -242,7 +246,7 @@ void Transport<F, Source>::scaled_block(Source& src, int64_t row0, int64_t n, F*
     const F scale = std::exp(state.ref[0] - ref);
     for (int64_t j = 0; j < Mp_; ++j) state.sum[j] *= scale;
     for (int64_t j = 0; pool && j < Mp_ * Ep_; ++j) state.z[j] *= scale;
-    fill(state.ref + 0, Mp_, ref);
+    fill(state.ref.data(), Mp_, ref);
   }
   for (int64_t i = 0; i < n; i += kLanes<F>) store(u_ + i, vexp<F>(load(u_ + i) - ref));
   gemm<F>(1, Mp_, n, u_, 0, 1, K, Mp_, state.sum, Mp_, true);
@@ -301,7 +305,7 @@ void Transport<F, Source>::pool_lone(int64_t n, const F* present) {
 template <class F, class Source>
 bool Transport<F, Source>::merge(const Marginals<F>& marg, F shift, bool pool, bool check, F* c_t, const Team& team) {
   bool ok = true;
-  if (pool) fill(z + 0, Mp_ * Ep_, F(0));
+  if (pool) fill(z.data(), Mp_ * Ep_, F(0));
   for (int64_t j = 0; j < Mp_; ++j) {
     F ref = -kInf<F>, sum = 0;
     for (int i = 0; i < team.size; ++i) ref = std::max(ref, team.template member<ColumnState<F>>(i).ref[j]);

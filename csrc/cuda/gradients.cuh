@@ -38,11 +38,12 @@ struct BackwardShared : HeadShared<T> {
     return keys > pairs ? keys : pairs;
   }
   BackwardShared() = default;
-  BackwardShared(Arena& arena, const AttentionParams& p, int rows_, int warps, int buffers_)
-      : HeadShared<T>(arena, p, rows_, warps, queries_numbers(p, warps), staged_numbers(p, warps, buffers_)),
-        buffers(buffers_),
+  BackwardShared(Arena& arena, const AttentionParams& p, const BlockShape& block)
+      : HeadShared<T>(arena, p, block, queries_numbers(p, block.warps), staged_numbers(p, block.warps, block.buffers)),
+        buffers(block.buffers),
         sums_length(padded(p.D) + 8),
         values_length(padded(p.E) + 8) {
+    const int warps = block.warps, rows_ = block.rows;
     const int Mp = padded(p.M), steps = static_cast<int>(p.T > 1 ? p.T : 1), P = static_cast<int>(p.P);
     tile = this->l, d_z.at = this->l.at + warps * kTile * ResidentParams::row_stride(p.M);
     zd = arena.take<T>(Mp * this->v_length);

@@ -19,7 +19,12 @@ struct Launch : ResidentParams {
   using ResidentParams::ResidentParams;
 };
 
-// What forward and backward keep of a head and of `rows` keys (a multiple of 16).
+// What one block holds of a head: so many keys (a multiple of 16), and so many steps of tokens at a time (backward).
+struct BlockShape {
+  int rows, warps, buffers;
+};
+
+// What forward and backward keep of a head and of its keys.
 template <class T>
 struct HeadShared {
   int rows, y_length, v_length;
@@ -30,9 +35,9 @@ struct HeadShared {
   Place<float> inverse, scratch, lowest;  // [warps,16] [warps] [1]
 
   HeadShared() = default;
-  HeadShared(Arena& arena, const AttentionParams& p, int rows_, int warps, int64_t least, int64_t tokens_)
-      : rows(rows_), y_length(row_length<T>(p.D)), v_length(row_length<T>(p.E)) {
-    const int Mp = padded(p.M);
+  HeadShared(Arena& arena, const AttentionParams& p, const BlockShape& block, int64_t least, int64_t tokens_)
+      : rows(block.rows), y_length(row_length<T>(p.D)), v_length(row_length<T>(p.E)) {
+    const int Mp = padded(p.M), warps = block.warps;
     const int64_t logits = static_cast<int64_t>(rows) * ResidentParams::row_stride(p.M);
     l = arena.take(logits > least ? logits : least);
     y = arena.take<T>(Mp * y_length), staged = arena.take<T>(tokens_);
@@ -58,9 +63,10 @@ struct AttentionShared : HeadShared<T> {
     return tiles > values ? tiles : values;
   }
   AttentionShared() = default;
-  AttentionShared(Arena& arena, const AttentionParams& p, int rows_, int warps)
-      : HeadShared<T>(arena, p, rows_, warps, int64_t{warps} * kTile * ResidentParams::row_stride(p.M),
-                      staged_numbers(p, warps)) {
+  AttentionShared(Arena& arena, const AttentionParams& p, const BlockShape& block)
+      : HeadShared<T>(arena, p, block, int64_t{block.warps} * kTile * ResidentParams::row_stride(p.M),
+                      staged_numbers(p, block.warps)) {
+    const int warps = block.warps, rows_ = block.rows;
     const int M = static_cast<int>(p.M), Mp = padded(M), sharing = Strips(M, warps).sharing;
     const int pooled = Mp * this->v_length,
               parts = warps * kTile * kNarrow * static_cast<int>(sizeof(float) / sizeof(T));

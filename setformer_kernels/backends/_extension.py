@@ -50,7 +50,7 @@ def attention_backward(x: Operands, needs: Sequence[bool], parts: int, run: Call
     run(tuple([view(t) for t in (*tokens, d_log_a, d_references, d_log_b, d_hyper, d_position)]))
 
     hyper = _added_up(d_hyper)
-    d_hypers = [hyper[:, i, 0].contiguous() if hyper is not None and n else None for i, n in enumerate(hypers)]
+    d_hypers = [_own(hyper[:, i, 0]) if hyper is not None and n else None for i, n in enumerate(hypers)]
     d_log_b = None if d_log_b is None else d_log_b.squeeze(-1)
     d_parameters = in_order(x.references, _added_up(d_references)), in_order(x.log_b, _added_up(d_log_b))
     d_position = in_order(x.reference_position, _added_up(d_position))
@@ -62,6 +62,11 @@ def _added_up(t: Tensor | None) -> Tensor | None:
     if t is None:
         return None
     return t.squeeze(0) if t.shape[0] == 1 else t.sum(0)
+
+
+def _own(t: Tensor) -> Tensor:
+    """Contiguous, in memory of its own, as outputs of an op lie: `contiguous` leaves one head's column where it is."""
+    return t.clone(memory_format=torch.contiguous_format)
 
 
 def sinkhorn(x: Sinkhorn, run: Callable[[Views], None]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -82,7 +87,7 @@ def sinkhorn_backward(
     relaxed = any(t is not None for t in wanted[3:])
     d_lam = given[0].new_empty((given[0].shape[0], 2)) if relaxed else None
     run(tuple([view(t) for t in (*x.tensors, None, None, *given, *grads, d_lam)]))
-    return *grads, *(None if t is None or d_lam is None else d_lam[:, i].contiguous() for i, t in enumerate(wanted[3:]))
+    return *grads, *(None if t is None or d_lam is None else _own(d_lam[:, i]) for i, t in enumerate(wanted[3:]))
 
 
 MISSING = "_C.missing.txt"  # setup.py leaves it beside the extension that it could not build
@@ -103,11 +108,14 @@ def _absence(folder: Path) -> str:
 def _load() -> tuple[ModuleType | None, str]:
     name, folder = "setformer_kernels._C", Path(__file__).parents[1]
     try:
-        return importlib.import_module(name), ""
+        module = importlib.import_module(name)
     except ImportError as error:
         if any((folder / f"_C{suffix}").exists() for suffix in EXTENSION_SUFFIXES):
             return None, f"the C++ extension {name} cannot be loaded ({error})"
         return None, _absence(folder)
+    if getattr(module, "OPERANDS", None) != Operands._fields[:-1]:
+        return None, f"the C++ extension {name} is of another version of this package: pip install -e . builds it again"
+    return module, ""
 
 
 MODULE, REASON = _load()

@@ -187,10 +187,10 @@ def sinkhorn_backward(
     x: Sinkhorn, c: Tensor, iters: Tensor, d_f: Tensor, d_g: Tensor, needs: Sequence[bool]
 ) -> tuple[Tensor | None, ...]:
     """(d log_kernel, d log_a, d log_b, dλ_a, dλ_b), None where not needed."""
-    done, threads = c.shape[1] if iters.any() else 0, torch.get_num_threads()
+    threads = torch.get_num_threads()
     return _extension.sinkhorn_backward(
         x,
         (c, iters, d_f, d_g),
         needs,
-        lambda views: _C.sinkhorn(views, tuple(x.scalars), done, -1.0, threads, True),
+        lambda views: _C.sinkhorn(views, tuple(x.scalars), c.shape[1], -1.0, threads, True),
     )

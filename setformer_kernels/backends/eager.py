@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ..problem import Operands, Options, Sinkhorn, compute_dtype, empty_in_order
+from ..problem import Operands, Options, Sinkhorn, compute_dtype, empty_in_order, memory_order
 from ..reference.attention import attention_with_state, pool_with_state
 
 NAME = "eager"
@@ -54,10 +54,16 @@ def _vjp(
     ]
 
 
+def _in_order(like: Tensor, t: Tensor) -> Tensor:
+    """A copy of `t` in the memory order of `like`: no view, and by operations that exported graphs may hold."""
+    order = memory_order(like)
+    return t.permute(order).contiguous().permute([order.index(d) for d in range(t.ndim)]).clone()
+
+
 def attention(x: Operands, opt: Options) -> tuple[Tensor, Tensor, Tensor]:
     assert x.query is not None
     o, z, c = attention_with_state(x, opt)
-    return empty_in_order(x.query, o.shape).copy_(o), z, c
+    return _in_order(x.query, o), z, c
 
 
 def attention_backward(
@@ -78,8 +84,7 @@ def pool_backward(
 
 def causal(x: Operands, opt: Options) -> Tensor:
     assert x.query is not None
-    o = reference.causal(x, opt)
-    return empty_in_order(x.query, o.shape).copy_(o)
+    return _in_order(x.query, reference.causal(x, opt))
 
 
 def causal_backward(x: Operands, opt: Options, d_o: Tensor, needs: Sequence[bool]) -> Gradients:
@@ -87,8 +92,7 @@ def causal_backward(x: Operands, opt: Options, d_o: Tensor, needs: Sequence[bool
 
 
 def features(x: Tensor, landmarks: Tensor, bandwidth: Tensor | None, scalar: float, ridge: float) -> Tensor:
-    psi = _features(x, landmarks, bandwidth, scalar, ridge)
-    return empty_in_order(x, psi.shape).copy_(psi)
+    return _in_order(x, _features(x, landmarks, bandwidth, scalar, ridge))
 
 
 def _features(x: Tensor, landmarks: Tensor, bandwidth: Tensor | None, scalar: float, ridge: float) -> Tensor:
@@ -123,14 +127,15 @@ def _sinkhorn(x: Sinkhorn) -> tuple[Tensor, ...]:
 
 def sinkhorn(x: Sinkhorn) -> tuple[Tensor, ...]:
     """f [G, N], g [G, M], c [G, max(T, 1), M], iters [G]."""
-    return tuple(t.contiguous() for t in _sinkhorn(x))
+    # Without an iteration f and g are log a and log b themselves, which no output of an op may be.
+    return tuple(t.clone(memory_format=torch.contiguous_format) for t in _sinkhorn(x))
 
 
 def sinkhorn_backward(
     x: Sinkhorn, c: Tensor, iters: Tensor, d_f: Tensor, d_g: Tensor, needs: Sequence[bool]
 ) -> tuple[Tensor | None, ...]:
     """Problems that ran equally long are replayed together, so that no tolerance is needed to repeat the stops."""
-    groups = [(int(n), (iters == n).nonzero().squeeze(-1)) for n in iters.unique()]
+    groups = [(n, (iters == n).nonzero().squeeze(-1)) for n in iters.unique().tolist() or [0]]
 
     def replay(*tensors: Tensor | None) -> tuple[Tensor, Tensor]:
         plans = []

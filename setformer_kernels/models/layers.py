@@ -3,23 +3,31 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .. import checks
 from ..nn import SeTAttention, SeTPooling
+from ..nn.kmeans import TooFewTokensError
+from ..nn.writing import Reset
+from ..tracing import Leaf
 from .transport import SetTransport
 
+STD = 0.02  # of linear and embedding weights at the start, as in BERT and ViT
 
-class DropPath(nn.Module):
+
+class DropPath(Leaf):
     """Stochastic depth: in training a sample's branch x [B, ...] is zero with probability `rate`, else x/(1 − rate)."""
 
     def __init__(self, rate: float) -> None:
         super().__init__()
-        if not 0.0 <= rate < 1.0:
+        rate = checks.probability("rate", rate)
+        if rate == 1.0:
             raise ValueError(f"the drop path rate must be in [0, 1), got {rate}")
         self.rate = rate
 
@@ -36,60 +44,91 @@ class DropPath(nn.Module):
 class Mlp(nn.Sequential):
     """x [..., width] -> [..., width] through `hidden` GELU units."""
 
-    def __init__(self, width: int, hidden: int, dropout: float = 0.0) -> None:
-        super().__init__(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, width), nn.Dropout(dropout))
+    def __init__(self, width: int, hidden: int, dropout: float = 0.0, **factory: Any) -> None:
+        super().__init__(
+            nn.Linear(width, hidden, **factory), nn.GELU(), nn.Linear(hidden, width, **factory), nn.Dropout(dropout)
+        )
 
 
 def set_attention(
     width: int, num_heads: int, position_scale: float | None, position_dim: int, **options: Any
 ) -> SeTAttention:
     """Batch-first SeT attention; with a position_scale, linear positional encoding that starts at that τ."""
-    attention = SeTAttention(
-        width, num_heads, batch_first=True, position_dim=0 if position_scale is None else position_dim, **options
+    where: dict[str, Any] = (
+        {} if position_scale is None else {"position_dim": position_dim, "position_scale": position_scale}
     )
-    if attention.position_scale is not None and position_scale is not None:
-        nn.init.constant_(attention.position_scale, position_scale)
-    return attention
+    return SeTAttention(width, num_heads, batch_first=True, **where, **options)
 
 
-def initialize_weights(module: nn.Module, std: float = 0.02) -> None:
-    """For `nn.Module.apply`: linear and embedding weights normal, convolutions by fan-out, biases zero."""
-    if isinstance(module, (nn.Linear, nn.Embedding)):
-        nn.init.normal_(module.weight, std=std)
-        if isinstance(module, nn.Embedding) and module.padding_idx is not None:
-            nn.init.zeros_(module.weight[module.padding_idx])
-    elif isinstance(module, nn.Conv2d):
-        nn.init.kaiming_normal_(module.weight, mode="fan_out")
-    if isinstance(module, (nn.Linear, nn.Conv2d)) and module.bias is not None:
-        nn.init.zeros_(module.bias)
+@torch.no_grad()
+def normal_rows(weight: Tensor, std: float, zero_row: int | None) -> None:
+    """Normal weights; those of `zero_row` (the padding's) zero."""
+    nn.init.normal_(weight, std=std)
+    if zero_row is not None:
+        weight[zero_row] = 0.0
+
+
+def own_start(module: nn.Module, std: float = STD) -> Reset | None:
+    """Makes a layer's `reset_parameters` draw linear and embedding weights normal, convolutions by fan-out, and biases
+    zero; None for other layers."""
+    padding_idx = getattr(module, "padding_idx", None)  # also of a linear layer whose weight is an embedding's
+    rows = partial(normal_rows, std=std, zero_row=padding_idx)
+    if isinstance(module, nn.Embedding):
+        return Reset(module, {"weight": rows})
+    if isinstance(module, nn.Linear):
+        return Reset(module, {"weight": rows, "bias": nn.init.zeros_})
+    if isinstance(module, nn.Conv2d):
+        return Reset(module, {"weight": partial(nn.init.kaiming_normal_, mode="fan_out"), "bias": nn.init.zeros_})
+    return None
+
+
+def initialize_weights(module: nn.Module) -> None:
+    """For `nn.Module.apply`: draws a layer by its `own_start`."""
+    if (start := own_start(module)) is not None:
+        start()
 
 
 def initialize_references(model: nn.Module, *args: Any, **kwargs: Any) -> None:
     """Places the references of every SeT layer on the k-means centres of its tokens, layer after layer, in one forward
     pass `model(*args, **kwargs)` on sample data (no labels needed); a layer sees its predecessors' new references."""
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.no_grad(), _placing(model):
-            model(*args, **kwargs)
-    finally:
-        model.train(was_training)
+    with _placing(model, _place):
+        model(*args, **kwargs)
+
+
+def initialize_references_of(model: nn.Module, *args: Any, **kwargs: Any) -> list[str]:
+    """As `initialize_references`, except that a layer with fewer tokens than references stays as it is: the names of
+    such layers."""
+    names, left = {module: name for name, module in model.named_modules()}, []
+
+    def place(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        try:
+            _place(module, args, kwargs)
+        except TooFewTokensError:
+            left.append(names[module])
+
+    with _placing(model, place):
+        model(*args, **kwargs)
+    return left
 
 
 @contextmanager
-def _placing(model: nn.Module) -> Iterator[None]:
-    """Within it, each SeT layer places its references on the tokens that it is about to be called with."""
+def _placing(model: nn.Module, place: Callable[..., None]) -> Iterator[None]:
+    """Within it, `place` is a forward pre-hook of every SeT layer, in eval mode and without gradients."""
     layers = [module for module in model.modules() if isinstance(module, (SeTAttention, SeTPooling, SetTransport))]
-    handles = [layer.register_forward_pre_hook(_place, with_kwargs=True) for layer in layers]
+    handles = [layer.register_forward_pre_hook(place, with_kwargs=True) for layer in layers]
+    was_training = model.training
+    model.eval()
     try:
-        yield
+        with torch.no_grad():
+            yield
     finally:
+        model.train(was_training)
         for handle in handles:
             handle.remove()
 
 
 def _place(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """A forward pre-hook: args and kwargs are those of the call."""
+    """A forward pre-hook: a layer places its references on the tokens that it is about to be called with."""
     call = inspect.signature(module.forward).bind(*args, **kwargs).arguments
     options = {name: call[name] for name in ("key_padding_mask", "key_position") if call.get(name) is not None}
     if isinstance(module, SeTPooling):

@@ -7,9 +7,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..nn import SeTAttention
+from ..nn.attention import PROJECTIONS
+from ..nn.doors import FloatInPython
+from ..nn.writing import recomputed
 from .transport import SetTransport
 
 
@@ -22,7 +26,8 @@ class ReplacementReport:
 
     def __str__(self) -> str:
         lines = [f"replaced {name}: {kind}" for name, kind in self.replaced.items()]
-        return "\n".join([*lines, *(f"left {name}: {reason}" for name, reason in self.left.items())])
+        lines += [f"left {name}: {reason}" for name, reason in self.left.items()]
+        return "\n".join(lines) or "nothing replaced: no softmax attention was found in the model"
 
 
 class Refusal(Exception):
@@ -32,14 +37,17 @@ class Refusal(Exception):
 def replace_attention(
     model: nn.Module, *, skip: Callable[[str, nn.Module], bool] | None = None, **own: Any
 ) -> ReplacementReport:
-    """Replaces softmax attention in model by SeT attention with the same projections (the same Parameter objects).
+    """Makes the softmax attention in model SeT attention with the same projections.
 
     Known: `nn.MultiheadAttention`, timm's `Attention` (ViT and kin), and BERT and ViT of transformers.  References are
-    new, so the model must be fine-tuned; place them first with `initialize_references(model, ...)`.  Hooks on a module
-    that is replaced stay behind.
+    new, so the model must be fine-tuned; place them first with `initialize_references(model, ...)`.
+
+    A module stays the object it is and becomes one of another class: its Parameter objects, its hooks, and what
+    computes its weights (prune, the old weight_norm and spectral_norm, merged adapters) go on working.  What cannot
+    be carried over is left, with the reason in the report: subclasses, parametrized weights, an exchanged `forward`.
 
     Args:
-        skip: of (name, module), whether to leave it.
+        skip: of (name, module), whether to leave it; a module with several names is left if one of them is skipped.
         own: keyword arguments of `SeTAttention` beyond those of `nn.MultiheadAttention` (num_references, epsilon, ...).
 
     Raises:
@@ -49,32 +57,47 @@ def replace_attention(
         raise ValueError(f"position_dim must be 0: the model passes no positions, got {own['position_dim']}")
     if _rule_of(model) is not None:
         raise ValueError(f"model must contain attention modules, got an attention module: {type(model).__name__}")
-    report, new = ReplacementReport(), {}
-    for name, module in list(model.named_modules(remove_duplicate=False)):
-        rule = _rule_of(module)
-        if rule is None:
-            continue
-        if skip is not None and skip(name, module):
-            report.left[name] = "skipped by the caller"
-            continue
+    report = ReplacementReport()
+    for module, names in _attention_in(model).items():
+        kind, rule = type(module).__name__, _rule_of(module)
+        assert rule is not None
         try:
-            if id(module) not in new:
-                new[id(module)] = rule(module, own)
+            if skipped := [name for name in names if skip is not None and skip(name, module)]:
+                raise Refusal("skipped by the caller" + ("" if skipped == names else f" as {skipped[0]}"))
+            _refuse_other_weights(module)
+            rule(module, own)
         except Refusal as refusal:
-            report.left[name] = str(refusal)
-            continue
-        report.replaced[name] = type(module).__name__
-        parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, new[id(module)])
+            report.left.update(dict.fromkeys(names, str(refusal)))
+        else:
+            report.replaced.update(dict.fromkeys(names, kind))
+    _note_in_configurations(model, report, own)
     _name_the_unknown(model, report)
     return report
 
 
-Rule = Callable[[nn.Module, dict[str, Any]], nn.Module]
+def _attention_in(model: nn.Module) -> dict[nn.Module, list[str]]:
+    """The modules that there is a rule for, each with all its names."""
+    found: dict[nn.Module, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if _rule_of(module) is not None:
+            found.setdefault(module, []).append(name)
+    return found
+
+
+def _note_in_configurations(model: nn.Module, report: ReplacementReport, own: dict[str, Any]) -> None:
+    """Models of transformers are saved with what was replaced in them."""
+    base = getattr(sys.modules.get("transformers.modeling_utils"), "PreTrainedModel", ())
+    if any(isinstance(module, base) or hasattr(module, "set_transport") for module in model.modules()) and base:
+        from .transformers.conversion import note_conversion
+
+        note_conversion(model, report.replaced, own)
+
+
+Rule = Callable[[nn.Module, dict[str, Any]], None]
 
 
 def _rule_of(module: nn.Module) -> Rule | None:
-    """What replaces this kind of module.  A class that was never imported has no instances to look for."""
+    """What turns this kind of module into SeT attention.  A class that was never imported has no instances."""
     if isinstance(module, nn.MultiheadAttention) and not isinstance(module, SeTAttention):
         return _from_multihead
     for path, name, rule in (
@@ -82,9 +105,15 @@ def _rule_of(module: nn.Module) -> Rule | None:
         ("transformers.models.vit.modeling_vit", "ViTAttention", _from_transformers),
         ("transformers.models.bert.modeling_bert", "BertSelfAttention", _from_transformers),
     ):
-        if type(module) is getattr(sys.modules.get(path), name, None) and not hasattr(module, "set_transport"):
+        kind = getattr(sys.modules.get(path), name, None)
+        if kind is not None and _unparametrized(module) is kind and not hasattr(module, "set_transport"):
             return rule
     return None
+
+
+def _unparametrized(module: nn.Module) -> type[nn.Module]:
+    """The class of a module before its weights were parametrized, which makes a subclass of it."""
+    return type(module).__bases__[0] if nn.utils.parametrize.is_parametrized(module) else type(module)
 
 
 def _name_the_unknown(model: nn.Module, report: ReplacementReport) -> None:
@@ -100,31 +129,66 @@ def _name_the_unknown(model: nn.Module, report: ReplacementReport) -> None:
             report.left[name] = f"no rule for {type(module).__name__}"
 
 
-def _refuse_changed_weights(module: nn.Module) -> None:
+def _refuse_other_weights(module: nn.Module) -> None:
+    """What SeT attention would compute with other weights, or past code, that the module now runs."""
     if nn.utils.parametrize.is_parametrized(module):
         raise Refusal("its weights are parametrized: remove the parametrizations first")
+    own = vars(module).get("_old_forward", vars(module).get("forward"))  # accelerate keeps the class's as _old_forward
+    if own is not None and getattr(own, "__func__", None) is not type(module).forward:
+        raise Refusal("its forward was exchanged on the instance, and may do more than attention")
+    if "_old_forward" in vars(module) and _rule_of(module) is not _from_transformers:
+        raise Refusal("accelerate wrapped its forward: replace before the model is dispatched")
 
 
-def _from_multihead(old: nn.Module, own: dict[str, Any]) -> nn.Module:
+def _like(module: nn.Module) -> Tensor:
+    """An empty tensor of the dtype and device of the module's weights, the references' too; packed integers have none
+    and stand for the default dtype."""
+    tensors = [*module.parameters(), *module.buffers(), *(x for x in vars(module).values() if isinstance(x, Tensor))]
+    floating = [x for x in tensors if x.is_floating_point()]
+    device = (floating or tensors)[0].device if tensors else None
+    return torch.empty(0, device=device, dtype=floating[0].dtype if floating else None)
+
+
+def _from_multihead(old: nn.Module, own: dict[str, Any]) -> None:
     assert isinstance(old, nn.MultiheadAttention)
-    _refuse_changed_weights(old)
     if type(old) is not nn.MultiheadAttention:
         raise Refusal(f"{type(old).__name__} is a subclass of nn.MultiheadAttention, whose forward may be another")
-    weight = old.out_proj.weight
+    if missing := [name for name in (*PROJECTIONS, "out_proj") if not hasattr(old, name)]:
+        raise Refusal(f"it has no {missing[0]}")
+    _refuse_unused_out_proj(old.out_proj)
+    like = _like(old)
     new = SeTAttention(
         old.embed_dim, old.num_heads, old.dropout, old.in_proj_bias is not None, old.bias_k is not None,
-        old.add_zero_attn, old.kdim, old.vdim, old.batch_first, weight.device, weight.dtype, **own,
-    )  # fmt: skip
-    for name, parameter in old.named_parameters(recurse=False):
-        setattr(new, name, parameter)
-    new.out_proj = old.out_proj
-    return new.train(old.training)
+        old.add_zero_attn, old.kdim, old.vdim, old.batch_first, like.device, like.dtype, **own,
+    ).train(old.training)  # fmt: skip
+    had = {*old._parameters, *old._buffers, *old._modules, *vars(old)}
+    old._parameters.update({name: x for name, x in new._parameters.items() if name not in had})
+    old._modules.update({name: x for name, x in new._modules.items() if name not in had})
+    vars(old).update({name: x for name, x in vars(new).items() if name not in had})
+    old.__class__ = SeTAttention
 
 
-class SeTTimmAttention(nn.Module):
-    """timm's `Attention` with its own projections, norms, gate and dropout; between them, SeT attention."""
+def _refuse_unused_out_proj(linear: nn.Module) -> None:
+    """nn.MultiheadAttention reads weight and bias of its out_proj and never calls it, so what is in its forward has had
+    no effect; SeT attention calls it."""
+    kind = f"{type(linear).__module__}.{type(linear).__name__}"
+    if not isinstance(linear, nn.Linear) or type(linear).forward is not nn.Linear.forward or "forward" in vars(linear):
+        raise Refusal(f"its out_proj is a {kind} whose forward was never called: merge or remove what it adds first")
+    for name in ("weight", "bias"):
+        computed = recomputed(linear, name)
+        if computed is not None and not torch.allclose(computed, getattr(linear, name), atol=1e-6):
+            raise Refusal(f"its out_proj was used without the normalisation of its {name}: remove that first")
 
-    qkv: nn.Linear
+
+class SeTTimmAttention(FloatInPython):
+    """timm's `Attention` with its own projections, norms, gate and dropout; between them, SeT attention.
+
+    Not built: an `Attention` with a `set_transport` becomes one.
+    """
+
+    num_heads: int
+    set_transport: SetTransport
+    qkv: nn.Module
     q_norm: nn.Module
     k_norm: nn.Module
     attn_drop: nn.Dropout
@@ -132,15 +196,6 @@ class SeTTimmAttention(nn.Module):
     gate: nn.Module | None
     proj: nn.Module
     proj_drop: nn.Module
-
-    def __init__(self, old: nn.Module, own: dict[str, Any]) -> None:
-        super().__init__()
-        for name, child in old.named_children():
-            self.add_module(name, child)
-        H = old.num_heads
-        assert isinstance(H, int)
-        self.num_heads = H
-        self.set_transport = SetTransport(H, self.qkv.out_features // (3 * H), self.qkv.weight, own)
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         """x [B, N, C] -> [B, N, C]; attn_mask as `F.scaled_dot_product_attention` takes it."""
@@ -159,22 +214,23 @@ class SeTTimmAttention(nn.Module):
 TIMM_PARTS = {"qkv", "q_norm", "k_norm", "attn_drop", "norm", "gate", "proj", "proj_drop"}
 
 
-def _from_timm(old: nn.Module, own: dict[str, Any]) -> nn.Module:
-    _refuse_changed_weights(old)
+def _from_timm(old: nn.Module, own: dict[str, Any]) -> None:
     if unknown := {name for name, _ in old.named_children()} - TIMM_PARTS:
         raise Refusal(f"timm's Attention has parts unknown here: {', '.join(sorted(unknown))}")
-    return SeTTimmAttention(old, own).train(old.training)
+    assert isinstance(old.num_heads, int)
+    assert isinstance(old.head_dim, int)
+    old.set_transport = SetTransport(old.num_heads, old.head_dim, _like(old), own).train(old.training)
+    old.__class__ = SeTTimmAttention
 
 
-def _from_transformers(old: nn.Module, own: dict[str, Any]) -> nn.Module:
-    """The module itself: its projections call the attention that its config names, which becomes SeT attention."""
+def _from_transformers(old: nn.Module, own: dict[str, Any]) -> None:
+    """Its projections call the attention that its config names, which becomes SeT attention."""
     from .transformers.attention import NAME
 
     if getattr(old, "is_causal", False) or getattr(old, "is_decoder", False):
         raise Refusal("it is a decoder's, with a cache: only encoders are replaced")
-    H = old.num_attention_heads
-    assert isinstance(H, int)
-    linear = next(child for child in old.children() if isinstance(child, nn.Linear))
-    old.set_transport = SetTransport(H, linear.out_features // H, linear.weight, own).train(old.training)
+    width = getattr(old, "head_dim", None) or old.attention_head_size
+    assert isinstance(old.num_attention_heads, int)
+    assert isinstance(width, int)
+    old.set_transport = SetTransport(old.num_attention_heads, width, _like(old), own).train(old.training)
     old.config._attn_implementation = NAME  # type: ignore[union-attr]
-    return old

@@ -2,40 +2,75 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import (
+    build_model_with_cfg,
+    generate_default_cfgs,
+    register_model,
+    register_notrace_function,
+    register_notrace_module,
+)
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
+from ..nn import SeTAttention, SeTPooling
 from .sizes import VISION_SIZES
-from .vision import STRIDES, SeTformer
+from .transport import SetTransport
+from .vision import STRIDES, SeTformer, checked_image, grid_positions
 
-POOLS = {"avg": "mean", "set": "set"}  # timm's name -> ours
+POOLS = {"avg": "mean", "set": "set", "": ""}  # timm's name -> ours
+
+for _module in (SeTAttention, SeTPooling, SetTransport):
+    register_notrace_module(_module)
+for _function in (checked_image, grid_positions):
+    register_notrace_function(_function)
+
+
+class TimmArgumentError(ValueError, AssertionError):
+    """An argument that does not fit: a ValueError, and the AssertionError that timm's own models raise for it."""
 
 
 class TimmSeTformer(SeTformer):
-    """`SeTformer` with the arguments and methods that timm expects; global_pool is "avg" or "set"."""
+    """`SeTformer` with the arguments and methods that timm expects.
+
+    global_pool is "avg", "set" or, for the map itself, ""; attn_drop_rate the dropout of every SeT attention.
+    """
 
     def __init__(
-        self, *, in_chans: int = 3, num_classes: int = 1000, global_pool: str = "avg", drop_rate: float = 0.0,
+        self, *, in_chans: int = 3, num_classes: int = 1000, global_pool: str = "avg", output_stride: int = 32,
+        drop_rate: float = 0.0, attn_drop_rate: float = 0.0, attention: Mapping[str, Any] | None = None,
         **arguments: Any,
     ) -> None:  # fmt: skip
         self.global_pool = _known_pool(global_pool)
+        if output_stride not in STRIDES[1:]:
+            raise TimmArgumentError(f"output_stride must be 8, 16 or 32, got {output_stride}")
+        attention = dict(attention or {})
+        if attn_drop_rate and attention.setdefault("dropout", attn_drop_rate) != attn_drop_rate:
+            raise TypeError("attn_drop_rate and attention give the dropout: pass one of them")
         super().__init__(
-            **arguments, in_channels=in_chans, num_classes=num_classes, pool=POOLS[global_pool], dropout=drop_rate
-        )
-        self.in_chans = in_chans
-        self.num_features = self.head_hidden_size = self.widths[-1]
+            **arguments, in_channels=in_chans, num_classes=num_classes, pool=POOLS[global_pool],
+            output_stride=output_stride, dropout=drop_rate, attention=attention,
+        )  # fmt: skip
+        self.in_chans, self.drop_rate = in_chans, drop_rate
+        self.num_features = self.widths[-1]
         self.feature_info = [
             {"num_chs": width, "reduction": stride, "module": f"stages.{i}"}
-            for i, (width, stride) in enumerate(zip(self.widths, STRIDES, strict=True))
+            for i, (width, stride) in enumerate(zip(self.widths, self.strides, strict=True))
         ]
 
+    @property
+    def head_hidden_size(self) -> int:
+        """Numbers of an image that the classifier reads; without pooling, of a cell."""
+        assert self.head is not None
+        return self.head.num_features
+
     def get_classifier(self) -> nn.Module:
-        return nn.Identity() if self.head is None else self.head.fc
+        assert self.head is not None
+        return self.head.fc
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         if global_pool is not None:
@@ -59,27 +94,32 @@ class TimmSeTformer(SeTformer):
     ) -> Any:  # fmt: skip
         """Maps of the stages `indices`; each stage ends in its norm, so `norm` changes nothing."""
         if output_fmt not in ("NCHW", "NHWC"):
-            raise ValueError(f"output_fmt must be NCHW or NHWC, got {output_fmt!r}")
-        maps = self.forward_maps(x)
-        taken = [maps[i] for i in feature_take_indices(len(self.stages), indices)[0]]
-        if output_fmt == "NHWC":
-            taken = [y.permute(0, 2, 3, 1) for y in taken]
-        return taken if intermediates_only else (maps[-1], taken)
+            raise TimmArgumentError(f"output_fmt must be NCHW or NHWC, got {output_fmt!r}")
+        wanted, last = feature_take_indices(len(self.stages), indices)
+        x, taken = checked_image(x, self.in_channels), []
+        for i, stage in enumerate(itertools.islice(self.stages, last + 1 if stop_early else None)):
+            x = stage(x)
+            if i in wanted:
+                taken.append(x if output_fmt == "NCHW" else x.permute(0, 2, 3, 1))
+        return taken if intermediates_only else (x, taken)
 
     def prune_intermediate_layers(
         self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
-        """Drops the stages behind the last of `indices`, and the head."""
+        """Drops the stages behind the last of `indices`, and then, or with prune_head, pooling and classifier."""
         taken, last = feature_take_indices(len(self.stages), indices)
-        self.stages = self.stages[: last + 1]
-        if prune_head or last + 1 < len(STRIDES):
-            self.head = None
+        if last + 1 < len(self.stages):
+            self.stages = nn.Sequential(*itertools.islice(self.stages, last + 1))
+            self.num_features, prune_head = self.widths[last], True
+        if prune_head:
+            self.reset_classifier(0, "")
         return taken
 
 
 def _known_pool(name: str) -> str:
     if name not in POOLS:
-        raise ValueError(f"global_pool must be one of {', '.join(POOLS)}, got {name!r}")
+        names = ", ".join(filter(None, POOLS))
+        raise TimmArgumentError(f"global_pool must be one of {names}, got {name!r} ('' would leave the map)")
     return name
 
 
@@ -97,7 +137,7 @@ default_cfgs = generate_default_cfgs(
 
 def _entry(name: str) -> Callable[..., nn.Module]:
     def build(pretrained: bool = False, **arguments: Any) -> nn.Module:
-        features = {"out_indices": (0, 1, 2, 3), "feature_cls": "getter"}
+        features = {"out_indices": (0, 1, 2, 3), "feature_cls": "getter", "flatten_sequential": True}
         return build_model_with_cfg(
             TimmSeTformer, name, pretrained, feature_cfg=features, **{**VISION_SIZES[name].arguments(), **arguments}
         )

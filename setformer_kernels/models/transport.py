@@ -48,16 +48,26 @@ class SetTransport(ReferenceSet):
     ) -> Tensor:  # fmt: skip
         """key_mask [B, S]: nonzero or True where a key is.  attn_mask: broadcasts to [B, H, L, S], bool (True = take
         part) or float (added to log masses), and takes the path that is not linear."""
+        return SF.set_attention(
+            q, k, self._map_values(v), self.references, **self._transport_options(),
+            **self._mask_options(q, k, key_mask, attn_mask), causal=is_causal,
+            dropout_p=dropout_p if self.training else 0.0,
+        )  # fmt: skip
+
+    def weights(self, q: Tensor, k: Tensor, key_mask: Tensor | None = None, attn_mask: Tensor | None = None) -> Tensor:
+        """What forward reads v with, without dropout: [B, H, L, S]."""
+        return SF.set_attention_weights(
+            q, k, self.references, **self._transport_options(), **self._mask_options(q, k, key_mask, attn_mask)
+        )
+
+    @staticmethod
+    def _mask_options(q: Tensor, k: Tensor, key_mask: Tensor | None, attn_mask: Tensor | None) -> dict[str, Any]:
         if attn_mask is not None and attn_mask.is_floating_point():
             # Models write the lowest finite number for −∞.
             attn_mask = attn_mask.masked_fill(attn_mask <= torch.finfo(attn_mask.dtype).min / 2, -torch.inf)
         if attn_mask is not None and attn_mask.dim() == 4:
             attn_mask = attn_mask.expand(q.shape[0], q.shape[1], q.shape[2], k.shape[2])
-        return SF.set_attention(
-            q, k, self._map_values(v), self.references, **self._transport_options(), attn_mask=attn_mask,
-            key_mask=None if key_mask is None else key_mask != 0, causal=is_causal,
-            dropout_p=dropout_p if self.training else 0.0,
-        )  # fmt: skip
+        return {"attn_mask": attn_mask, "key_mask": None if key_mask is None else key_mask != 0}
 
     def initialize_references(self, key: Tensor, value: Tensor, key_mask: Tensor | None = None) -> None:
         """Places the references (and landmarks) by k-means on keys (and values) [B, H, S, D]; key_mask [B, S]."""

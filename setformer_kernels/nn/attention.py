@@ -3,35 +3,51 @@
 from __future__ import annotations
 
 import itertools
+import math
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .. import checks
 from .. import functional as SF
 from .contract import (
     AttentionInputError,
+    check_dense,
     check_layout,
     check_masks,
     check_pairs,
-    check_sizes,
     check_tensors,
     check_width,
+    sizes,
 )  # fmt: skip
+from .fastpath import PythonForward, keep_python_forward  # noqa: F401  (pickles of earlier versions name it here)
 from .masks import attention_mask_of, blank_padding, key_mask_of
-from .nested import nest_like, pad_all
+from .nested import nest_like, pad_all, pad_position
 from .reference_set import ReferenceSet
+from .writing import Init, Reset, redraw
 
-
-def keep_python_forward(module: nn.Module, args: tuple[Any, ...]) -> None:
-    """A forward pre-hook that does nothing but be there: in eval, nn.TransformerEncoderLayer runs softmax attention in
-    C++ straight from the projection weights, without calling forward, unless a module inside it has a hook."""
+# How nn.MultiheadAttention draws its parameters, in its order.
+PROJECTIONS: dict[str, Init] = {
+    "in_proj_weight": nn.init.xavier_uniform_,
+    "q_proj_weight": nn.init.xavier_uniform_,
+    "k_proj_weight": nn.init.xavier_uniform_,
+    "v_proj_weight": nn.init.xavier_uniform_,
+    "in_proj_bias": nn.init.zeros_,
+    "bias_k": nn.init.xavier_normal_,
+    "bias_v": nn.init.xavier_normal_,
+}
+OUT_PROJ: dict[str, Init] = {
+    "weight": partial(nn.init.kaiming_uniform_, a=math.sqrt(5.0)),
+    "bias": nn.init.zeros_,
+}
 
 
 def split_heads(x: Tensor, num_heads: int, batch_first: bool) -> Tensor:
     """[B, N, H·D] (batch_first) or [N, B, H·D] -> a view [B, H, N, D]."""
-    x = x.unflatten(-1, (num_heads, -1))
+    x = x.view(*x.shape[:-1], num_heads, x.shape[-1] // num_heads)
     return x.transpose(1, 2) if batch_first else x.permute(1, 2, 0, 3)
 
 
@@ -40,7 +56,7 @@ def merge_heads(x: Tensor, batch_first: bool) -> Tensor:
     return (x.transpose(1, 2) if batch_first else x.permute(2, 0, 1, 3)).flatten(-2)
 
 
-class SeTAttention(ReferenceSet, nn.MultiheadAttention):
+class SeTAttention(PythonForward, ReferenceSet, nn.MultiheadAttention):
     """SeT attention with the constructor, call, masks, attributes and state of `nn.MultiheadAttention`.
 
     Per head, with q, k, v the projected tokens (L queries, S keys), y the M references, ℓ the kernel logits, and c, g
@@ -71,6 +87,7 @@ class SeTAttention(ReferenceSet, nn.MultiheadAttention):
         learn_log_mass: learn `reference_log_mass` [H, M], starting uniform.
         key_relaxation, reference_relaxation: λ in [0, 1], 1 = balanced marginals.
         backend: "auto", or a name of `setformer_kernels.available_backends()`.
+        position_scale: τ ≥ 0 at the start.
 
     Shape:
         query [L, B, embed_dim], key [S, B, kdim], value [S, B, vdim]; with batch_first B leads; unbatched without B.
@@ -90,24 +107,30 @@ class SeTAttention(ReferenceSet, nn.MultiheadAttention):
         num_iters: int = 3, epsilon: float = 0.05, bandwidth: float = 1.0, kernel: str = "rbf",
         value_map: str = "linear", position_dim: int = 0, learn_epsilon: bool = False, learn_log_mass: bool = False,
         key_relaxation: float = 1.0, reference_relaxation: float = 1.0, backend: str = "auto",
+        position_scale: float = 1.0,
     ) -> None:  # fmt: skip
-        check_sizes(embed_dim, num_heads, kdim, vdim)
+        embed_dim, num_heads, kdim, vdim = sizes(embed_dim, num_heads, kdim, vdim)
+        dropout = checks.probability("dropout", dropout)
         super().__init__(
-            embed_dim, num_heads, dropout, bias, add_bias_kv, add_zero_attn, kdim, vdim, batch_first, device, dtype
-        )
+            embed_dim, num_heads, dropout, bool(bias), bool(add_bias_kv), bool(add_zero_attn), kdim, vdim,
+            bool(batch_first), device, dtype,
+        )  # fmt: skip
         self._add_references(
             num_heads, self.head_dim, {"device": device, "dtype": dtype}, num_references=num_references,
             num_iters=num_iters, epsilon=epsilon, bandwidth=bandwidth, kernel=kernel, value_map=value_map,
             position_dim=position_dim, learn_epsilon=learn_epsilon, learn_log_mass=learn_log_mass,
             key_relaxation=key_relaxation, reference_relaxation=reference_relaxation, backend=backend,
+            position_scale=position_scale,
         )  # fmt: skip
-        self.register_forward_pre_hook(keep_python_forward)
+        Reset(self.out_proj, OUT_PROJ)
+        self._ensure_hook()
 
     def _reset_parameters(self) -> None:
         """Draws all parameters anew: the projections as torch does, then the references."""
-        super()._reset_parameters()
+        redraw(self, PROJECTIONS)
+        redraw(self.out_proj, {"bias": nn.init.zeros_})
         # nn.MultiheadAttention.__init__ calls this before there are references
-        if "references" in self._parameters:
+        if hasattr(self, "references"):
             self._reset_references()
 
     # an alias, not a call: tools patch either name onto the other
@@ -125,7 +148,8 @@ class SeTAttention(ReferenceSet, nn.MultiheadAttention):
         """Output and, if need_weights, attention weights; arguments as in `nn.MultiheadAttention.forward`.
 
         Args:
-            query, key, value: see the class.  A NestedTensor (all three, batch_first, no masks) gives a nested output.
+            query, key, value: see the class.  A NestedTensor (all three, batch_first, no masks) gives a nested output,
+                and weights as of its padded form; positions may be nested then.
             key_padding_mask: [B, S] or [S] (unbatched); bool True = ignore, or float, added to the keys' log masses.
             need_weights: whether to return the weights; the output does not depend on it.
             attn_mask: [L, S], [B·H, L, S] or, unbatched, [H, L, S]; bool True = forbid, or float, added to log masses.
@@ -138,12 +162,17 @@ class SeTAttention(ReferenceSet, nn.MultiheadAttention):
         positions = {"query_position": query_position, "key_position": key_position}
         check_tensors({"query": query, "key": key, "value": value}, {**masks, **positions})
         if query.is_nested or key.is_nested or value.is_nested:
-            padded = pad_all(query, key, value, self.batch_first, masked=any(m is not None for m in masks.values()))
+            nested = query
+            (query, key, value), padding = pad_all(
+                {"query": query, "key": key, "value": value}, masks, self.batch_first
+            )
             output, weights = self.forward(
-                *padded, need_weights, None, average_attn_weights, is_causal,
-                query_position=query_position, key_position=key_position,
+                query, key, value, padding, need_weights, None, average_attn_weights, is_causal,
+                query_position=pad_position("query_position", query_position),
+                key_position=pad_position("key_position", key_position),
             )  # fmt: skip
-            return nest_like(output, query), weights
+            return nest_like(output, nested), weights
+        check_dense({**masks, **positions})
         batched, B = self._check_call(query, key, value, key_padding_mask, attn_mask)
         if key_padding_mask is not None and key is not query and torch.is_grad_enabled():
             key, value = blank_padding(key, value, key_padding_mask, self.batch_first)
@@ -248,7 +277,7 @@ class SeTAttention(ReferenceSet, nn.MultiheadAttention):
         key_position given, each reference position becomes the mean position of its cluster.
 
         Args:
-            tokens: samples in the layout of forward's key, with at least num_references of them not masked.
+            tokens: samples in the layout of forward's key (or nested), with at least num_references not masked.
             key_padding_mask: as in forward; a float mask excludes where its exponential is 0.
             value: samples in the layout of forward's value, only for landmarks; default `tokens`.
             key_position: [S, P] or [B, S, P], as in forward.
@@ -262,7 +291,16 @@ class SeTAttention(ReferenceSet, nn.MultiheadAttention):
         if value is None and self.vdim == self.kdim:
             value = tokens
         other = tokens if value is None else value
-        check_tensors({"tokens": tokens, "value": other}, {"key_padding_mask": key_padding_mask})
+        masks = {"key_padding_mask": key_padding_mask}
+        check_tensors({"tokens": tokens, "value": other}, {**masks, "key_position": key_position})
+        if tokens.is_nested or other.is_nested:
+            padded, padding = pad_all({"tokens": tokens, "value": other}, masks, self.batch_first)
+            return self.initialize_references(
+                padded[0], padding, value=None if value is None else padded[1],
+                key_position=pad_position("key_position", key_position),
+                num_iters=num_iters, init=init, generator=generator,
+            )  # fmt: skip
+        check_dense({**masks, "key_position": key_position})
         batched = check_layout(tokens, tokens, other, key_padding_mask, None)
         check_pairs(tokens, other, packed=False)
         check_width("tokens", tokens, self.kdim)

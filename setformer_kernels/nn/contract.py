@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -26,13 +25,18 @@ class MaskTypeError(AttentionInputError, TypeError):
     """A mask of a dtype that is neither bool nor floating point."""
 
 
-def check_sizes(embed_dim: int, num_heads: int, kdim: int | None = None, vdim: int | None = None) -> None:
-    """Positive sizes, and heads that divide embed_dim."""
+def sizes(
+    embed_dim: Any, num_heads: Any, kdim: Any = None, vdim: Any = None
+) -> tuple[int, int, int | None, int | None]:  # fmt: skip
+    """The sizes as ints: positive, and heads that divide embed_dim."""
+    embed_dim, num_heads = checks.integer("embed_dim", embed_dim), checks.integer("num_heads", num_heads)
     if embed_dim <= 0 or num_heads <= 0:
         raise AttentionInputError(
             "embed_dim and num_heads must be greater than 0,"
             f" got embed_dim={embed_dim} and num_heads={num_heads} instead"
         )
+    kdim = None if kdim is None else checks.integer("kdim", kdim)
+    vdim = None if vdim is None else checks.integer("vdim", vdim)
     for name, size in (("kdim", kdim), ("vdim", vdim)):
         if size is not None and size <= 0:
             raise AttentionInputError(f"{name} must be greater than 0, got {name}={size} instead")
@@ -40,33 +44,31 @@ def check_sizes(embed_dim: int, num_heads: int, kdim: int | None = None, vdim: i
         raise AttentionInputError(
             f"embed_dim must be divisible by num_heads, got embed_dim={embed_dim} and num_heads={num_heads}"
         )
+    return embed_dim, num_heads, kdim, vdim
 
 
-def check_own_options(
-    *, num_references: int, num_iters: int, epsilon: float, bandwidth: float, kernel: str, value_map: str,
-    position_dim: int, key_relaxation: float, reference_relaxation: float, backend: str,
-) -> None:  # fmt: skip
-    """The constructor's own arguments: those of the functional API by its rules, and no tensors among the numbers."""
-    checks.iterations(num_iters)
-    checks.kernel(kernel)
-    for name, size, least in (("num_references", num_references, 1), ("position_dim", position_dim, 0)):
-        if isinstance(size, bool) or not isinstance(size, int):
-            raise TypeError(f"{name} must be an int, got {type(size).__name__}")
-        if size < least:
-            raise ValueError(f"{name} must be ≥ {least}, got {size}")
-    for name, number, high in (
-        ("epsilon", epsilon, math.inf),
-        ("bandwidth", bandwidth, math.inf),
-        ("key_relaxation", key_relaxation, 1.0),
-        ("reference_relaxation", reference_relaxation, 1.0),
-    ):
-        if isinstance(number, Tensor):
-            raise TypeError(f"{name} must be a float, got a Tensor: learned ones are asked for by learn_* arguments")
-        checks.hyperparameter(name, number, 0, 0.0, high, open_low=math.isinf(high))
-    backends = ("auto", *available_backends())
-    for name, choice, choices in (("value_map", value_map, VALUE_MAPS), ("backend", backend, backends)):
-        if choice not in choices:
-            raise ValueError(f"{name} must be one of {', '.join(choices)}, got {choice!r}")
+def own_options(
+    *, num_references: Any, num_iters: Any, epsilon: Any, bandwidth: Any, kernel: Any, value_map: Any,
+    position_dim: Any, learn_epsilon: Any, learn_log_mass: Any, key_relaxation: Any, reference_relaxation: Any,
+    backend: Any, position_scale: Any,
+) -> dict[str, Any]:  # fmt: skip
+    """The constructor's own arguments as Python numbers and strings, by the rules of the functional API; no tensors
+    among the numbers, for learned ones are asked for by learn_*."""
+    return {
+        "num_references": checks.integer("num_references", num_references, 1),
+        "num_iters": checks.iterations(num_iters),
+        "epsilon": checks.number("epsilon", epsilon, 0.0, open_low=True),
+        "bandwidth": checks.number("bandwidth", bandwidth, 0.0, open_low=True),
+        "kernel": checks.kernel(kernel),
+        "value_map": checks.choice("value_map", value_map, VALUE_MAPS),
+        "position_dim": checks.integer("position_dim", position_dim, 0),
+        "learn_epsilon": checks.flag("learn_epsilon", learn_epsilon),
+        "learn_log_mass": checks.flag("learn_log_mass", learn_log_mass),
+        "key_relaxation": checks.number("key_relaxation", key_relaxation, 0.0, 1.0),
+        "reference_relaxation": checks.number("reference_relaxation", reference_relaxation, 0.0, 1.0),
+        "backend": checks.choice("backend", backend, ("auto", *available_backends())),
+        "position_scale": checks.number("position_scale", position_scale, 0.0),
+    }
 
 
 def check_tensors(floating: dict[str, Any], optional: dict[str, Any]) -> None:
@@ -79,6 +81,13 @@ def check_tensors(floating: dict[str, Any], optional: dict[str, Any]) -> None:
     for name, tensor in optional.items():
         if tensor is not None and not isinstance(tensor, Tensor):
             raise TypeError(f"`{name}` must be a tensor or None, got {type(tensor).__name__}")
+
+
+def check_dense(optional: dict[str, Tensor | None]) -> None:
+    """By name: arguments that must not be nested where query, key and value are not."""
+    for name, tensor in optional.items():
+        if tensor is not None and tensor.is_nested:
+            raise TypeError(f"`{name}` must be a dense tensor where the tokens are, got a NestedTensor")
 
 
 def check_layout(

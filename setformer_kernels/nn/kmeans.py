@@ -6,7 +6,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .. import checks
+
 INITS = ("k-means++", "random")
+
+
+class TooFewTokensError(ValueError):
+    """Fewer tokens than centres."""
 
 
 def spherical_kmeans(
@@ -19,15 +25,15 @@ def spherical_kmeans(
     O(H·n·K) memory.
 
     Raises:
-        ValueError: fewer tokens (zero ones not counted) than clusters, or an unknown init.
+        TooFewTokensError: fewer tokens (zero ones not counted) than clusters.
+        ValueError: an unknown init.
     """
-    if init not in INITS:
-        raise ValueError(f"init must be one of {', '.join(INITS)}, got {init!r}")
+    init, num_iters = checks.choice("init", init, INITS), checks.iterations(num_iters)
     x = F.normalize(x, dim=-1)
     alive = x.norm(dim=-1) > 0.5  # [H, n]: zero tokens have no direction, and are never a centre
     fewest = min([*alive.sum(1).tolist(), x.shape[1]])
     if fewest < num_clusters:
-        raise ValueError(f"{num_clusters} clusters need at least as many tokens that are not zero, got {fewest}")
+        raise TooFewTokensError(f"{num_clusters} clusters need at least as many tokens that are not zero, got {fewest}")
     seeds = _seeds_plus_plus if init == "k-means++" else _seeds_random
     centres = _rows(x, seeds(x, alive, num_clusters, generator))
     labels = (x @ centres.mT).argmax(-1)

@@ -6,10 +6,14 @@ import torch
 from torch import Tensor, nn
 
 from .. import functional as SF
-from .attention import merge_heads, split_heads
-from .contract import AttentionInputError, check_layout, check_masks, check_sizes, check_tensors
+from .attention import OUT_PROJ, merge_heads, split_heads
+from .contract import AttentionInputError, check_dense, check_layout, check_masks, check_tensors, sizes
 from .masks import key_mask_of
+from .nested import pad_all, pad_position
 from .reference_set import ReferenceSet
+from .writing import Init, Reset
+
+KV_PROJ: dict[str, Init] = {"weight": nn.init.xavier_uniform_, "bias": nn.init.zeros_}
 
 
 class SeTPooling(ReferenceSet):
@@ -23,7 +27,7 @@ class SeTPooling(ReferenceSet):
     Args:
         embed_dim, num_heads, bias, device, dtype: as in `nn.MultiheadAttention`.
         num_references, num_iters, epsilon, bandwidth, kernel, value_map, position_dim, learn_epsilon, learn_log_mass,
-            key_relaxation, reference_relaxation, backend: as in `SeTAttention`.
+            key_relaxation, reference_relaxation, backend, position_scale: as in `SeTAttention`.
 
     Shape:
         x [B, S, embed_dim] -> [B, num_references, embed_dim]; an element whose tokens are all masked pools to zeros
@@ -40,9 +44,10 @@ class SeTPooling(ReferenceSet):
         dtype: torch.dtype | None = None, *, num_references: int = 64, num_iters: int = 3, epsilon: float = 0.05,
         bandwidth: float = 1.0, kernel: str = "rbf", value_map: str = "linear", position_dim: int = 0,
         learn_epsilon: bool = False, learn_log_mass: bool = False, key_relaxation: float = 1.0,
-        reference_relaxation: float = 1.0, backend: str = "auto",
+        reference_relaxation: float = 1.0, backend: str = "auto", position_scale: float = 1.0,
     ) -> None:  # fmt: skip
-        check_sizes(embed_dim, num_heads)
+        embed_dim, num_heads, *_ = sizes(embed_dim, num_heads)
+        bias = bool(bias)
         super().__init__()
         self.embed_dim, self.num_heads, self.head_dim = embed_dim, num_heads, embed_dim // num_heads
         self.kv_proj = nn.Linear(embed_dim, 2 * embed_dim, bias, device, dtype)
@@ -52,15 +57,15 @@ class SeTPooling(ReferenceSet):
             num_iters=num_iters, epsilon=epsilon, bandwidth=bandwidth, kernel=kernel, value_map=value_map,
             position_dim=position_dim, learn_epsilon=learn_epsilon, learn_log_mass=learn_log_mass,
             key_relaxation=key_relaxation, reference_relaxation=reference_relaxation, backend=backend,
+            position_scale=position_scale,
         )  # fmt: skip
+        Reset(self.kv_proj, KV_PROJ)
+        Reset(self.out_proj, OUT_PROJ)
         self._reset_projections()
 
     def _reset_projections(self) -> None:
-        nn.init.xavier_uniform_(self.kv_proj.weight)
-        self.out_proj.reset_parameters()
         for linear in (self.kv_proj, self.out_proj):
-            if linear.bias is not None:
-                nn.init.zeros_(linear.bias)
+            linear.reset_parameters()
 
     def reset_parameters(self) -> None:
         """Draws all parameters anew, as nn.MultiheadAttention does its own."""
@@ -76,10 +81,12 @@ class SeTPooling(ReferenceSet):
         """x [B, S, embed_dim] -> [B, M, embed_dim].
 
         Args:
+            x: or a NestedTensor of B sequences, without mask; key_position may be nested then.
             key_padding_mask: [B, S]; bool True = ignore, or float, added to the tokens' log masses.
             key_position: [S, P] or [B, S, P], exactly when position_dim > 0.
         """
-        k, v = self._keys_values("x", x, key_padding_mask, key_position)
+        x, key_padding_mask, key_position = self._padded("x", x, key_padding_mask, key_position)
+        k, v = self._keys_values("x", x, key_padding_mask)
         options = {**self._transport_options(), **self._position_options(0, key_position=key_position)}
         options["key_mask"] = key_mask_of(key_padding_mask, 0)
         z = SF.set_pool(k, self._map_values(v), self.references, **options)
@@ -90,16 +97,26 @@ class SeTPooling(ReferenceSet):
         num_iters: int = 20, init: str = "k-means++", generator: torch.Generator | None = None,
     ) -> None:  # fmt: skip
         """Places the references on sample tokens [B, S, embed_dim]; see `SeTAttention.initialize_references`."""
-        k, v = self._keys_values("tokens", tokens, key_padding_mask, key_position)
+        tokens, key_padding_mask, key_position = self._padded("tokens", tokens, key_padding_mask, key_position)
+        k, v = self._keys_values("tokens", tokens, key_padding_mask)
         self._place_references(
             k, v, key_padding_mask, key_position, num_iters=num_iters, init=init, generator=generator
         )
 
-    def _keys_values(
+    def _padded(
         self, name: str, x: Tensor, key_padding_mask: Tensor | None, key_position: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        """k, v [B, H, S, D] of checked input x, called `name` in messages."""
-        check_tensors({name: x}, {"key_padding_mask": key_padding_mask, "key_position": key_position})
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """The arguments themselves or, where x is nested, padded; x is called `name` in messages."""
+        mask, position = {"key_padding_mask": key_padding_mask}, {"key_position": key_position}
+        check_tensors({name: x}, {**mask, **position})
+        if not x.is_nested:
+            check_dense({**mask, **position})
+            return x, key_padding_mask, key_position
+        (x,), padding = pad_all({name: x}, mask, batch_first=True)
+        return x, padding, pad_position("key_position", key_position)
+
+    def _keys_values(self, name: str, x: Tensor, key_padding_mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        """k, v [B, H, S, D] of input x, checked and called `name` in messages."""
         if x.dim() != 3 or x.shape[-1] != self.embed_dim:
             raise AttentionInputError(f"{name} must be [B, S, {self.embed_dim}], got {tuple(x.shape)}")
         B, S, _ = x.shape

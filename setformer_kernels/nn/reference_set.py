@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,19 +12,38 @@ from torch import Tensor, nn
 
 from .. import functional as SF
 from ..problem import compute_dtype
-from .contract import check_key_position, check_own_options
+from ..tracing import Leaf
+from .contract import check_key_position, own_options
+from .doors import FloatInPython
 from .kmeans import cluster_means, spherical_kmeans
 from .masks import present_of
+from .writing import Init, assign, redraw
 
 
-class ReferenceSet(nn.Module):
-    """Mixin: M references per head and how tokens are carried to them (definition: the package's README).
+def draw_directions(x: Tensor) -> None:
+    """Rows of x [..., D] uniform on the unit sphere."""
+    x.copy_(F.normalize(x.normal_(), dim=-1))
+
+
+class ReferenceSet(Leaf, FloatInPython):
+    """Mixin: M references per head and how tokens are carried to them (definition: docs/definition.md).
 
     Parameters (those not asked for are None):
         references [H, M, D]; landmarks [H, D, D] (value_map="rkhs", R = D); log_epsilon [H] (learn_epsilon);
         reference_log_mass [H, M] (learn_log_mass); reference_position [H, M, P], position_scale [H] (position_dim > 0).
     """
 
+    num_references: int
+    num_iters: int
+    epsilon: float
+    bandwidth: float
+    kernel: str
+    value_map: str
+    position_dim: int
+    key_relaxation: float
+    reference_relaxation: float
+    backend: str
+    initial_position_scale: float = 1.0  # of modules pickled before it was an argument
     references: nn.Parameter
     landmarks: nn.Parameter | None
     log_epsilon: nn.Parameter | None
@@ -31,24 +51,17 @@ class ReferenceSet(nn.Module):
     reference_position: nn.Parameter | None
     position_scale: nn.Parameter | None
 
-    def _add_references(
-        self, num_heads: int, head_dim: int, factory: dict[str, Any], *, num_references: int, num_iters: int,
-        epsilon: float, bandwidth: float, kernel: str, value_map: str, position_dim: int, learn_epsilon: bool,
-        learn_log_mass: bool, key_relaxation: float, reference_relaxation: float, backend: str,
-    ) -> None:  # fmt: skip
-        """Checks the own arguments, keeps them as attributes and creates the parameters they ask for."""
-        check_own_options(
-            num_references=num_references, num_iters=num_iters, epsilon=epsilon, bandwidth=bandwidth, kernel=kernel,
-            value_map=value_map, position_dim=position_dim, key_relaxation=key_relaxation,
-            reference_relaxation=reference_relaxation, backend=backend,
-        )  # fmt: skip
-        self.num_references, self.num_iters, self.position_dim = num_references, num_iters, position_dim
-        self.epsilon, self.bandwidth, self.kernel, self.value_map = epsilon, bandwidth, kernel, value_map
-        self.key_relaxation, self.reference_relaxation, self.backend = key_relaxation, reference_relaxation, backend
-        H, M, D, P = num_heads, num_references, head_dim, position_dim
+    def _add_references(self, num_heads: int, head_dim: int, factory: dict[str, Any], **own: Any) -> None:
+        """Checks the own arguments (all that the classes have), keeps them, creates the parameters they ask for."""
+        own = own_options(**own)
+        learn_epsilon, learn_log_mass = own.pop("learn_epsilon"), own.pop("learn_log_mass")
+        self.initial_position_scale = own.pop("position_scale")
+        for name, option in own.items():
+            setattr(self, name, option)
+        H, M, D, P = num_heads, self.num_references, head_dim, self.position_dim
         shapes: dict[str, tuple[int, ...] | None] = {
             "references": (H, M, D),
-            "landmarks": (H, D, D) if value_map == "rkhs" else None,
+            "landmarks": (H, D, D) if self.value_map == "rkhs" else None,
             "log_epsilon": (H,) if learn_epsilon else None,
             "reference_log_mass": (H, M) if learn_log_mass else None,
             "reference_position": (H, M, P) if P else None,
@@ -58,19 +71,18 @@ class ReferenceSet(nn.Module):
             self.register_parameter(name, None if shape is None else nn.Parameter(torch.empty(shape, **factory)))
         self._reset_references()
 
-    @torch.no_grad()
     def _reset_references(self) -> None:
-        """Directions uniform on the unit sphere, reference positions in the unit cube, τ = 1, uniform masses."""
-        for directions in (self.references, self.landmarks):
-            if directions is not None:
-                directions.copy_(F.normalize(directions.normal_(), dim=-1))
-        if self.log_epsilon is not None:
-            self.log_epsilon.fill_(math.log(self.epsilon))
-        if self.reference_log_mass is not None:
-            self.reference_log_mass.zero_()
-        if self.reference_position is not None and self.position_scale is not None:
-            self.reference_position.uniform_()
-            self.position_scale.fill_(1.0)
+        """Directions uniform on the unit sphere, reference positions in the unit cube, uniform masses, ε and τ as the
+        constructor was told."""
+        inits: dict[str, Init] = {
+            "references": draw_directions,
+            "landmarks": draw_directions,
+            "log_epsilon": partial(nn.init.constant_, val=math.log(self.epsilon)),
+            "reference_log_mass": nn.init.zeros_,
+            "reference_position": nn.init.uniform_,
+            "position_scale": partial(nn.init.constant_, val=self.initial_position_scale),
+        }
+        redraw(self, inits)
 
     def _own_repr(self) -> str:
         return (
@@ -145,10 +157,11 @@ class ReferenceSet(nn.Module):
         options: dict[str, Any] = {"num_iters": num_iters, "init": init, "generator": generator}
         keys = chosen(key.transpose(1, 2)).transpose(0, 1)  # [H, n, D]
         centres, labels = spherical_kmeans(keys, self.num_references, **options)
+        placed = {"references": centres}
         if self.landmarks is not None and value is not None:
             values = chosen(value.transpose(1, 2)).transpose(0, 1)
-            self.landmarks.copy_(spherical_kmeans(values, self.landmarks.shape[1], **options)[0])
+            placed["landmarks"] = spherical_kmeans(values, self.landmarks.shape[1], **options)[0]
         if self.reference_position is not None and key_position is not None:
-            mean = cluster_means(chosen(key_position.expand(B, S, -1)), labels, self.reference_position)
-            self.reference_position.copy_(mean)
-        self.references.copy_(centres)
+            places = chosen(key_position.expand(B, S, -1))
+            placed["reference_position"] = cluster_means(places, labels, self.reference_position)
+        assign(self, placed)

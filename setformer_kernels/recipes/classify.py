@@ -14,11 +14,14 @@ from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes, make_datas
 from torchvision.transforms import v2
 from transformers import EvalPrediction, PreTrainedModel, set_seed
 
-from ..models import VISION_SIZES, initialize_references
+from ..models import VISION_SIZES
+from ..models.layers import initialize_references_of
 from ..models.transformers import SeTformerConfig, SeTformerForImageClassification
+from .arguments import add_training_arguments, check_range, check_training_arguments
 from .errors import RecipeError
 from .images import MEAN, STD, Augmented, read_image, stack
-from .training import Job, add_training_arguments, execute, load_model
+from .placing import place_references
+from .training import Job, execute, load_model
 
 PLACED_ON = 32  # images that the references are placed on
 
@@ -37,8 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> dict[str, float]:
     """Top-1 and top-5 accuracy on val."""
-    if args.image_size < 32:
-        raise RecipeError(f"--image-size must be ≥ 32, got {args.image_size}")
+    check_arguments(args)
     set_seed(args.seed)
     classes, held_out = samples_of(args.data / "val")
     model = load_model(SeTformerForImageClassification, args.evaluate) if args.evaluate else build(args, classes)
@@ -58,12 +60,21 @@ def run(args: argparse.Namespace) -> dict[str, float]:
     return execute(args, job)
 
 
+def check_arguments(args: argparse.Namespace) -> None:
+    check_training_arguments(args)
+    check_range(args, "image_size", 32)
+    for name in ("min_scale", "label_smoothing"):
+        check_range(args, name, 0, 1)
+    if args.drop_path is not None:
+        check_range(args, "drop_path", 0, 0.99)
+
+
 def samples_of(folder: Path) -> tuple[list[str], list[tuple[str, int]]]:
     """Class names in order, and (path, class number) of every image below folder/CLASS/."""
     try:
         classes, numbers = find_classes(str(folder))
         return classes, make_dataset(str(folder), numbers, extensions=IMG_EXTENSIONS)
-    except FileNotFoundError as error:
+    except OSError as error:  # torchvision's own FileNotFoundError for a class without images, too
         raise RecipeError(f"{folder} must hold one folder of images for each class: {error}") from error
 
 
@@ -116,11 +127,11 @@ def tensor_steps() -> list[v2.Transform]:
     return [v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(MEAN, STD)]
 
 
-def place(model: PreTrainedModel, samples: Augmented) -> None:
-    """References on the k-means centres of some images' tokens."""
-    step = max(len(samples) // PLACED_ON, 1)
-    rows = [samples[i]["pixel_values"] for i in range(0, len(samples), step)][:PLACED_ON]
-    initialize_references(model, torch.stack(rows))
+def place(model: PreTrainedModel, samples: LabelledImages) -> None:
+    place_references(samples, PLACED_ON, lambda rows: initialize_references_of(model, stack(rows)["pixel_values"]))
+    if model.config.num_labels < 2:
+        path = Path(samples.samples[0][0])
+        raise RecipeError(f"{path.parents[1]} must have at least 2 classes, got {path.parent.name} alone")
 
 
 def accuracies(prediction: EvalPrediction) -> dict[str, float]:

@@ -35,7 +35,7 @@ def read_coco(path: Path) -> COCO:
     """The annotations of an instances_*.json that has what it must have."""
     content = read_json(path)
     for name in FIELDS:
-        rows = content.get(name) if isinstance(content, dict) else None
+        rows = content.get(name)
         if not isinstance(rows, list) or (name != "annotations" and not rows):
             raise RecipeError(f"{path} must have a list {name!r}")
         check_rows(path, name, rows)

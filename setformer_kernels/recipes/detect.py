@@ -14,13 +14,16 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel, set_seed
 
-from ..models import VISION_SIZES, initialize_references
+from ..models import VISION_SIZES
+from ..models.layers import initialize_references_of
 from ..models.transformers import SeTformerConfig
+from .arguments import add_training_arguments, check_range, check_training_arguments
 from .coco import CocoImages, average_precision, category_names, results_of
 from .errors import RecipeError
 from .mask_rcnn import SeTformerMaskRcnn
+from .placing import place_references
 from .segment import STAGES, load_backbone
-from .training import Job, RecipeTrainer, add_training_arguments, execute, load_model
+from .training import Job, RecipeTrainer, execute, load_model
 
 PLACED_ON = 8  # images that the references are placed on
 
@@ -40,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> dict[str, float]:
     """Mean average precision of boxes and masks on val2017."""
-    check_numbers(args)
+    check_arguments(args)
     set_seed(args.seed)
     held_out = split_of(args, "val2017", training=False)
     names = category_names(held_out.coco)
@@ -61,12 +64,12 @@ def run(args: argparse.Namespace) -> dict[str, float]:
     return execute(args, job)
 
 
-def check_numbers(args: argparse.Namespace) -> None:
+def check_arguments(args: argparse.Namespace) -> None:
+    check_training_arguments(args)
     if not 32 <= args.min_size <= args.max_size:
         raise RecipeError(f"--min-size must be from 32 to --max-size {args.max_size}, got {args.min_size}")
     for name in ("anchor_scale", "proposals", "channels", "head_width"):
-        if getattr(args, name) < 1:
-            raise RecipeError(f"--{name.replace('_', '-')} must be ≥ 1, got {getattr(args, name)}")
+        check_range(args, name, 1)
 
 
 def split_of(args: argparse.Namespace, split: str, training: bool) -> CocoImages:
@@ -95,12 +98,12 @@ def build(args: argparse.Namespace, names: list[str]) -> SeTformerMaskRcnn:
 
 
 def place(model: PreTrainedModel, images: CocoImages | None) -> None:
-    """References on the k-means centres of some images' tokens."""
-    if images is None:
-        return
-    step = max(len(images) // PLACED_ON, 1)
-    rows = [images[i]["pixel_values"] for i in range(0, len(images), step)][:PLACED_ON]
-    initialize_references(model.detector.backbone.body, model.detector.transform(rows)[0].tensors)
+    def place_on(rows: list[dict[str, Any]]) -> list[str]:
+        batch = model.detector.transform(collate(rows)["pixel_values"])[0].tensors
+        return initialize_references_of(model.detector.backbone.body, batch)
+
+    if images is not None:
+        place_references(images, PLACED_ON, place_on)
 
 
 class DetectionTrainer(RecipeTrainer):

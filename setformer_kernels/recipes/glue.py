@@ -14,12 +14,14 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import AutoTokenizer, EvalPrediction, PreTrainedModel, PreTrainedTokenizerFast, set_seed
 
-from ..models import initialize_references
+from ..models.layers import initialize_references_of
 from ..models.transformers import SeTformerForSequenceClassification, SeTformerTextConfig
+from .arguments import add_training_arguments, check_range, check_training_arguments
 from .errors import RecipeError
 from .glue_tasks import TASKS, Example, GlueTask, read_examples
-from .training import Job, add_training_arguments, execute, load_model, read_json
-from .wordpiece import train_tokenizer
+from .placing import place_references
+from .training import Job, execute, load_model, load_weights, read_json
+from .wordpiece import SPECIAL, train_tokenizer
 
 SIZES = {  # width, blocks, heads, MLP units: those of BERT's sizes
     "tiny": (128, 2, 2, 512), "small": (512, 4, 8, 2048), "base": (768, 12, 12, 3072),
@@ -41,6 +43,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> dict[str, float]:
     """The task's own metrics on dev."""
+    check_training_arguments(args)
+    check_range(args, "references", 1)
+    check_range(args, "vocabulary", len(SPECIAL) + 1)
+    check_range(args, "max_length", 4)  # [CLS] a [SEP] and, of a pair, [SEP]
     set_seed(args.seed)
     task = TASKS[args.task]
     held_out = {name: read_examples(args.data / file, task) for name, file in task.evaluations.items()}
@@ -51,9 +57,10 @@ def run(args: argparse.Namespace) -> dict[str, float]:
     sets = {name: Texts(rows, tokenizer, args.max_length, task) for name, rows in held_out.items()}
     train = None if examples is None else Texts(examples, tokenizer, args.max_length, task)
     collate = partial(pad, tokenizer)
-    first = train or next(iter(sets.values()))
+    # an encoder that was trained keeps the references it was trained with
+    texts = None if args.pretrained else train
     job = Job(
-        model, train, sets, collate, partial(score, task), partial(place, texts=first, collate=collate), tokenizer,
+        model, train, sets, collate, partial(score, task), partial(place, texts=texts, collate=collate), tokenizer,
     )  # fmt: skip
     return execute(args, job)
 
@@ -90,7 +97,10 @@ def find_tokenizer(args: argparse.Namespace, examples: list[Example] | None) -> 
     processes.wait_for_everyone()
     if not (saved / "tokenizer_config.json").is_file():
         raise RecipeError(f"{saved} holds no tokenizer: tokenizer_config.json is missing")
-    return AutoTokenizer.from_pretrained(saved)
+    try:
+        return AutoTokenizer.from_pretrained(saved)
+    except Exception as error:  # of tokenizers or transformers
+        raise RecipeError(f"{saved} holds no tokenizer that can be read: {error}") from error
 
 
 def build(args: argparse.Namespace, tokenizer: PreTrainedTokenizerFast) -> SeTformerForSequenceClassification:
@@ -101,9 +111,10 @@ def build(args: argparse.Namespace, tokenizer: PreTrainedTokenizerFast) -> SeTfo
     if args.pretrained:
         if read_json(args.pretrained / "config.json").get("model_type") != SeTformerTextConfig.model_type:
             raise RecipeError(f"{args.pretrained / 'config.json'} is not of a SeTformer for text")
-        return SeTformerForSequenceClassification.from_pretrained(
-            args.pretrained, ignore_mismatched_sizes=True, **labels
-        )
+        return load_weights(
+            SeTformerForSequenceClassification, args.pretrained, "setformer.encoder.", ignore_mismatched_sizes=True,
+            **labels,
+        )  # fmt: skip
     width, depth, heads, hidden = SIZES[args.size]
     config = SeTformerTextConfig(
         vocab_size=len(tokenizer), hidden_size=width, num_hidden_layers=depth, num_attention_heads=heads,
@@ -128,11 +139,13 @@ def check_fit(
         raise RecipeError(f"--max-length {args.max_length}: {source} has {config.max_position_embeddings} positions")
 
 
-def place(model: PreTrainedModel, texts: Texts, collate: Any) -> None:
-    """References on the k-means centres of some texts' tokens."""
-    step = max(len(texts) // PLACED_ON, 1)
-    batch = collate([texts[i] for i in range(0, len(texts), step)][:PLACED_ON])
-    initialize_references(model, **{name: value for name, value in batch.items() if name != "labels"})
+def place(model: PreTrainedModel, texts: Texts | None, collate: Any) -> None:
+    def place_on(rows: list[dict[str, Any]]) -> list[str]:
+        batch = {name: value for name, value in collate(rows).items() if name != "labels"}
+        return initialize_references_of(model, **batch)
+
+    if texts is not None:
+        place_references(texts, PLACED_ON, place_on)
 
 
 def score(task: GlueTask, prediction: EvalPrediction) -> dict[str, float]:

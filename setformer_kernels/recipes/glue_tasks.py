@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,6 +44,7 @@ class GlueTask:
     classes: tuple[str, ...] | None  # as written in the files; None: a number (regression)
     score: Callable[[np.ndarray, np.ndarray], Scores]
     evaluations: Mapping[str, str]  # name -> file; one evaluation needs no name
+    has_broken_lines: bool = False  # the official files have some with too few columns, which all readers skip
 
 
 ONE_DEV = {"": "dev.tsv"}
@@ -53,7 +55,7 @@ TASKS = {
     "sst2": GlueTask(("sentence",), "label", ("0", "1"), accuracy, ONE_DEV),
     "mrpc": GlueTask(("#1 String", "#2 String"), "Quality", ("0", "1"), accuracy_and_f1, ONE_DEV),
     "stsb": GlueTask(("sentence1", "sentence2"), "score", None, correlations, ONE_DEV),
-    "qqp": GlueTask(("question1", "question2"), "is_duplicate", ("0", "1"), accuracy_and_f1, ONE_DEV),
+    "qqp": GlueTask(("question1", "question2"), "is_duplicate", ("0", "1"), accuracy_and_f1, ONE_DEV, True),
     "mnli": GlueTask(
         ("sentence1", "sentence2"), "gold_label", ("entailment", "neutral", "contradiction"), accuracy, BOTH_DEV
     ),
@@ -70,7 +72,7 @@ class Example:
 
 
 def read_examples(path: Path, task: GlueTask) -> list[Example]:
-    """Every line of a TSV file; quotes mean nothing, as in GLUE."""
+    """Every line of a TSV file; quotes mean nothing, as in GLUE.  What is skipped is counted on stderr."""
     try:
         text = path.read_text(encoding="utf-8-sig")
     except OSError as error:
@@ -80,7 +82,18 @@ def read_examples(path: Path, task: GlueTask) -> list[Example]:
     # Only these end a line: sentences hold other characters that str.splitlines takes for one.
     lines = text.replace("\r\n", "\n").removesuffix("\n").split("\n") if text else []
     columns, first = locate(path, lines, task)
-    examples = [example(f"{path}:{n + 1}", lines[n], columns, task) for n in range(first, len(lines))]
+    wanted, examples, broken = max(columns) + 1, [], []
+    for n, line in enumerate(lines[first:], first + 1):
+        cells = line.split("\t")
+        if len(cells) >= wanted:
+            examples.append(example(f"{path}:{n}", cells, columns, task))
+        elif task.has_broken_lines:
+            broken.append(n)
+        else:
+            raise RecipeError(f"{path}:{n}: expected at least {wanted} columns between tabs, got {len(cells)}")
+    if broken:
+        which = ", ".join(map(str, broken[:5])) + (", ..." if len(broken) > 5 else "")
+        print(f"{path}: lines left out, with fewer than {wanted} columns: {len(broken)} ({which})", file=sys.stderr)
     if not examples:
         raise RecipeError(f"{path} holds no examples")
     return examples
@@ -100,10 +113,7 @@ def locate(path: Path, lines: list[str], task: GlueTask) -> tuple[list[int], int
     return [header.index(str(column)) for column in wanted], 1
 
 
-def example(where: str, line: str, columns: list[int], task: GlueTask) -> Example:
-    cells = line.split("\t")
-    if len(cells) <= max(columns):
-        raise RecipeError(f"{where}: expected at least {max(columns) + 1} columns between tabs, got {len(cells)}")
+def example(where: str, cells: list[str], columns: list[int], task: GlueTask) -> Example:
     *sentences, label = (cells[column] for column in columns)
     return Example(tuple(sentences), number_of(where, label, task))
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -17,16 +18,42 @@ from .errors import RecipeError
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, as everywhere
 
 
-def read_image(path: Path, mode: str = "RGB") -> Image.Image:
-    """The image in mode; "" leaves its own."""
+def read_image(path: Path) -> Image.Image:
+    """The image as RGB."""
+    return _read(path, _as_rgb)
+
+
+def read_mask(path: Path) -> Image.Image:
+    """The image in its own mode."""
+    return _read(path, lambda image: image)
+
+
+def _read(path: Path, convert: Callable[[Image.Image], Image.Image]) -> Image.Image:
     try:
         with Image.open(path) as image:
+            limit = Image.MAX_IMAGE_PIXELS
+            if limit is not None and image.width * image.height > limit:
+                raise ValueError(f"{image.width} × {image.height} pixels are more than Pillow's limit of {limit}")
             image.load()
-            return image.convert(mode) if mode else image
+            return convert(image)
     except FileNotFoundError as error:
         raise RecipeError(f"{path} does not exist") from error
-    except OSError as error:  # unidentified and truncated images too
-        raise RecipeError(f"{path} is not an image that can be read: {error}") from error
+    except Exception as error:  # decoders raise whatever the bytes lead them to
+        raise RecipeError(f"{path} is not an image that can be read: {str(error) or type(error).__name__}") from error
+
+
+def _as_rgb(image: Image.Image) -> Image.Image:
+    """Eight bits a channel; what is transparent shows the colour below."""
+    if image.mode.startswith("I"):  # 16 bits, or 32 that may hold 16: Pillow would cut at 255
+        values = np.asarray(image)
+        if values.min() < 0 or values.max() >= 1 << 16:
+            raise ValueError("its pixels have more than 16 bits")
+        image = Image.fromarray((values >> 8).astype(np.uint8))
+    elif image.mode == "F":
+        raise ValueError("its pixels are floating-point numbers, whose range is not known")
+    elif "transparency" in image.info:
+        image = image.convert("RGBA")
+    return image.convert("RGB")
 
 
 @contextmanager

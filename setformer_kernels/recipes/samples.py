@@ -13,6 +13,7 @@ import numpy as np
 from PIL import Image
 from sklearn.datasets import load_digits
 
+from .arguments import check_range
 from .errors import RecipeError
 from .glue_tasks import TASKS
 
@@ -29,6 +30,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    check_range(args, "seed", 0)
+    if args.size is not None:
+        check_range(args, "size", 1)
+    if args.folder.exists() and not args.folder.is_dir():
+        raise RecipeError(f"{args.folder} is not a folder")
     if args.folder.exists() and any(args.folder.iterdir()):
         raise RecipeError(f"{args.folder} is not empty")
     if args.kind == "classify":

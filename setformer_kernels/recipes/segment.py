@@ -12,16 +12,20 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 from torchvision import tv_tensors
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms import v2
 from transformers import EvalPrediction, PreTrainedModel, UperNetConfig, UperNetForSemanticSegmentation, set_seed
 
-from ..models import VISION_SIZES, initialize_references
+from ..models import VISION_SIZES
+from ..models.layers import initialize_references_of
 from ..models.transformers import SeTformerBackbone, SeTformerConfig
+from .arguments import add_training_arguments, check_range, check_training_arguments
 from .errors import RecipeError
-from .images import MEAN, STD, Augmented, read_image, stack
-from .training import Job, RecipeTrainer, add_training_arguments, execute, load_model
+from .images import MEAN, STD, Augmented, read_image, read_mask, stack
+from .placing import place_references
+from .training import Job, RecipeTrainer, execute, load_model, load_weights, read_json
 
 IGNORED = 255  # of a label: what is 0 in the file, and padding
 STAGES = ["stage1", "stage2", "stage3", "stage4"]
@@ -40,10 +44,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> dict[str, float]:
     """Mean IoU and pixel accuracy on validation, at the images' own size."""
-    if args.crop_size < 32:
-        raise RecipeError(f"--crop-size must be ≥ 32, got {args.crop_size}")
-    if not 2 <= args.classes < IGNORED:
-        raise RecipeError(f"--classes must be from 2 to {IGNORED - 1}, got {args.classes}")
+    check_training_arguments(args)
+    check_range(args, "crop_size", 32)
+    check_range(args, "classes", 2, IGNORED - 1)
+    check_range(args, "head_channels", 1)
     set_seed(args.seed)
     held_out = WholeImages(pairs_of(args.data, "validation"), args.classes, args.seed)
     train = None if args.evaluate else Crops(pairs_of(args.data, "training"), args.classes, args.seed, args.crop_size)
@@ -84,7 +88,7 @@ class Scenes(Augmented):
 
     def load(self, index: int) -> tuple[Image.Image, tv_tensors.Mask]:
         path, mask_path = self.pairs[index]
-        image, mask = read_image(path), read_image(mask_path, "")
+        image, mask = read_image(path), read_mask(mask_path)
         if mask.mode not in ("L", "P"):
             raise RecipeError(f"{mask_path} must have one 8-bit number a pixel (mode L or P), got mode {mask.mode}")
         if mask.size != image.size:
@@ -145,21 +149,35 @@ def build(args: argparse.Namespace) -> UperNetForSemanticSegmentation:
 def load_backbone(folder: Path) -> SeTformerBackbone:
     if not (folder / "model.safetensors").is_file():
         raise RecipeError(f"{folder / 'model.safetensors'} is missing")
+    if read_json(folder / "config.json").get("model_type") != SeTformerConfig.model_type:
+        raise RecipeError(f"{folder / 'config.json'} is not of a SeTformer for images")
     config = SeTformerConfig.from_pretrained(folder, out_features=STAGES)
-    return SeTformerBackbone.from_pretrained(folder, config=config)
+    return load_weights(SeTformerBackbone, folder, config=config)
 
 
 def place(model: PreTrainedModel, crops: Crops | None) -> None:
-    """References on the k-means centres of some crops' tokens."""
-    if crops is None:
-        return
-    step = max(len(crops) // PLACED_ON, 1)
-    rows = [crops[i]["pixel_values"] for i in range(0, len(crops), step)][:PLACED_ON]
-    initialize_references(model, torch.stack(rows))
+    if crops is not None:
+        place_references(crops, PLACED_ON, lambda rows: initialize_references_of(model, stack(rows)["pixel_values"]))
 
 
 class SegmentationTrainer(RecipeTrainer):
-    """Evaluation hands confusion matrices to the metrics, not logits: they have one shape, and add up."""
+    """Evaluation hands confusion matrices to the metrics, not logits: they have one shape, and add up.
+
+    UPerNet's head normalises over the batch, which must not be one image: such a rest of the epoch is left out.
+    """
+
+    def get_train_dataloader(self) -> DataLoader:
+        images, batch = len(self.train_dataset), self._train_batch_size
+        if min(images, batch) < 2:
+            raise RecipeError(
+                "UPerNet's head normalises over the batch: training needs at least 2 images and --batch-size 2, got"
+                f" {images} and {batch}"
+            )
+        self.args.dataloader_drop_last = images % batch == 1
+        try:
+            return super().get_train_dataloader()
+        finally:
+            self.args.dataloader_drop_last = False  # no image is left out of an evaluation
 
     def prediction_step(
         self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None

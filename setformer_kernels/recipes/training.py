@@ -26,25 +26,6 @@ COMPLETE = "complete"  # the file that a checkpoint gets last
 NO_DECAY = re.compile(r"references$|reference_position$|position_scale$|gamma\d$|log_epsilon$|reference_log_mass$")
 
 
-def add_training_arguments(parser: argparse.ArgumentParser, **defaults: Any) -> None:
-    """Options that every recipe has."""
-    parser.add_argument("--output", type=Path, required=True, help="folder for checkpoints, curve and results")
-    parser.add_argument("--epochs", type=float, default=defaults["epochs"])
-    parser.add_argument("--batch-size", type=int, default=defaults["batch_size"], help="per device")
-    parser.add_argument("--learning-rate", type=float, default=defaults["learning_rate"])
-    parser.add_argument("--weight-decay", type=float, default=0.05)
-    parser.add_argument("--warmup", type=float, default=0.05, help="share of the steps")
-    parser.add_argument("--accumulate", type=int, default=1, help="batches an optimizer step")
-    parser.add_argument("--precision", choices=["float32", "bf16", "fp16"], default="float32", help="mixed precision")
-    parser.add_argument("--gradient-checkpointing", action="store_true", help="less memory, a second forward pass")
-    parser.add_argument("--save-every", type=int, default=0, help="steps between checkpoints; 0: once an epoch")
-    parser.add_argument("--workers", type=int, default=0, help="processes that load data, per device")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--cpu", action="store_true", help="leave accelerators alone")
-    parser.add_argument("--resume", action="store_true", help="go on from the last complete checkpoint in --output")
-    parser.add_argument("--evaluate", type=Path, metavar="MODEL", help="only evaluate this saved model")
-
-
 def decays(name: str, parameter: nn.Parameter) -> bool:
     """Whether weight decay acts on a parameter: on matrices, save those of NO_DECAY."""
     return parameter.dim() > 1 and not NO_DECAY.search(name)
@@ -184,13 +165,17 @@ def check_variant(path: Path, model: PreTrainedModel) -> None:
             raise RecipeError(f"{path} is of another variant: {name} is {saved[name]!r}, this run has {wanted[name]!r}")
 
 
-def read_json(path: Path) -> Any:
+def read_json(path: Path) -> dict[str, Any]:
+    """The object that a JSON file holds."""
     try:
-        return json.loads(path.read_text())
+        content = json.loads(path.read_text())
     except OSError as error:
         raise RecipeError(f"{path} cannot be read: {error.strerror}") from error
     except ValueError as error:  # not UTF-8 either
         raise RecipeError(f"{path} is not JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise RecipeError(f"{path} must hold a JSON object, got a {type(content).__name__}")
+    return content
 
 
 def load_model(model_class: type[PreTrainedModel], folder: Path) -> PreTrainedModel:
@@ -200,9 +185,20 @@ def load_model(model_class: type[PreTrainedModel], folder: Path) -> PreTrainedMo
         raise RecipeError(
             f"{folder / 'config.json'} must be of {model_class.__name__}, got {config.get('architectures')}"
         )
-    if not (folder / "model.safetensors").is_file():
-        raise RecipeError(f"{folder / 'model.safetensors'} is missing")
-    model, loading = model_class.from_pretrained(folder, output_loading_info=True)
-    if missing := sorted(loading["missing_keys"]):
-        raise RecipeError(f"{folder / 'model.safetensors'} lacks {len(missing)} of the weights, {missing[0]} first")
+    return load_weights(model_class, folder)
+
+
+def load_weights(
+    model_class: type[PreTrainedModel], folder: Path, needed: str = "", **options: Any
+) -> PreTrainedModel:  # fmt: skip
+    """A model of this class with the weights in the folder, among which all are that begin with `needed`."""
+    path = folder / "model.safetensors"
+    if not path.is_file():
+        raise RecipeError(f"{path} is missing")
+    try:
+        model, loading = model_class.from_pretrained(folder, output_loading_info=True, **options)
+    except Exception as error:  # of safetensors, torch or transformers
+        raise RecipeError(f"{path} cannot be loaded: {error}") from error
+    if missing := sorted(name for name in loading["missing_keys"] if name.startswith(needed)):
+        raise RecipeError(f"{path} lacks {len(missing)} of the weights, {missing[0]} first")
     return model

@@ -140,7 +140,7 @@ def test_compile_without_graph_breaks() -> None:
 
 PEAK = """
 import sys, torch
-from demo.training import peak_memory
+from benchmarks.tasks.training import peak_memory
 from setformer_kernels.models import SequenceHead, TextEncoder, TextModel
 length = int(sys.argv[1])
 encoder = TextEncoder(100, 64, 2, 4, 128, num_references=16, max_positions=16384)

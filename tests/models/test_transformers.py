@@ -58,7 +58,7 @@ def test_image_classifier_round_trip(tmp_path: Path) -> None:
     torch.testing.assert_close(body(x).last_hidden_state, output.hidden_states[-1])
     # AutoBackbone.from_pretrained of this release asks the hub even for a folder; the class itself does not.
     maps = SeTformerBackbone.from_pretrained(folder, out_features=["stage1", "stage3"])(x).feature_maps
-    torch.testing.assert_close(maps[1], output.hidden_states[2])
+    torch.testing.assert_close(maps[1], output.hidden_states[3])  # the first are the patches
     assert len(maps) == 2
 
 
@@ -203,7 +203,7 @@ def test_bert_with_its_attention_replaced(implementation: str) -> None:
     names = [f"bert.encoder.layer.{i}.attention.self" for i in range(2)]
     assert report.replaced == dict.fromkeys(names, "BertSelfAttention")
     assert not report.left
-    assert str(replace_attention(model)) == ""  # nothing is left to replace
+    assert str(replace_attention(model)).startswith("nothing replaced")
     after = dict(model.named_parameters())
     assert all(after[name] is parameter for name, parameter in before.items())
     x = tokens()

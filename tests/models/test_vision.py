@@ -93,6 +93,70 @@ def test_features_only_gives_the_maps_of_the_classifier() -> None:
         some.forward_head(want[-1])
 
 
+def true_gradients(model: SeTformer, x: Tensor) -> list[Tensor]:
+    """Of the summed last map with respect to each map, from the stages behind it alone."""
+    gradients = []
+    for i, y in enumerate(model.forward_maps(x)):
+        y = y.detach().requires_grad_()
+        gradients += torch.autograd.grad(model.stages[i + 1 :](y).sum(), y)
+    return gradients
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels last", "rows last", "every other pixel"])
+@pytest.mark.parametrize("arguments", [{}, {"features_only": True}], ids=str)
+def test_maps_are_on_the_path_of_what_follows(layout: str, arguments: dict) -> None:
+    model, x = small(**arguments), image(2, 3, 70, 44)
+    x = {"channels last": x.contiguous(memory_format=torch.channels_last), "rows last": x.mT.contiguous().mT,
+         "every other pixel": x.repeat_interleave(2, -1)[..., ::2]}.get(layout, x)  # fmt: skip
+    maps = model(x) if model.features_only else model.forward_maps(x)
+    for y in maps:
+        y.retain_grad()
+    maps[-1].sum().backward()
+    for y, want in zip(maps, true_gradients(model, x), strict=True):
+        torch.testing.assert_close(y.grad, want)
+
+
+@pytest.mark.parametrize("pool", ["mean", "set", ""])
+def test_class_activation_maps_by_hooks(pool: str) -> None:
+    """Grad-CAM: what a hook on the last stage keeps has the gradient of a class's logit."""
+    model, x, kept = small(pool=pool), image(2, 3, 64, 96), []
+    model.stages[-1].register_forward_hook(lambda module, args, y: kept.append(y))
+    (got,) = torch.autograd.grad(model(x)[:, 1].sum(), kept[0])
+    y = kept[0].detach().requires_grad_()
+    (want,) = torch.autograd.grad(model.forward_head(y)[:, 1].sum(), y)
+    torch.testing.assert_close(got, want)
+    assert got.shape == (2, 16, 2, 3)
+    assert got.any()
+
+
+def test_maps_are_no_copies() -> None:
+    """A map is a view of its stage's last norm, and what the next convolution reads."""
+    model, written, read = small(), [], []
+    for stage in model.stages:
+        stage.norm.register_forward_hook(lambda module, args, y: written.append(y.data_ptr()))
+    for stage in model.stages[1:]:
+        stage.downsample.conv.register_forward_pre_hook(lambda module, args: read.append(args[0].data_ptr()))
+    maps = model.forward_maps(image(2, 3, 64, 96))
+    assert [y.data_ptr() for y in maps] == written
+    assert read == written[:-1]
+    assert all(y.is_contiguous(memory_format=torch.channels_last) for y in maps)
+
+
+@pytest.mark.parametrize("stride", [8, 16])
+def test_output_stride(stride: int) -> None:
+    model, coarse, x = small(output_stride=stride), small(), image(1, 3, 72, 40)
+    coarse.load_state_dict(model.state_dict())
+    assert model.strides == tuple(min(s, stride) for s in (4, 8, 16, 32))
+    for y, s in zip(model.forward_maps(x), model.strides, strict=True):
+        assert y.shape[2:] == (-(-72 // s), -(-40 // s))
+    # the convolutions read the neighbours that they read at stride 32
+    y = x = image(1, 8, 17, 22)
+    for fine, rough in zip(model.stages[1:], coarse.stages[1:], strict=True):
+        x, y = fine.downsample(x), rough.downsample(y)
+    step = 32 // stride
+    torch.testing.assert_close(x[..., ::step, ::step], y)
+
+
 def test_mean_head_and_new_heads() -> None:
     model, x = small(), image(2, 3, 32, 64)
     features = model.forward_features(x)
@@ -103,6 +167,32 @@ def test_mean_head_and_new_heads() -> None:
     model.reset_classifier(0, pool="set")
     assert isinstance(model.head.pool, SeTPooling)
     assert model(x).shape == (2, 4 * 16)
+
+
+def test_new_classifiers_keep_the_pooling_and_the_mode() -> None:
+    model, x = small(pool="set").eval(), image(1, 3, 32, 32)
+    model.requires_grad_(False)
+    want = model.forward_head(model.forward_features(x), pre_logits=True)
+    model.reset_classifier(0)
+    torch.testing.assert_close(model(x), want)
+    assert not any(module.training for module in model.modules())
+    assert not any(p.requires_grad for p in model.parameters())
+
+
+def test_no_pooling_leaves_the_map() -> None:
+    model, x = small(pool="", num_classes=0), image(2, 3, 33, 64)
+    torch.testing.assert_close(model(x), model.forward_features(x))
+    model.reset_classifier(7)
+    features = model.forward_features(x)
+    torch.testing.assert_close(model(x), model.head.fc(features.movedim(1, -1)).movedim(-1, 1))
+    assert model(x).shape == (2, 7, 2, 2)
+
+
+def test_device_and_dtype() -> None:
+    model = setformer_nano(pool="set", device="meta", dtype=torch.bfloat16)
+    assert {(p.device.type, p.dtype) for p in model.parameters()} == {("meta", torch.bfloat16)}
+    y = model(torch.empty(2, 3, 64, 64, device="meta", dtype=torch.bfloat16))
+    assert (y.shape, y.dtype) == ((2, 1000), torch.bfloat16)
 
 
 def test_positions_are_those_of_the_cells() -> None:
@@ -211,6 +301,7 @@ def test_initialize_references_places_every_layer_and_nothing_else() -> None:
         ({"widths": (9, 8, 8, 8), "num_heads": (1, 1, 1, 1)}, r"widths must start with an even number.*got 9"),
         ({"num_heads": (3, 2, 2, 2)}, r"divisible by num_heads, got embed_dim=8 and num_heads=3"),
         ({"out_indices": (2, 1)}, r"out_indices must be increasing stage numbers from 0 to 3, got \(2, 1\)"),
+        ({"output_stride": 4}, r"output_stride must be 8, 16 or 32, got 4"),
         ({"pool": "max"}, r"pool must be one of mean, set, got 'max'"),
         ({"drop_path_rate": 1.0}, r"drop path rate must be in \[0, 1\), got 1.0"),
         ({"attention": {"epsilon": 0.0}}, r"epsilon"),

@@ -3,7 +3,7 @@
 
 #include <vector>
 
-#include "../bindings.h"
+#include "../../python/cuda_bindings.h"
 #include "shim.h"
 
 namespace {

@@ -1,16 +1,9 @@
 """SeTformer in Hugging Face transformers: importing this registers its classes with AutoConfig and AutoModel*."""
 
-from transformers import (
-    AutoBackbone,
-    AutoConfig,
-    AutoModel,
-    AutoModelForImageClassification,
-    AutoModelForMaskedLM,
-    AutoModelForSequenceClassification,
-    AutoModelForTokenClassification,
-)
+import transformers
 
 from .configuration import SeTformerConfig, SeTformerTextConfig
+from .conversion import from_pretrained
 from .text import (
     SeTformerForMaskedLM,
     SeTformerForSequenceClassification,
@@ -29,18 +22,10 @@ __all__ = [
     "SeTformerModel",
     "SeTformerTextConfig",
     "SeTformerTextModel",
+    "from_pretrained",
 ]
 
 for _config in (SeTformerConfig, SeTformerTextConfig):
-    AutoConfig.register(_config.model_type, _config)
-
-for _auto, _config, _model in (
-    (AutoModel, SeTformerConfig, SeTformerModel),
-    (AutoBackbone, SeTformerConfig, SeTformerBackbone),
-    (AutoModelForImageClassification, SeTformerConfig, SeTformerForImageClassification),
-    (AutoModel, SeTformerTextConfig, SeTformerTextModel),
-    (AutoModelForSequenceClassification, SeTformerTextConfig, SeTformerForSequenceClassification),
-    (AutoModelForTokenClassification, SeTformerTextConfig, SeTformerForTokenClassification),
-    (AutoModelForMaskedLM, SeTformerTextConfig, SeTformerForMaskedLM),
-):
-    _auto.register(_config, _model)
+    transformers.AutoConfig.register(_config.model_type, _config)
+    for _auto, _model in _config.auto_classes.items():
+        getattr(transformers, _auto).register(_config, globals()[_model])

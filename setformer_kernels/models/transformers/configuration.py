@@ -1,53 +1,148 @@
-"""What a saved SeTformer needs to be built again."""
+"""What a saved SeTformer needs to be built again.
 
-from __future__ import annotations
+Annotations are types here, not strings: transformers checks every field against its own, whenever one is set.
+"""
 
-from typing import Any
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, ClassVar, Literal
 
-from huggingface_hub.dataclasses import strict
+from huggingface_hub.dataclasses import strict, validated_field
 from transformers import PretrainedConfig
 from transformers.backbone_utils import BackboneConfigMixin
 
+from ...nn import SeTAttention
 from ..sizes import VISION_SIZES
+from ..transport import OWN_DEFAULTS
+
+# What `attention` may set of SeTAttention; the rest follows from other fields.
+ATTENTION_OPTIONS = {"dropout", "bias", "add_bias_kv", "add_zero_attn", *OWN_DEFAULTS} - {
+    "num_references",
+    "position_dim",
+    "position_scale",
+}
+Sizes = list[int] | tuple[int, ...]
+
+
+def check_count(value: int) -> None:
+    if value < 1:
+        raise ValueError(f"must be ≥ 1, got {value}")
+
+
+def check_counts(values: Sizes) -> None:
+    if not values or min(values) < 1:
+        raise ValueError(f"must be positive integers, one a stage, got {values}")
+
+
+def check_not_negative(value: float) -> None:
+    if not value >= 0:
+        raise ValueError(f"must be ≥ 0, got {value}")
+
+
+def check_probability(value: float | None) -> None:
+    if value is not None and not 0 <= value <= 1:
+        raise ValueError(f"must be in [0, 1], got {value}")
+
+
+def check_drop_path_rate(value: float) -> None:
+    if not 0 <= value < 1:
+        raise ValueError(f"must be in [0, 1), got {value}")
+
+
+def check_attention(value: Mapping[str, Any] | None) -> None:
+    """Options of SeTAttention by the rules of its constructor."""
+    options = value or {}
+    if unknown := options.keys() - ATTENTION_OPTIONS:
+        raise ValueError(f"has unknown keys {sorted(unknown)}, known are {', '.join(sorted(ATTENTION_OPTIONS))}")
+    for name, option in options.items():
+        if not isinstance(option, (bool, int, float, str)):  # what JSON holds
+            raise TypeError(f"{name} must be a Python number or string, got {type(option).__name__}")
+    check_probability(options.get("dropout", 0.0))
+    SeTAttention(2, 1, device="meta", **options)
+
+
+def field(check: Callable[[Any], None], default: Any) -> Any:
+    """A field whose values also have to pass `check`."""
+    return validated_field(check, default=default)
+
+
+class SavedWithModule:
+    """Mixin: what is saved names and carries a module that imports this package, for `trust_remote_code=True`."""
+
+    auto_classes: ClassVar[dict[str, str]] = {}
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], push_to_hub: bool = False, **kwargs: Any) -> None:
+        """As of any configuration, with `modeling_setformer.py` beside it."""
+        module = Path(__file__).with_name("modeling_setformer.py")
+        if not os.path.isfile(save_directory):
+            os.makedirs(save_directory, exist_ok=True)
+            shutil.copyfile(module, Path(save_directory) / module.name)
+        classes = {"AutoConfig": type(self).__name__, **self.auto_classes}
+        self.auto_map = {auto: f"{module.stem}.{name}" for auto, name in classes.items()}
+        try:
+            super().save_pretrained(save_directory, push_to_hub, **kwargs)  # type: ignore[misc]
+        finally:
+            del self.auto_map  # of the file: here the classes are there
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: str = "AutoConfig") -> None:
+        """Nothing: transformers would save this module's own file, which does not stand alone."""
 
 
 @strict
-class SeTformerConfig(BackboneConfigMixin, PretrainedConfig):
+class SeTformerConfig(SavedWithModule, BackboneConfigMixin, PretrainedConfig):
     """Arguments of `SeTformer` by the same names; the defaults are the size "setformer_tiny".
 
-    `out_features` ("stage1" ... "stage4") or `out_indices` (0 ... 3) choose the maps of the backbone.
+    `out_features` ("stem", "stage1" ... "stage4") or `out_indices` (0 ... 4) choose the maps of the backbone; the
+    stem's are the patches that enter the first stage.
     """
 
     model_type = "setformer"
+    attribute_map: ClassVar[dict[str, str]] = {"num_attention_heads": "num_heads", "num_hidden_layers": "num_layers"}
+    auto_classes: ClassVar[dict[str, str]] = {
+        "AutoModel": "SeTformerModel",
+        "AutoBackbone": "SeTformerBackbone",
+        "AutoModelForImageClassification": "SeTformerForImageClassification",
+    }
 
-    widths: list[int] | tuple[int, ...] = VISION_SIZES["setformer_tiny"].widths
-    depths: list[int] | tuple[int, ...] = VISION_SIZES["setformer_tiny"].depths
-    num_heads: list[int] | tuple[int, ...] = VISION_SIZES["setformer_tiny"].num_heads
-    mlp_ratio: float | int = VISION_SIZES["setformer_tiny"].mlp_ratio
-    num_references: int = VISION_SIZES["setformer_tiny"].num_references
-    num_channels: int = 3
-    pool: str = "mean"
-    pool_references: int = 4
-    dropout: float | int = 0.0
-    drop_path_rate: float | int = VISION_SIZES["setformer_tiny"].drop_path_rate
-    layer_scale: float = 0.1
+    widths: Sizes = field(check_counts, VISION_SIZES["setformer_tiny"].widths)
+    depths: Sizes = field(check_counts, VISION_SIZES["setformer_tiny"].depths)
+    num_heads: Sizes = field(check_counts, VISION_SIZES["setformer_tiny"].num_heads)
+    mlp_ratio: float | int = field(check_not_negative, VISION_SIZES["setformer_tiny"].mlp_ratio)
+    num_references: int = field(check_count, VISION_SIZES["setformer_tiny"].num_references)
+    num_channels: int = field(check_count, 3)
+    pool: Literal["mean", "set"] = "mean"
+    pool_references: int = field(check_count, 4)
+    dropout: float | int = field(check_probability, 0.0)
+    drop_path_rate: float | int = field(check_drop_path_rate, VISION_SIZES["setformer_tiny"].drop_path_rate)
+    layer_scale: float | int = 0.1
     position_scale: float | int | None = 4.0
-    attention: dict[str, Any] | None = None
-    initializer_range: float = 0.02
+    attention: dict[str, Any] | None = field(check_attention, None)
+    initializer_range: float | int = field(check_not_negative, 0.02)
     _out_features: list[str] | None = None
     _out_indices: list[int] | None = None
 
-    def __post_init__(self, **kwargs: Any) -> None:
+    def __post_init__(self, auto_map: Any = None, **kwargs: Any) -> None:
+        self.num_layers = len(self.depths)
         self.hidden_size = self.widths[-1]
         self.hidden_sizes = list(self.widths)
-        self.stage_names = [f"stage{i + 1}" for i in range(len(self.widths))]
+        self.stage_names = ["stem", *(f"stage{i + 1}" for i in range(len(self.widths)))]
         self.set_output_features_output_indices(
             out_indices=kwargs.pop("out_indices", None), out_features=kwargs.pop("out_features", None)
         )
         super().__post_init__(**kwargs)
 
+    def validate_stages(self) -> None:
+        if not len(self.widths) == len(self.depths) == len(self.num_heads):
+            raise ValueError(
+                "widths, depths and num_heads must be of the same length,"
+                f" got {len(self.widths)}, {len(self.depths)} and {len(self.num_heads)}"
+            )
+
     @classmethod
-    def from_size(cls, name: str, **changes: Any) -> SeTformerConfig:
+    def from_size(cls, name: str, **changes: Any) -> "SeTformerConfig":
         """The configuration of a named size, with changes."""
         if name not in VISION_SIZES:
             raise ValueError(f"name must be one of {', '.join(VISION_SIZES)}, got {name!r}")
@@ -55,30 +150,39 @@ class SeTformerConfig(BackboneConfigMixin, PretrainedConfig):
 
 
 @strict
-class SeTformerTextConfig(PretrainedConfig):
+class SeTformerTextConfig(SavedWithModule, PretrainedConfig):
     """Arguments of `TextEncoder` by the names that transformers gives them; the defaults are BERT-base's."""
 
     model_type = "setformer_text"
+    auto_classes: ClassVar[dict[str, str]] = {
+        "AutoModel": "SeTformerTextModel",
+        "AutoModelForSequenceClassification": "SeTformerForSequenceClassification",
+        "AutoModelForTokenClassification": "SeTformerForTokenClassification",
+        "AutoModelForMaskedLM": "SeTformerForMaskedLM",
+    }
 
-    vocab_size: int = 30522
-    hidden_size: int = 768
-    num_hidden_layers: int = 12
-    num_attention_heads: int = 12
-    intermediate_size: int = 3072
-    num_references: int = 64
-    max_position_embeddings: int = 512
-    type_vocab_size: int = 2
-    hidden_dropout_prob: float | int = 0.1
-    attention_probs_dropout_prob: float | int = 0.1
-    classifier_dropout: float | int | None = None
+    vocab_size: int = field(check_count, 30522)
+    hidden_size: int = field(check_count, 768)
+    num_hidden_layers: int = field(check_count, 12)
+    num_attention_heads: int = field(check_count, 12)
+    intermediate_size: int = field(check_count, 3072)
+    num_references: int = field(check_count, 64)
+    max_position_embeddings: int = field(check_count, 512)
+    type_vocab_size: int = field(check_count, 2)
+    hidden_dropout_prob: float | int = field(check_probability, 0.1)
+    attention_probs_dropout_prob: float | int = field(check_probability, 0.1)
+    classifier_dropout: float | int | None = field(check_probability, None)
     position_scale: float | int | None = 4.0
-    attention: dict[str, Any] | None = None
-    initializer_range: float = 0.02
-    layer_norm_eps: float = 1e-12
+    attention: dict[str, Any] | None = field(check_attention, None)
+    initializer_range: float | int = field(check_not_negative, 0.02)
+    layer_norm_eps: float | int = field(check_not_negative, 1e-12)
     pad_token_id: int | None = 0
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
     tie_word_embeddings: bool = True
+
+    def __post_init__(self, auto_map: Any = None, **kwargs: Any) -> None:
+        super().__post_init__(**kwargs)
 
     @property
     def head_dropout(self) -> float:

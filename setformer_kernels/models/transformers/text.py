@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import (
     BaseModelOutputWithPooling,
     MaskedLMOutput,
@@ -13,15 +15,55 @@ from transformers.modeling_outputs import (
 )
 from transformers.utils.generic import can_return_tuple
 
-from ..text import MaskedLMHead, Pooler, TextEncoder, TokenHead
+from ..text import MaskedLMHead, Pooler, TextBlock, TextEncoder, TokenHead
+from .arguments import Asked, chosen_states, either, refuse_arguments
 from .configuration import SeTformerTextConfig
 from .initialization import SeTPreTrainedModel
+
+
+class TextLayer(GradientCheckpointingLayer, TextBlock):
+    """A block that transformers recomputes in the backward pass as it was told to: [B, L, C] and, if need_weights, the
+    weights [B, H, L, L]; the MLP takes `chunk` tokens at a time (0: all)."""
+
+    chunk = 0
+
+    def forward(  # type: ignore[override]
+        self, x: Tensor, padding: Tensor | None, position: Tensor, need_weights: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
+        return self.with_weights(x, padding, position, need_weights)
+
+    def feed_forward(self, x: Tensor) -> Tensor:
+        return torch.cat([self.mlp(part) for part in x.split(self.chunk, 1)], 1) if self.chunk else self.mlp(x)
+
+
+class LayeredTextEncoder(TextEncoder):
+    """The encoder with what its blocks gave: hidden states [B, L, C], of all blocks if need_states (what enters the
+    first block first, as in BERT), else only the last; weights [B, H, L, L], or none."""
+
+    block_class = TextLayer
+
+    def forward(  # type: ignore[override]
+        self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None, position_ids: Tensor | None = None, inputs_embeds: Tensor | None = None,
+        need_states: bool = False, need_weights: bool = False,
+    ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:  # fmt: skip
+        x, padding, position = self.embed(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
+        states, weights = [x], []
+        for block in self.blocks:
+            x, w = self.run(block, x, padding, position, need_weights)
+            states = [*states, x] if need_states else [x]
+            weights.append(w)
+        return tuple(states), tuple(weights) if need_weights else ()
 
 
 class SeTformerTextPreTrainedModel(SeTPreTrainedModel):
     config_class = SeTformerTextConfig
     base_model_prefix = "setformer"
-    accepts_loss_kwargs = False
+    _no_split_modules = ("TextLayer",)
+    _fixed_options = {  # noqa: RUF012
+        "hidden_act": "gelu", "is_decoder": False, "add_cross_attention": False, "is_encoder_decoder": False,
+        "position_embedding_type": "absolute",
+    }  # fmt: skip
 
 
 class SeTformerTextModel(SeTformerTextPreTrainedModel):
@@ -29,7 +71,7 @@ class SeTformerTextModel(SeTformerTextPreTrainedModel):
 
     def __init__(self, config: SeTformerTextConfig, add_pooling_layer: bool = True) -> None:
         super().__init__(config)
-        self.encoder = TextEncoder(
+        self.encoder = LayeredTextEncoder(
             config.vocab_size, config.hidden_size, config.num_hidden_layers, config.num_attention_heads,
             config.intermediate_size, num_references=config.num_references,
             max_positions=config.max_position_embeddings, type_vocab_size=config.type_vocab_size,
@@ -37,6 +79,8 @@ class SeTformerTextModel(SeTformerTextPreTrainedModel):
             layer_norm_eps=config.layer_norm_eps,
             attention={"dropout": config.attention_probs_dropout_prob, **(config.attention or {})},
         )  # fmt: skip
+        for block in self.encoder.blocks:
+            block.chunk = config.chunk_size_feed_forward
         self.pooler = Pooler(config.hidden_size) if add_pooling_layer else None
         self.post_init()
 
@@ -50,11 +94,20 @@ class SeTformerTextModel(SeTformerTextPreTrainedModel):
     def forward(
         self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None,
         token_type_ids: Tensor | None = None, position_ids: Tensor | None = None, inputs_embeds: Tensor | None = None,
-        **kwargs: Any,
+        output_attentions: bool | None = None, output_hidden_states: Asked = None, **others: Any,
     ) -> BaseModelOutputWithPooling:  # fmt: skip
-        hidden = self.encoder(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
-        pooled = None if self.pooler is None else self.pooler(hidden)
-        return BaseModelOutputWithPooling(last_hidden_state=hidden, pooler_output=pooled)
+        refuse_arguments(self, others)
+        need_weights = bool(either(output_attentions, self.config, "output_attentions"))
+        asked = either(output_hidden_states, self.config, "output_hidden_states")
+        states, weights = self.encoder(
+            input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, bool(asked), need_weights
+        )
+        return BaseModelOutputWithPooling(
+            last_hidden_state=states[-1],
+            pooler_output=None if self.pooler is None else self.pooler(states[-1]),
+            hidden_states=chosen_states(states, asked),
+            attentions=weights if need_weights else None,
+        )
 
 
 class SeTformerForSequenceClassification(SeTformerTextPreTrainedModel):
@@ -71,14 +124,16 @@ class SeTformerForSequenceClassification(SeTformerTextPreTrainedModel):
     def forward(
         self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None,
         token_type_ids: Tensor | None = None, position_ids: Tensor | None = None, inputs_embeds: Tensor | None = None,
-        labels: Tensor | None = None, **kwargs: Any,
+        labels: Tensor | None = None, output_attentions: bool | None = None, output_hidden_states: Asked = None,
+        num_items_in_batch: Tensor | int | None = None, **others: Any,
     ) -> SequenceClassifierOutput:  # fmt: skip
-        outputs = self.setformer(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
+        outputs = self.setformer(
+            input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, output_attentions,
+            output_hidden_states, return_dict=True, **others,
+        )  # fmt: skip
         logits = self.head(outputs.pooler_output)
-        loss = None
-        if labels is not None:
-            loss = self.loss_function(labels=labels, pooled_logits=logits, config=self.config)
-        return SequenceClassifierOutput(loss=loss, logits=logits)
+        loss = self.classification_loss(logits, labels, num_items_in_batch)
+        return SequenceClassifierOutput(loss, logits, outputs.hidden_states, outputs.attentions)
 
 
 class SeTformerForTokenClassification(SeTformerTextPreTrainedModel):
@@ -95,12 +150,18 @@ class SeTformerForTokenClassification(SeTformerTextPreTrainedModel):
     def forward(
         self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None,
         token_type_ids: Tensor | None = None, position_ids: Tensor | None = None, inputs_embeds: Tensor | None = None,
-        labels: Tensor | None = None, **kwargs: Any,
+        labels: Tensor | None = None, output_attentions: bool | None = None, output_hidden_states: Asked = None,
+        num_items_in_batch: Tensor | int | None = None, **others: Any,
     ) -> TokenClassifierOutput:  # fmt: skip
-        outputs = self.setformer(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
+        outputs = self.setformer(
+            input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, output_attentions,
+            output_hidden_states, return_dict=True, **others,
+        )  # fmt: skip
         logits = self.head(outputs.last_hidden_state)
-        loss = None if labels is None else self.loss_function(logits, labels, self.config)
-        return TokenClassifierOutput(loss=loss, logits=logits)
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits, labels, self.config, num_items_in_batch=num_items_in_batch)
+        return TokenClassifierOutput(loss, logits, outputs.hidden_states, outputs.attentions)
 
 
 class SeTformerForMaskedLM(SeTformerTextPreTrainedModel):
@@ -111,7 +172,10 @@ class SeTformerForMaskedLM(SeTformerTextPreTrainedModel):
     def __init__(self, config: SeTformerTextConfig) -> None:
         super().__init__(config)
         self.setformer = SeTformerTextModel(config, add_pooling_layer=False)
-        self.head = MaskedLMHead(config.hidden_size, config.vocab_size, config.layer_norm_eps)
+        self.head = MaskedLMHead(
+            config.hidden_size, config.vocab_size, config.layer_norm_eps,
+            config.pad_token_id if config.tie_word_embeddings else None,
+        )  # fmt: skip
         self.post_init()
 
     def get_output_embeddings(self) -> nn.Linear:
@@ -124,11 +188,15 @@ class SeTformerForMaskedLM(SeTformerTextPreTrainedModel):
     def forward(
         self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None,
         token_type_ids: Tensor | None = None, position_ids: Tensor | None = None, inputs_embeds: Tensor | None = None,
-        labels: Tensor | None = None, **kwargs: Any,
+        labels: Tensor | None = None, output_attentions: bool | None = None, output_hidden_states: Asked = None,
+        num_items_in_batch: Tensor | int | None = None, **others: Any,
     ) -> MaskedLMOutput:  # fmt: skip
-        outputs = self.setformer(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
+        outputs = self.setformer(
+            input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, output_attentions,
+            output_hidden_states, return_dict=True, **others,
+        )  # fmt: skip
         logits = self.head(outputs.last_hidden_state)
         loss = None
         if labels is not None:
-            loss = nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
-        return MaskedLMOutput(loss=loss, logits=logits)
+            loss = self.loss_function(logits, labels, logits.shape[-1], num_items_in_batch=num_items_in_batch)
+        return MaskedLMOutput(loss, logits, outputs.hidden_states, outputs.attentions)

@@ -290,5 +290,8 @@ def sinkhorn_backward(
         args = (*given(x), *state, *out, groups, n, m, c.shape[1])
         launch(sinkhorn_resident_backward_kernel, -(-groups // cut.PB), args, constants, t)
     grads = [in_order(t, g) for t, g in zip(tensors[:3], out[:3], strict=True)]
-    d_lams = [out[3][:, k].contiguous() if out[3] is not None and wanted[3 + k] else None for k in range(2)]
+    # Outputs of an op share no memory, but `contiguous` would leave the columns of one problem where they are.
+    d_lams = [
+        out[3].new_empty(groups).copy_(out[3][:, k]) if out[3] is not None and wanted[3 + k] else None for k in range(2)
+    ]
     return *grads, *d_lams

@@ -1,0 +1,44 @@
+"""How a command ends where something it needs is not on this machine: with one sentence, not with a traceback."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import NoReturn
+
+NOT_HERE = 2
+# Import name -> the extra of this package that brings it.
+EXTRAS = {
+    "triton": "triton",
+    "sklearn": "demo",
+    "tqdm": "demo",
+    "matplotlib": "bench",
+    "ot": "bench",
+    "geomloss": "bench",
+}
+
+
+class NotHereError(RuntimeError):
+    """What this machine lacks for the command that was asked for."""
+
+
+def run(name: str, main: Callable[[], int]) -> NoReturn:
+    """Ends the process with main's status; with NOT_HERE and a sentence where a tool or a library is missing."""
+    try:
+        sys.exit(main())
+    except ModuleNotFoundError as error:
+        missing = (error.name or "").partition(".")[0]
+        if missing not in EXTRAS:
+            raise
+        reason = f"{missing} is missing: pip install '.[{EXTRAS[missing]}]'"
+    except NotHereError as error:
+        reason = str(error)
+    print(f"{name}: {reason}", file=sys.stderr)
+    sys.exit(NOT_HERE)
+
+
+def words(argv: list[str] | None, default: str) -> list[str]:
+    """The words of the command line; `default` goes before them where they begin with no subcommand."""
+    found = list(sys.argv[1:] if argv is None else argv)
+    named = found and (not found[0].startswith("-") or found[0] in ("-h", "--help"))
+    return found if named else [default, *found]

@@ -1,0 +1,109 @@
+"""What nvcc makes of the CUDA kernels for GPUs that are not there: `python -m benchmarks.compiled.cuda_resources`.
+
+Writes benchmarks/results/cuda_resources.csv: registers, stack, spills and static shared memory of every kernel and
+architecture.  A test compiles again and compares.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import os
+import re
+import shutil
+import subprocess
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+from benchmarks.common import entry_point
+
+ROOT = Path(__file__).resolve().parents[2]
+TABLE = ROOT / "benchmarks" / "results" / "cuda_resources.csv"
+TOOLS = ("nvcc", "c++filt")
+ARCHITECTURES = ("80", "90", "100", "120")
+FUNCTION = re.compile(r"Compiling entry function '(\w+)' for 'sm_(\d+)'")
+STACK = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")
+USED = re.compile(r"Used (\d+) registers")
+
+
+class Row(NamedTuple):
+    """One kernel on one architecture; bytes of a thread's stack and spills."""
+
+    kernel: str
+    arch: int
+    registers: int
+    stack: int
+    spill_stores: int
+    spill_loads: int
+
+    @property
+    def key(self) -> tuple[str, int]:
+        return self.kernel, self.arch
+
+
+def available() -> bool:
+    return all(shutil.which(tool) for tool in TOOLS)
+
+
+def demangled(name: str) -> str:
+    """The kernel and its template arguments, without namespaces and parameters."""
+    full = subprocess.run(["c++filt", name], check=True, capture_output=True, text=True).stdout.strip()
+    full = re.sub(r"\(anonymous namespace\)::|sfk::(\w+::)?", "", full).removeprefix("void ")
+    return full[: full.rindex("(")]
+
+
+def compiled(source: Path, arch: str) -> list[Row]:
+    """The rows of one file for one architecture."""
+    target = f"-gencode=arch=compute_{arch},code=sm_{arch}"
+    options = ["-std=c++17", "-O3", "--expt-relaxed-constexpr", target, "-Xptxas", "-v"]
+    with tempfile.TemporaryDirectory() as folder:
+        command = ["nvcc", *options, "-c", str(source), "-o", str(Path(folder, "out.o"))]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise RuntimeError(done.stderr)
+    found, name, stack = [], "", (0, 0, 0)
+    for line in done.stderr.splitlines():
+        if entry := FUNCTION.search(line):
+            name = demangled(entry[1])
+        elif spilled := STACK.search(line):
+            stack = (int(spilled[1]), int(spilled[2]), int(spilled[3]))
+        elif (used := USED.search(line)) and name:
+            found.append(Row(name, int(arch), int(used[1]), *stack))
+    return found
+
+
+def rows() -> list[Row]:
+    """The rows of all files and architectures, as many at a time as there are processors."""
+    sources = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
+    with ThreadPoolExecutor(max_workers=os.cpu_count() or 1) as pool:
+        jobs = [pool.submit(compiled, source, arch) for source in sources for arch in ARCHITECTURES]
+        return sorted(row for job in jobs for row in job.result())
+
+
+def committed() -> list[Row]:
+    with TABLE.open() as file:
+        return [Row(row["kernel"], *(int(row[name]) for name in Row._fields[1:])) for row in csv.DictReader(file)]
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.compiled.cuda_resources", description=__doc__)
+    parser.add_argument("--out", type=Path, default=TABLE, help="file to write (default: the committed table)")
+    arguments = parser.parse_args(argv)
+    if not available():
+        raise entry_point.NotHereError(f"needs {' and '.join(TOOLS)} on PATH")
+    found = rows()
+    with arguments.out.open("w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(Row._fields)
+        writer.writerows(found)
+    for row in found:
+        print(f"{row.kernel:<60} sm_{row.arch:<4} {row.registers:>4} registers, {row.stack} stack, "
+              f"{row.spill_stores + row.spill_loads} spilled")  # fmt: skip
+    return 0
+
+
+if __name__ == "__main__":
+    entry_point.run("benchmarks.compiled.cuda_resources", main)

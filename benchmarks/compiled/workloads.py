@@ -1,0 +1,175 @@
+"""What the Triton backend launches for a named call, taken by its recorder: nothing runs, and no GPU is needed.
+
+A `Call` is an op with its sizes and options; `launches(call, family)` runs the backend's host code on empty CPU
+tensors.  Letters as in the package; for `sinkhorn`, B·H problems of L rows and M columns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.compiled.gpus import GPUS
+from setformer_kernels.problem import Operands, Options, Sinkhorn
+
+MULTIPROCESSORS = {gpu.family: gpu.multiprocessors for gpu in GPUS.values()}
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call, forward or backward."""
+
+    op: str  # "attention", "pool", "causal", "features", "sinkhorn"
+    backward: bool = False
+    T: int = 3
+    dtype: torch.dtype = torch.bfloat16
+    B: int = 1
+    H: int = 16
+    L: int = 4096  # = S
+    D: int = 64
+    E: int = 64
+    M: int = 64
+    rich: bool = False  # with a mask, masses, positions, hyperparameters as tensors, dropout and all their gradients
+    kernel: str = "rbf"
+
+    def __str__(self) -> str:
+        parts = [self.op, "backward" if self.backward else "forward"]
+        parts += [f"T={self.T}"] if self.op in ("attention", "pool", "causal") else []
+        parts += [] if self.kernel == "rbf" else [self.kernel]
+        parts += ["rich"] if self.rich else []
+        return " ".join(parts)
+
+
+def operands(call: Call) -> Operands:
+    """The tensors of a call, not initialised."""
+    B, H, L, D, E, M = call.B, call.H, call.L, call.D, call.E, call.M
+
+    def token(width: int) -> Tensor:
+        return torch.empty(B, H, L, width, dtype=call.dtype)
+
+    query = None if call.op == "pool" else token(D)
+    plain = Operands(query, token(D), token(E), torch.empty(H, M, D), *[None] * 11)
+    if not call.rich:
+        return plain
+    hypers = dict.fromkeys(("bandwidth", "epsilon", "key_relaxation", "reference_relaxation", "position_scale"))
+    position = torch.empty(1, 1, L, 2).expand(B, H, L, 2)
+    return plain._replace(
+        log_a=torch.empty(B, 1, L).expand(B, H, L),
+        log_b=torch.empty(H, M),
+        **{name: torch.empty(H) for name in hypers},
+        query_position=None if query is None else position,
+        key_position=position,
+        reference_position=torch.empty(H, M, 2),
+        seed=None if query is None else torch.empty((), dtype=torch.int64),
+    )
+
+
+def _run_attention(backend: Any, call: Call) -> None:
+    x = operands(call)
+    dropped = 0.1 if call.rich and call.op != "pool" else 0.0
+    opt = Options(num_iters=call.T, kernel=call.kernel, dropout_p=dropped)
+    learned = [
+        t is not None and name not in ("query_position", "key_position", "seed")
+        for name, t in zip(x._fields, x, strict=True)
+    ]
+    shape = (call.B, call.H, max(call.T, 1), call.M)
+    d_o, z, c = torch.empty_like(x.value), torch.empty(*shape[:2], call.M, call.E), torch.empty(shape)
+    if call.op == "attention":
+        backend.attention_backward(x, opt, z, c, d_o, learned) if call.backward else backend.attention(x, opt)
+    elif call.op == "causal":
+        backend.causal_backward(x, opt, d_o, learned) if call.backward else backend.causal(x, opt)
+    elif call.backward:
+        backend.pool_backward(x, opt, z, c, torch.empty_like(z), torch.empty_like(c), learned)
+    else:
+        backend.pool(x, opt)
+
+
+def _run_features(backend: Any, call: Call) -> None:
+    x, landmarks = torch.empty(call.B, call.H, call.L, call.D, dtype=call.dtype), torch.empty(call.H, call.M, call.D)
+    bandwidth = torch.empty(call.H) if call.rich else None
+    arguments = (x, landmarks, bandwidth, 1.0, 1e-3)
+    if call.backward:
+        d_psi = torch.empty(call.B, call.H, call.L, call.M, dtype=call.dtype)
+        backend.features_backward(*arguments, d_psi, (True, True, call.rich))
+    else:
+        backend.features(*arguments)
+
+
+def _run_sinkhorn(backend: Any, call: Call) -> None:
+    problems, rows, columns = call.B * call.H, call.L, call.M
+    rich = [torch.empty(problems, n) for n in (rows, columns)] + [torch.empty(problems) for _ in range(2)]
+    masses = rich if call.rich else [None] * 4
+    x = Sinkhorn(torch.empty(problems, rows, columns), *masses, num_iters=call.T, tol=1e-3 if call.rich else None)
+    if call.backward:
+        c, iters = torch.empty(problems, max(call.T, 1), columns), torch.empty(problems, dtype=torch.int64)
+        cotangents = torch.empty(problems, rows), torch.empty(problems, columns)
+        backend.sinkhorn_backward(x, c, iters, *cotangents, (True, *[call.rich] * 4))
+    else:
+        backend.sinkhorn(x)
+
+
+RUN: dict[str, Callable[[Any, Call], None]] = {
+    "attention": _run_attention,
+    "pool": _run_attention,
+    "causal": _run_attention,
+    "features": _run_features,
+    "sinkhorn": _run_sinkhorn,
+}
+
+
+def launches(call: Call, family: str, multiprocessors: int | None = None) -> list[Any]:
+    """The launches of a call on a GPU of a family, in order."""
+    from setformer_kernels.backends.triton import face
+    from setformer_kernels.backends.triton.host.launch import Device, recorded
+
+    count = multiprocessors or MULTIPROCESSORS[family]
+    with recorded(Device(family, count, "tf32x3")) as taken:
+        RUN[call.op](face, call)
+    return taken
+
+
+def _both(call: Call) -> Iterator[Call]:
+    yield call
+    yield replace(call, backward=True)
+
+
+def _sizes(dtype: torch.dtype) -> Iterator[Call]:
+    """Every op at the sizes that a model has; T = 3 launches the kernels of every T but 0 and 1."""
+    mixed = ((128, 64), (64, 128)) if dtype == torch.bfloat16 else ()
+    for D, M in ((64, 64), (128, 128), *mixed):
+        base = Call("attention", dtype=dtype, D=D, E=D, M=M)
+        for call in (base, replace(base, op="causal", T=1), replace(base, op="features")):
+            yield from _both(call)
+
+
+def _options(dtype: torch.dtype) -> Iterator[Call]:
+    """Every option at one size."""
+    base = Call("attention", dtype=dtype)
+    rich = replace(base, rich=True)
+    for call in (replace(base, T=1), replace(base, T=0), replace(base, kernel="dot"), replace(base, op="pool"), rich):
+        yield from _both(call)
+    for call in (replace(rich, op="causal", T=1), replace(rich, op="features")):
+        yield from _both(call)
+
+
+def table_calls() -> list[Call]:
+    """What the committed resource table covers."""
+    found = [call for dtype in (torch.bfloat16, torch.float32) for part in (_sizes, _options) for call in part(dtype)]
+    for rows, columns in ((64, 64), (256, 256), (4096, 64), (4096, 1024)):
+        found += _both(Call("sinkhorn", T=20, dtype=torch.float32, L=rows, M=columns))
+    found += _both(Call("sinkhorn", T=20, dtype=torch.float32, L=256, M=64, rich=True))
+    return found
+
+
+def few_calls(family: str) -> list[Call]:
+    """A set small enough for every test run: attention at the design's size, more of it where it compiles fastest."""
+    found = list(_both(Call("attention")))
+    if family == "sm_80":
+        found.append(Call("attention", dtype=torch.float32))
+    if family == "sm_90":
+        found += _both(Call("causal", T=1))
+    return found

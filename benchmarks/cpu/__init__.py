@@ -1,0 +1,1 @@
+"""The side-by-side benchmark of `python -m benchmarks`, and microbenchmarks of single functions."""

@@ -1,0 +1,1 @@
+"""`python -m benchmarks.gpu`: tests, smoke runs and measurements on a machine with a GPU."""

@@ -1,0 +1,115 @@
+"""`python -m benchmarks.gpu.smoke`: every GPU kernel once, on small sizes; what compute-sanitizer watches."""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
+
+import torch
+from torch import Tensor
+
+import setformer_kernels.functional as SF
+from benchmarks.common import entry_point
+from setformer_kernels import dispatch
+from setformer_kernels.problem import Problem
+
+B, H, L, S, D, E, M, P = 2, 2, 70, 130, 48, 32, 20, 2  # ragged everywhere: tiles have tails in every direction
+USUAL = 64
+# B, S and ε: a cluster of several blocks; more heads than blocks run at a time; the log domain.
+USUAL_SIZES = ((1, 600, 0.05), (200, 20, 0.05), (1, 70, 0.001))
+
+
+def _leaf(*shape: int, dtype: torch.dtype, device: str) -> Tensor:
+    return torch.randn(shape, dtype=dtype, device=device, requires_grad=True)
+
+
+def usual(backend: str, device: str, dtype: torch.dtype, *, heads: int, keys: int, epsilon: float) -> Tensor:
+    """Attention with M = D = E = 64, for which the CUDA kernels are compiled apart."""
+    x = [_leaf(heads, 2, keys, USUAL, dtype=dtype, device=device) for _ in range(3)]
+    y = _leaf(2, USUAL, USUAL, dtype=torch.float32, device=device)
+    return SF.set_attention(*x, y, epsilon=epsilon, num_iters=3, backend=backend)
+
+
+def attention(backend: str, device: str, dtype: torch.dtype, *, causal: bool, rich: bool) -> Tensor:
+    """One attention call; `rich` with a mask, positions, hyperparameters as tensors and dropout."""
+    keys = L if causal else S
+    q, k = (_leaf(B, H, n, D, dtype=dtype, device=device) for n in (L, keys))
+    v = _leaf(B, H, keys, E, dtype=dtype, device=device)
+    y = _leaf(H, M, D, dtype=torch.float32, device=device)
+    options = {}
+    if rich:
+        single = {"dtype": torch.float32, "device": device}
+        options = {
+            "key_mask": torch.arange(keys, device=device).expand(B, keys) % 3 > 0,
+            "reference_log_mass": _leaf(H, M, **single),
+            "bandwidth": torch.full((H,), 1.1, **single, requires_grad=True),
+            "epsilon": torch.full((H,), 0.1, **single, requires_grad=True),
+            "query_position": torch.rand(L, P, **single),
+            "key_position": torch.rand(keys, P, **single),
+            "reference_position": torch.rand(H, M, P, **single, requires_grad=True),
+            "dropout_p": 0.1,
+        }
+    return SF.set_attention(q, k, v, y, num_iters=1 if causal else 3, causal=causal, backend=backend, **options)
+
+
+def features(backend: str, device: str, dtype: torch.dtype) -> Tensor:
+    """Nyström features."""
+    landmarks = _leaf(H, M, D, dtype=torch.float32, device=device)
+    return SF.nystrom_features(_leaf(B, H, S, D, dtype=dtype, device=device), landmarks, backend=backend)
+
+
+def sinkhorn(backend: str, device: str, rows: int) -> Tensor:
+    """Potentials of a few problems."""
+    f, g = SF.sinkhorn(_leaf(3, rows, M, dtype=torch.float32, device=device), num_iters=5, backend=backend)
+    return torch.cat([f, g], dim=-1)
+
+
+def calls(device: str) -> Iterator[tuple[Problem, Callable[[str], Tensor]]]:
+    """(problem, call of a backend's name) for everything above."""
+    for op, dtype, call in ragged_calls(device):
+        yield Problem(op, device, dtype, D=D, E=E, M=M, num_iters=1 if op == "causal" else 3), call
+    for dtype, (heads, keys, epsilon) in itertools.product((torch.bfloat16, torch.float16, torch.float32), USUAL_SIZES):
+        problem = Problem("attention", device, dtype, D=USUAL, E=USUAL, M=USUAL, num_iters=3, N=keys)
+        yield problem, partial(usual, device=device, dtype=dtype, heads=heads, keys=keys, epsilon=epsilon)
+
+
+def ragged_calls(device: str) -> Iterator[tuple[str, torch.dtype, Callable[[str], Tensor]]]:
+    """(op, dtype, call of a backend's name), sizes that are multiples of nothing."""
+    for dtype in (torch.bfloat16, torch.float32):
+        for op, rich in itertools.product(("attention", "causal"), (False, True)):
+            options = {"device": device, "dtype": dtype, "causal": op == "causal", "rich": rich}
+            yield op, dtype, partial(attention, **options)
+        yield "features", dtype, partial(features, device=device, dtype=dtype)
+    for rows in (30, 1000):
+        yield "sinkhorn", torch.float32, partial(sinkhorn, device=device, rows=rows)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Forward and backward of everything the GPU backends run; 1 where a result is not finite."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--device", default="cuda")
+    device = parser.parse_args(argv).device
+    ran = 0
+    for name in [name for name in dispatch.NATIVE if name != "cpu"]:
+        for problem, call in calls(device):
+            ways = problem, replace(problem, backward=True)
+            if any(dispatch.NATIVE[name].unsupported_reasons(way) for way in ways):
+                continue
+            output = call(name)
+            output.float().square().sum().backward()
+            if not output.isfinite().all():
+                print(f"{name} {problem}: not finite", file=sys.stderr)
+                return 1
+            ran += 1
+    if not ran:
+        raise entry_point.NotHereError(f"no GPU backend can run here: {dispatch.available_backends()}")
+    print(f"{ran} calls, forward and backward")
+    return 0
+
+
+if __name__ == "__main__":
+    entry_point.run("benchmarks.gpu.smoke", main)

@@ -1,0 +1,106 @@
+// From dℓ and dκ of a tile to the gradients of tokens, references and hyperparameters: what the backward passes share.
+#pragma once
+#include "logits.h"
+
+namespace sfk {
+namespace {
+
+// What one thread collects for the gradients of one head's references and hyperparameters.
+template <class F>
+struct RefGrads {
+  Buffer<F> y;    // [Mp][Dp] with respect to ŷ (y for "dot")
+  Buffer<F> pos;  // [P][Mp]
+  double hyper[kNumHyper];
+  bool wants_points, wants_hyper;
+  bool balanced = false;  // all dℓ sum to 0: moving κ by `middle` only takes weight off their rounding errors
+  RefGrads(const Refs<F>& r, bool points, bool hypers)
+      : y(r.Mp * r.Dp), pos(r.P * r.Mp), wants_points(points), wants_hyper(hypers) {}
+  void clear(const Refs<F>& r) {
+    fill(y.data(), r.Mp * r.Dp, F(0));
+    fill(pos.data(), r.P * r.Mp, F(0));
+    std::fill(hyper, hyper + kNumHyper, 0.0);
+  }
+  void add(const Refs<F>& r, const RefGrads& other) {
+    for (int64_t i = 0; i < r.Mp * r.Dp; ++i) y[i] += other.y[i];
+    for (int64_t i = 0; i < r.P * r.Mp; ++i) pos[i] += other.pos[i];
+    for (int i = 0; i < kNumHyper; ++i) hyper[i] += other.hyper[i];
+  }
+};
+
+// Sums over one tile of dℓ for ε, τ and π; totals [n]: what the rows of dℓ sum to, null for 0.
+template <class F>
+void logit_grads(const Refs<F>& r, int64_t n, const F* kappa, const F* pos, const F* d_logits, const F* totals,
+                 RefGrads<F>& out) {
+  const int64_t Mp = r.Mp;
+  if (!out.wants_hyper && r.P == 0) return;
+  const F middle = out.balanced ? r.middle : F(1);
+  double d_eps_sum = 0, d_tau_sum = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    Vec<F> d_eps{};
+    const int64_t P = coordinates(r, pos + i * r.P);
+    for (int64_t j = 0; j < Mp; j += kLanes<F>) {
+      const Vec<F> dl = load(d_logits + i * Mp + j);
+      d_eps += dl * (load(kappa + i * Mp + j) - middle);
+      for (int64_t c = 0; c < P; ++c) {
+        const Vec<F> d = pos[i * r.P + c] - load(r.pos_t + c * Mp + j);
+        store(out.pos + c * Mp + j, load(out.pos + c * Mp + j) + dl * d);
+      }
+    }
+    d_eps_sum += reduce_add<F>(d_eps);
+    if (P) d_tau_sum += distance_sum<F>(r, P, pos + i * r.P, d_logits + i * Mp, totals ? totals[i] : F(0));
+  }
+  out.hyper[kEpsilon] -= d_eps_sum * r.inv_eps * r.inv_eps;
+  out.hyper[kPositionScale] -= 2.0 * r.tau * d_tau_sum;
+}
+
+// From dκ [n][Mp] (overwritten): adds to dŷ and dβ, and gives dx [n][Dp] where that is not null.
+template <class F>
+void kernel_grads(const Refs<F>& r, int64_t n, const F* x, const F* inv, const F* kappa, F* d_kappa, F* d_x,
+                  RefGrads<F>& out) {
+  const int64_t Mp = r.Mp, Dp = r.Dp;
+  if (r.rbf) {
+    const F middle = out.balanced ? -r.beta * r.middle : F(0);  // of κ log κ
+    double d_beta_sum = 0;
+    for (int64_t i = 0; i < n; ++i) {
+      Vec<F> d_beta{};
+      const F scale = r.beta * inv[i];
+      for (int64_t j = 0; j < Mp; j += kLanes<F>) {
+        const Vec<F> k = load(kappa + i * Mp + j), d = load(d_kappa + i * Mp + j), g = d * k;
+        // dκ/dβ = κ log κ / β; where κ underflowed, so did g.
+        if (out.wants_hyper) d_beta += g * vlog<F>(vmax(k, splat(std::numeric_limits<F>::min()))) - d * middle;
+        store(d_kappa + i * Mp + j, g * scale);
+      }
+      if (out.wants_hyper) d_beta_sum += reduce_add<F>(d_beta);
+    }
+    out.hyper[kBandwidth] += d_beta_sum / r.beta;
+  }
+  if (out.wants_points) gemm<F>(r.M, Dp, n, d_kappa, 1, Mp, x, Dp, out.y, Dp, true);
+  if (!d_x) return;
+  gemm<F>(n, Dp, r.M, d_kappa, Mp, 1, r.y, Dp, d_x, Dp, false);
+  if (!r.rbf) return;
+  for (int64_t i = 0; i < n; ++i) {
+    Vec<F> acc{};
+    for (int64_t d = 0; d < Dp; d += kLanes<F>) acc += load(x + i * Dp + d) * inv[i] * load(d_x + i * Dp + d);
+    const F along = reduce_add<F>(acc);
+    for (int64_t d = 0; d < Dp; d += kLanes<F>)
+      store(d_x + i * Dp + d, load(d_x + i * Dp + d) - load(x + i * Dp + d) * inv[i] * along);
+  }
+}
+
+// dŷ -> dy, and the sums of logit_grads -> dπ; writes one (b, h) of the outputs that are asked for.
+template <class F>
+void store_ref_grads(const Refs<F>& r, int64_t b, int64_t h, RefGrads<F>& g, const View& d_points, const View& d_pos) {
+  const Block<F> out(d_points, b, h), out_pos(d_pos, b, h);
+  for (int64_t j = 0; out && j < r.M; ++j) {
+    F* row = g.y + j * r.Dp;
+    const F* y = r.y + j * r.Dp;
+    F along = 0;
+    for (int64_t d = 0; r.rbf && d < r.D; ++d) along += row[d] * y[d];
+    for (int64_t d = 0; d < r.D; ++d) out(j, d) = r.rbf ? (row[d] - y[d] * along) * r.inv_norm[j] : row[d];
+  }
+  for (int64_t j = 0; out_pos && j < r.M; ++j)
+    for (int64_t c = 0; c < r.P; ++c) out_pos(j, c) = 2 * r.tau * r.tau * g.pos[c * r.Mp + j];
+}
+
+}  // namespace
+}  // namespace sfk

@@ -1,0 +1,5 @@
+#include "../attention.h"
+
+#include "unit.h"
+
+SFK_KERNEL(attention, attention_forward, AttentionParams)

@@ -1,0 +1,5 @@
+#include "../attention_backward.h"
+
+#include "unit.h"
+
+SFK_KERNEL(attention_backward, attention_backward, AttentionParams)

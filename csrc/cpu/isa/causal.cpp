@@ -1,0 +1,5 @@
+#include "../causal.h"
+
+#include "unit.h"
+
+SFK_KERNEL(causal, causal_forward, AttentionParams)

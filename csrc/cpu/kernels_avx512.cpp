@@ -1,3 +1,0 @@
-#define SFK_TABLE kAvx512Table
-#define SFK_ISA "avx512"
-#include "kernels.inc"

@@ -1,3 +1,0 @@
-#define SFK_TABLE kGenericTable
-#define SFK_ISA "generic"
-#include "kernels.inc"

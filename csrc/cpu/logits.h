@@ -1,0 +1,170 @@
+// One head's references, packed, and the tiles of kernel values and logits against them.
+#pragma once
+#include "base/explog.h"
+#include "base/gemm.h"
+#include "base/tiles.h"
+
+namespace sfk {
+namespace {
+
+// Rows of a tile.  96 = 16 register tiles of 6 rows, so that packed X [96][64] and its tile [96][64] stay in L2 beside
+// the references; tiles wider than 256 references take 48 to stay there.
+inline int64_t tile_rows(int64_t Mp) { return Mp <= 256 ? 96 : 48; }
+
+template <class F>
+struct Refs {
+  int64_t M, Mp, D, Dp, P;
+  bool rbf;
+  F beta, inv_eps, inv_eps_low, lam_a, lam_b, tau;  // 1/ε = inv_eps + inv_eps_low to twice the precision of F
+  F middle;                                         // κ of orthogonal vectors
+  Buffer<F> yt;                                     // [D][Mp] ŷ transposed (raw y for "dot")
+  Buffer<F> y;                                      // [Mp][Dp] the same by rows
+  Buffer<F> inv_norm;                               // [Mp]
+  Buffer<F> log_b;                                  // [Mp] padded with −inf
+  Buffer<F> pos_t;                                  // [P][Mp] padded with the last reference's
+  int64_t packed_head = -1;
+
+  explicit Refs(const AttentionParams& p) : Refs(p.M, p.D, p.ref_pos ? p.P : 0, p.kernel == KernelKind::rbf) {}
+  Refs(int64_t M_, int64_t D_, int64_t P_, bool rbf_)
+      : M(M_),
+        Mp(pad<F>(M_)),
+        D(D_),
+        Dp(pad<F>(D_)),
+        P(P_),
+        rbf(rbf_),
+        yt(D_ * Mp),
+        y(Mp * Dp),
+        inv_norm(Mp),
+        log_b(Mp),
+        pos_t(P_ * Mp) {}
+
+  void pack(const AttentionParams& p, int64_t h) {
+    if (h == packed_head) return;
+    packed_head = h;
+    const auto value = [&](int i) {
+      const View& v = p.hyper[i];
+      return v ? static_cast<const F*>(v.data)[h * v.stride[0]] : static_cast<F>(p.scalars[i]);
+    };
+    set_kernel(value(kBandwidth), p.hyper[kEpsilon] ? static_cast<double>(value(kEpsilon)) : p.scalars[kEpsilon]);
+    lam_a = value(kLambdaA);
+    lam_b = value(kLambdaB);
+    tau = value(kPositionScale);
+    pack_points(p.references, h);
+    fill(log_b.data(), Mp, -kInf<F>);
+    const F uniform = -std::log(static_cast<F>(M));
+    for (int64_t j = 0; j < M; ++j)
+      log_b[j] = p.log_b ? static_cast<const F*>(p.log_b.data)[h * p.log_b.stride[0] + j * p.log_b.stride[1]] : uniform;
+    const Block<F> pos(p.ref_pos, h);
+    for (int64_t c = 0; c < P; ++c)
+      for (int64_t j = 0; j < Mp; ++j) pos_t[c * Mp + j] = pos(std::min(j, M - 1), c);
+  }
+
+  // ℓ of orthogonal vectors at one place.
+  F middle_logit() const { return (middle - 1) * inv_eps; }
+
+  void set_kernel(F bandwidth, double epsilon) {
+    beta = bandwidth;
+    middle = rbf ? std::exp(-beta) : F(0);
+    inv_eps = static_cast<F>(1 / epsilon);
+    inv_eps_low = static_cast<F>(1 / epsilon - static_cast<double>(inv_eps));
+  }
+
+  void pack_points(const View& points, int64_t h) {
+    const Block<F> src(points, h);
+    fill(y.data(), Mp * Dp, F(0));
+    for (int64_t j = 0; j < M; ++j)
+      for (int64_t d = 0; d < D; ++d) y[j * Dp + d] = src(j, d);
+    for (int64_t j = 0; rbf && j < M; ++j) {  // in double: an error of ŷ's length would be the same for every token
+      double sum = 0;
+      for (int64_t d = 0; d < D; ++d) sum += static_cast<double>(y[j * Dp + d]) * y[j * Dp + d];
+      const double inv = sum <= 1e-24 ? 0 : 1 / std::sqrt(sum);
+      inv_norm[j] = static_cast<F>(inv);
+      for (int64_t d = 0; d < D; ++d) y[j * Dp + d] = static_cast<F>(y[j * Dp + d] * inv);
+    }
+    for (int64_t d = 0; d < D; ++d)
+      for (int64_t j = 0; j < Mp; ++j) yt[d * Mp + j] = y[j * Dp + d];
+  }
+};
+
+// κ(x_i, y_j) of the n rows x [n][Dp]; inv = 1/‖x_i‖ (rbf).
+template <class F>
+void kernel_tile(const Refs<F>& r, int64_t n, const F* x, const F* inv, F* kappa, Ahead* ahead = nullptr) {
+  const int64_t Mp = r.Mp;
+  gemm<F>(n, Mp, r.D, x, r.Dp, 1, r.yt, Mp, kappa, Mp, false, ahead);
+  if (!r.rbf) return;
+  for (int64_t i = 0; i < n; ++i) {
+    const F scale = r.beta * inv[i];
+    F* row = kappa + i * Mp;
+    for (int64_t j = 0; j < Mp; j += kLanes<F>) store(row + j, vexp<F>(load(row + j) * scale - r.beta));
+  }
+}
+
+// How many coordinates count for a token: all, or none where it has no position (NaN).
+template <class F>
+int64_t coordinates(const Refs<F>& r, const F* pos) {
+  for (int64_t c = 0; c < r.P; ++c)
+    if (std::isnan(pos[c])) return 0;
+  return r.P;
+}
+
+// ‖p − π_j‖² of the P coordinates of one token, for the references from j on.
+template <class F>
+Vec<F> squared_distance(const Refs<F>& r, int64_t P, const F* pos, int64_t j) {
+  Vec<F> sum{};
+  for (int64_t c = 0; c < P; ++c) {
+    const Vec<F> away = pos[c] - load(r.pos_t + c * r.Mp + j);
+    sum += away * away;
+  }
+  return sum;
+}
+
+// Σ_j dℓ_j ‖p − π_j‖² of one token, whose dℓ sum to `total` but for rounding: a squared distance of thousands would
+// multiply that error.  So squares count from the smallest on, and the smallest times the exact sum.
+template <class F>
+F distance_sum(const Refs<F>& r, int64_t P, const F* pos, const F* d_logits, F total) {
+  Vec<F> lowest = splat(kInf<F>), sum{};
+  for (int64_t j = 0; j < r.Mp; j += kLanes<F>) lowest = vmin(lowest, squared_distance<F>(r, P, pos, j));
+  const F nearest = reduce_min<F>(lowest);
+  for (int64_t j = 0; j < r.Mp; j += kLanes<F>)
+    sum += load(d_logits + j) * (squared_distance<F>(r, P, pos, j) - nearest);
+  return reduce_add<F>(sum) + nearest * total;
+}
+
+// ℓ = (κ − 1)/ε − τ²‖p − π‖² of the n rows with positions pos [n][P].  κ and ℓ may be the same tile.
+template <class F>
+void logit_tile(const Refs<F>& r, int64_t n, const F* kappa, const F* pos, F* logits) {
+  const int64_t Mp = r.Mp;
+  const F tau2 = r.tau * r.tau;
+  for (int64_t i = 0; i < n; ++i) {
+    const int64_t P = coordinates(r, pos + i * r.P);
+    for (int64_t j = 0; j < Mp; j += kLanes<F>) {
+      const Vec<F> d = load(kappa + i * Mp + j) - F(1);
+      Vec<F> l = d * r.inv_eps + d * r.inv_eps_low;
+      for (int64_t c = 0; c < P; ++c) {
+        const Vec<F> away = pos[i * r.P + c] - load(r.pos_t + c * Mp + j);
+        l -= tau2 * (away * away);
+      }
+      store(logits + i * Mp + j, l);
+    }
+  }
+}
+
+// Logits where κ is not needed again: both steps in one sweep over the tile.
+template <class F>
+void logits_of(const Refs<F>& r, int64_t n, const F* x, const F* inv, const F* pos, F* tile, Ahead* ahead = nullptr) {
+  if (!r.rbf || r.P) {
+    kernel_tile<F>(r, n, x, inv, tile, ahead);
+    return logit_tile<F>(r, n, tile, pos, tile);
+  }
+  gemm<F>(n, r.Mp, r.D, x, r.Dp, 1, r.yt, r.Mp, tile, r.Mp, false, ahead);
+  for (int64_t i = 0; i < n; ++i, tile += r.Mp) {
+    const F scale = r.beta * inv[i];
+    for (int64_t j = 0; j < r.Mp; j += kLanes<F>) {
+      const Vec<F> d = vexp<F>(load(tile + j) * scale - r.beta) - F(1);
+      store(tile + j, d * r.inv_eps + d * r.inv_eps_low);
+    }
+  }
+}
+
+}  // namespace
+}  // namespace sfk

@@ -1,0 +1,102 @@
+// Python's view of the kernels.
+#include "../cpu/isa/table.h"
+#include "../cpu/probe_threads.h"
+#include "arguments.h"
+#include "cuda_bindings.h"
+
+using namespace sfk;
+
+namespace {
+
+void attention(const py::tuple& x, const py::tuple& scalars, bool dot, int64_t T, double dropout_p, uint64_t seed,
+               int threads, const py::object& o, const py::object& z, const py::object& c, bool causal) {
+  AttentionParams p = attention_params(x, scalars, dot, T, dropout_p, seed, threads);
+  p.o = view(o, "o", {p.B, p.H, p.L, p.E}, p.key.dtype);
+  if (p.o) need(p.query, "query");
+  state(p, z, c, !causal);
+  if (causal && (p.L != p.S || T > 1 || !p.o)) throw std::invalid_argument("causal needs L = S and T <= 1");
+  py::gil_scoped_release nogil;
+  causal ? kernels().causal(p) : kernels().attention(p);
+}
+
+void attention_backward(const py::tuple& x, const py::tuple& scalars, bool dot, int64_t T, double dropout_p,
+                        uint64_t seed, int threads, const py::object& z, const py::object& c, const py::tuple& grads,
+                        bool causal) {
+  AttentionParams p = attention_params(x, scalars, dot, T, dropout_p, seed, threads);
+  state(p, z, c, !causal);
+  gradients(p, grads, p.B);
+  if (causal && (p.L != p.S || T > 1 || !p.d_o)) throw std::invalid_argument("causal needs L = S and T <= 1");
+  py::gil_scoped_release nogil;
+  causal ? kernels().causal_backward(p) : kernels().attention_backward(p);
+}
+
+enum FeatureTensor {
+  kX,
+  kLandmarks,
+  kBandwidths,
+  kWhitening,
+  kPsi,
+  kDPsi,
+  kDX,
+  kDLandmarks,
+  kDBandwidth,
+  kDWhitening,
+  kNumFeatures
+};
+constexpr const char* kFeatures[kNumFeatures] = {
+    "x", "landmarks", "bandwidth", "whitening", "psi", "d_psi", "d_x", "d_landmarks", "d_bandwidth", "d_whitening",
+};
+
+void features(const py::tuple& tensors, double bandwidth, int threads, bool backward) {
+  const Tensors x(tensors, kFeatures);
+  FeatureParams p;
+  p.B = x.size(kX, 0), p.H = x.size(kX, 1), p.N = x.size(kX, 2), p.D = x.size(kX, 3);
+  p.R = x.size(kLandmarks, 1);
+  if (p.R < 1 || p.D < 1) throw std::invalid_argument("R and D must be positive");
+  p.bandwidth = bandwidth, p.threads = threads < 1 ? 1 : threads;
+  const Dtype dtype = x.dtype(kX);
+  p.f64 = dtype == Dtype::f64;
+  const Dtype compute = compute_dtype(p.f64);
+  p.x = x.needed(kX, {p.B, p.H, p.N, p.D}, dtype);
+  p.landmarks = x.needed(kLandmarks, {p.H, p.R, p.D}, compute);
+  p.bandwidths = x.view(kBandwidths, {p.H}, compute);
+  p.whitening = x.needed(kWhitening, {p.H, p.R, p.R}, compute);
+  p.psi = x.view(kPsi, {p.B, p.H, p.N, p.R}, dtype);
+  p.d_psi = x.view(kDPsi, {p.B, p.H, p.N, p.R}, dtype);
+  p.d_x = x.view(kDX, {p.B, p.H, p.N, p.D}, dtype);
+  p.d_landmarks = x.view(kDLandmarks, {p.B, p.H, p.R, p.D}, compute);
+  p.d_bandwidth = x.view(kDBandwidth, {p.B, p.H, 1, 1}, compute);
+  p.d_whitening = x.view(kDWhitening, {p.B, p.H, p.R, p.R}, compute);
+  x.need(backward ? kDPsi : kPsi);
+  py::gil_scoped_release nogil;
+  backward ? kernels().features_backward(p) : kernels().features(p);
+}
+
+void sinkhorn(const py::tuple& t, const py::tuple& scalars, int64_t T, double tol, int threads, bool backward) {
+  const SinkhornParams p = sinkhorn_params(t, scalars, T, tol, threads, backward);
+  py::gil_scoped_release nogil;
+  backward ? kernels().sinkhorn_backward(p) : kernels().sinkhorn(p);
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.attr("OPERANDS") = operand_names();
+  m.def("attention", &attention);
+  m.def("attention_backward", &attention_backward);
+  m.def("features", &features);
+  m.def("sinkhorn", &sinkhorn);
+  m.def("cpu_isa", [] { return kernels().isa; }, "the instruction set in use");
+  m.def("has_cpu_isa", [](const std::string& isa) { return has_isa(isa.c_str()); });
+  m.def("set_cpu_isa", [](const std::string& isa) { return set_isa(isa.c_str()); });
+  m.def("has_openmp", &has_openmp);
+  m.def("fma_peak", &fma_peak, py::arg("seconds"), py::arg("threads"), "float32 FLOP/s of all threads together",
+        py::call_guard<py::gil_scoped_release>());
+  m.def("exp_rate", &exp_peak, py::arg("seconds"), py::arg("threads"), "float32 exponentials/s",
+        py::call_guard<py::gil_scoped_release>());
+  m.def("copy_bandwidth", &copy_bandwidth, py::arg("seconds"), py::arg("threads"), py::arg("bytes"),
+        "bytes read plus written per second", py::call_guard<py::gil_scoped_release>());
+#ifdef SFK_CUDA
+  bind_cuda(m);
+#endif
+}
