@@ -35,11 +35,14 @@ def typical_problem(device: str = "cpu") -> Problem:
 def select(problem: Problem, requested: str = "auto") -> str:
     """The backend that runs `problem`; ValueError if the requested one is unknown or cannot, with its reasons."""
     names = [*NATIVE, REFERENCE]
+    if requested not in ("auto", *names):
+        raise ValueError(f"backend must be one of auto, {', '.join(names)}, got {requested!r}")
+    # The TorchScript exporter of ONNX has no decompositions, as the newer one has, and ONNX no such ops.
+    if torch.jit.is_tracing() and torch.onnx.is_in_onnx_export():
+        return REFERENCE
     if requested == "auto":
         able = [name for name in NATIVE if not NATIVE[name].unsupported_reasons(problem)]
         return able[0] if able else REFERENCE
-    if requested not in names:
-        raise ValueError(f"backend must be one of auto, {', '.join(names)}, got {requested!r}")
     reasons = [] if requested == REFERENCE else NATIVE[requested].unsupported_reasons(problem)
     if reasons:
         raise ValueError(f"backend {requested!r} cannot run this call: {'; '.join(reasons)}")

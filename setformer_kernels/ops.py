@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from . import dispatch
-from .problem import Operands, Options, Problem, compute_dtype, empty_in_order
+from .problem import Operands, Options, Problem, Sinkhorn, compute_dtype, empty_in_order
 from .registration import HEAD, SEED, TOKEN, Spec, register
 
 N_OPERANDS = len(Operands._fields)
@@ -137,22 +137,22 @@ def _fake_features(x: Tensor, w: Tensor, *_: Any) -> Tensor:
     return empty_in_order(x, (*x.shape[:-1], w.shape[-2]))
 
 
-def _run_sinkhorn(log_kernel: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    problem = sinkhorn_problem(log_kernel, log_kernel.shape[1])
-    return dispatch.implementation(problem, args[-1]).sinkhorn(log_kernel, *args[:-1])
+def _run_sinkhorn(*args: Any) -> tuple[Tensor, ...]:
+    x = Sinkhorn(*args[:-1])
+    problem = sinkhorn_problem(x.log_kernel, x.log_kernel.shape[1])
+    return dispatch.implementation(problem, args[-1]).sinkhorn(x)
 
 
 def _run_sinkhorn_backward(d_f: Tensor, d_g: Tensor, c: Tensor, iters: Tensor, *args: Any) -> Sequence[Tensor | None]:
-    tensors, scalars, (backend, needs) = args[:5], args[5], args[-2:]
-    module = dispatch.implementation(sinkhorn_problem(tensors[0], tensors[0].shape[1], backward=True), backend)
-    return module.sinkhorn_backward(*tensors, scalars, c, iters, d_f, d_g, needs)
+    x, (backend, needs) = Sinkhorn(*args[:-2]), args[-2:]
+    problem = sinkhorn_problem(x.log_kernel, x.log_kernel.shape[1], backward=True)
+    return dispatch.implementation(problem, backend).sinkhorn_backward(x, c, iters, d_f, d_g, needs)
 
 
-def _fake_sinkhorn(log_kernel: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    g, n, m = log_kernel.shape
-    empty, num_iters = log_kernel.new_empty, args[5]
-    c = empty((g, max(num_iters, 1), m))
-    return empty((g, n)), empty((g, m)), c, empty((g,), dtype=torch.int64)
+def _fake_sinkhorn(*args: Any) -> tuple[Tensor, ...]:
+    x = Sinkhorn(*args[:-1])
+    (g, n, m), empty = x.log_kernel.shape, x.log_kernel.new_empty
+    return empty((g, n)), empty((g, m)), empty((g, max(x.num_iters, 1), m)), empty((g,), dtype=torch.int64)
 
 
 set_attention = register(
@@ -167,6 +167,7 @@ set_attention = register(
         run=_run_attention,
         run_backward=_run_attention_backward,
         fake=_fake_attention,
+        decomposition=lambda *args: dispatch.EAGER.attention(*_split(args)),
     )
 )
 
@@ -182,6 +183,7 @@ set_pool = register(
         run=_run_pool,
         run_backward=_run_pool_backward,
         fake=lambda *args: _fake_state(*_split(args)),
+        decomposition=lambda *args: dispatch.EAGER.pool(*_split(args)),
     )
 )
 
@@ -197,6 +199,7 @@ set_causal = register(
         run=_run_causal,
         run_backward=_run_causal_backward,
         fake=lambda *args: _fake_output(_split(args)[0]),
+        decomposition=lambda *args: dispatch.EAGER.causal(*_split(args)),
     )
 )
 
@@ -212,6 +215,7 @@ nystrom_features = register(
         run=_run_features,
         run_backward=_run_features_backward,
         fake=_fake_features,
+        decomposition=lambda *args: dispatch.EAGER.features(*args[:-1]),
     )
 )
 
@@ -233,6 +237,7 @@ sinkhorn = register(
         run=_run_sinkhorn,
         run_backward=_run_sinkhorn_backward,
         fake=_fake_sinkhorn,
+        decomposition=lambda *args: dispatch.EAGER.sinkhorn(Sinkhorn(*args[:-1])),
     )
 )
 

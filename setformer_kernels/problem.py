@@ -7,6 +7,7 @@ of `Operands`; it stands here and nowhere else.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar
 
@@ -55,6 +56,24 @@ class Options(NamedTuple):
     backend: str = "auto"
 
 
+class Sinkhorn(NamedTuple):
+    """One call of log-domain Sinkhorn on G problems; `None` stands for uniform masses, or for a number of `scalars`."""
+
+    log_kernel: Tensor  # [G, N, M]
+    log_a: Tensor | None = None  # [G, N]
+    log_b: Tensor | None = None  # [G, M]
+    lam_a: Tensor | None = None  # [G]
+    lam_b: Tensor | None = None  # [G]
+    scalars: Sequence[float] = (1.0, 1.0)  # λ_a and λ_b
+    num_iters: int = 100
+    tol: float | None = None
+
+    @property
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """What has a gradient."""
+        return self[:5]
+
+
 def replaced(x: Fields, **changes: Any) -> Fields:
     """`x._replace(**changes)`, in a form that torch.compile traces on every supported release."""
     kind = type(x)
@@ -87,10 +106,26 @@ class Problem:
     backward: bool = False  # the gradient of the op, from what its forward saves
 
 
+def memory_order(t: Tensor) -> list[int]:
+    """The dimensions from the outermost in memory to the innermost."""
+    return sorted(range(t.ndim), key=lambda d: -t.stride()[d])
+
+
+def beyond(p: Problem, dtypes: tuple[torch.dtype, ...], references: int, head_dim: int) -> list[str]:
+    """What of `p` a backend of tiles in fast memory does not hold, in sentences that follow its name."""
+    reasons = [] if p.dtype in dtypes else [f"has no kernels for {p.dtype}"]
+    if p.op != "sinkhorn" and references < p.M:
+        reasons.append(f"holds at most {references} references, not {p.M}")
+    if max(p.D, p.E) > head_dim:
+        reasons.append(f"holds head dims of at most {head_dim}, not {max(p.D, p.E)}")
+    if p.op == "causal" and p.num_iters > 1:
+        reasons.append("the causal scan needs num_iters <= 1")
+    return reasons
+
+
 def empty_in_order(like: Tensor, shape: tuple[int, ...] | torch.Size) -> Tensor:
     """An empty dense tensor of `shape` whose dimensions lie in memory in the order of those of `like`."""
-    order = sorted(range(like.ndim), key=lambda d: -like.stride()[d])
-    return torch.empty_permuted(tuple(shape), order, dtype=like.dtype, device=like.device)
+    return torch.empty_permuted(tuple(shape), memory_order(like), dtype=like.dtype, device=like.device)
 
 
 def in_order(like: Tensor | None, t: Tensor | None) -> Tensor | None:

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._decomp import register_decomposition
 from torch._functorch.utils import unwrap_dead_wrappers
 from torch.autograd import forward_ad
 
@@ -41,6 +42,7 @@ class Spec:
     run: Callable[..., Any]
     run_backward: Callable[..., Sequence[Tensor | None]]
     fake: Callable[..., Any]
+    decomposition: Callable[..., Any]  # the op as PyTorch operations
 
     @property
     def schema(self) -> str:
@@ -288,4 +290,14 @@ def register(spec: Spec) -> Any:
         torch.library.register_fake(o.name(), fake, lib=_library)
         for key in ("Autograd", "FuncTorchBatched"):
             _library.impl(name, _through(function, o), key)
+    _decompose(op, spec)
     return op
+
+
+def _decompose(op: Any, spec: Spec) -> None:
+    """PyTorch operations for `ExportedProgram.run_decompositions` with a table of everything, as torch.onnx does.
+
+    Fake tensors with unknown lengths would take them too, in place of the fake kernel, but for a second table.
+    """
+    register_decomposition(op)(spec.decomposition)
+    register_decomposition(op, type="meta")(spec.fake)

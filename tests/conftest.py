@@ -37,7 +37,7 @@ NEEDS = {
     "test_fuzz.py": "hypothesis", "test_cuda_fuzz.py": "hypothesis",
     "test_demo_parts.py": "sklearn", "test_benchmarks_quality.py": "sklearn",
     "models/test_heads.py": "transformers", "models/test_recipes.py": "transformers",
-    "models/test_recipe_detect.py": "transformers", "models/test_timm.py": "timm",
+    "models/test_recipe_detect.py": "transformers", "models/test_timm.py": "timm", "models/test_onnx.py": "onnxruntime",
     "models/test_recipe_input.py": "transformers",
     "models/test_transformers.py": "transformers",
 }  # fmt: skip

@@ -47,8 +47,9 @@ def test_an_unknown_instruction_set_is_refused() -> None:
 def test_one_openmp_runtime_serves_torch_and_the_extension() -> None:
     code = (
         "import torch; from setformer_kernels.backends import cpu; torch.set_num_threads(2);"
+        "from setformer_kernels.problem import Sinkhorn;"
         "torch.randn(600, 600) @ torch.randn(600, 600);"
-        "cpu.sinkhorn(torch.randn(8, 200, 200), None, None, None, None, (1.0, 1.0), 20, None);"
+        "cpu.sinkhorn(Sinkhorn(torch.randn(8, 200, 200), num_iters=20));"
         "print(len(__import__('os').listdir('/proc/self/task')))"
     )
     if not MODULE.has_openmp():

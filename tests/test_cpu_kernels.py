@@ -15,8 +15,17 @@ from torch import Tensor
 import setformer_kernels.functional as SF
 from setformer_kernels.backends import cpu, eager
 from setformer_kernels.backends._extension import MODULE, REASON
-from setformer_kernels.problem import Operands, Options
-from setformer_kernels.testing import ALL_CASES, Case, assert_within_budget, gradients, make, model_inputs
+from setformer_kernels.problem import Operands, Options, Sinkhorn
+from setformer_kernels.testing import (
+    ALL_CASES,
+    Case,
+    assert_typically_within_budget,
+    assert_within_budget,
+    gradients,
+    make,
+    measure,
+    model_inputs,
+)
 from setformer_kernels.testing.budget import cast
 
 pytestmark = pytest.mark.skipif(MODULE is None, reason=REASON or "extension loaded")
@@ -53,24 +62,24 @@ def check(case: Case, dtype: torch.dtype) -> None:
             allowed = 1e-11 * exact[name].norm().item() + 1e-12  # some gradients are exactly 0
             assert (result - exact[name]).norm().item() <= allowed, name
     else:
-        assert_within_budget(fast, exact, model, case.name)
+        assert_within_budget({n: t for n, t in fast.items() if measure.large(n, t)}, exact, model, case.name)
 
 
-# Many heads for the positions: the [H] gradient of their scale is one rounding error a head.
 ISA_CASES = (
-    *(
-        ALL_CASES[name]
-        for name in ("odd_sizes", "length_63", "many_references", "small_epsilon_wide", "causal_t1", "t0")
-    ),
-    dataclasses.replace(ALL_CASES["positions"], B=1, H=24),
-    ALL_CASES["tensors"],
-)
+    "odd_sizes", "length_63", "many_references", "small_epsilon_wide", "causal_t1", "t0", "positions", "tensors"
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("case", ISA_CASES, ids=lambda case: case.name)
-def test_every_instruction_set_keeps_the_error_budget(case: Case, dtype: torch.dtype, isa: str) -> None:
-    check(case, dtype)
+@pytest.mark.parametrize("name", ISA_CASES)
+def test_every_instruction_set_keeps_the_error_budget(name: str, dtype: torch.dtype, isa: str) -> None:
+    check(ALL_CASES[name], dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", ["tensors", "far_positions", "causal_tensors"])
+def test_every_instruction_set_keeps_small_gradients_in_the_budget(name: str, dtype: torch.dtype, isa: str) -> None:
+    assert_typically_within_budget(*measure.small_gradients(ALL_CASES[name], dtype, "cpu"), name)
 
 
 @pytest.mark.parametrize("num_threads", [2, 3, 7])
@@ -218,10 +227,9 @@ def test_only_the_gradients_asked_for_are_made(causal: bool) -> None:
 
 def test_sinkhorn_takes_any_strides() -> None:
     l = torch.randn(3, 40, 30)
-    args = (None, None, None, None, (1.0, 1.0), 5, None)
-    expected = cpu.sinkhorn(l, *args)
+    expected = cpu.sinkhorn(Sinkhorn(l, num_iters=5))
     for view in (strided(l, "transposed"), strided(l, "every second element"), strided(l, "rows apart")):
-        assert all(torch.equal(a, b) for a, b in zip(cpu.sinkhorn(view, *args), expected, strict=True))
+        assert all(torch.equal(a, b) for a, b in zip(cpu.sinkhorn(Sinkhorn(view, num_iters=5)), expected, strict=True))
 
 
 @pytest.mark.parametrize("shape", [(1, 300, 257), (5, 64, 33), (2, 1, 1), (1, 3, 3000)])
@@ -231,14 +239,13 @@ def test_sinkhorn_and_its_gradients_in_float64(shape: tuple[int, int, int], spre
     l = spread * torch.randn(shape, dtype=torch.float64)
     log_a = torch.randn(shape[:2], dtype=torch.float64).log_softmax(-1)
     lam = torch.rand(shape[0], dtype=torch.float64)
-    inputs = (l, log_a, None, lam, None)
-    args = ((1.0, 0.7), 6, None)
-    got, want = cpu.sinkhorn(*inputs, *args), eager.sinkhorn(*inputs, *args)
+    x = Sinkhorn(l, log_a, None, lam, None, (1.0, 0.7), 6)
+    got, want = cpu.sinkhorn(x), eager.sinkhorn(x)
     assert all(torch.allclose(a, b, rtol=1e-9, atol=1e-9) for a, b in zip(got, want, strict=True))
     d_f, d_g = torch.randn_like(got[0]), torch.randn_like(got[1])
     needs = (True, True, False, True, False)
-    tail = ((1.0, 0.7), got[2], got[3], d_f, d_g, needs)
-    for a, b in zip(cpu.sinkhorn_backward(*inputs, *tail), eager.sinkhorn_backward(*inputs, *tail), strict=True):
+    tail = (got[2], got[3], d_f, d_g, needs)
+    for a, b in zip(cpu.sinkhorn_backward(x, *tail), eager.sinkhorn_backward(x, *tail), strict=True):
         assert (a is None) == (b is None)
         if a is not None:
             assert torch.allclose(a, b, rtol=1e-8, atol=1e-9)

@@ -26,8 +26,16 @@ from torch import Tensor
 import setformer_kernels.functional as SF
 from setformer_kernels import dispatch
 from setformer_kernels.backends import cuda, eager
-from setformer_kernels.problem import Operands, Options
-from setformer_kernels.testing import ALL_CASES, CASES, Case, assert_within_budget, gradients, model_inputs
+from setformer_kernels.problem import Operands, Options, Sinkhorn
+from setformer_kernels.testing import (
+    ALL_CASES,
+    CASES,
+    Case,
+    assert_typically_within_budget,
+    assert_within_budget,
+    measure,
+    model_inputs,
+)
 from setformer_kernels.testing.budget import cast
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -79,12 +87,15 @@ NOT_CAUSAL = [case for case in CASES if not case.options.get("causal")]
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("case", NOT_CAUSAL, ids=lambda case: case.name)
 def test_attention_within_the_error_budget(case: Case, dtype: torch.dtype, backend: str, poisoned_memory: None) -> None:
-    if not test_backends.fits(case, dtype):
+    if not measure.fits(case, dtype):
         pytest.skip("out of float16's range")
-    inputs, cotangent, exact, model = test_backends.expected(case.name, dtype, torch.get_default_device())
-    call = functools.partial(SF.set_attention, backend=backend)
-    fast = gradients(call, cast(inputs, torch.float32, dtype), cotangent)
-    assert_within_budget(test_backends.large(fast), exact, model, case.name)
+    measure.attention(case, dtype, backend).check(case.name)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", [name for name in measure.SMALL_CASES if ALL_CASES[name] in NOT_CAUSAL])
+def test_small_gradients_within_the_error_budget(name: str, dtype: torch.dtype, backend: str) -> None:
+    assert_typically_within_budget(*measure.small_gradients(ALL_CASES[name], dtype, backend, draws=1), name)
 
 
 @pytest.mark.parametrize("name", ["plain", "t1", "no_key", "tensors", "far_positions", "length_1000"])
@@ -178,10 +189,11 @@ def problem(n: int, m: int, groups: int = 2) -> list[Tensor]:
 
 def both_ways(module: Any, inputs: list[Tensor], num_iters: int, tol: float | None) -> list[Tensor]:
     """f, g, c, iters and the gradients of a fixed combination of f and g."""
-    f, g, c, iters = module.sinkhorn(*inputs, (1.0, 1.0), num_iters, tol)
+    x = Sinkhorn(*inputs, num_iters=num_iters, tol=tol)
+    f, g, c, iters = module.sinkhorn(x)
     d_f = torch.where(f > -math.inf, torch.cos(torch.arange(f.shape[1])), 0).to(f.dtype)
     d_g = torch.where(g > -math.inf, torch.sin(torch.arange(g.shape[1])), 0).to(f.dtype)
-    grads = module.sinkhorn_backward(*inputs, (1.0, 1.0), c, iters, d_f, d_g, (True,) * 5)
+    grads = module.sinkhorn_backward(x, c, iters, d_f, d_g, (True,) * 5)
     return [f, g, c, iters, *grads]
 
 
@@ -210,7 +222,7 @@ def test_a_tolerance_stops_each_problem_by_itself(backend: str, poisoned_memory:
     inputs = problem(150, 70)
     inputs[0][1] = 0.01 * inputs[0][1].nan_to_num(neginf=0)  # nearly constant: one iteration is nearly all
     _, _, c, iters, *_ = both_ways(cuda, inputs, 5, 0.05)
-    assert torch.equal(iters, eager.sinkhorn(*[t.double() for t in inputs], (1.0, 1.0), 5, 0.05)[3])
+    assert torch.equal(iters, eager.sinkhorn(Sinkhorn(*[t.double() for t in inputs], num_iters=5, tol=0.05))[3])
     ran = int(iters[1])
     assert ran < iters[0]
     assert torch.equal(c[1, ran - 1 :], c[1, ran - 1].expand(5 - ran + 1, -1))

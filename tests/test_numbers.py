@@ -41,7 +41,7 @@ def convert(value: Any, kind: str) -> Any:
 OWN = {
     "num_references": M, "num_iters": 2, "epsilon": 0.125, "bandwidth": 2.0, "kernel": "rbf", "value_map": "rkhs",
     "position_dim": 2, "learn_epsilon": True, "learn_log_mass": True, "key_relaxation": 0.5,
-    "reference_relaxation": 0.25, "backend": "auto",
+    "reference_relaxation": 0.25, "backend": "auto", "position_scale": 4.0,
 }  # fmt: skip
 BUILDS: dict[str, tuple[Callable[..., nn.Module], dict[str, Any]]] = {
     "attention": (
@@ -189,7 +189,9 @@ def test_no_integers(name, value):
         SeTAttention(**{"embed_dim": E, "num_heads": H, name: value})
 
 
-@pytest.mark.parametrize("name", ["dropout", "epsilon", "bandwidth", "key_relaxation", "reference_relaxation"])
+@pytest.mark.parametrize(
+    "name", ["dropout", "epsilon", "bandwidth", "key_relaxation", "reference_relaxation", "position_scale"]
+)
 @pytest.mark.parametrize("value", [*NO_NUMBERS, *OUTSIDE], ids=repr)
 def test_no_numbers(name, value):
     error = ValueError if any(value is other for other in OUTSIDE) else TypeError

@@ -14,6 +14,7 @@ from conftest import device_of
 from torch import Tensor
 
 from setformer_kernels.backends import eager
+from setformer_kernels.problem import Sinkhorn
 from setformer_kernels.testing import assert_within_budget
 
 pytest.importorskip("triton")
@@ -33,11 +34,12 @@ def problem(n: int, m: int, infinite: bool = False) -> list[Tensor]:
 
 def both_ways(module: Any, backward: Any, inputs: list[Tensor], num_iters: int, tol: float | None) -> dict[str, Tensor]:
     """f, g, c, iters and the gradients of a fixed combination of f and g."""
-    f, g, c, iters = module.sinkhorn(*inputs, (1.0, 1.0), num_iters, tol)
+    x = Sinkhorn(*inputs, num_iters=num_iters, tol=tol)
+    f, g, c, iters = module.sinkhorn(x)
     rows, columns = torch.arange(f.shape[1], device=f.device), torch.arange(g.shape[1], device=g.device)
     d_f = torch.where(f > -math.inf, torch.cos(rows.to(f.dtype)), 0)
     d_g = torch.where(g > -math.inf, torch.sin(columns.to(g.dtype)), 0)
-    grads = backward.sinkhorn_backward(*inputs, (1.0, 1.0), c, iters, d_f, d_g, (True,) * 5)
+    grads = backward.sinkhorn_backward(x, c, iters, d_f, d_g, (True,) * 5)
     return {"f": f, "g": g, "c": c, "iters": iters} | dict(zip(NAMES, grads, strict=True))
 
 

@@ -34,7 +34,7 @@ import csv
 import functools
 import math
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -137,11 +137,19 @@ def _touched(ttir: str) -> tuple[bool, ...]:
     return tuple(len(re.findall(rf"{name}\b", ttir)) > 1 for name in pointers)
 
 
+def _tensors(arguments: Iterable[Any]) -> Iterator[torch.Tensor]:
+    """The tensors among a kernel's arguments, those of groups in their place."""
+    for argument in arguments:
+        if isinstance(argument, torch.Tensor):
+            yield argument
+        elif isinstance(argument, tuple):
+            yield from _tensors(argument)
+
+
 def _moved(launch: Any, used: Iterable[bool]) -> float:
     """Bytes of the tensors a launch touches, each storage once; broadcasts count what is there."""
-    tensors = [argument for argument in launch.args if isinstance(argument, torch.Tensor)]
     sizes = {}
-    for tensor, touched in zip(tensors, used, strict=True):
+    for tensor, touched in zip(_tensors(launch.args), used, strict=True):
         if touched:
             extent = math.prod(n for n, stride in zip(tensor.shape, tensor.stride(), strict=True) if stride)
             sizes[tensor.data_ptr()] = extent * tensor.element_size()

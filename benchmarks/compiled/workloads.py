@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.compiled.gpus import GPUS
-from setformer_kernels.problem import Operands, Options
+from setformer_kernels.problem import Operands, Options, Sinkhorn
 
 MULTIPROCESSORS = {gpu.family: gpu.multiprocessors for gpu in GPUS.values()}
 
@@ -103,13 +103,13 @@ def _run_sinkhorn(backend: Any, call: Call) -> None:
     problems, rows, columns = call.B * call.H, call.L, call.M
     rich = [torch.empty(problems, n) for n in (rows, columns)] + [torch.empty(problems) for _ in range(2)]
     masses = rich if call.rich else [None] * 4
-    l, scalars = torch.empty(problems, rows, columns), (1.0, 1.0)
+    x = Sinkhorn(torch.empty(problems, rows, columns), *masses, num_iters=call.T, tol=1e-3 if call.rich else None)
     if call.backward:
         c, iters = torch.empty(problems, max(call.T, 1), columns), torch.empty(problems, dtype=torch.int64)
         cotangents = torch.empty(problems, rows), torch.empty(problems, columns)
-        backend.sinkhorn_backward(l, *masses, scalars, c, iters, *cotangents, (True, *[call.rich] * 4))
+        backend.sinkhorn_backward(x, c, iters, *cotangents, (True, *[call.rich] * 4))
     else:
-        backend.sinkhorn(l, *masses, scalars, call.T, 1e-3 if call.rich else None)
+        backend.sinkhorn(x)
 
 
 RUN: dict[str, Callable[[Any, Call], None]] = {

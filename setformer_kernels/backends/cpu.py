@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..problem import DTYPES, Operands, Options, Problem, compute_dtype, empty_in_order, in_order
+from ..problem import DTYPES, Operands, Options, Problem, Sinkhorn, beyond, compute_dtype, empty_in_order, in_order
 from . import _extension
 from ._extension import MODULE, REASON
 from ._extension import view as _view
@@ -29,15 +29,7 @@ def unsupported_reasons(p: Problem) -> list[str]:
     reasons = [ABSENT] if ABSENT else []
     if p.device != "cpu":
         reasons.append(f"runs on cpu tensors, not on {p.device}")
-    if p.dtype not in DTYPES:
-        reasons.append(f"has no kernels for {p.dtype}")
-    if p.op != "sinkhorn" and p.M > MAX_REFERENCES:
-        reasons.append(f"holds at most {MAX_REFERENCES} references, not {p.M}")
-    if max(p.D, p.E) > MAX_HEAD_DIM:
-        reasons.append(f"holds head dims of at most {MAX_HEAD_DIM}, not {max(p.D, p.E)}")
-    if p.op == "causal" and p.num_iters > 1:
-        reasons.append("the causal scan needs num_iters <= 1")
-    return reasons
+    return reasons + beyond(p, DTYPES, MAX_REFERENCES, MAX_HEAD_DIM)
 
 
 def _common(x: Operands, opt: Options) -> tuple[Any, ...]:
@@ -183,40 +175,22 @@ def features_backward(
     return d_x, d_landmarks, d_bandwidth
 
 
-def sinkhorn(
-    log_kernel: Tensor,
-    log_a: Tensor | None,
-    log_b: Tensor | None,
-    lam_a: Tensor | None,
-    lam_b: Tensor | None,
-    scalars: Sequence[float],
-    num_iters: int,
-    tol: float | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def sinkhorn(x: Sinkhorn) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """f [G, N], g [G, M], c [G, max(T, 1), M], iters [G]."""
-    limit, threads = -1.0 if tol is None else tol, torch.get_num_threads()
-    inputs = (log_kernel, log_a, log_b, lam_a, lam_b)
+    limit, threads = -1.0 if x.tol is None else x.tol, torch.get_num_threads()
     return _extension.sinkhorn(
-        inputs, num_iters, lambda views: _C.sinkhorn(views, tuple(scalars), num_iters, limit, threads, False)
+        x, lambda views: _C.sinkhorn(views, tuple(x.scalars), x.num_iters, limit, threads, False)
     )
 
 
 def sinkhorn_backward(
-    log_kernel: Tensor,
-    log_a: Tensor | None,
-    log_b: Tensor | None,
-    lam_a: Tensor | None,
-    lam_b: Tensor | None,
-    scalars: Sequence[float],
-    c: Tensor,
-    iters: Tensor,
-    d_f: Tensor,
-    d_g: Tensor,
-    needs: Sequence[bool],
+    x: Sinkhorn, c: Tensor, iters: Tensor, d_f: Tensor, d_g: Tensor, needs: Sequence[bool]
 ) -> tuple[Tensor | None, ...]:
     """(d log_kernel, d log_a, d log_b, dλ_a, dλ_b), None where not needed."""
-    inputs, given = (log_kernel, log_a, log_b, lam_a, lam_b), (c, iters, d_f, d_g)
     threads = torch.get_num_threads()
     return _extension.sinkhorn_backward(
-        inputs, given, needs, lambda views: _C.sinkhorn(views, tuple(scalars), c.shape[1], -1.0, threads, True)
+        x,
+        (c, iters, d_f, d_g),
+        needs,
+        lambda views: _C.sinkhorn(views, tuple(x.scalars), c.shape[1], -1.0, threads, True),
     )

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..problem import Operands, Options, Problem, empty_in_order
+from ..problem import Operands, Options, Problem, Sinkhorn, empty_in_order
 from . import _extension
 from ._extension import DTYPE_CODES, MODULE, REASON, view
 
@@ -111,40 +111,22 @@ def _backward(
     )
 
 
-def sinkhorn(
-    log_kernel: Tensor,
-    log_a: Tensor | None,
-    log_b: Tensor | None,
-    lam_a: Tensor | None,
-    lam_b: Tensor | None,
-    scalars: Sequence[float],
-    num_iters: int,
-    tol: float | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def sinkhorn(x: Sinkhorn) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """f [G, N], g [G, M], c [G, max(T, 1), M], iters [G]."""
-    limit, where = -1.0 if tol is None else tol, _where(log_kernel)
-    inputs = (log_kernel, log_a, log_b, lam_a, lam_b)
+    limit, where = -1.0 if x.tol is None else x.tol, _where(x.log_kernel)
     return _extension.sinkhorn(
-        inputs, num_iters, lambda views: _C.cuda_sinkhorn(views, tuple(scalars), num_iters, limit, False, *where)
+        x, lambda views: _C.cuda_sinkhorn(views, tuple(x.scalars), x.num_iters, limit, False, *where)
     )
 
 
 def sinkhorn_backward(
-    log_kernel: Tensor,
-    log_a: Tensor | None,
-    log_b: Tensor | None,
-    lam_a: Tensor | None,
-    lam_b: Tensor | None,
-    scalars: Sequence[float],
-    c: Tensor,
-    iters: Tensor,
-    d_f: Tensor,
-    d_g: Tensor,
-    needs: Sequence[bool],
+    x: Sinkhorn, c: Tensor, iters: Tensor, d_f: Tensor, d_g: Tensor, needs: Sequence[bool]
 ) -> tuple[Tensor | None, ...]:
     """(d log_kernel, d log_a, d log_b, dλ_a, dλ_b), None where not needed."""
-    inputs, given = (log_kernel, log_a, log_b, lam_a, lam_b), (c, iters, d_f, d_g)
-    where = _where(log_kernel)
+    where = _where(x.log_kernel)
     return _extension.sinkhorn_backward(
-        inputs, given, needs, lambda views: _C.cuda_sinkhorn(views, tuple(scalars), c.shape[1], -1.0, True, *where)
+        x,
+        (c, iters, d_f, d_g),
+        needs,
+        lambda views: _C.cuda_sinkhorn(views, tuple(x.scalars), c.shape[1], -1.0, True, *where),
     )

@@ -8,13 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import reference
-from ..problem import Operands, Options, compute_dtype, empty_in_order
+from ..problem import Operands, Options, Sinkhorn, compute_dtype, empty_in_order, memory_order
 from ..reference.attention import attention_with_state, pool_with_state
 
 NAME = "eager"
@@ -55,10 +54,16 @@ def _vjp(
     ]
 
 
+def _in_order(like: Tensor, t: Tensor) -> Tensor:
+    """A copy of `t` in the memory order of `like`: no view, and by operations that exported graphs may hold."""
+    order = memory_order(like)
+    return t.permute(order).contiguous().permute([order.index(d) for d in range(t.ndim)]).clone()
+
+
 def attention(x: Operands, opt: Options) -> tuple[Tensor, Tensor, Tensor]:
     assert x.query is not None
     o, z, c = attention_with_state(x, opt)
-    return empty_in_order(x.query, o.shape).copy_(o), z, c
+    return _in_order(x.query, o), z, c
 
 
 def attention_backward(
@@ -79,8 +84,7 @@ def pool_backward(
 
 def causal(x: Operands, opt: Options) -> Tensor:
     assert x.query is not None
-    o = reference.causal(x, opt)
-    return empty_in_order(x.query, o.shape).copy_(o)
+    return _in_order(x.query, reference.causal(x, opt))
 
 
 def causal_backward(x: Operands, opt: Options, d_o: Tensor, needs: Sequence[bool]) -> Gradients:
@@ -88,8 +92,7 @@ def causal_backward(x: Operands, opt: Options, d_o: Tensor, needs: Sequence[bool
 
 
 def features(x: Tensor, landmarks: Tensor, bandwidth: Tensor | None, scalar: float, ridge: float) -> Tensor:
-    psi = _features(x, landmarks, bandwidth, scalar, ridge)
-    return empty_in_order(x, psi.shape).copy_(psi)
+    return _in_order(x, _features(x, landmarks, bandwidth, scalar, ridge))
 
 
 def _features(x: Tensor, landmarks: Tensor, bandwidth: Tensor | None, scalar: float, ridge: float) -> Tensor:
@@ -111,55 +114,35 @@ def features_backward(
     return _vjp(lambda x, w, beta: _features(x, w, beta, scalar, ridge), tensors, needs, [d_psi])
 
 
-def _sinkhorn(
-    log_kernel: Tensor,
-    log_a: Tensor | None,
-    log_b: Tensor | None,
-    lam_a: Tensor | None,
-    lam_b: Tensor | None,
-    scalars: Sequence[float],
-    num_iters: int,
-    tol: float | None,
-) -> tuple[Tensor, ...]:
+def _sinkhorn(x: Sinkhorn) -> tuple[Tensor, ...]:
     lam_a, lam_b = (
-        log_kernel.new_full((1, 1), scalar) if lam is None else lam.unsqueeze(-1)
-        for lam, scalar in zip((lam_a, lam_b), scalars, strict=True)
+        x.log_kernel.new_full((1, 1), scalar) if lam is None else lam.unsqueeze(-1)
+        for lam, scalar in zip((x.lam_a, x.lam_b), x.scalars, strict=True)
     )
-    n, m = log_kernel.shape[-2:]
-    log_a = reference.uniform_mass(log_kernel, n) if log_a is None else log_a
-    log_b = reference.uniform_mass(log_kernel, m) if log_b is None else log_b
-    return reference.sinkhorn(log_kernel, log_a, log_b, num_iters, lam_a, lam_b, tol)
+    n, m = x.log_kernel.shape[-2:]
+    log_a = reference.uniform_mass(x.log_kernel, n) if x.log_a is None else x.log_a
+    log_b = reference.uniform_mass(x.log_kernel, m) if x.log_b is None else x.log_b
+    return reference.sinkhorn(x.log_kernel, log_a, log_b, x.num_iters, lam_a, lam_b, x.tol)
 
 
-def sinkhorn(*args: Any) -> tuple[Tensor, ...]:
-    """(log_kernel [G, N, M], log_a, log_b, lam_a [G], lam_b [G], scalars, num_iters, tol) -> (f, g, c, iters)."""
+def sinkhorn(x: Sinkhorn) -> tuple[Tensor, ...]:
+    """f [G, N], g [G, M], c [G, max(T, 1), M], iters [G]."""
     # Without an iteration f and g are log a and log b themselves, which no output of an op may be.
-    return tuple(t.clone(memory_format=torch.contiguous_format) for t in _sinkhorn(*args))
+    return tuple(t.clone(memory_format=torch.contiguous_format) for t in _sinkhorn(x))
 
 
 def sinkhorn_backward(
-    log_kernel: Tensor,
-    log_a: Tensor | None,
-    log_b: Tensor | None,
-    lam_a: Tensor | None,
-    lam_b: Tensor | None,
-    scalars: Sequence[float],
-    c: Tensor,
-    iters: Tensor,
-    d_f: Tensor,
-    d_g: Tensor,
-    needs: Sequence[bool],
+    x: Sinkhorn, c: Tensor, iters: Tensor, d_f: Tensor, d_g: Tensor, needs: Sequence[bool]
 ) -> tuple[Tensor | None, ...]:
     """Problems that ran equally long are replayed together, so that no tolerance is needed to repeat the stops."""
     groups = [(n, (iters == n).nonzero().squeeze(-1)) for n in iters.unique().tolist() or [0]]
 
     def replay(*tensors: Tensor | None) -> tuple[Tensor, Tensor]:
-        plans = [
-            _sinkhorn(*(t if t is None else t[rows] for t in tensors), scalars, n, None)  # type: ignore[arg-type, call-arg]
-            for n, rows in groups
-        ]
+        plans = []
+        for n, rows in groups:
+            some = [t if t is None else t[rows] for t in tensors]
+            plans.append(_sinkhorn(Sinkhorn(*some)._replace(scalars=x.scalars, num_iters=n)))  # type: ignore[arg-type]
         return torch.cat([p[0] for p in plans]), torch.cat([p[1] for p in plans])
 
     order = torch.cat([rows for _, rows in groups])
-    tensors = (log_kernel, log_a, log_b, lam_a, lam_b)
-    return tuple(_vjp(replay, tensors, needs, [d_f[order], d_g[order]]))
+    return tuple(_vjp(replay, x.tensors, needs, [d_f[order], d_g[order]]))

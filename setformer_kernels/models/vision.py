@@ -103,7 +103,8 @@ class Stage(nn.Module):
                 x = checkpoint(block, x, position, use_reentrant=False)
             else:
                 x = block(x, position)
-        return self.norm(x).transpose(1, 2).unflatten(2, (height, width))
+        # a view: unflatten has no symbol in the exporters
+        return self.norm(x).transpose(1, 2).view(x.shape[0], x.shape[-1], height, width)
 
 
 class PoolHead(nn.Module):
@@ -195,7 +196,7 @@ class SeTformer(FloatInPython):
             "num_references": checks.integer("pool_references", pool_references, 1),
             "dropout": checks.probability("dropout", dropout),
         }
-        self.pool = pool
+        self.pool = checks.plain(pool)
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         options = {**(attention or {}), "num_references": num_references}
 

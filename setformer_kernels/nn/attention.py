@@ -47,7 +47,7 @@ OUT_PROJ: dict[str, Init] = {
 
 def split_heads(x: Tensor, num_heads: int, batch_first: bool) -> Tensor:
     """[B, N, H·D] (batch_first) or [N, B, H·D] -> a view [B, H, N, D]."""
-    x = x.unflatten(-1, (num_heads, -1))
+    x = x.view(*x.shape[:-1], num_heads, x.shape[-1] // num_heads)
     return x.transpose(1, 2) if batch_first else x.permute(1, 2, 0, 3)
 
 

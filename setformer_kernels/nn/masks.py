@@ -53,7 +53,7 @@ def attention_mask_of(
     if attn_mask is None:
         return None, False
     if attn_mask.dim() == 3:
-        attn_mask = attn_mask.unflatten(0, (B, H))
+        attn_mask = attn_mask.view(B, H, L, S)
     return takes_part(F.pad(attn_mask, (0, slots))), False
 
 

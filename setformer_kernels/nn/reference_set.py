@@ -43,7 +43,7 @@ class ReferenceSet(Leaf, FloatInPython):
     key_relaxation: float
     reference_relaxation: float
     backend: str
-    initial_position_scale: float
+    initial_position_scale: float = 1.0  # of modules pickled before it was an argument
     references: nn.Parameter
     landmarks: nn.Parameter | None
     log_epsilon: nn.Parameter | None

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..problem import HYPER, Operands, Options, compute_dtype, replaced
 from .causal import log_weights, scan
-from .dense import DenseProblem, dense_weights, normalise_masses
+from .dense import DenseProblem, dense_weights, normalise_masses, unknown
 from .dropout import dropout
 from .logits import kernel_matrix, logits
 from .transport import INF, Plan, pool_weights, read_weights, sinkhorn
@@ -82,7 +82,7 @@ def pool_with_state(x: Operands, opt: Options) -> tuple[Tensor, Tensor]:
     """(z [B, H, M, E], c [B, H, max(T, 1), M]) in the compute dtype."""
     x = widen(x)
     l, p = plan(x, opt)
-    return pool_weights(l, p).mT @ x.value, p.c
+    return pool_weights(l, p).transpose(-1, -2) @ x.value, p.c
 
 
 def attention_with_state(x: Operands, opt: Options) -> tuple[Tensor, Tensor, Tensor]:
@@ -106,12 +106,15 @@ def weights(x: Operands, opt: Options) -> Tensor:
     dtype = x.key.dtype
     x = widen(x)
     l, p = plan(x, opt)
-    return (_query_weights(x, opt, p.c) @ pool_weights(l, p).mT).to(dtype)
+    return (_query_weights(x, opt, p.c) @ pool_weights(l, p).transpose(-1, -2)).to(dtype)
 
 
 def causal(x: Operands, opt: Options) -> Tensor:
-    """Causal o [B, H, L, E] for T ≤ 1 by the linear-time scan."""
-    dtype = x.key.dtype
+    """Causal o [B, H, L, E] for T ≤ 1 by the linear-time scan, or by the dense path where the length is unknown."""
+    dtype, length = x.key.dtype, x.key.shape[-2]
+    if unknown(length):
+        later = x.references.new_ones((length, length), dtype=torch.bool).triu(1)
+        return dense(x, opt, torch.where(later, -INF, x.references.new_zeros(()))[None, None])[0]
     x = widen(x)
     assert x.query is not None
     if x.query.shape[-2] == 0:
@@ -154,7 +157,7 @@ def _logit_bound(x: Operands, opt: Options, l_k: Tensor) -> float:
     learned = x.bandwidth is not None or x.epsilon is not None
     if opt.kernel == "rbf" and x.reference_position is None and not learned:
         return (1 - math.exp(-2 * bandwidth)) / epsilon
-    traced = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    traced = torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._are_functorch_transforms_active()
     if traced or type(l_k) is not Tensor or l_k.device.type != "cpu" or l_k.numel() == 0:
         return INF
     return float(l_k.detach().abs().max())

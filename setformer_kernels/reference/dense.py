@@ -44,10 +44,10 @@ def weights_by_products(p: DenseProblem, keep: Tensor | float) -> Tensor:
     ex, n, b = p.l_k.exp(), p.log_n.exp(), p.log_b.exp()
     u, v = n, b.expand(p.l_q.shape)
     for _ in range(p.num_iters):
-        u = n * (v @ ex.mT).pow(-p.lam_a)
+        u = n * (v @ ex.transpose(-1, -2)).pow(-p.lam_a)
         v = b * (u @ ex).pow(-p.lam_b)
     w_q = (p.l_q + v.log()).softmax(-1) * keep
-    return u * ((w_q / (u @ ex)) @ ex.mT)
+    return u * ((w_q / (u @ ex)) @ ex.transpose(-1, -2))
 
 
 def weights_by_logs(p: DenseProblem, keep: Tensor | float) -> Tensor:
@@ -74,8 +74,15 @@ def dense_weights(p: DenseProblem, keep: Tensor | float, logit_bound: float) -> 
     return _by_chunks(p, keep)
 
 
+def unknown(length: int) -> bool:
+    """Whether a graph is traced for any length: a loop over it would be right for the one it is traced with alone."""
+    return not isinstance(length, int)  # a SymInt of torch.export, a tensor of torch.jit.trace
+
+
 def _by_chunks(p: DenseProblem, keep: Tensor | float) -> Tensor:
     b, h, length, m = p.l_q.shape
+    if unknown(length):
+        return weights_by_logs(p, keep)
     rows = max(1, CHUNK_ELEMENTS // max(1, b * h * p.l_k.shape[-2] * m))
     chunks = []
     for start in range(0, length, rows):

@@ -24,8 +24,8 @@ def normalise(x: Tensor) -> Tensor:
 def kernel_matrix(x: Tensor, y: Tensor, bandwidth: Tensor, kind: str) -> Tensor:
     """κ(x_i, y_j): [..., N, D], [..., M, D] -> [..., N, M]; β of shape [..., 1, 1]."""
     if kind == "dot":
-        return x @ y.mT
-    return (bandwidth * (normalise(x) @ normalise(y).mT - 1)).exp()
+        return x @ y.transpose(-1, -2)
+    return (bandwidth * (normalise(x) @ normalise(y).transpose(-1, -2) - 1)).exp()
 
 
 def squared_distance(p: Tensor, pi: Tensor) -> Tensor:

@@ -1,15 +1,26 @@
 """Named cases and the error budget, shared by the tests of every backend and by the benchmarks."""
 
-from .budget import assert_within_budget, gradients, model_inputs, rounding_unit
+from . import measure
+from .budget import (
+    assert_typically_within_budget,
+    assert_within_budget,
+    gradients,
+    model_inputs,
+    rounding_unit,
+    sizes,
+)
 from .cases import ALL_CASES, CASES, Case, make
 
 __all__ = [
     "ALL_CASES",
     "CASES",
     "Case",
+    "assert_typically_within_budget",
     "assert_within_budget",
     "gradients",
     "make",
+    "measure",
     "model_inputs",
     "rounding_unit",
+    "sizes",
 ]

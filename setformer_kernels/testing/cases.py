@@ -90,14 +90,13 @@ CASES = (
 ALL_CASES = {case.name: case for case in CASES}
 
 
-def make(case: Case) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def make(case: Case, draw: int = 0) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """(query, key, value, references) and the other keywords, in float64, on the CPU whatever the default device is."""
     with torch.device("cpu"):
-        return _make(case)
+        return _make(case, torch.Generator().manual_seed(zlib.crc32(case.name.encode()) + draw))
 
 
-def _make(case: Case) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    g = torch.Generator().manual_seed(zlib.crc32(case.name.encode()))
+def _make(case: Case, g: torch.Generator) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=g, dtype=torch.float64)

@@ -83,7 +83,8 @@ def attention(name: str) -> nn.ModuleDict:
 
 def call(module: nn.Module) -> Tensor:
     torch.manual_seed(1)
-    return module(torch.randn(2, 5, E), torch.randn(2, 6, module.kdim), torch.randn(2, 6, module.vdim))[0]
+    query = torch.randn(2, 5, E, requires_grad=True)  # of which backward hooks make sure
+    return module(query, torch.randn(2, 6, module.kdim), torch.randn(2, 6, module.vdim))[0]
 
 
 def effective(module: nn.Module) -> dict[str, Tensor]:
@@ -188,7 +189,7 @@ def test_hooks_their_handles_and_every_reference_stay() -> None:
     model, seen = nn.ModuleDict({"attn": nn.MultiheadAttention(E, H, batch_first=True)}), []
     module = model["attn"]
     handle = module.register_forward_hook(lambda module, args, output: (output[0] + 1, output[1]))
-    module.register_full_backward_pre_hook(lambda *args: seen.append("backward"))
+    module.register_full_backward_hook(lambda *args: seen.append("backward"))
     replace_attention(model, num_references=3)
     assert model["attn"] is module
     with_hook = call(module)

@@ -15,12 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...problem import Operands, Options, Problem
+from ...problem import Operands, Options, Problem, Sinkhorn, beyond
 from .host.tiles import INTERPRETED, MAX_HEAD_DIM, MAX_REFERENCES
 
 NAME = "triton"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-OLDEST = (3, 2)  # the oldest release that the tests run with
+OLDEST = (3, 6)  # the oldest release that the tests run with
 
 Gradients = Sequence[Tensor | None]
 
@@ -47,15 +47,7 @@ def unsupported_reasons(p: Problem) -> list[str]:
     reasons = [ABSENT] if ABSENT else []
     if p.device != "cuda" and not (p.device == "cpu" and INTERPRETED):
         reasons.append(f"runs on cuda tensors (on cpu tensors only under TRITON_INTERPRET=1), not on {p.device}")
-    if p.dtype not in DTYPES:
-        reasons.append(f"has no kernels for {p.dtype}")
-    if p.op != "sinkhorn" and p.M > MAX_REFERENCES:
-        reasons.append(f"holds at most {MAX_REFERENCES} references, not {p.M}")
-    if max(p.D, p.E) > MAX_HEAD_DIM:
-        reasons.append(f"holds head dims of at most {MAX_HEAD_DIM}, not {max(p.D, p.E)}")
-    if p.op == "causal" and p.num_iters > 1:
-        reasons.append("the causal scan needs num_iters <= 1")
-    return reasons
+    return reasons + beyond(p, DTYPES, MAX_REFERENCES, MAX_HEAD_DIM)
 
 
 def _on_device(t: Tensor) -> AbstractContextManager[Any]:
@@ -129,17 +121,19 @@ def features_backward(x: Tensor, landmarks: Tensor, *args: Any) -> tuple[Tensor 
         return backward.features_backward(x, landmarks, *args)
 
 
-def sinkhorn(log_kernel: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def sinkhorn(x: Sinkhorn) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """f [G, N], g [G, M], c [G, max(T, 1), M], iters [G]."""
     from .sinkhorn import forward
 
-    with _on_device(log_kernel):
-        return forward.sinkhorn(log_kernel, *args)
+    with _on_device(x.log_kernel):
+        return forward.sinkhorn(x)
 
 
-def sinkhorn_backward(log_kernel: Tensor, *args: Any) -> tuple[Tensor | None, ...]:
+def sinkhorn_backward(
+    x: Sinkhorn, c: Tensor, iters: Tensor, d_f: Tensor, d_g: Tensor, needs: Sequence[bool]
+) -> tuple[Tensor | None, ...]:
     """(d log_kernel, d log_a, d log_b, dλ_a, dλ_b), None where not needed."""
     from .sinkhorn import backward
 
-    with _on_device(log_kernel):
-        return backward.sinkhorn_backward(log_kernel, *args)
+    with _on_device(x.log_kernel):
+        return backward.sinkhorn_backward(x, c, iters, d_f, d_g, needs)

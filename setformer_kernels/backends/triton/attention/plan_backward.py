@@ -9,7 +9,7 @@ In both the first factor is computed as the forward did, so that its errors canc
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
@@ -20,16 +20,16 @@ from ..device.gradients import sum_slots
 from ..device.head import head_parameters
 from ..device.plan import potentials_narrow, range_known, row_factor, row_update
 from ..device.primitives import INF, LOG2E, finite_or_zero, rounded
+from ..device.rows import few_keys, rows_of
+from ..host.groups import rule_of, sizes_of
 from ..host.launch import kernel, launch
-from ..host.rows import strides
-from ..host.tiles import Tile, padded
+from ..host.rows import log2_uniform, strided
+from ..host.tiles import Tile
 from ..parameters.gradients import Partials
-from ..parameters.prepare import Prepared
+from ..parameters.prepare import References
 
-COLUMNS = tl.constexpr(
-    3
-)  # vectors [MP] of an iteration: g^{t−1} − top, c^t (∞ where nothing is sent), Q's second factor
-FACTORS = tl.constexpr(2)  # and scalars: top = max g where narrow, else 0; whether narrow
+COLUMNS = tl.constexpr(3)  # vectors [MP] of an iteration: those of `Column`
+FACTORS = tl.constexpr(2)  # and numbers: the others of `Column`
 TILE = Tile(rows=16, depth=256, warps=4, stages=1)  # a [16 splits, 256] tile is 32 numbers a thread
 
 
@@ -42,6 +42,10 @@ class State(NamedTuple):
     d_g: Tensor  # [BH, max(T, 1), MP] dg^t
     columns: Tensor  # [BH, max(T, 1), COLUMNS, MP]
     factors: Tensor  # [BH, max(T, 1), FACTORS]
+    c: Tensor  # [B, H, max(T, 1), M] of the forward pass
+    d_c: Tensor | None  # likewise, what arrives there
+    first_d_g: Tensor | None  # [BH, splits, MP] parts of dg^1, once the last of these passes comes
+    uniform: float  # log2 of a key's mass where none is given
 
 
 class Cotangents(NamedTuple):
@@ -53,156 +57,162 @@ class Cotangents(NamedTuple):
     d_c: Tensor | None  # [B, H, max(T, 1), M] contiguous
 
 
-@triton.jit
-def few_keys(log_a, stride, S):
-    """Whether at most one key takes part; reads on only until the second."""
-    if log_a is None:
-        return S < 2
-    else:
-        seen = 0
-        start = 0
-        while (start < S) & (seen < 2):
-            rows = start + tl.arange(0, 1024)
-            mass = tl.load(log_a + rows.to(tl.int64) * stride, mask=rows < S, other=-INF)
-            seen += tl.sum((mass > -INF).to(tl.int32), 0)
-            start += 1024
-        return seen < 2
+class Column(NamedTuple):
+    """What one iteration needs of its columns."""
+
+    g: Any  # [MP] g^{t−1} − top
+    c: Any  # [MP] c^t, ∞ where nothing is sent
+    second: Any  # [MP] the second factor of Q^t
+    top: Any  # max g where narrow, else 0
+    narrow: Any
 
 
 @triton.jit
-def _store_columns(
-    log_b, c, columns, factors, at, h, t, lam_a, lam_b, beta, scale,
-    RANGE: tl.constexpr, UPDATE_ROWS: tl.constexpr, M: tl.constexpr, MP: tl.constexpr,
-):  # fmt: skip
+def _store_columns(log_b, beta, scale, lam_a, lam_b, state, at, t, rule, sizes):
     """The columns and factors of iteration t of one head, `at` counting iterations of all heads."""
-    j = tl.arange(0, MP)
-    c_t = tl.load(c + at * M + j, mask=j < M, other=-INF) * LOG2E
-    g = tl.load(log_b + h * MP + j)
-    if UPDATE_ROWS:
-        before = tl.load(c + (at - 1) * M + j, mask=j < tl.where(t > 1, M, 0), other=0.0)
+    M: tl.constexpr = sizes.M
+    j = tl.arange(0, sizes.MP)
+    c_t = tl.load(state.c + at * M + j, mask=j < M, other=-INF) * LOG2E
+    g = tl.load(log_b + j)
+    if rule.UPDATE_ROWS:
+        before = tl.load(state.c + (at - 1) * M + j, mask=j < tl.where(t > 1, M, 0), other=0.0)
         g -= lam_b * finite_or_zero(before) * LOG2E
     reached = c_t > -INF
     c_t = tl.where(reached, c_t, 0.0)
     top = tl.max(g, 0)
-    if UPDATE_ROWS and RANGE == "always":
+    if rule.UPDATE_ROWS and rule.RANGE == "always":
         narrow = top == top
-    elif UPDATE_ROWS and RANGE == "device":
+    elif rule.UPDATE_ROWS and rule.RANGE == "device":
         narrow = potentials_narrow(g, beta, scale, M)
     else:
         narrow = top != top
     top = tl.where(narrow, top, 0.0)
     sent = reached & (g > -INF)
     second = tl.where(narrow, (1.0 - lam_a) * top - tl.where(sent, g, 0.0) - c_t, 0.0)
-    out = columns + at * (COLUMNS * MP) + j
+    out = state.columns + at * (COLUMNS * sizes.MP) + j
     tl.store(out, g - top)
-    tl.store(out + MP, tl.where(reached, c_t, INF))
-    tl.store(out + 2 * MP, tl.where(reached, tl.exp2(second), 0.0))
-    tl.store(factors + at * FACTORS, top)
-    tl.store(factors + at * FACTORS + 1, narrow.to(tl.float32))
+    tl.store(out + sizes.MP, tl.where(reached, c_t, INF))
+    tl.store(out + 2 * sizes.MP, tl.where(reached, tl.exp2(second), 0.0))
+    tl.store(state.factors + at * FACTORS, top)
+    tl.store(state.factors + at * FACTORS + 1, narrow.to(tl.float32))
+
+
+@triton.jit
+def _store_rows(
+    part_z, part_g, d_z, z, masses, lam_b, state, bh, first, S, splits, slots, iterations, rule, sizes, ROWS
+):
+    """ROWS rows of dz and dg^T with their offsets, of one head."""
+    MP: tl.constexpr = sizes.MP
+    EP: tl.constexpr = sizes.EP
+    rows = first + tl.arange(0, ROWS)
+    flat = first * EP + tl.arange(0, ROWS * EP)
+    row, e = flat // EP, flat % EP
+    inside = (row < sizes.M) & (e < sizes.E)
+    if part_z is None:
+        total = tl.load(d_z + (bh * sizes.M + row) * sizes.E + e, mask=inside, other=0.0)
+        g_rows = tl.zeros([ROWS], tl.float32)
+    else:
+        total = sum_slots(part_z, bh, 0, 1, splits, splits, MP * EP, flat, inside)
+        g_rows = sum_slots(part_g, bh, 0, 1, slots, splits, MP, rows, rows < sizes.M)
+    operand = rounded(total, state.d_z.dtype.element_ty)
+    tl.store(state.d_z + bh * (MP * EP) + flat, operand)
+    pooled = tl.load(z + (bh * sizes.M + row) * sizes.E + e, mask=inside, other=0.0)
+    # With dz as the products with v see it: what is subtracted there is the mean of those products.
+    mean = tl.sum(tl.reshape(pooled * operand.to(tl.float32), [ROWS, EP]), 1)
+    use = tl.where(few_keys(masses, S), 0.0, 1.0)
+    d_c_rows = -lam_b * g_rows if rule.UPDATE_ROWS else g_rows * 0.0
+    at = bh * iterations + iterations - 1
+    if state.d_c is not None:
+        d_c_rows += tl.load(state.d_c + at * sizes.M + rows, mask=rows < sizes.M, other=0.0)
+    tl.store(state.offset + bh * MP + rows, mean * use - d_c_rows)
+    tl.store(state.d_g + at * MP + rows, g_rows)
+    tl.store(state.use_values + bh, use)
 
 
 @kernel
 def transport_state_backward_kernel(
-    part_z, part_g, d_z, d_c, z, c, log_b, log_a, parameters, d_z_out, offset, use_values, d_g, columns, factors,
-    stride_ab, stride_ah, stride_an, H, S, splits, slots, iterations,
-    RANGE: tl.constexpr, UPDATE_ROWS: tl.constexpr, M: tl.constexpr, MP: tl.constexpr, E: tl.constexpr,
-    EP: tl.constexpr, ROWS: tl.constexpr,
+    log_a, stride_ab, stride_ah, stride_an,  # [B, H, S] or None
+    references, state,  # References, State
+    part_z, part_g,  # [BH, splits, MP, EP] and [BH, slots, MP] of the queries, or None
+    d_z, z,  # [B, H, M, E], the first where part_z is None
+    H, S, splits, slots, iterations,
+    rule, sizes, ROWS: tl.constexpr,
 ):  # fmt: skip
     """One iteration's columns, or ROWS rows of dz and dg^T with their offsets, of one head."""
-    blocks: tl.constexpr = MP // ROWS
+    blocks: tl.constexpr = sizes.MP // ROWS
     tasks = blocks + iterations
     bh = (tl.program_id(0) // tasks).to(tl.int64)
     task = tl.program_id(0) % tasks
     b, h = bh // H, bh % H
-    beta, scale, lam_a, lam_b, tau = head_parameters(parameters, h)
+    beta, scale, lam_a, lam_b, tau = head_parameters(references.parameters, h)
     if task >= blocks:
         t = task - blocks + 1
-        at = bh * iterations + t - 1
-        _store_columns(log_b, c, columns, factors, at, h, t, lam_a, lam_b, beta, scale, RANGE, UPDATE_ROWS, M, MP)
+        at, log_b = bh * iterations + t - 1, references.log_b + h * sizes.MP
+        _store_columns(log_b, beta, scale, lam_a, lam_b, state, at, t, rule, sizes)
     else:
-        rows = task * ROWS + tl.arange(0, ROWS)
-        flat = task * ROWS * EP + tl.arange(0, ROWS * EP)
-        row, e = flat // EP, flat % EP
-        inside = (row < M) & (e < E)
-        if part_z is None:
-            total = tl.load(d_z + (bh * M + row) * E + e, mask=inside, other=0.0)
-            g_rows = tl.zeros([ROWS], tl.float32)
-        else:
-            total = sum_slots(part_z, bh, 0, 1, splits, splits, MP * EP, flat, inside)
-            g_rows = sum_slots(part_g, bh, 0, 1, slots, splits, MP, rows, rows < M)
-        operand = rounded(total, d_z_out.dtype.element_ty)
-        tl.store(d_z_out + bh * (MP * EP) + flat, operand)
-        pooled = tl.load(z + (bh * M + row) * E + e, mask=inside, other=0.0)
-        # With dz as the products with v see it: what is subtracted there is the mean of those products.
-        mean = tl.sum(tl.reshape(pooled * operand.to(tl.float32), [ROWS, EP]), 1)
-        if log_a is not None:
-            log_a += b * stride_ab + h * stride_ah
-        use = tl.where(few_keys(log_a, stride_an, S), 0.0, 1.0)
-        d_c_rows = -lam_b * g_rows if UPDATE_ROWS else g_rows * 0.0
-        at = bh * iterations + iterations - 1
-        if d_c is not None:
-            d_c_rows += tl.load(d_c + at * M + rows, mask=rows < M, other=0.0)
-        tl.store(offset + bh * MP + rows, mean * use - d_c_rows)
-        tl.store(d_g + at * MP + rows, g_rows)
-        tl.store(use_values + bh, use)
+        masses = rows_of(log_a, b, h, stride_ab, stride_ah, stride_an, S, 1) if log_a is not None else None
+        _store_rows(
+            part_z, part_g, d_z, z, masses, lam_b, state, bh, task * ROWS, S, splits, slots, iterations, rule, sizes,
+            ROWS,
+        )  # fmt: skip
 
 
 @triton.jit
-def load_columns(columns, factors, at, MP: tl.constexpr):
-    """(g − top, c, second factor [MP], top, whether narrow) of one iteration."""
-    column = columns + at * (COLUMNS * MP) + tl.arange(0, MP)
-    factor = factors + at * FACTORS
-    return tl.load(column), tl.load(column + MP), tl.load(column + 2 * MP), tl.load(factor), tl.load(factor + 1) > 0
+def load_columns(state, at, sizes):
+    """The columns of one iteration."""
+    column = state.columns + at * (COLUMNS * sizes.MP) + tl.arange(0, sizes.MP)
+    factor = state.factors + at * FACTORS
+    second, narrow = tl.load(column + 2 * sizes.MP), tl.load(factor + 1) > 0
+    return Column(tl.load(column), tl.load(column + sizes.MP), second, tl.load(factor), narrow)
 
 
 @triton.jit
-def column_gradient(d_g, d_c, at, lam_b, M: tl.constexpr):
+def column_gradient(d_g, state, at, lam_b, sizes):
     """dc^t [MP] = −λ_b dg^t, and what the gradient of an output adds."""
     d = -lam_b * d_g
-    if d_c is not None:
-        j = tl.arange(0, d_g.shape[0])
-        d += tl.load(d_c + at * M + j, mask=j < M, other=0.0)
+    if state.d_c is not None:
+        j = tl.arange(0, sizes.MP)
+        d += tl.load(state.d_c + at * sizes.M + j, mask=j < sizes.M, other=0.0)
     return d
 
 
 @triton.jit
-def _narrow_terms(kappa, scale, l, mass, lam_a, g, top, P: tl.constexpr):
+def _narrow_terms(kappa, scale, l, mass, lam_a, column, P: tl.constexpr):
     """As `plan_terms` where ℓ + g never exceeds top and never falls far below it; g less top."""
     if P > 0:
-        p = tl.exp2(l + g[None, :])
+        p = tl.exp2(l + column.g[None, :])
     else:  # as one multiply-add from κ: then neither ℓ nor κ/ε is kept beside κ from one iteration to the next
-        p = tl.exp2(tl.fma(kappa, scale + tl.zeros_like(kappa), (g - scale)[None, :] + tl.zeros_like(kappa)))
+        zero = tl.zeros_like(kappa)
+        p = tl.exp2(tl.fma(kappa, scale + zero, (column.g - scale)[None, :] + zero))
     r = tl.sum(p, 1)
     log_r = tl.log2(r)
-    return p, r, top + log_r, p * row_factor(r, mass, lam_a)[:, None]
+    return p, r, column.top + log_r, p * row_factor(r, mass, lam_a)[:, None]
 
 
 @triton.jit
-def _log_domain_terms(l, mass, lam_a, g, c):
+def _log_domain_terms(l, mass, lam_a, column):
     """As `plan_terms` whatever the range."""
-    p, m, r, f = row_update(l, g, mass, lam_a)
-    return p, r, m + tl.log2(r), tl.exp2((l + f[:, None]) - c[None, :])
+    p, m, r, f = row_update(l, column.g, mass, lam_a)
+    return p, r, m + tl.log2(r), tl.exp2((l + f[:, None]) - column.c[None, :])
 
 
 @triton.jit
-def plan_terms(
-    kappa, scale, l, mass, lam_a, g, c, top, narrow, RANGE: tl.constexpr, UPDATE_ROWS: tl.constexpr, P: tl.constexpr
-):
+def plan_terms(kappa, l, mass, head, column, rule, sizes):
     """(p [BS, MP], Σ_j p, LSE_j(ℓ + g) in base 2 [BS], the first factor of Q [BS, MP]) of one iteration.
 
     Without a row update only the last means anything.
     """
-    if not UPDATE_ROWS:
-        p, r, lse, first = l, mass, mass, tl.exp2((l + mass[:, None]) - c[None, :])
-    elif RANGE == "always":
-        p, r, lse, first = _narrow_terms(kappa, scale, l, mass, lam_a, g, top, P)
-    elif RANGE == "device":
-        if narrow:
-            p, r, lse, first = _narrow_terms(kappa, scale, l, mass, lam_a, g, top, P)
+    if not rule.UPDATE_ROWS:
+        p, r, lse, first = l, mass, mass, tl.exp2((l + mass[:, None]) - column.c[None, :])
+    elif rule.RANGE == "always":
+        p, r, lse, first = _narrow_terms(kappa, head.scale, l, mass, head.lam_a, column, sizes.P)
+    elif rule.RANGE == "device":
+        if column.narrow:
+            p, r, lse, first = _narrow_terms(kappa, head.scale, l, mass, head.lam_a, column, sizes.P)
         else:
-            p, r, lse, first = _log_domain_terms(l, mass, lam_a, g, c)
+            p, r, lse, first = _log_domain_terms(l, mass, head.lam_a, column)
     else:
-        p, r, lse, first = _log_domain_terms(l, mass, lam_a, g, c)
+        p, r, lse, first = _log_domain_terms(l, mass, head.lam_a, column)
     return p, r, lse, first
 
 
@@ -213,26 +223,24 @@ def pooling_weights(first, second, live, use):
 
 
 def merged_state(
-    x: Operands, opt: Options, prepared: Prepared, state: tuple[Tensor, Tensor], given: Cotangents, parts: Partials
+    x: Operands, opt: Options, prepared: References, state: tuple[Tensor, Tensor], given: Cotangents, parts: Partials
 ) -> State:
     """dz in the values' dtype, its offsets, dg^T and the columns of every iteration."""
-    z, c = state
-    (b, h, iterations, m), e, (_, mp, _) = c.shape, z.shape[-1], prepared.y.shape
-    ep, new = padded(e), x.references.new_empty
+    (z, c), sizes = state, sizes_of(x)
+    b, h, iterations, _ = c.shape
+    heads, mp, new = b * h, sizes.MP, x.references.new_empty
     out = State(
-        new((b * h, mp, ep), dtype=x.value.dtype),
-        new((b * h, mp)),
-        new((b * h,)),
-        new((b * h, iterations, mp)),
-        new((b * h, iterations, COLUMNS.value, mp)),
-        new((b * h, iterations, FACTORS.value)),
+        new((heads, mp, sizes.EP), dtype=x.value.dtype),
+        new((heads, mp)),
+        new((heads,)),
+        new((heads, iterations, mp)),
+        new((heads, iterations, COLUMNS.value, mp)),
+        new((heads, iterations, FACTORS.value)),
+        *(c, given.d_c, None, log2_uniform(x.key.shape[2])),
     )
-    rows = max(1, TILE.depth // ep)
-    tensors = (given.part_z, parts.log_b, *given[2:], z, c, prepared.log_b, x.log_a, prepared.parameters, *out)
-    counts = (*strides(x.log_a), h, x.key.shape[2], given.splits, parts.log_b.shape[1], iterations)
-    constants = {
-        "RANGE": range_known(x, opt), "UPDATE_ROWS": opt.num_iters > 0, "M": m, "MP": mp, "E": e, "EP": ep,
-        "ROWS": rows,
-    }  # fmt: skip
-    launch(transport_state_backward_kernel, b * h * (mp // rows + iterations), (*tensors, *counts), constants, TILE)
+    rows = max(1, TILE.depth // sizes.EP)
+    tensors = (*strided(x.log_a), prepared, out, given.part_z, parts.log_b, given.d_z, z)
+    counts = (h, x.key.shape[2], given.splits, parts.log_b.shape[1], iterations)
+    constants = {"rule": rule_of(opt, range_known(x, opt)).compiled, "sizes": sizes.compiled, "ROWS": rows}
+    launch(transport_state_backward_kernel, heads * (mp // rows + iterations), (*tensors, *counts), constants, TILE)
     return out

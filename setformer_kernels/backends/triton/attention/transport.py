@@ -10,8 +10,7 @@ merges the partial sums as it begins, `transport_finish_kernel` those of the las
 
 from __future__ import annotations
 
-import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -19,25 +18,33 @@ import triton.language as tl
 from torch import Tensor
 
 from ....problem import Operands, Options
-from ..device.head import head_parameters
-from ..device.logits import key_mass, load_references_t, load_rows, token_logits
-from ..device.plan import farthest, log_domain_weights, narrow_weights, potentials_narrow, range_known
+from ..device.head import head_of
+from ..device.logits import token_logits
+from ..device.places import farthest, places_of
+from ..device.plan import log_domain_weights, narrow_weights, potentials_narrow, range_known
 from ..device.primitives import INF, LN2, column_sum, dot, finite_or_zero, merged_log_sum, rounded
+from ..device.rows import key_mass, load_rows, rows_of
+from ..host.groups import Sizes, cut_of, rule_of, sizes_of
 from ..host.launch import Split, device_of, kernel, launch, split_tokens
-from ..host.rows import stride_step, strides, unit_rows
-from ..host.tiles import Tile, padded, tile
-from ..parameters.prepare import Prepared
+from ..host.rows import log2_uniform, stride_step, strided, unit_rows
+from ..host.tiles import Tile, tile
+from ..parameters.prepare import References
+
+
+class Sums(NamedTuple):
+    """What the programs of a pass leave of Σ_s e^{ℓ+f}: total·2^peak, both [BH, splits, MP]."""
+
+    peak: Tensor
+    total: Tensor
 
 
 @triton.jit
 def walk_keys(
-    key, value, log_a, position, pi, y, y_t, g, e, start, end, stride_kn, stride_vn, stride_an, stride_pn, uniform,
-    beta, scale, tau, relaxation, NARROW: tl.constexpr, UPDATE_ROWS: tl.constexpr, POOL: tl.constexpr,
-    M: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, E: tl.constexpr, P: tl.constexpr, DOT: tl.constexpr,
-    BS: tl.constexpr, DEPTH: tl.constexpr, PRECISION: tl.constexpr, ACROSS: tl.constexpr,
+    keys, values, masses, places, head, g, e, start, end, uniform,
+    NARROW: tl.constexpr, UPDATE_ROWS: tl.constexpr, POOL: tl.constexpr, DOT: tl.constexpr, sizes, cut,
 ):  # fmt: skip
     """(peak, total [MP], sums [MP, VDEPTH]) of keys start..end: Σ e^{ℓ+f} = total·e^peak, Σ e^{ℓ+f} v = sums·e^peak."""
-    MP: tl.constexpr = g.shape[0]
+    MP: tl.constexpr = sizes.MP
     top = tl.max(g, 0)
     shift = g - top if UPDATE_ROWS else tl.zeros_like(g)
     peak = tl.full([MP], -INF, tl.float32)
@@ -45,20 +52,17 @@ def walk_keys(
     sums = tl.zeros([MP, e.shape[0]], tl.float32)
     # Where nothing is rescaled, sums over tokens can wait until after the loop: as long as registers last.
     DEFER: tl.constexpr = NARROW and MP <= 64
-    tile = tl.zeros([BS, MP], tl.float32) if DEFER else total
-    for first in range(start, end, BS):
-        rows = first + tl.arange(0, BS)
-        live, mass = key_mass(log_a, rows, end, stride_an, uniform)
-        l, kappa, cosine, inverse, first_columns = token_logits(
-            key, rows, live, stride_kn, position, stride_pn, pi, y, y_t, beta, scale, tau,
-            M, D, DP, DEPTH, P, DOT, PRECISION, ACROSS,
-        )  # fmt: skip
+    tile = tl.zeros([cut.ROWS, MP], tl.float32) if DEFER else total
+    for first in range(start, end, cut.ROWS):
+        rows = first + tl.arange(0, cut.ROWS)
+        live, mass = key_mass(masses, rows, end, uniform)
+        l, kappa, cosine, inverse, first_columns = token_logits(keys, rows, live, places, head, DOT, sizes, cut)
         if NARROW:
             # Without positions ℓ is κ/ε − 1/ε: one multiply-add with the shift.
-            exponent = l + shift[None, :] if P > 0 else kappa * scale + (shift - scale)[None, :]
-            weights = narrow_weights(exponent, mass, relaxation, UPDATE_ROWS)  # [BS, MP]
+            exponent = l + shift[None, :] if sizes.P > 0 else kappa * head.scale + (shift - head.scale)[None, :]
+            weights = narrow_weights(exponent, mass, head.lam_a, UPDATE_ROWS)  # [BS, MP]
         else:
-            weights, here = log_domain_weights(l, g, mass, relaxation, UPDATE_ROWS)
+            weights, here = log_domain_weights(l, g, mass, head.lam_a, UPDATE_ROWS)
             new = tl.maximum(peak, here)
             weights *= tl.exp2(here - finite_or_zero(new))[None, :]
             fade = tl.exp2(peak - finite_or_zero(new))
@@ -70,95 +74,91 @@ def walk_keys(
         else:
             total += column_sum(weights)
         if POOL:
-            v = load_rows(value, rows, live, stride_vn, e, E)
+            v = load_rows(values, rows, live, e, sizes.E)
             high = rounded(weights, v.dtype)
-            sums += dot(tl.trans(high), v, PRECISION)
+            sums += dot(tl.trans(high), v, cut.PRECISION)
             if v.dtype != tl.float32:  # the backward subtracts ⟨dz, z⟩ from ⟨dz, v⟩: z needs all of its weights
-                sums += dot(tl.trans(rounded(weights - high.to(tl.float32), v.dtype)), v, PRECISION)
+                sums += dot(tl.trans(rounded(weights - high.to(tl.float32), v.dtype)), v, cut.PRECISION)
     if NARROW:
         total = column_sum(tile) if DEFER else total
         peak = tl.zeros_like(g)
         if UPDATE_ROWS:
-            peak = tl.where(g > -INF, (1.0 - relaxation) * top - finite_or_zero(g), -INF)
+            peak = tl.where(g > -INF, (1.0 - head.lam_a) * top - finite_or_zero(g), -INF)
     return peak, total, sums
 
 
 @kernel
 def transport_kernel(
-    key, value, log_a, position, y, log_b, pi, parameters,
-    peak_in, total_in, peak_out, total_out, pooled, c,
-    stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn, stride_ab, stride_ah, stride_an,
-    stride_pb, stride_ph, stride_pn, H, S, stretch, splits, iteration, iterations, uniform,
-    RANGE: tl.constexpr, UPDATE_ROWS: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr,
-    M: tl.constexpr, MP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, E: tl.constexpr, EP: tl.constexpr,
-    P: tl.constexpr, DOT: tl.constexpr, STEP: tl.constexpr, BS: tl.constexpr, DEPTH: tl.constexpr,
-    VDEPTH: tl.constexpr, PRECISION: tl.constexpr, ACROSS: tl.constexpr,
+    key, stride_kb, stride_kh, stride_kn,  # [B, H, S, D], strides in units of cut.STEP
+    value, stride_vb, stride_vh, stride_vn,  # [B, H, S, E], likewise
+    log_a, stride_ab, stride_ah, stride_an,  # [B, H, S] or None
+    position, stride_pb, stride_ph, stride_pn,  # [B, H, S, P] or None
+    references, before, after,  # References; Sums of iteration − 1, of this one
+    pooled, c,  # [BH, splits, MP, EP], [B, H, iterations, M]
+    H, S, stretch, splits, iteration, iterations, uniform,
+    FIRST: tl.constexpr, LAST: tl.constexpr, rule, sizes, cut,
 ):  # fmt: skip
     """Iteration t ≥ 1 (not UPDATE_ROWS: the one column sum of T = 0) over `stretch` keys of one head.
 
     The last iteration also pools; its programs each take VDEPTH columns of the values.
     """
-    v_blocks: tl.constexpr = EP // VDEPTH if LAST else 1
+    MP: tl.constexpr = sizes.MP
+    v_blocks: tl.constexpr = sizes.EP // cut.VDEPTH if LAST else 1
     block = tl.program_id(0) % v_blocks
     split = tl.program_id(0) // v_blocks % splits
     bh = (tl.program_id(0) // (v_blocks * splits)).to(tl.int64)
     b, h = bh // H, bh % H
-    j, e = tl.arange(0, MP), block * VDEPTH + tl.arange(0, VDEPTH)
-    beta, scale, lam_a, lam_b, tau = head_parameters(parameters, h)
-    key += b * (stride_kb * STEP) + h * (stride_kh * STEP)
-    value += b * (stride_vb * STEP) + h * (stride_vh * STEP)
-    if log_a is not None:
-        log_a += b * stride_ab + h * stride_ah
-    if P > 0:
-        position += b * stride_pb + h * stride_ph
-        pi += h * M * P
-    y += h * MP * DP
-    y_t = load_references_t(y, 0, MP, DP, DEPTH)
-    g = tl.load(log_b + h * MP + j)  # [MP]
+    j, e = tl.arange(0, MP), block * cut.VDEPTH + tl.arange(0, cut.VDEPTH)
+    keys = rows_of(key, b, h, stride_kb, stride_kh, stride_kn, S, cut.STEP)
+    values = rows_of(value, b, h, stride_vb, stride_vh, stride_vn, S, cut.STEP)
+    masses = rows_of(log_a, b, h, stride_ab, stride_ah, stride_an, S, 1) if log_a is not None else None
+    places = places_of(position, references, b, h, stride_pb, stride_ph, stride_pn, sizes) if sizes.P > 0 else None
+    head = head_of(references, h, sizes, cut)
+    g = tl.load(head.log_b + j)  # [MP]
     if not FIRST:
-        before = merged_log_sum(peak_in + bh * splits * MP, total_in + bh * splits * MP, splits, MP)
-        g -= lam_b * finite_or_zero(before)
+        old = merged_log_sum(before.peak + bh * splits * MP, before.total + bh * splits * MP, splits, MP)
+        g -= head.lam_b * finite_or_zero(old)
         if (split == 0) & (block == 0):
-            tl.store(c + (bh * iterations + iteration - 2) * M + j, before * LN2, mask=j < M)
+            tl.store(c + (bh * iterations + iteration - 2) * sizes.M + j, old * LN2, mask=j < sizes.M)
     start, end = split * stretch, tl.minimum(S, (split + 1) * stretch)
-    if RANGE == "always":
+    if rule.RANGE == "always":
         narrow = True
-    elif RANGE == "device":
-        distance = tau * farthest(position, start, end, stride_pn, pi, M, MP, P) if P > 0 else 0.0
-        narrow = potentials_narrow(g, beta, scale, M, distance)
+    elif rule.RANGE == "device":
+        distance = head.tau * farthest(places, start, end, sizes) if sizes.P > 0 else 0.0
+        narrow = potentials_narrow(g, head.beta, head.scale, sizes.M, distance)
     else:
         narrow = False
     if narrow:
         peak, total, sums = walk_keys(
-            key, value, log_a, position, pi, y, y_t, g, e, start, end, stride_kn * STEP, stride_vn * STEP, stride_an,
-            stride_pn, uniform, beta, scale, tau, lam_a, True, UPDATE_ROWS, LAST, M, D, DP, E, P, DOT, BS, DEPTH,
-            PRECISION, ACROSS,
+            keys, values, masses, places, head, g, e, start, end, uniform,
+            True, rule.UPDATE_ROWS, LAST, rule.DOT, sizes, cut,
         )  # fmt: skip
     else:
         peak, total, sums = walk_keys(
-            key, value, log_a, position, pi, y, y_t, g, e, start, end, stride_kn * STEP, stride_vn * STEP, stride_an,
-            stride_pn, uniform, beta, scale, tau, lam_a, False, UPDATE_ROWS, LAST, M, D, DP, E, P, DOT, BS, DEPTH,
-            PRECISION, ACROSS,
+            keys, values, masses, places, head, g, e, start, end, uniform,
+            False, rule.UPDATE_ROWS, LAST, rule.DOT, sizes, cut,
         )  # fmt: skip
     out = (bh * splits + split) * MP + j
     if block == 0:
-        tl.store(peak_out + out, peak)
-        tl.store(total_out + out, total)
+        tl.store(after.peak + out, peak)
+        tl.store(after.total + out, total)
     if LAST:
-        tl.store(pooled + out[:, None] * EP + e[None, :], sums)
+        tl.store(pooled + out[:, None] * sizes.EP + e[None, :], sums)
 
 
 @kernel
 def transport_finish_kernel(
-    peaks, totals, pooled, c, z, splits, iterations,
+    sums,  # Sums of the last pass
+    pooled, c, z,  # [BH, splits, MP, EP], [B, H, iterations, M], [B, H, M, E]
+    splits, iterations,
     M: tl.constexpr, MP: tl.constexpr, E: tl.constexpr, EP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The partial sums of the last pass, merged: its c [M], and BLOCK numbers of z [M, E]."""
     blocks: tl.constexpr = MP * EP // BLOCK
     bh = (tl.program_id(0) // blocks).to(tl.int64)
     block = tl.program_id(0) % blocks
-    peaks += bh * splits * MP
-    totals += bh * splits * MP
+    peaks = sums.peak + bh * splits * MP
+    totals = sums.total + bh * splits * MP
     j = tl.arange(0, MP)
     if block == 0:
         last = merged_log_sum(peaks, totals, splits, MP)
@@ -176,9 +176,9 @@ def transport_finish_kernel(
         safe = finite_or_zero(new)
         fade, weight = tl.exp2(peak - safe), tl.exp2(part - safe[None, :])
         mass = tl.load(totals + split * MP + row[None, :], mask=some, other=0.0)
-        sums = tl.load(pooled + (bh * splits + split) * (MP * EP) + index[None, :], mask=some, other=0.0)
+        part_value = tl.load(pooled + (bh * splits + split) * (MP * EP) + index[None, :], mask=some, other=0.0)
         total = total * fade + tl.sum(mass * weight, 0)
-        value = value * fade + tl.sum(sums * weight, 0)
+        value = value * fade + tl.sum(part_value * weight, 0)
         peak = new
     mean = tl.where(total > 0, value / tl.where(total > 0, total, 1.0), 0.0)
     tl.store(z + (bh * M + row) * E + e, mean, mask=(row < M) & (e < E))
@@ -187,23 +187,16 @@ def transport_finish_kernel(
 FINISH = Tile(rows=16, depth=256, warps=4, stages=1)  # a [16 splits, 256] tile is 32 numbers a thread
 
 
-def transport(x: Operands, opt: Options, prepared: Prepared) -> tuple[Tensor, Tensor]:
+def transport(x: Operands, opt: Options, prepared: References) -> tuple[Tensor, Tensor]:
     """z [B, H, M, E] and c [B, H, max(T, 1), M] of the keys and values."""
-    b, h, s, _ = x.key.shape
-    m, e = x.references.shape[1], x.value.shape[-1]
+    (b, h), sizes = x.key.shape[:2], sizes_of(x)
     iterations = max(opt.num_iters, 1)
-    z, c = x.references.new_empty((b, h, m, e)), x.references.new_empty((b, h, iterations, m))
-    split, partial = column_sums(x, opt, prepared, c)
-    mp, ep = padded(m), padded(e)
-    block = min(256, mp * ep)
-    constants = {"M": m, "MP": mp, "E": e, "EP": ep, "BLOCK": block}
-    launch(
-        transport_finish_kernel,
-        b * h * mp * ep // block,
-        (*partial, c, z, split.programs, iterations),
-        constants,
-        FINISH,
-    )
+    z, c = (x.references.new_empty((b, h, *shape)) for shape in ((sizes.M, sizes.E), (iterations, sizes.M)))
+    split, sums, pooled = column_sums(x, opt, prepared, sizes, c)
+    block = min(256, sizes.MP * sizes.EP)
+    constants = {"M": sizes.M, "MP": sizes.MP, "E": sizes.E, "EP": sizes.EP, "BLOCK": block}
+    programs = b * h * sizes.MP * sizes.EP // block
+    launch(transport_finish_kernel, programs, (sums, pooled, c, z, split.programs, iterations), constants, FINISH)
     return z, c
 
 
@@ -223,38 +216,29 @@ def warps_across(references: int, known: str, itemsize: int) -> bool:
     return references > (128 if known == "always" and itemsize == 2 else 64)
 
 
-def column_sums(x: Operands, opt: Options, prepared: Prepared, c: Tensor) -> tuple[Split, tuple[Tensor, ...]]:
-    """Writes c^1..c^{T−1}; the last iteration's (peaks, totals [BH, splits, MP], pooled [BH, splits, MP, EP])."""
-    key, value = unit_rows(x.key), unit_rows(x.value)
-    position = None if x.key_position is None else unit_rows(x.key_position)
-    (b, h, s, d), m, e = key.shape, x.references.shape[1], value.shape[-1]
-    device = device_of(key)
-    _, mp, dp = prepared.y.shape
-    ep = padded(e)
-    known = _range(x, opt)
-    across = warps_across(mp, known, key.element_size())
+def column_sums(x: Operands, opt: Options, prepared: References, sizes: Sizes, c: Tensor) -> tuple[Split, Sums, Tensor]:
+    """Writes c^1..c^{T−1}; the last iteration's sums, and the pooled values in their units [BH, splits, MP, EP]."""
+    key, value, position = unit_rows(x.key), unit_rows(x.value), unit_rows(x.key_position)
+    b, h, s, _ = key.shape
+    device, known = device_of(key), _range(x, opt)
+    across = warps_across(sizes.MP, known, key.element_size())
     kind = "column" if known == "always" and not across else "across"
-    cut = tile(kind, device.family, max(mp, dp, ep), key.element_size())
-    split = split_tokens(s, cut.rows, b * h, device.multiprocessors)
+    t = tile(kind, device.family, max(sizes.MP, sizes.DP, sizes.EP), key.element_size())
+    split = split_tokens(s, t.rows, b * h, device.multiprocessors)
     new = x.references.new_empty
-    sums = [new((b * h, split.programs, mp)) for _ in range(4)]  # (peak, total) of this iteration and of the one before
-    pooled = new((b * h, split.programs, mp, ep))
+    shape = (b * h, split.programs, sizes.MP)
+    before, after = Sums(new(shape), new(shape)), Sums(new(shape), new(shape))
+    pooled = new((*shape, sizes.EP))
     step = stride_step(key, value)
-    counts = (*strides(key, step), *strides(value, step), *strides(x.log_a), *strides(position), h, s, *split)
-    tokens = (key, value, x.log_a, position, prepared.y, prepared.log_b, prepared.position, prepared.parameters)
-    constants: dict[str, Any] = {
-        "RANGE": known, "UPDATE_ROWS": opt.num_iters > 0, "M": m, "MP": mp, "D": d, "DP": dp, "E": e, "EP": ep,
-        "P": 0 if position is None else position.shape[-1], "DOT": opt.kernel == "dot",
-        "STEP": step, "BS": cut.rows, "DEPTH": min(cut.depth, dp), "VDEPTH": min(cut.depth, ep),
-        "PRECISION": device.precision, "ACROSS": across,
-    }  # fmt: skip
-    uniform = -math.log2(s) if s else 0.0
-    iterations = c.shape[2]
-    for t in range(1, iterations + 1):
-        last = t == iterations
-        blocks = ep // constants["VDEPTH"] if last else 1
-        args = (*tokens, *sums[2:], *sums[:2], pooled, c, *counts, t, iterations, uniform)
-        variant = constants | {"FIRST": t == 1, "LAST": last}
-        launch(transport_kernel, b * h * split.programs * blocks, args, variant, cut)
-        sums = sums[2:] + sums[:2]
-    return split, (*sums[2:], pooled)
+    cut = cut_of(t, sizes, device, step, across)
+    tokens = (*strided(key, step), *strided(value, step), *strided(x.log_a), *strided(position), prepared)
+    constants: dict[str, Any] = {"rule": rule_of(opt, known).compiled, "sizes": sizes.compiled, "cut": cut.compiled}
+    iterations, uniform = c.shape[2], log2_uniform(s)
+    for iteration in range(1, iterations + 1):
+        last = iteration == iterations
+        blocks = sizes.EP // cut.VDEPTH if last else 1
+        args = (*tokens, before, after, pooled, c, h, s, *split, iteration, iterations, uniform)
+        variant = constants | {"FIRST": iteration == 1, "LAST": last}
+        launch(transport_kernel, b * h * split.programs * blocks, args, variant, t)
+        before, after = after, before
+    return split, before, pooled

@@ -8,21 +8,27 @@ all pairs (i, s), exact while no prefix sum that counts lies more than `SPAN` be
 decided on the device, the pairs are formed one key at a time from differences of logarithms.
 """
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 
-from ..device.logits import key_mass, token_logits
+from ..device.logits import token_logits
 from ..device.plan import row_update
-from ..device.primitives import INF, SPAN, dot, finite_or_zero, log_sum, rounded
+from ..device.primitives import INF, SPAN, dot, finite_or_zero, log_sum, rounded, tokens_by
+from ..device.rows import key_mass
 
 
-@triton.jit
-def at_head(x, b, h, stride_b, stride_h):
-    """Where the tokens of one head begin."""
-    if x is None:
-        return x
-    else:
-        return x + (b.to(tl.int64) * stride_b + h.to(tl.int64) * stride_h)
+class Chunk(NamedTuple):
+    """What the keys of one chunk weigh."""
+
+    live: Any  # [BC] which keys take part
+    omega: Any  # [BC, MP]
+    before: Any  # [MP]
+    ref: Any  # [MP]
+    narrow: Any  # whether products of factors are exact
+    log_c: Any  # [BC, MP]
+    count: Any  # keys of the chunk
 
 
 @triton.jit
@@ -33,21 +39,15 @@ def place(chunks, first_head, first_chunk):
 
 
 @triton.jit
-def product(a, b, PRECISION: tl.constexpr, ACROSS: tl.constexpr):
-    """a [BC, K] · b [K, MP], its references shared among warps where ACROSS."""
-    return tl.trans(dot(tl.trans(b), tl.trans(a), PRECISION)) if ACROSS else dot(a, b, PRECISION)
-
-
-@triton.jit
 def fine_product(a, b, PRECISION: tl.constexpr, ACROSS: tl.constexpr):
     """a [BC, K] float32 · b [K, MP]; for b in half precision a is the sum of two such numbers.
 
     ⟨do_i, v_s⟩ meets every reference: its rounding error would not average out over them.
     """
     high = rounded(a, b.dtype)
-    result = product(high, b, PRECISION, ACROSS)
+    result = tokens_by(high, b, PRECISION, ACROSS)
     if b.dtype != tl.float32:
-        result += product(rounded(a - high.to(tl.float32), b.dtype), b, PRECISION, ACROSS)
+        result += tokens_by(rounded(a - high.to(tl.float32), b.dtype), b, PRECISION, ACROSS)
     return result
 
 
@@ -126,75 +126,62 @@ def query_weights(l, log_b, log_c, relaxation, UPDATE_ROWS: tl.constexpr):
 
 
 @triton.jit
-def chunk_weights(w, omega, ref, before, log_c, narrow, count, FACTOR: tl.constexpr, PRECISION: tl.constexpr):
+def chunk_weights(w, chunk, FACTOR: tl.constexpr, PRECISION: tl.constexpr):
     """(A [BC, BC] lower triangular, weights of the means before the chunk [BC, MP]) from W or a multiple w [BC, MP]."""
-    BC: tl.constexpr = omega.shape[0]
-    seen = log_c > -INF
-    safe = finite_or_zero(log_c)
+    BC: tl.constexpr = w.shape[0]
+    seen = chunk.log_c > -INF
+    safe = finite_or_zero(chunk.log_c)
     carried = w
     a = tl.zeros([BC, BC], tl.float32)
-    if narrow:
-        scaled = tl.where(seen, w * tl.exp2(ref[None, :] - safe), 0.0)
-        carried = scaled * tl.exp2(before - ref)[None, :]
-        e = tl.exp2(omega - ref[None, :])
+    if chunk.narrow:
+        scaled = tl.where(seen, w * tl.exp2(chunk.ref[None, :] - safe), 0.0)
+        carried = scaled * tl.exp2(chunk.before - chunk.ref)[None, :]
+        e = tl.exp2(chunk.omega - chunk.ref[None, :])
         a = lower(dot(rounded(scaled, FACTOR), tl.trans(rounded(e, FACTOR)), PRECISION))
     else:
-        carried = w * tl.exp2(before[None, :] - safe)
+        carried = w * tl.exp2(chunk.before[None, :] - safe)
         i = tl.arange(0, BC)
-        for s in range(count):
-            a = tl.where((i == s)[None, :], tl.sum(w * _ratio(omega, safe, s), 1)[:, None], a)
+        for s in range(chunk.count):
+            a = tl.where((i == s)[None, :], tl.sum(w * _ratio(chunk.omega, safe, s), 1)[:, None], a)
     return a, carried
 
 
 @triton.jit
-def chunk_log_weights(
-    key, log_a, position, pi, y, y_t, log_b, rows, last, stride_n, stride_an, stride_pn,
-    beta, scale, relaxation, tau, uniform, UPDATE_ROWS: tl.constexpr, M: tl.constexpr, D: tl.constexpr,
-    DP: tl.constexpr, DEPTH: tl.constexpr, P: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
-    ACROSS: tl.constexpr,
-):  # fmt: skip
+def chunk_log_weights(keys, masses, places, head, log_b, rows, uniform, rule, sizes, cut):
     """(which keys take part [BC], ω) of a chunk."""
-    live, mass = key_mass(log_a, rows, last, stride_an, uniform)
-    l, kappa, cosine, inverse, first_columns = token_logits(
-        key, rows, live, stride_n, position, stride_pn, pi, y, y_t, beta, scale, tau,
-        M, D, DP, DEPTH, P, DOT, PRECISION, ACROSS,
-    )  # fmt: skip
-    return live, log_weights(l, log_b, mass, relaxation, UPDATE_ROWS, M)
+    live, mass = key_mass(masses, rows, keys.count, uniform)
+    l, kappa, cosine, inverse, first_columns = token_logits(keys, rows, live, places, head, rule.DOT, sizes, cut)
+    return live, log_weights(l, log_b, mass, head.lam_a, rule.UPDATE_ROWS, sizes.M)
 
 
 @triton.jit
-def chunk_keys(
-    key, log_a, position, pi, y, y_t, log_b, before, rows, count, last, stride_n, stride_an, stride_pn,
-    beta, scale, relaxation, tau, uniform, UPDATE_ROWS: tl.constexpr, M: tl.constexpr, D: tl.constexpr,
-    DP: tl.constexpr, DEPTH: tl.constexpr, P: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
-    ACROSS: tl.constexpr,
-):  # fmt: skip
-    """(which keys take part [BC], ω, ref, whether products of factors are exact, log C) of a chunk of `count` keys."""
-    live, omega = chunk_log_weights(
-        key, log_a, position, pi, y, y_t, log_b, rows, last, stride_n, stride_an, stride_pn,
-        beta, scale, relaxation, tau, uniform, UPDATE_ROWS, M, D, DP, DEPTH, P, DOT, PRECISION, ACROSS,
-    )  # fmt: skip
+def chunk_keys(keys, masses, places, head, log_c, at, number, uniform, rule, sizes, cut):
+    """(the rows of chunk `number` [BC], which of them are tokens, log b [MP], what its keys weigh)."""
+    j = tl.arange(0, sizes.MP)
+    before, log_b = tl.load(log_c + at * sizes.MP + j), tl.load(head.log_b + j)
+    first = number * cut.ROWS
+    rows, count = first + tl.arange(0, cut.ROWS), tl.minimum(keys.count - first, cut.ROWS)
+    live, omega = chunk_log_weights(keys, masses, places, head, log_b, rows, uniform, rule, sizes, cut)
     ref, narrow = column_units(omega, before)
-    return live, omega, ref, narrow, prefix_log_sums(omega, ref, before, narrow, count)
+    so_far = prefix_log_sums(omega, ref, before, narrow, count)
+    return rows, rows < keys.count, log_b, Chunk(live, omega, before, ref, narrow, so_far, count)
 
 
 @triton.jit
-def pooled_products(
-    d, from_means, omega, ref, before, log_c, narrow, count,
-    FACTOR: tl.constexpr, PRECISION: tl.constexpr, ACROSS: tl.constexpr,
-):  # fmt: skip
+def pooled_products(d, from_means, chunk, FACTOR: tl.constexpr, cut):
     """⟨do_i, z_ij⟩ [BC, MP] from lower triangular ⟨do_i, v_s⟩ [BC, BC] and ⟨do_i, z⁰_j⟩ [BC, MP]."""
-    seen = log_c > -INF
-    safe = finite_or_zero(log_c)
+    seen = chunk.log_c > -INF
+    safe = finite_or_zero(chunk.log_c)
     products = from_means
-    if narrow:
-        e = tl.exp2(omega - ref[None, :])
-        inside = fine_product(d, rounded(e, FACTOR), PRECISION, ACROSS) + tl.exp2(before - ref)[None, :] * from_means
-        products = tl.where(seen, tl.exp2(ref[None, :] - safe) * inside, 0.0)
+    if chunk.narrow:
+        e = rounded(tl.exp2(chunk.omega - chunk.ref[None, :]), FACTOR)
+        inside = fine_product(d, e, cut.PRECISION, cut.ACROSS)
+        inside += tl.exp2(chunk.before - chunk.ref)[None, :] * from_means
+        products = tl.where(seen, tl.exp2(chunk.ref[None, :] - safe) * inside, 0.0)
     else:
-        products = tl.exp2(before[None, :] - safe) * from_means
-        for s in range(count):
-            products += column_of(d, s)[:, None] * _ratio(omega, safe, s)
+        products = tl.exp2(chunk.before[None, :] - safe) * from_means
+        for s in range(chunk.count):
+            products += column_of(d, s)[:, None] * _ratio(chunk.omega, safe, s)
     return products
 
 
@@ -206,29 +193,25 @@ def _ratio(omega, log_c, s):
 
 
 @triton.jit
-def key_gradient(
-    w, d_log_c, d, omega, ref, log_c, narrow, count,
-    FACTOR: tl.constexpr, PRECISION: tl.constexpr, ACROSS: tl.constexpr,
-):  # fmt: skip
+def key_gradient(w, d_log_c, d, chunk, FACTOR: tl.constexpr, cut):
     """(A [BC, BC], Σ_{i≥s} e^{ω_sj}/C_ij (W_ij ⟨do_i, v_s⟩ + d log C_ij) [BC, MP]) of the chunk's own queries."""
-    BC: tl.constexpr = omega.shape[0]
-    seen = log_c > -INF
-    safe = finite_or_zero(log_c)
+    seen = chunk.log_c > -INF
+    safe = finite_or_zero(chunk.log_c)
     a = d
-    d_omega = omega
-    if narrow:
-        e = tl.exp2(omega - ref[None, :])
-        fade = tl.where(seen, tl.exp2(ref[None, :] - safe), 0.0)
+    d_omega = chunk.omega
+    if chunk.narrow:
+        e = tl.exp2(chunk.omega - chunk.ref[None, :])
+        fade = tl.where(seen, tl.exp2(chunk.ref[None, :] - safe), 0.0)
         scaled = rounded(w * fade, FACTOR)
-        a = lower(dot(scaled, tl.trans(rounded(e, FACTOR)), PRECISION))
+        a = lower(dot(scaled, tl.trans(rounded(e, FACTOR)), cut.PRECISION))
         later = tl.cumsum(d_log_c * fade, 0, reverse=True)
-        d_omega = e * (fine_product(tl.trans(d), scaled, PRECISION, ACROSS) + later)
+        d_omega = e * (fine_product(tl.trans(d), scaled, cut.PRECISION, cut.ACROSS) + later)
     else:
-        i = tl.arange(0, BC)
+        i = tl.arange(0, d.shape[0])
         a = tl.zeros_like(d)
-        d_omega = tl.zeros_like(omega)
-        for s in range(count):
-            ratio = _ratio(omega, safe, s)
+        d_omega = tl.zeros_like(chunk.omega)
+        for s in range(chunk.count):
+            ratio = _ratio(chunk.omega, safe, s)
             a = tl.where((i == s)[None, :], tl.sum(w * ratio, 1)[:, None], a)
             row = tl.sum(ratio * (column_of(d, s)[:, None] * w + d_log_c), 0)
             d_omega = tl.where((i == s)[:, None], row[None, :], d_omega)
@@ -236,13 +219,12 @@ def key_gradient(
 
 
 @triton.jit
-def tile_at(x, at, BC: tl.constexpr, MP: tl.constexpr):
+def tile_at(x, at, ROWS: tl.constexpr, sizes):
     """Where a chunk's [BC, MP] numbers lie."""
-    return x + (at * BC + tl.arange(0, BC))[:, None] * MP + tl.arange(0, MP)[None, :]
+    return x + (at * ROWS + tl.arange(0, ROWS))[:, None] * sizes.MP + tl.arange(0, sizes.MP)[None, :]
 
 
 @triton.jit
-def load_state(z, at, first, MP: tl.constexpr, EP: tl.constexpr, DEPTH: tl.constexpr):
-    """Columns first.. of a chunk's [MP, EP] numbers: [MP, DEPTH]."""
-    j, e = tl.arange(0, MP), first + tl.arange(0, DEPTH)
-    return tl.load(z + (at * MP + j)[:, None] * EP + e[None, :])
+def state_at(z, at, columns, sizes):
+    """Where columns of a chunk's [MP, EP] numbers lie."""
+    return z + (at * sizes.MP + tl.arange(0, sizes.MP))[:, None] * sizes.EP + columns[None, :]

@@ -16,17 +16,28 @@ import triton.language as tl
 from torch import Tensor
 
 from ....problem import Operands
-from ..device.head import head_parameters
-from ..device.logits import load_references_t, load_rows
+from ..device.head import head_of
+from ..device.places import places_of
 from ..device.primitives import INF, dot, finite_or_zero, log_sum, rounded
+from ..device.rows import load_rows, rows_of
+from ..host.groups import Sizes
 from ..host.launch import kernel, launch
 from ..host.tiles import Tile
-from .chunk import at_head, chunk_log_weights, place
+from ..parameters.prepare import References
+from .chunk import chunk_log_weights, place, state_at
 
 WORKSPACE_SHARE = 0.23  # of the bytes of q, k, v and o: what a part may take, so that all workspaces stay within 1/4
 FEW_TOKENS = 8 * 4096  # of all heads: with fewer, a part may fill the device, which takes some megabytes
 PROGRAMS = 2  # on chunks, that a multiprocessor holds at once: the backward kernels' registers, M = D = E = 64
 SCAN = Tile(rows=0, depth=256, warps=2, stages=4)  # 4 numbers a thread: one wide load; many programs hide the steps
+
+
+class Scalars(NamedTuple):
+    """Numbers that no kernel is compiled for: those of `Dropout`, and of the masses."""
+
+    seed: Tensor | None  # [] int64, None without dropout
+    keep_scale: float  # 1/(1 − p)
+    uniform: float  # log2 of a key's mass where none is given
 
 
 class Part(NamedTuple):
@@ -40,54 +51,68 @@ class Part(NamedTuple):
     stretches: int  # how many these are
 
 
+class Sums(NamedTuple):
+    """Of each chunk Σ e^ω = totals · 2^peaks and Σ e^ω v = pooled · 2^peaks."""
+
+    peaks: Tensor  # [heads, chunks, MP]
+    totals: Tensor  # [heads, chunks, MP]
+    pooled: Tensor  # [heads, chunks, MP, EP]
+
+
+class States(NamedTuple):
+    """What comes before the chunks of a part."""
+
+    log_c: Tensor  # [heads, chunks, MP] log2 C before each chunk
+    log_end: Tensor  # [heads, chunks, MP] and after it
+    z: Tensor  # [heads, chunks, MP, EP] means before each chunk
+
+
 @kernel
 def causal_sums_kernel(
-    query, key, value, log_a, query_position, key_position, y, log_b, pi, parameters, seed, peaks, totals, pooled,
-    stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
-    stride_ob, stride_oh, stride_on, stride_ab, stride_ah, stride_an, stride_sb, stride_sh, stride_sn,
-    stride_pb, stride_ph, stride_pn, H, L, chunks, first_head, first_chunk, threshold, keep_scale, uniform,
-    UPDATE_ROWS: tl.constexpr, M: tl.constexpr, MP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, E: tl.constexpr,
-    EP: tl.constexpr, P: tl.constexpr, PP: tl.constexpr, DOT: tl.constexpr, DROPOUT: tl.constexpr, STEP: tl.constexpr,
-    BC: tl.constexpr, DEPTH: tl.constexpr, VDEPTH: tl.constexpr, PRECISION: tl.constexpr, ACROSS: tl.constexpr,
+    key, stride_kb, stride_kh, stride_kn,  # [B, H, L, D], strides in units of cut.STEP
+    value, stride_vb, stride_vh, stride_vn,  # [B, H, L, E], likewise
+    log_a, stride_ab, stride_ah, stride_an,  # [B, H, L] or None
+    position, stride_pb, stride_ph, stride_pn,  # [B, H, L, P] or None
+    references, scalars, sums,  # References, Scalars, Sums
+    H, L, chunks, first_head, first_chunk,
+    rule, sizes, cut,
 ):  # fmt: skip
-    """One chunk's Σ e^ω = totals · 2^peaks and Σ e^ω v = pooled · 2^peaks."""
-    at, head, chunk = place(chunks, first_head, first_chunk)
-    b, h = head // H, head % H
-    beta, scale, lam_a, lam_b, tau = head_parameters(parameters, h)
-    key = at_head(key, b, h, stride_kb * STEP, stride_kh * STEP)
-    value = at_head(value, b, h, stride_vb * STEP, stride_vh * STEP)
-    log_a = at_head(log_a, b, h, stride_ab, stride_ah)
-    key_position = at_head(key_position, b, h, stride_pb, stride_ph)
-    pi = at_head(pi, b, h, 0, M * P)
-    y += h * MP * DP
-    j = tl.arange(0, MP)
-    rows = chunk * BC + tl.arange(0, BC)
-    live, omega = chunk_log_weights(
-        key, log_a, key_position, pi, y, load_references_t(y, 0, MP, DP, DEPTH), tl.load(log_b + h * MP + j), rows, L,
-        stride_kn * STEP, stride_an, stride_pn, beta, scale, lam_a, tau, uniform,
-        UPDATE_ROWS, M, D, DP, DEPTH, P, DOT, PRECISION, ACROSS,
-    )  # fmt: skip
+    """One chunk's sums."""
+    at, number, chunk = place(chunks, first_head, first_chunk)
+    b, h = number // H, number % H
+    keys = rows_of(key, b, h, stride_kb, stride_kh, stride_kn, L, cut.STEP)
+    values = rows_of(value, b, h, stride_vb, stride_vh, stride_vn, L, cut.STEP)
+    masses = rows_of(log_a, b, h, stride_ab, stride_ah, stride_an, L, 1) if log_a is not None else None
+    places = places_of(position, references, b, h, stride_pb, stride_ph, stride_pn, sizes) if sizes.P > 0 else None
+    head = head_of(references, h, sizes, cut)
+    j = tl.arange(0, sizes.MP)
+    rows = chunk * cut.ROWS + tl.arange(0, cut.ROWS)
+    log_b = tl.load(head.log_b + j)
+    live, omega = chunk_log_weights(keys, masses, places, head, log_b, rows, scalars.uniform, rule, sizes, cut)
     peak = tl.max(omega, 0)
     e = tl.exp2(omega - finite_or_zero(peak)[None, :])
-    out = at * MP + j
-    tl.store(peaks + out, peak)
-    tl.store(totals + out, tl.sum(e, 0))
+    tl.store(sums.peaks + at * sizes.MP + j, peak)
+    tl.store(sums.totals + at * sizes.MP + j, tl.sum(e, 0))
     weights = tl.trans(rounded(e, value.dtype.element_ty))
-    for first in tl.static_range(0, EP, VDEPTH):
-        columns = first + tl.arange(0, VDEPTH)
-        v = load_rows(value, rows, live, stride_vn * STEP, columns, E)
-        tl.store(pooled + out[:, None] * EP + columns[None, :], dot(weights, v, PRECISION))
+    for first in tl.static_range(0, sizes.EP, cut.VDEPTH):
+        columns = first + tl.arange(0, cut.VDEPTH)
+        v = load_rows(values, rows, live, columns, sizes.E)
+        tl.store(state_at(sums.pooled, at, columns, sizes), dot(weights, v, cut.PRECISION))
 
 
 @kernel
 def causal_scan_kernel(
-    peaks, totals, pooled, log_c, log_end, passed_c, passed_z, chunks, stretch, stretches,
-    MP: tl.constexpr, EP: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
+    sums, states,  # Sums; States, the means in place of the pooled values
+    passed_c, passed_z,  # [heads, stretches, MP] and [heads, stretches, MP, EP]
+    chunks, stretch, stretches,
+    sizes, BLOCK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Sums of each chunk (units 2^peak) become what comes before it: log C in log_c, means in place of `pooled`.
+    """Sums of each chunk become what comes before it.
 
-    `log_end`: log C after it.  A stretch begins with what the one before passed on, and passes on the same.
+    A stretch begins with what the one before passed on, and passes on the same.
     """
+    MP: tl.constexpr = sizes.MP
+    EP: tl.constexpr = sizes.EP
     blocks: tl.constexpr = MP * EP // BLOCK
     bh = (tl.program_id(0) // blocks).to(tl.int64)
     index = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
@@ -102,33 +127,31 @@ def causal_scan_kernel(
     value = tl.load(passed_z - MP * EP, mask=begun, other=0.0)
     for chunk in tl.range(0, chunks, num_stages=STAGES):
         at = (bh * chunks + chunk) * MP
-        here, mass = tl.load(peaks + at + column), tl.load(totals + at + column)
-        sums = tl.load(pooled + at * EP + index)
-        tl.store(pooled + at * EP + index, tl.where(total > 0, value / tl.where(total > 0, total, 1.0), 0.0))
-        tl.store(log_c + at + column, state, mask=first)
+        here, mass = tl.load(sums.peaks + at + column), tl.load(sums.totals + at + column)
+        pooled = tl.load(sums.pooled + at * EP + index)
+        tl.store(states.z + at * EP + index, tl.where(total > 0, value / tl.where(total > 0, total, 1.0), 0.0))
+        tl.store(states.log_c + at + column, state, mask=first)
         new = tl.maximum(peak, here)
         safe = finite_or_zero(new)
         fade, weight = tl.exp2(peak - safe), tl.exp2(here - safe)
         total = total * fade + mass * weight
-        value = value * fade + sums * weight
+        value = value * fade + pooled * weight
         peak = new
         state = log_sum(peak, total)
-        tl.store(log_end + at + column, state, mask=first)
+        tl.store(states.log_end + at + column, state, mask=first)
     tl.store(passed_c, state, mask=first)
     tl.store(passed_z, tl.where(total > 0, value / tl.where(total > 0, total, 1.0), 0.0))
 
 
 @triton.jit
-def _scan_back(
-    log_c, log_end, later, passed, more, bh, chunks, index, column, size, MP: tl.constexpr, STAGES: tl.constexpr
-):
+def _scan_back(states, later, passed, more, bh, chunks, index, column, size, MP: tl.constexpr, STAGES: tl.constexpr):
     """Sums of each chunk become the sums of all later ones; both in units of C where they begin."""
     passed += bh * size + index
     carry = tl.load(passed, mask=index < tl.where(more > 0, size, 0), other=0.0)
-    after = tl.load(log_end + (bh * chunks + chunks - 1) * MP + column)
+    after = tl.load(states.log_end + (bh * chunks + chunks - 1) * MP + column)
     for step in tl.range(0, chunks, num_stages=STAGES):
         at = bh * chunks + chunks - 1 - step
-        begin = tl.load(log_c + at * MP + column)
+        begin = tl.load(states.log_c + at * MP + column)
         own = tl.load(later + at * size + index)
         tl.store(later + at * size + index, carry)
         carry = own + carry * tl.exp2(begin - finite_or_zero(after))
@@ -138,78 +161,95 @@ def _scan_back(
 
 @kernel
 def causal_scan_backward_kernel(
-    log_c, log_end, later_o, later_c, passed_o, passed_c, chunks, more,
-    MP: tl.constexpr, EP: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
+    states,  # States
+    later_o, later_c,  # [heads, chunks, MP, EP] and [heads, chunks, MP]
+    passed_o, passed_c,  # the same without chunks
+    chunks, more,
+    sizes, BLOCK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """BLOCK numbers of Σ W do, or in the head's last program Σ d log C, from the last chunk to the first.
 
     Where `more` chunks follow, a stretch begins with what theirs passed on; it passes on the same, in its place.
     """
+    MP: tl.constexpr = sizes.MP
+    EP: tl.constexpr = sizes.EP
     blocks: tl.constexpr = MP * EP // BLOCK
     bh = (tl.program_id(0) // (blocks + 1)).to(tl.int64)
     block = tl.program_id(0) % (blocks + 1)
     if block < blocks:
         index = block * BLOCK + tl.arange(0, BLOCK)
-        _scan_back(log_c, log_end, later_o, passed_o, more, bh, chunks, index, index // EP, MP * EP, MP, STAGES)
+        _scan_back(states, later_o, passed_o, more, bh, chunks, index, index // EP, MP * EP, MP, STAGES)
     else:
         j = tl.arange(0, MP)
-        _scan_back(log_c, log_end, later_c, passed_c, more, bh, chunks, j, j, MP, MP, STAGES)
+        _scan_back(states, later_c, passed_c, more, bh, chunks, j, j, MP, MP, STAGES)
 
 
 class Arguments(NamedTuple):
-    """What every kernel on the chunks of one call is launched with."""
+    """What the kernels on the chunks of one call are launched with."""
 
-    tensors: tuple[Any, ...]
-    spans: tuple[int, ...]  # strides, H, L
-    scalars: tuple[Any, ...]  # dropout, log2 of a uniform mass
+    query: tuple[Any, ...]  # this and the following: a tensor and its strides
+    key: tuple[Any, ...]
+    value: tuple[Any, ...]
+    log_a: tuple[Any, ...]
+    query_position: tuple[Any, ...]
+    key_position: tuple[Any, ...]
+    output: tuple[Any, ...]
+    references: References
+    scalars: Scalars
+    heads: int  # H
+    length: int  # L
+    threshold: int
+    sizes: Sizes
+    across: bool
     constants: dict[str, Any]
-    cut: Tile
+    tile: Tile
 
-    def counts(self, part: Part) -> tuple[Any, ...]:
-        """The arguments after the tensors."""
-        return (*self.spans, part.chunks, part.first_head, part.first_chunk, *self.scalars)
+    @property
+    def tokens(self) -> tuple[Any, ...]:
+        """The arguments that most of these kernels begin with."""
+        return (*self.query, *self.key, *self.value, *self.log_a, *self.query_position, *self.key_position)
 
-
-class States(NamedTuple):
-    """What comes before the chunks of a part."""
-
-    log_c: Tensor  # [heads, chunks, MP] log2 C before each chunk
-    log_end: Tensor  # [heads, chunks, MP] and after it
-    z: Tensor  # [heads, chunks, MP, EP] means before each chunk
+    def counts(self, part: Part) -> tuple[int, ...]:
+        """H, L, and which chunks of which heads."""
+        return self.heads, self.length, part.chunks, part.first_head, part.first_chunk
 
 
-def new_passed(part: Part, arguments: Arguments, like: Tensor) -> tuple[Tensor, Tensor]:
+def new_passed(part: Part, arguments: Arguments) -> tuple[Tensor, Tensor]:
     """What the stretches of the same heads pass on: log2 C [heads, stretches, MP] and z [heads, stretches, MP, EP]."""
-    shape = (part.heads, part.stretches, arguments.constants["MP"])
-    return like.new_empty(shape), like.new_empty((*shape, arguments.constants["EP"]))
+    new, shape = arguments.references.log_b.new_empty, (part.heads, part.stretches, arguments.sizes.MP)
+    return new(shape), new((*shape, arguments.sizes.EP))
 
 
 def scan(part: Part, arguments: Arguments, passed: tuple[Tensor, Tensor], z: Tensor) -> States:
     """What comes before each chunk, the means in `z`, after the stretches before were scanned."""
     peaks, totals, log_c, log_end = (z.new_empty(z.shape[:3]) for _ in range(4))
-    args = (*arguments.tensors, peaks, totals, z, *arguments.counts(part))
-    launch(causal_sums_kernel, part.heads * part.chunks, args, arguments.constants, arguments.cut)
-    args = (peaks, totals, z, log_c, log_end, *passed, part.chunks, part.stretch, part.stretches)
-    _launch_scan(causal_scan_kernel, args, z)
-    return States(log_c, log_end, z)
+    sums, states = Sums(peaks, totals, z), States(log_c, log_end, z)
+    tokens = (*arguments.key, *arguments.value, *arguments.log_a, *arguments.key_position)
+    args = (*tokens, arguments.references, arguments.scalars, sums, *arguments.counts(part))
+    launch(causal_sums_kernel, part.heads * part.chunks, args, arguments.constants, arguments.tile)
+    args = (sums, states, *passed, part.chunks, part.stretch, part.stretches)
+    _launch_scan(causal_scan_kernel, args, z, arguments.sizes)
+    return states
 
 
-def scan_back(part: Part, states: States, later: tuple[Tensor, Tensor], passed: tuple[Tensor, Tensor]) -> None:
+def scan_back(
+    part: Part, states: States, later: tuple[Tensor, Tensor], passed: tuple[Tensor, Tensor], sizes: Sizes
+) -> None:
     """In place: what each chunk's queries leave becomes what all later ones leave; the stretches after it went first.
 
     `later` [heads, chunks, MP, EP] and [heads, chunks, MP]; `passed`, from stretch to stretch, without chunks.
     """
     more = part.stretches - 1 - part.stretch
-    args = (states.log_c, states.log_end, *later, *passed, part.chunks, more)
-    _launch_scan(causal_scan_backward_kernel, args, later[0], further=1)
+    args = (states, *later, *passed, part.chunks, more)
+    _launch_scan(causal_scan_backward_kernel, args, later[0], sizes, further=1)
 
 
-def _launch_scan(kernel: Any, args: tuple[Any, ...], z: Tensor, further: int = 0) -> None:
+def _launch_scan(kernel: Any, args: tuple[Any, ...], z: Tensor, sizes: Sizes, further: int = 0) -> None:
     """A program for each BLOCK of a head's [MP, EP] numbers, and `further` ones; z [heads, chunks, MP, EP]."""
-    heads, chunks, mp, ep = z.shape
-    block = min(SCAN.depth, mp * ep)
-    constants = {"MP": mp, "EP": ep, "BLOCK": block, "STAGES": SCAN.stages}
-    programs = heads * (mp * ep // block + further) if chunks else 0
+    (heads, chunks), numbers = z.shape[:2], sizes.MP * sizes.EP
+    block = min(SCAN.depth, numbers)
+    constants = {"sizes": sizes.compiled, "BLOCK": block, "STAGES": SCAN.stages}
+    programs = heads * (numbers // block + further) if chunks else 0
     launch(kernel, programs, args, constants, SCAN)
 
 

@@ -3,151 +3,122 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from ....problem import Operands
-from ..device.gradients import (
-    BETA_SUM,
-    EPSILON_SUM,
-    REFERENCE_RELAXATION_SUM,
-    SUMS,
-    TAU_SUM,
-    kernel_sums,
-    load_sum,
-    position_sums,
-    store_sums,
-    sum_slots,
-    token_gradient,
-)
-from ..device.head import gradient_factor, head_parameters
-from ..device.logits import key_mass, load_references, load_references_t, load_rows, token_logits
+from ..device.gradients import SUMS, kernel_sums, store_sums, sum_at, sum_slots, token_gradient
+from ..device.head import gradient_factor, head_of, load_references
+from ..device.logits import token_logits
+from ..device.places import places_of, position_sums
 from ..device.plan import row_update
-from ..device.primitives import LN2, dot, rounded
-from ..host.launch import kernel, launch
-from ..host.rows import stride_step, strides
+from ..device.primitives import LN2, dot
+from ..device.rows import key_mass, load_rows, row_starts, rows_of, store_rows
+from ..host.groups import Sizes, cut_of
+from ..host.launch import device_of, kernel, launch
+from ..host.rows import stride_step, strided
 from ..host.tiles import Tile
 from ..parameters.gradients import Partials
-from ..parameters.prepare import Prepared
-from .chunk import at_head, place, tile_at
+from .chunk import place, tile_at
 from .state import Arguments, Part
 
 
 @triton.jit
-def store_gradient(
-    x, dl, kappa, cosine, inverse, rows, asked, live, stride_n, d_x, stride_d, y, part_y, at, factor,
-    ADD: tl.constexpr,
-    MP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, DEPTH: tl.constexpr, DOT: tl.constexpr,
-    PRECISION: tl.constexpr,
-):  # fmt: skip
+def store_gradient(x, dl, kappa, cosine, inverse, rows, asked, live, out, y, part_y, at, factor, ADD, DOT, sizes, cut):
     """dx of one chunk's tokens and its part of dŷ [MP, DP], added to what stands there where ADD."""
-    j = tl.arange(0, MP)
-    for first in tl.static_range(0, DP, DEPTH):
-        columns = first + tl.arange(0, DEPTH)
-        tokens = load_rows(x, rows, live, stride_n, columns, D)
+    j = tl.arange(0, sizes.MP)
+    for first in tl.static_range(0, sizes.DP, cut.DEPTH):
+        columns = first + tl.arange(0, cut.DEPTH)
+        tokens = load_rows(x, rows, live, columns, sizes.D)
+        references = load_references(y, first, sizes.MP, sizes.DP, cut.DEPTH)
         operand, unit, gradient = token_gradient(
-            dl, kappa, cosine, inverse, tokens, load_references(y, first, MP, DP, DEPTH), factor,
-            DP == DEPTH, DOT, PRECISION,
-        )  # fmt: skip
-        if d_x is not None:
-            inside = asked[:, None] & (columns < D)[None, :]
-            out = d_x + rows.to(tl.int64)[:, None] * stride_d + columns[None, :]
-            tl.store(out, rounded(gradient, tokens.dtype), mask=inside)
+            dl, kappa, cosine, inverse, tokens, references, factor, sizes.DP == cut.DEPTH, DOT, cut.PRECISION, False
+        )
+        if out is not None:
+            store_rows(out, rows, asked, columns, sizes.D, gradient)
         if part_y is not None:
-            slot = part_y + (at * MP + j)[:, None] * DP + columns[None, :]
-            d_y = dot(tl.trans(operand), unit, PRECISION)
+            slot = part_y + (at * sizes.MP + j)[:, None] * sizes.DP + columns[None, :]
+            d_y = dot(tl.trans(operand), unit, cut.PRECISION)
             if ADD:
                 d_y += tl.load(slot)
             tl.store(slot, d_y)
 
 
 @triton.jit
-def store_parts(
-    dl, kappa, cosine, position, rows, live, stride_n, pi, part_sums, part_position, at, d_lam_a, middle,
-    ADD: tl.constexpr, M: tl.constexpr, P: tl.constexpr, PP: tl.constexpr, DOT: tl.constexpr,
-):  # fmt: skip
-    """One chunk's parts of the hyperparameters and of the reference positions, added to what stands there where ADD.
-
-    All dℓ of the queries, and all of the keys, sum to 0: moving κ by its value `middle` between orthogonal vectors
-    changes nothing but the weight of their rounding errors.
-    """
-    j = tl.arange(0, dl.shape[1])
+def store_parts(dl, total, kappa, cosine, beta, places, rows, live, parts, at, d_lam_a, ADD, DOT, sizes):
+    """One chunk's parts of the hyperparameters and of the reference positions, added to what stands there where ADD."""
     d_tau = 0.0
-    if P > 0:
-        squares, places = position_sums(dl, position, rows, live, stride_n, pi, M, P, PP)
+    if sizes.P > 0:
+        squares, pi_sums = position_sums(dl, total, places, rows, live, sizes)
         d_tau += tl.sum(squares)
-        if part_position is not None:
-            out = part_position + (at * dl.shape[1] + j)[:, None] * PP + tl.arange(0, PP)[None, :]
+        if parts.position is not None:
+            j = tl.arange(0, sizes.MP)
+            out = parts.position + (at * sizes.MP + j)[:, None] * sizes.PP + tl.arange(0, sizes.PP)[None, :]
             if ADD:
-                places += tl.load(out)
-            tl.store(out, places)
-    if part_sums is not None:
-        beta_rows, epsilon_rows = kernel_sums(dl, kappa, cosine, DOT)
-        total = tl.sum(dl)
-        d_beta, d_epsilon = tl.sum(beta_rows) + middle * total, tl.sum(epsilon_rows) + (1.0 - middle) * total
-        d_lam_b = load_sum(part_sums, at, REFERENCE_RELAXATION_SUM)  # of the query kernel
+                pi_sums += tl.load(out)
+            tl.store(out, pi_sums)
+    if parts.sums is not None:
+        beta_rows, epsilon_rows = kernel_sums(dl, kappa, cosine, beta, True, DOT)
+        d_beta, d_epsilon = tl.sum(beta_rows), tl.sum(epsilon_rows)
+        d_lam_b = tl.load(sum_at(parts.sums, at, "reference_relaxation"))  # of the query kernel
         if ADD:
-            d_beta += load_sum(part_sums, at, BETA_SUM)
-            d_epsilon += load_sum(part_sums, at, EPSILON_SUM)
-            d_tau += load_sum(part_sums, at, TAU_SUM)
-        store_sums(part_sums, at, d_beta, d_epsilon, d_lam_a, d_lam_b, d_tau)
+            d_beta += tl.load(sum_at(parts.sums, at, "beta"))
+            d_epsilon += tl.load(sum_at(parts.sums, at, "epsilon"))
+            d_tau += tl.load(sum_at(parts.sums, at, "tau"))
+        store_sums(parts.sums, at, d_beta, d_epsilon, d_lam_a, d_lam_b, d_tau)
 
 
 @kernel
 def causal_tokens_backward_kernel(
-    x, log_a, position, y, log_b, pi, parameters, d_logits, d_x, d_log_a, part_log_b, part_y, part_sums, part_position,
-    stride_xb, stride_xh, stride_xn, stride_ab, stride_ah, stride_an, stride_pb, stride_ph, stride_pn,
-    stride_db, stride_dh, stride_dn, stride_mb, stride_mh, stride_mn, H, L, chunks, first_head, first_chunk,
-    KEYS: tl.constexpr, UPDATE_ROWS: tl.constexpr, M: tl.constexpr, MP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
-    P: tl.constexpr, PP: tl.constexpr, DOT: tl.constexpr, STEP: tl.constexpr, BC: tl.constexpr, DEPTH: tl.constexpr,
-    PRECISION: tl.constexpr, ACROSS: tl.constexpr,
+    x, stride_xb, stride_xh, stride_xn,  # [B, H, L, D] queries or keys, strides in units of cut.STEP
+    log_a, stride_ab, stride_ah, stride_an,  # [B, H, L] of keys, or None
+    position, stride_pb, stride_ph, stride_pn,  # [B, H, L, P] or None
+    d_x, stride_db, stride_dh, stride_dn,  # [B, H, L, D] or None
+    d_log_a, stride_mb, stride_mh, stride_mn,  # [B, H, L] or None
+    references, d_logits, parts,  # References, [heads, chunks, BC, MP], Partials of the chunks
+    H, L, chunks, first_head, first_chunk,
+    KEYS: tl.constexpr, rule, sizes, cut,
 ):  # fmt: skip
     """One chunk's dq from dS; of KEYS dk and d log a from dω, and their parts added to those of the queries."""
-    at, head, chunk = place(chunks, first_head, first_chunk)
-    b, h = head // H, head % H
-    beta, scale, lam_a, lam_b, tau = head_parameters(parameters, h)
-    position = at_head(position, b, h, stride_pb, stride_ph)
-    pi = at_head(pi, b, h, 0, M * P)
-    y += h * MP * DP
-    j = tl.arange(0, MP)
-    rows = chunk * BC + tl.arange(0, BC)
+    at, number, chunk = place(chunks, first_head, first_chunk)
+    b, h = number // H, number % H
+    tokens = rows_of(x, b, h, stride_xb, stride_xh, stride_xn, L, cut.STEP)
+    masses = rows_of(log_a, b, h, stride_ab, stride_ah, stride_an, L, 1) if log_a is not None else None
+    places = places_of(position, references, b, h, stride_pb, stride_ph, stride_pn, sizes) if sizes.P > 0 else None
+    out = rows_of(d_x, b, h, stride_db, stride_dh, stride_dn, L, 1) if d_x is not None else None
+    d_masses = rows_of(d_log_a, b, h, stride_mb, stride_mh, stride_mn, L, 1) if d_log_a is not None else None
+    head = head_of(references, h, sizes, cut)
+    j = tl.arange(0, sizes.MP)
+    rows = chunk * cut.ROWS + tl.arange(0, cut.ROWS)
     asked = rows < L
-    live, mass = key_mass(at_head(log_a, b, h, stride_ab, stride_ah), rows, L, stride_an, 0.0)
-    x = at_head(x, b, h, stride_xb * STEP, stride_xh * STEP)
-    l, kappa, cosine, inverse, first_columns = token_logits(
-        x, rows, live, stride_xn * STEP, position, stride_pn, pi, y, load_references_t(y, 0, MP, DP, DEPTH),
-        beta, scale, tau, M, D, DP, DEPTH, P, DOT, PRECISION, ACROSS,
-    )  # fmt: skip
-    dl = tl.load(tile_at(d_logits, at, BC, MP))
-    middle = 0.0 if DOT else tl.exp2(-beta)
-    d_lam = 0.0
+    live, mass = key_mass(masses, rows, L, 0.0)
+    l, kappa, cosine, inverse, first_columns = token_logits(tokens, rows, live, places, head, rule.DOT, sizes, cut)
+    dl = tl.load(tile_at(d_logits, at, cut.ROWS, sizes))
+    middle = 0.0 if rule.DOT else tl.exp2(-head.beta)
+    part_log_b = parts.log_b + at * sizes.MP + j
+    d_lam, row_sums = 0.0, tl.zeros([cut.ROWS], tl.float32)
     if KEYS:
         d_f = tl.sum(dl, 1)
+        row_sums += (1.0 - head.lam_a) * d_f if rule.UPDATE_ROWS else d_f
         if d_log_a is not None:
-            out = at_head(d_log_a, b, h, stride_mb, stride_mh) + rows.to(tl.int64) * stride_mn
-            tl.store(out, d_f, mask=asked)
-        if UPDATE_ROWS:
-            numerators, top, total, f = row_update(l, tl.load(log_b + h * MP + j), d_f, lam_a)
-            from_rows = numerators * (lam_a * d_f / total)[:, None]
+            tl.store(row_starts(d_masses, rows), d_f, mask=asked)
+        if rule.UPDATE_ROWS:
+            p, top, total, f = row_update(l, tl.load(head.log_b + j), d_f, head.lam_a)
+            from_rows = p * (head.lam_a * d_f / total)[:, None]
             dl -= from_rows
-            d_lam += (
-                tl.sum(d_f * (top + tl.log2(total) - (middle - 1.0) * scale)) * LN2
-            )  # Σ df = 0, as in `store_parts`
-            tl.store(part_log_b + at * MP + j, tl.load(part_log_b + at * MP + j) - tl.sum(from_rows, 0))
+            # Σ df = 0, as in `kernel_sums`
+            d_lam += tl.sum(d_f * (top + tl.log2(total) - (middle - 1.0) * head.scale)) * LN2
+            tl.store(part_log_b, tl.load(part_log_b) - tl.sum(from_rows, 0))
     else:
-        tl.store(part_log_b + at * MP + j, tl.sum(dl, 0))
-    d_x = at_head(d_x, b, h, stride_db, stride_dh)
+        tl.store(part_log_b, tl.sum(dl, 0))
+    factor = gradient_factor(references.parameters, h, rule.DOT)
     store_gradient(
-        x, dl, kappa, cosine, inverse, rows, asked, live, stride_xn * STEP, d_x, stride_dn, y, part_y, at,
-        gradient_factor(parameters, h, DOT), KEYS, MP, D, DP, DEPTH, DOT, PRECISION,
+        tokens, dl, kappa, cosine, inverse, rows, asked, live, out, head.y, parts.y, at, factor, KEYS, rule.DOT, sizes,
+        cut,
     )  # fmt: skip
-    store_parts(
-        dl, kappa, cosine, position, rows, live, stride_pn, pi, part_sums, part_position, at, d_lam, middle,
-        KEYS, M, P, PP, DOT,
-    )  # fmt: skip
+    store_parts(dl, row_sums, kappa, cosine, head.beta, places, rows, live, parts, at, d_lam, KEYS, rule.DOT, sizes)
 
 
 @triton.jit
@@ -165,22 +136,26 @@ def _fold(parts, out, bh, first_head, chunks, size, index, more):
 
 @kernel
 def causal_fold_backward_kernel(
-    part_log_b, part_y, part_sums, part_position, log_b, y, sums, position, chunks, first_head, more,
-    MP: tl.constexpr, DP: tl.constexpr, PP: tl.constexpr, BLOCK: tl.constexpr,
+    parts, whole,  # Partials of the chunks, of the call
+    chunks, first_head, more,
+    sizes, SUMS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """BLOCK numbers of one head's parts of dŷ, or in its last programs of everything else, summed over chunks."""
+    MP: tl.constexpr = sizes.MP
+    DP: tl.constexpr = sizes.DP
+    PP: tl.constexpr = sizes.PP
     blocks: tl.constexpr = MP * DP // BLOCK + MP * PP // BLOCK + 1
     bh = (tl.program_id(0) // blocks).to(tl.int64)
     block = tl.program_id(0) % blocks
     index = tl.arange(0, BLOCK)
     if block < MP * DP // BLOCK:
-        _fold(part_y, y, bh, first_head, chunks, MP * DP, block * BLOCK + index, more)
+        _fold(parts.y, whole.y, bh, first_head, chunks, MP * DP, block * BLOCK + index, more)
     else:
         block -= MP * DP // BLOCK
-        _fold(part_position, position, bh, first_head, chunks, MP * PP, block * BLOCK + index, more)
+        _fold(parts.position, whole.position, bh, first_head, chunks, MP * PP, block * BLOCK + index, more)
         if block == 0:
-            _fold(part_log_b, log_b, bh, first_head, chunks, MP, index, more)
-            _fold(part_sums, sums, bh, first_head, chunks, SUMS, index, more)
+            _fold(parts.log_b, whole.log_b, bh, first_head, chunks, MP, index, more)
+            _fold(parts.sums, whole.sums, bh, first_head, chunks, SUMS, index, more)
 
 
 FOLD = Tile(rows=16, depth=256, warps=4, stages=1)  # a [16 slots, 256] tile is 32 numbers a thread
@@ -188,7 +163,6 @@ FOLD = Tile(rows=16, depth=256, warps=4, stages=1)  # a [16 slots, 256] tile is 
 
 def tokens_backward(
     x: Operands,
-    prepared: Prepared,
     part: Part,
     name: str,
     d_logits: Tensor,
@@ -197,25 +171,20 @@ def tokens_backward(
     arguments: Arguments,
 ) -> None:
     """Launches the gradients of "query" or "key" from those of their logits."""
-    keys = name == "key"
-    tokens, position = getattr(x, name), getattr(x, name + "_position")
+    keys, tokens = name == "key", getattr(x, name)
     log_a, d_log_a = (x.log_a, out["log_a"]) if keys else (None, None)
-    names = ("UPDATE_ROWS", "M", "MP", "D", "DP", "P", "PP", "DOT", "BC", "DEPTH", "PRECISION", "ACROSS")
     step = stride_step(tokens)
-    constants = {"KEYS": keys, "STEP": step} | {n: arguments.constants[n] for n in names}
-    references = (prepared.y, prepared.log_b, prepared.position, prepared.parameters)
-    tensors = (tokens, log_a, position, *references, d_logits, out[name], d_log_a, *slots)
-    spans = (*strides(tokens, step), *(s for t in (log_a, position, out[name], d_log_a) for s in strides(t)))
-    counts = (*tokens.shape[1:3], part.chunks, part.first_head, part.first_chunk)
-    launch(
-        causal_tokens_backward_kernel, part.heads * part.chunks, (*tensors, *spans, *counts), constants, arguments.cut
-    )
+    rows = (*strided(tokens, step), *strided(log_a), *strided(getattr(x, name + "_position")))
+    args = (*rows, *strided(out[name]), *strided(d_log_a), arguments.references, d_logits, slots)
+    cut = cut_of(arguments.tile, arguments.sizes, device_of(tokens), step, arguments.across)
+    constants = arguments.constants | {"KEYS": keys, "cut": cut.compiled}
+    programs = part.heads * part.chunks
+    launch(causal_tokens_backward_kernel, programs, (*args, *arguments.counts(part)), constants, arguments.tile)
 
 
-def fold(part: Part, slots: Partials, whole: Partials, constants: Mapping[str, Any]) -> None:
+def fold(part: Part, slots: Partials, whole: Partials, sizes: Sizes) -> None:
     """Sums the slots of a part, one per chunk, into their heads' one slot of the whole call."""
-    mp, dp, pp = (constants[n] for n in ("MP", "DP", "PP"))
-    programs = part.heads * (mp * dp // FOLD.depth + mp * pp // FOLD.depth + 1)
-    sizes = (part.chunks, part.first_head, part.stretches - 1 - part.stretch)
-    tile = {"MP": mp, "DP": dp, "PP": pp, "BLOCK": FOLD.depth}
-    launch(causal_fold_backward_kernel, programs, (*slots, *whole, *sizes), tile, FOLD)
+    blocks = sizes.MP * sizes.DP // FOLD.depth + sizes.MP * sizes.PP // FOLD.depth + 1
+    args = (slots, whole, part.chunks, part.first_head, part.stretches - 1 - part.stretch)
+    constants = {"sizes": sizes.compiled, "SUMS": SUMS, "BLOCK": FOLD.depth}
+    launch(causal_fold_backward_kernel, part.heads * blocks, args, constants, FOLD)

@@ -10,6 +10,8 @@ A program leaves its part of every sum in a slot of its own (`parameters.gradien
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -17,13 +19,12 @@ from torch import Tensor
 from ....problem import Operands, Options
 from ..host.launch import Device, device_of
 from ..host.tiles import Tile, padded, tile
+from .places import position_sums
 from .plan import range_known
-from .primitives import dot, exact_scale, rounded
+from .primitives import dot, exact_scale, rounded, tokens_by
+from .rows import store_rows
 
-# What a slot holds for the hyperparameters, in the order of HYPER:
-# Σ dℓ κ (ĉ − 1),  Σ dℓ (κ − 1),  Σ df LSE_j(ℓ + g),  Σ dg c,  Σ dℓ ‖p − π‖²
-BETA_SUM, EPSILON_SUM, KEY_RELAXATION_SUM, REFERENCE_RELAXATION_SUM, TAU_SUM = map(tl.constexpr, range(5))
-SUMS = tl.constexpr(8)  # numbers in a slot
+SUMS = 8  # numbers that a slot holds for the hyperparameters, see `sum_of`
 
 
 def across(device: Device, tokens: Tensor) -> bool:
@@ -42,15 +43,9 @@ def gradient_tile(x: Operands, opt: Options) -> Tile:
 
 
 @triton.jit
-def tokens_by(a, b, PRECISION: tl.constexpr, ACROSS: tl.constexpr):
-    """a [BN, K] · b [K, J] with a tokens' row per row of a; ACROSS: as (bᵀ aᵀ)ᵀ, so that warps share the columns."""
-    return tl.trans(dot(tl.trans(b), tl.trans(a), PRECISION)) if ACROSS else dot(a, b, PRECISION)
-
-
-@triton.jit
 def token_gradient(
     dl, kappa, cosine, inverse, x, y, factor,
-    WHOLE: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, ACROSS: tl.constexpr = False,
+    WHOLE: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, ACROSS: tl.constexpr,
 ):  # fmt: skip
     """(dĉ [BN, MP], x̂ [BN, depth] as operands of dŷ = dĉᵀ x̂, dx [BN, depth]) for columns x, y of the head dim.
 
@@ -76,53 +71,51 @@ def token_gradient(
 
 
 @triton.jit
-def kernel_sums(dl, kappa, cosine, DOT: tl.constexpr):
-    """(Σ_j dℓ κ (ĉ − 1), Σ_j dℓ (κ − 1)) [BN]: the rows' parts of dβ·ε and −dε·ε²."""
-    d_epsilon = tl.sum(dl * (kappa - 1.0), 1)
-    d_beta = d_epsilon * 0.0 if DOT else tl.sum(dl * (kappa * (cosine - 1.0)), 1)
+def kernel_sums(dl, kappa, cosine, beta, BALANCED: tl.constexpr, DOT: tl.constexpr):
+    """(Σ_j dℓ κ (ĉ − 1), Σ_j dℓ (κ − 1)) [BN]: the rows' parts of dβ·ε and −dε·ε²; beta is β·log2 e.
+
+    BALANCED: all dℓ of the queries, and all of the keys, sum to 0.  Moving κ by its value `middle` between orthogonal
+    vectors then changes nothing but the weight of their rounding errors.
+    """
+    middle = 0.0 if DOT else tl.exp2(-beta)
+    d_epsilon = tl.sum(dl * (kappa - (middle if BALANCED else 1.0)), 1)
+    d_beta = d_epsilon * 0.0 if DOT else tl.sum(dl * (kappa * (cosine - 1.0) + (middle if BALANCED else 0.0)), 1)
     return d_beta, d_epsilon
 
 
 @triton.jit
-def position_sums(dl, p, rows, live, stride, pi, M_TRUE: tl.constexpr, P: tl.constexpr, PP: tl.constexpr):
-    """(Σ_j dℓ ‖p_i − π_j‖² [BN], Σ_i dℓ_ij (p_i − π_j) [MP, PP]); a token whose position is NaN adds nothing."""
-    M: tl.constexpr = dl.shape[1]
-    j, axes = tl.arange(0, M), tl.arange(0, PP)
-    whole = tl.zeros([dl.shape[0]], tl.float32)
-    for axis in tl.static_range(P):
-        whole += tl.load(p + rows.to(tl.int64) * stride + axis, mask=live, other=0.0)
-    placed = whole == whole
-    squares = tl.zeros([dl.shape[0]], tl.float32)
-    sums = tl.zeros([M, PP], tl.float32)
-    for axis in tl.static_range(P):
-        at = tl.load(p + rows.to(tl.int64) * stride + axis, mask=live & placed, other=0.0)
-        difference = at[:, None] - tl.load(pi + j * P + axis, mask=j < M_TRUE, other=0.0)[None, :]
-        weighted = tl.where(placed[:, None], dl * difference, 0.0)
-        squares += tl.sum(weighted * difference, 1)
-        sums += tl.where(axes[None, :] == axis, tl.sum(weighted, 0)[:, None], 0.0)
-    return squares, sums
+def sum_of(name: tl.constexpr):
+    """Which of a slot's SUMS numbers it is, in the order of HYPER.
+
+    Σ dℓ κ (ĉ − 1),  Σ dℓ (κ − 1),  Σ df LSE_j(ℓ + g),  Σ dg c,  Σ dℓ ‖p − π‖²
+    """
+    if name == "beta":
+        return 0
+    elif name == "epsilon":
+        return 1
+    elif name == "key_relaxation":
+        return 2
+    elif name == "reference_relaxation":
+        return 3
+    else:
+        tl.static_assert(name == "tau")
+        return 4
 
 
 @triton.jit
-def store_sum(sums, slot, number: tl.constexpr, value):
-    """One of a program's sums for the hyperparameters."""
-    tl.store(sums + slot * SUMS + number, value)
-
-
-@triton.jit
-def load_sum(sums, slot, number: tl.constexpr):
-    """What `store_sum` left."""
-    return tl.load(sums + slot * SUMS + number)
+def sum_at(sums, slot, name: tl.constexpr):
+    """Where one of a slot's sums for the hyperparameters lies."""
+    return sums + slot * 8 + sum_of(name)
 
 
 @triton.jit
 def store_sums(sums, slot, d_beta, d_epsilon, d_key_relaxation, d_reference_relaxation, d_tau):
     """One program's sums for the hyperparameters."""
-    store_sum(sums, slot, BETA_SUM, d_beta)
-    store_sum(sums, slot, EPSILON_SUM, d_epsilon)
-    store_sum(sums, slot, KEY_RELAXATION_SUM, d_key_relaxation)
-    store_sum(sums, slot, REFERENCE_RELAXATION_SUM, d_reference_relaxation)
-    store_sum(sums, slot, TAU_SUM, d_tau)
+    tl.store(sum_at(sums, slot, "beta"), d_beta)
+    tl.store(sum_at(sums, slot, "epsilon"), d_epsilon)
+    tl.store(sum_at(sums, slot, "key_relaxation"), d_key_relaxation)
+    tl.store(sum_at(sums, slot, "reference_relaxation"), d_reference_relaxation)
+    tl.store(sum_at(sums, slot, "tau"), d_tau)
 
 
 @triton.jit
@@ -136,3 +129,64 @@ def sum_slots(parts, first, step, batch, slots, used, size, index, inside):
         some = (r < batch * used)[:, None] & inside[None, :]
         total += tl.sum(tl.load(parts + slot[:, None] * size + index[None, :], mask=some, other=0.0), 0)
     return total
+
+
+class TileSums(NamedTuple):
+    """A program's sums over its tokens."""
+
+    y: Any  # [MP, DEPTH] of dŷ
+    position: Any  # [MP, PP] Σ_i dℓ_ij (p_i − π_j)
+    beta: Any  # [BN] and the following: by the row of the tile
+    epsilon: Any
+    tau: Any
+
+
+@triton.jit
+def no_sums(sizes, cut):
+    """The sums before the first tile."""
+    rows = tl.zeros([cut.ROWS], tl.float32)
+    y = tl.zeros([sizes.MP, cut.DEPTH], tl.float32)
+    return TileSums(y, tl.zeros([sizes.MP, sizes.PP], tl.float32), rows, rows, rows)
+
+
+@triton.jit
+def leave_tile(
+    sums, dl, total, kappa, cosine, inverse, x, y, factor, beta, out, rows, inside, live, columns, writes, places,
+    parts, BALANCED: tl.constexpr, DOT: tl.constexpr, sizes, cut,
+):  # fmt: skip
+    """From a tile's dℓ, whose rows sum to `total`: writes dx (`out`: its rows, or None), and adds terms to the sums."""
+    operand, x_hat, d_x = token_gradient(
+        dl, kappa, cosine, inverse, x, y, factor, sizes.DP == cut.DEPTH, DOT, cut.PRECISION, cut.ACROSS
+    )
+    if out is not None:
+        if writes:
+            store_rows(out, rows, inside, columns, sizes.D, d_x)
+    d_y, d_pi, d_beta, d_epsilon, d_tau = sums
+    if parts.y is not None:
+        d_y += dot(tl.trans(operand), x_hat, cut.PRECISION)
+    if parts.sums is not None:
+        beta_rows, epsilon_rows = kernel_sums(dl, kappa, cosine, beta, BALANCED, DOT)
+        d_beta += beta_rows
+        d_epsilon += epsilon_rows
+    if sizes.P > 0:
+        if parts.sums is not None or parts.position is not None:
+            tau_rows, pi_sums = position_sums(dl, total, places, rows, live, sizes)
+            d_tau += tau_rows
+            d_pi += pi_sums
+    return TileSums(d_y, d_pi, d_beta, d_epsilon, d_tau)
+
+
+@triton.jit
+def store_tile_sums(parts, slot, sums, columns, d_lam_a, d_lam_b, writes, first, sizes):
+    """A program's sums into its slot: its columns of dŷ where it `writes` them, the rest where it is the `first`."""
+    j = tl.arange(0, sizes.MP)
+    if parts.y is not None:
+        if writes:
+            tl.store(parts.y + (slot * sizes.MP + j)[:, None] * sizes.DP + columns[None, :], sums.y)
+    if first:
+        if parts.position is not None:
+            at = parts.position + (slot * sizes.MP + j)[:, None] * sizes.PP + tl.arange(0, sizes.PP)[None, :]
+            tl.store(at, sums.position)
+        if parts.sums is not None:
+            d_beta, d_epsilon, d_tau = tl.sum(sums.beta), tl.sum(sums.epsilon), tl.sum(sums.tau)
+            store_sums(parts.sums, slot, d_beta, d_epsilon, d_lam_a, d_lam_b, d_tau)

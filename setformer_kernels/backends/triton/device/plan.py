@@ -32,26 +32,6 @@ def log_domain_weights(l, g, mass, relaxation, UPDATE_ROWS: tl.constexpr):
 
 
 @triton.jit
-def farthest(position, start, end, stride, pi, M_TRUE: tl.constexpr, M: tl.constexpr, P: tl.constexpr):
-    """A bound of ‖p − π_j‖² over tokens start..end and all references: that of their bounding boxes."""
-    i, j = tl.arange(0, 128), tl.arange(0, M)
-    bound = start * 0.0
-    for axis in tl.static_range(P):
-        low, high = tl.full([128], INF, tl.float32), tl.full([128], -INF, tl.float32)
-        for first in range(start, end, 128):
-            live = first + i < end
-            at = tl.load(position + (first + i).to(tl.int64) * stride + axis, mask=live, other=0.0)
-            placed = live & (at == at)
-            low, high = tl.minimum(low, tl.where(placed, at, INF)), tl.maximum(high, tl.where(placed, at, -INF))
-        there = tl.load(pi + j * P + axis, mask=j < M_TRUE, other=0.0)
-        right = tl.max(tl.where(j < M_TRUE, there, -INF)) - tl.min(low)
-        left = tl.max(high) - tl.min(tl.where(j < M_TRUE, there, INF))
-        reach = tl.maximum(tl.maximum(left, right), 0.0)  # 0 where no token has a position
-        bound += reach * reach
-    return bound
-
-
-@triton.jit
 def potentials_narrow(g, beta, scale, M_TRUE: tl.constexpr, distance=0.0):
     """Whether all ℓ + g of the rbf kernel lie so close that `narrow_weights` holds for every tile.
 

@@ -10,7 +10,8 @@ import triton.language as tl
 
 from ..host.tiles import INTERPRETED
 
-# Under the interpreter tl.dot multiplies bfloat16 as raw bits (Triton 3.7): operands are widened there, exactly.
+# Under the interpreter tl.dot multiplies bfloat16 as raw bits (Triton 3.7), and leaves its sums to numpy's BLAS, whose
+# rounding differs among processors and, unlike a GPU's, among equal rows of a product: there its sums are in float64.
 _INTERPRETED = tl.constexpr(INTERPRETED)
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
@@ -25,15 +26,21 @@ INF = tl.constexpr(float("inf"))
 def dot(a, b, PRECISION: tl.constexpr):
     """a [I, K] · b [K, J] -> float32 [I, J]; float32 operands as IEEE or tf32x3."""
     if _INTERPRETED:
-        a = a.to(tl.float32)
-        b = b.to(tl.float32)
-    return tl.dot(a, b, input_precision=PRECISION)
+        return tl.dot(a.to(tl.float64), b.to(tl.float64), out_dtype=tl.float64).to(tl.float32)
+    else:
+        return tl.dot(a, b, input_precision=PRECISION)
+
+
+@triton.jit
+def tokens_by(a, b, PRECISION: tl.constexpr, ACROSS: tl.constexpr):
+    """a [BN, K] · b [K, J] with a tokens' row per row of a; ACROSS: as (bᵀ aᵀ)ᵀ, so that warps share the columns."""
+    return tl.trans(dot(tl.trans(b), tl.trans(a), PRECISION)) if ACROSS else dot(a, b, PRECISION)
 
 
 @triton.jit
 def rounded(x, dtype: tl.constexpr):
     """x [float32] to the nearest number of a token dtype."""
-    if _INTERPRETED and dtype == tl.bfloat16:  # the interpreter (Triton 3.2 to 3.9) truncates instead
+    if _INTERPRETED and dtype == tl.bfloat16:  # the interpreter (Triton 3.6 to 3.9) truncates instead
         bits = x.to(tl.uint32, bitcast=True)
         x = ((bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000).to(tl.float32, bitcast=True)
     return x.to(dtype)

@@ -19,13 +19,13 @@ from torch import Tensor
 
 from ....problem import empty_in_order
 from ..device.head import head_parameters, plain_parameters
-from ..device.logits import kernel_value, load_rows
+from ..device.logits import kernel_value
 from ..device.primitives import dot, rounded
+from ..device.rows import load_rows, rows_of, store_rows
 from ..host.launch import device_of, kernel, launch, split_tokens
-from ..host.rows import rows_like, stride_step, strides, unit_rows
+from ..host.rows import rows_like, stride_step, strided, unit_rows
 from ..host.tiles import INTERPRETER, Tile
-from ..parameters.prepare import Prepared
-from .problem import cut, inverse_lengths, landmark_products, prepared_landmarks, unit_landmarks
+from .problem import Landmarks, inverse_lengths, landmark_cut, landmark_products, prepared_landmarks
 from .whitening import landmark_cosines, whitening, whitening_backward
 
 EXTRA = 16  # numbers behind dW and dŵ in a partial sum: dβ of up to 16 blocks of landmarks
@@ -35,19 +35,25 @@ LANDMARK_TILE = Tile(rows=16, depth=16, warps=4, stages=1)  # [16, 256] sums are
 
 @kernel
 def features_backward_kernel(
-    x, d_psi, y, whitening, parameters, d_x, sums,
-    stride_xb, stride_xh, stride_xn, stride_pb, stride_ph, stride_pn, stride_db, stride_dh, stride_dn,
+    x, stride_xb, stride_xh, stride_xn,  # [B, H, N, D], strides in units of cut.STEP
+    d_psi, stride_pb, stride_ph, stride_pn,  # [B, H, N, R], likewise
+    d_x, stride_db, stride_dh, stride_dn,  # [B, H, N, D] or None, likewise
+    y, parameters, whitening,  # as in Landmarks, [H, RP, RP]
+    sums,  # [BH, splits, SIZE] or None
     H, N, stretch, splits,
-    R: tl.constexpr, RP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, STEP: tl.constexpr, SIZE: tl.constexpr,
-    BN: tl.constexpr, DEPTH: tl.constexpr, RC: tl.constexpr, PRECISION: tl.constexpr,
+    SIZE: tl.constexpr, cut,
 ):  # fmt: skip
     """dx from all landmarks, or partial sums of RC rows of dW [RP, RP] and dŵ [RP, DP]; both at once if RC = RP."""
+    RP: tl.constexpr = cut.RP
+    DP: tl.constexpr = cut.DP
+    RC: tl.constexpr = cut.RC
     blocks: tl.constexpr = RP // RC if d_x is None else 1
     split = tl.program_id(0) // blocks % splits
     bh = (tl.program_id(0) // (blocks * splits)).to(tl.int64)
     b, h = bh // H, bh % H
-    x += b * (stride_xb * STEP) + h * (stride_xh * STEP)
-    d_psi += b * (stride_pb * STEP) + h * (stride_ph * STEP)
+    tokens = rows_of(x, b, h, stride_xb, stride_xh, stride_xn, N, cut.STEP)
+    gradients = rows_of(d_psi, b, h, stride_pb, stride_ph, stride_pn, N, cut.STEP)
+    d_tokens = rows_of(d_x, b, h, stride_db, stride_dh, stride_dn, N, cut.STEP) if d_x is not None else None
     y += h * RP * DP
     whitening += h * RP * RP
     near, j, d = tl.arange(0, RC), tl.arange(0, RP), tl.arange(0, DP)
@@ -57,40 +63,38 @@ def features_backward_kernel(
     beta, epsilon, tau = plain_parameters(parameters, h)
     if sums is not None:
         d_w, d_y = tl.zeros([RC, RP], tl.float32), tl.zeros([RC, DP], tl.float32)
-        d_beta = tl.zeros([BN], tl.float32)
-    for start in range(split * stretch, tl.minimum(N, (split + 1) * stretch), BN):
-        rows = start + tl.arange(0, BN)
+        d_beta = tl.zeros([cut.ROWS], tl.float32)
+    for start in range(split * stretch, tl.minimum(N, (split + 1) * stretch), cut.ROWS):
+        rows = start + tl.arange(0, cut.ROWS)
         live = rows < N
-        inverse, length = inverse_lengths(x, rows, live, stride_xn * STEP, D, DP, DEPTH)
+        inverse, length = inverse_lengths(tokens, rows, live, cut)
         if d_x is not None:
-            out = tl.zeros([BN, DP], tl.float32)
-            along = tl.zeros([BN], tl.float32)
+            out = tl.zeros([cut.ROWS, DP], tl.float32)
+            along = tl.zeros([cut.ROWS], tl.float32)
         for landmark in range(first, last, RC):
             r = landmark + near
-            product = landmark_products(x, rows, live, stride_xn * STEP, y, r, D, DP, DEPTH, PRECISION)
+            product = landmark_products(tokens, rows, live, y, r, cut)
             kappa = kernel_value(product, inverse, log2_beta, False)
-            d_kappa = tl.zeros([BN, RC], tl.float32)
+            d_kappa = tl.zeros([cut.ROWS, RC], tl.float32)
             for other in range(0, RP, RC):
                 columns = other + near
                 w = tl.load(whitening + r[:, None] * RP + columns[None, :])
-                d_kappa += dot(load_rows(d_psi, rows, live, stride_pn * STEP, columns, R), tl.trans(w), PRECISION)
+                d_kappa += dot(load_rows(gradients, rows, live, columns, cut.R), tl.trans(w), cut.PRECISION)
             d_log = tl.where((inverse > 0)[:, None], kappa * d_kappa, 0.0)
             cosine = product * inverse[:, None]
             d_product = rounded(beta * d_log, x.dtype.element_ty)
             if d_x is not None:
                 along += tl.sum(d_log * (1.0 - beta * cosine), 1)
-                out += dot(d_product, tl.load(y + r[:, None] * DP + d[None, :]), PRECISION)
+                out += dot(d_product, tl.load(y + r[:, None] * DP + d[None, :]), cut.PRECISION)
             if sums is not None:
-                d_y += dot(tl.trans(d_product), load_rows(x, rows, live, stride_xn * STEP, d, D), PRECISION)
+                d_y += dot(tl.trans(d_product), load_rows(tokens, rows, live, d, cut.D), cut.PRECISION)
                 scaled = rounded(kappa * length[:, None], x.dtype.element_ty)
-                d_w += dot(tl.trans(scaled), load_rows(d_psi, rows, live, stride_pn * STEP, j, R), PRECISION)
+                d_w += dot(tl.trans(scaled), load_rows(gradients, rows, live, j, cut.R), cut.PRECISION)
                 d_beta += tl.sum(d_log * (cosine - 1.0), 1) * length
         if d_x is not None:
-            own = load_rows(x, rows, live, stride_xn * STEP, d, D).to(tl.float32)
+            own = load_rows(tokens, rows, live, d, cut.D).to(tl.float32)
             out += own * (along * inverse)[:, None]
-            at = d_x + b * (stride_db * STEP) + h * (stride_dh * STEP)
-            at += rows.to(tl.int64)[:, None] * (stride_dn * STEP) + d[None, :]
-            tl.store(at, rounded(out, d_x.dtype.element_ty), mask=live[:, None] & (d < D)[None, :])
+            store_rows(d_tokens, rows, live, d, cut.D, out)
     if sums is not None:
         sums += (bh * splits + split) * SIZE
         r = first + near
@@ -117,19 +121,21 @@ def features_sums_backward_kernel(
 
 @kernel
 def features_landmarks_backward_kernel(
-    landmarks, inverse, parameters, d_a, sums, d_landmarks, d_bandwidth,
-    stride_h, stride_r, stride_oh, stride_or, stride_od,
+    landmarks, stride_h, stride_r,  # [H, R, D]
+    d_landmarks, stride_oh, stride_or, stride_od,  # [H, R, D] or None
+    d_bandwidth,  # [H] or None
+    prepared, d_a, sums,  # Landmarks, [H, RP, RP], [H, SIZE]
     R: tl.constexpr, RP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, SIZE: tl.constexpr,
     BLOCKS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """d landmarks and dβ of one head, from dA and the summed dŵ and dβ of the tokens."""
     h = tl.program_id(0).to(tl.int64)
     landmarks += h * stride_h
-    inverse += h * RP
+    inverse = prepared.inverse_norm + h * RP
     d_a += h * RP * RP
     sums += h * SIZE + RP * RP
-    log2_beta, scale, lam_a, lam_b, squared_tau = head_parameters(parameters, h)
-    beta, epsilon, tau = plain_parameters(parameters, h)
+    log2_beta, scale, lam_a, lam_b, squared_tau = head_parameters(prepared.parameters, h)
+    beta, epsilon, tau = plain_parameters(prepared.parameters, h)
     d = tl.arange(0, DP)
     blocks = tl.arange(0, 16)
     d_beta = tl.sum(tl.load(sums + RP * DP + blocks, mask=blocks < BLOCKS, other=0.0))
@@ -159,49 +165,40 @@ def features_landmarks_backward_kernel(
 
 
 def _over_tokens(
-    x: Tensor, landmarks: Tensor, prepared: Prepared, w: Tensor, d_psi: Tensor, d_x: Tensor | None, parameters: bool
+    x: Tensor, landmarks: Tensor, prepared: Landmarks, w: Tensor, d_psi: Tensor, d_x: Tensor | None, parameters: bool
 ) -> tuple[Tensor, int]:
     """Writes dx where it is wanted; (dW, dŵ, dβ summed over tokens and batch [H, SIZE], how many parts dβ has)."""
     b, h, n, _ = x.shape
-    t, constants = cut(x, landmarks, "features_backward")
-    rp, dp = prepared.y.shape[1:]
-    blocks, size = rp // constants["RC"], rp * (rp + dp) + EXTRA
-    split = split_tokens(n, t.rows, b * h, device_of(x).multiprocessors)
     step = stride_step(x, d_psi, d_x)
-    constants |= {"STEP": step, "SIZE": size}
-    counts = (*strides(x, step), *strides(d_psi, step), *strides(d_x, step), h, n, *split)
+    t, cut = landmark_cut(x, landmarks, "features_backward", step)
+    blocks, size = cut.RP // cut.RC, cut.RP * (cut.RP + cut.DP) + EXTRA
+    split = split_tokens(n, t.rows, b * h, device_of(x).multiprocessors)
+    constants = {"SIZE": size, "cut": cut.compiled}
+    tokens, counts = (*strided(x, step), *strided(d_psi, step)), (h, n, *split)
     sums = landmarks.new_empty((b, h, split.programs, size)) if parameters else None
-    tensors, programs = (x, d_psi, prepared.y, w, prepared.parameters), b * h * split.programs
+    programs = b * h * split.programs
     if parameters and d_x is not None and blocks > 1:
-        launch(features_backward_kernel, programs, (*tensors, d_x, None, *counts), constants, t)
+        args = (*tokens, *strided(d_x, step), prepared.y, prepared.parameters, w, None, *counts)
+        launch(features_backward_kernel, programs, args, constants, t)
         d_x = None
     programs *= blocks if d_x is None else 1
-    launch(features_backward_kernel, programs, (*tensors, d_x, sums, *counts), constants, t)
+    args = (*tokens, *strided(d_x, step), prepared.y, prepared.parameters, w, sums, *counts)
+    launch(features_backward_kernel, programs, args, constants, t)
     out = landmarks.new_empty((h, size))
     if sums is not None:
         used = size - EXTRA + blocks
         cut_sum: dict[str, Any] = {"USED": used, "SIZE": size, "ROWS": SUM_TILE.rows, "BLOCK": SUM_TILE.depth}
-        launch(
-            features_sums_backward_kernel,
-            h * -(-used // SUM_TILE.depth),
-            (sums, out, h, b, split.programs),
-            cut_sum,
-            SUM_TILE,
-        )
+        programs = h * -(-used // SUM_TILE.depth)
+        launch(features_sums_backward_kernel, programs, (sums, out, h, b, split.programs), cut_sum, SUM_TILE)
     return out, blocks
 
 
 def features_backward(
-    x: Tensor,
-    landmarks: Tensor,
-    bandwidth: Tensor | None,
-    scalar: float,
-    ridge: float,
-    d_psi: Tensor,
-    needs: Sequence[bool],
-) -> tuple[Tensor | None, ...]:
+    x: Tensor, landmarks: Tensor, bandwidth: Tensor | None, scalar: float, ridge: float,
+    d_psi: Tensor, needs: Sequence[bool],
+) -> tuple[Tensor | None, ...]:  # fmt: skip
     """(dx, d landmarks, d bandwidth), None where not needed."""
-    x_, d_psi, landmarks_ = unit_rows(x), unit_rows(d_psi), unit_landmarks(landmarks)
+    x_, d_psi, landmarks_ = unit_rows(x), unit_rows(d_psi), unit_rows(landmarks)
     d_x = rows_like(x, x.shape[-1]) if needs[0] else None
     prepared = prepared_landmarks(x_, landmarks_, bandwidth, scalar)
     w = whitening(landmarks_, prepared, ridge, x.dtype)
@@ -215,13 +212,12 @@ def features_backward(
     d_bandwidth = landmarks.new_empty(landmarks.shape[:1]) if wants_bandwidth else None
     d_a = whitening_backward(landmarks_, prepared, ridge, sums)
     (h, r, d), (rp, dp) = landmarks.shape, prepared.y.shape[1:]
-    counts = (*landmarks_.stride()[:2], *strides(d_landmarks))
-    args = (landmarks_, prepared.inverse_norm, prepared.parameters, d_a, sums, d_landmarks, d_bandwidth, *counts)
+    args = (landmarks_, *landmarks_.stride()[:2], *strided(d_landmarks), d_bandwidth, prepared, d_a, sums)
     device = device_of(x)
-    cut_landmarks = INTERPRETER if device.family == "interpreter" else LANDMARK_TILE
+    t = INTERPRETER if device.family == "interpreter" else LANDMARK_TILE
     constants = {
         "R": r, "RP": rp, "D": d, "DP": dp, "SIZE": sums.shape[1], "BLOCKS": blocks, "PRECISION": device.precision,
-        "ROWS": min(cut_landmarks.rows, rp), "COLUMNS": min(cut_landmarks.depth, rp),
+        "ROWS": min(t.rows, rp), "COLUMNS": min(t.depth, rp),
     }  # fmt: skip
-    launch(features_landmarks_backward_kernel, h, args, constants, cut_landmarks)
+    launch(features_landmarks_backward_kernel, h, args, constants, t)
     return result, d_landmarks, d_bandwidth

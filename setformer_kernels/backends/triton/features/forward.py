@@ -12,51 +12,52 @@ from torch import Tensor
 from ..device.head import head_parameters
 from ..device.logits import kernel_value
 from ..device.primitives import dot, rounded
+from ..device.rows import rows_of, store_rows
 from ..host.launch import kernel, launch
-from ..host.rows import rows_like, stride_step, strides, unit_rows
-from .problem import cut, inverse_lengths, landmark_products, prepared_landmarks, unit_landmarks
+from ..host.rows import rows_like, stride_step, strided, unit_rows
+from .problem import inverse_lengths, landmark_cut, landmark_products, prepared_landmarks
 from .whitening import whitening
 
 
 @kernel
 def features_kernel(
-    x, y, whitening, parameters, psi,
-    stride_xb, stride_xh, stride_xn, stride_pb, stride_ph, stride_pn, H, N,
-    R: tl.constexpr, RP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, STEP: tl.constexpr,
-    BN: tl.constexpr, DEPTH: tl.constexpr, RC: tl.constexpr, PRECISION: tl.constexpr,
+    x, stride_xb, stride_xh, stride_xn,  # [B, H, N, D], strides in units of cut.STEP
+    psi, stride_pb, stride_ph, stride_pn,  # [B, H, N, R], likewise
+    y, parameters, whitening,  # as in Landmarks, [H, RP, RP]
+    H, N,
+    cut,
 ):  # fmt: skip
-    """ψ of BN tokens of one head, RC landmarks at a time."""
-    blocks = tl.cdiv(N, BN)
+    """ψ of a tile of tokens of one head, RC landmarks at a time."""
+    blocks = tl.cdiv(N, cut.ROWS)
     bh = (tl.program_id(0) // blocks).to(tl.int64)
     b, h = bh // H, bh % H
-    rows = tl.program_id(0) % blocks * BN + tl.arange(0, BN)
+    rows = tl.program_id(0) % blocks * cut.ROWS + tl.arange(0, cut.ROWS)
     live = rows < N
-    x += b * (stride_xb * STEP) + h * (stride_xh * STEP)
-    y += h * RP * DP
-    whitening += h * RP * RP
+    tokens = rows_of(x, b, h, stride_xb, stride_xh, stride_xn, N, cut.STEP)
+    y += h * cut.RP * cut.DP
+    whitening += h * cut.RP * cut.RP
     log2_beta, scale, lam_a, lam_b, tau = head_parameters(parameters, h)
-    inverse, length = inverse_lengths(x, rows, live, stride_xn * STEP, D, DP, DEPTH)
-    j = tl.arange(0, RP)
-    out = tl.zeros([BN, RP], tl.float32)
-    for first in range(0, RP, RC):
-        r = first + tl.arange(0, RC)
-        product = landmark_products(x, rows, live, stride_xn * STEP, y, r, D, DP, DEPTH, PRECISION)
+    inverse, length = inverse_lengths(tokens, rows, live, cut)
+    j = tl.arange(0, cut.RP)
+    out = tl.zeros([cut.ROWS, cut.RP], tl.float32)
+    for first in range(0, cut.RP, cut.RC):
+        r = first + tl.arange(0, cut.RC)
+        product = landmark_products(tokens, rows, live, y, r, cut)
         kappa = rounded(kernel_value(product, inverse, log2_beta, False), y.dtype.element_ty)
-        out += dot(kappa, tl.load(whitening + r[:, None] * RP + j[None, :]), PRECISION)
-    psi += b * (stride_pb * STEP) + h * (stride_ph * STEP)
-    psi += rows.to(tl.int64)[:, None] * (stride_pn * STEP) + j[None, :]
-    tl.store(psi, rounded(out * length[:, None], psi.dtype.element_ty), mask=live[:, None] & (j < R)[None, :])
+        out += dot(kappa, tl.load(whitening + r[:, None] * cut.RP + j[None, :]), cut.PRECISION)
+    outputs = rows_of(psi, b, h, stride_pb, stride_ph, stride_pn, N, cut.STEP)
+    store_rows(outputs, rows, live, j, cut.R, out * length[:, None])
 
 
 def features(x: Tensor, landmarks: Tensor, bandwidth: Tensor | None, scalar: float, ridge: float) -> Tensor:
     """x [B, H, N, D], landmarks [H, R, D] -> ψ [B, H, N, R]."""
-    x_, landmarks = unit_rows(x), unit_landmarks(landmarks)
+    x_, landmarks = unit_rows(x), unit_rows(landmarks)
     b, h, n, _ = x.shape
     out = rows_like(x, landmarks.shape[1])
     prepared = prepared_landmarks(x_, landmarks, bandwidth, scalar)
     w = whitening(landmarks, prepared, ridge, x.dtype)
-    t, constants = cut(x, landmarks, "features")
     step = stride_step(x_, out.rows)
-    args = (x_, prepared.y, w, prepared.parameters, out.rows, *strides(x_, step), *strides(out.rows, step), h, n)
-    launch(features_kernel, b * h * -(-n // t.rows), args, constants | {"STEP": step}, t)
+    t, cut = landmark_cut(x, landmarks, "features", step)
+    args = (*strided(x_, step), *strided(out.rows, step), prepared.y, prepared.parameters, w, h, n)
+    launch(features_kernel, b * h * -(-n // t.rows), args, {"cut": cut.compiled}, t)
     return out.delivered()

@@ -30,7 +30,7 @@ from ..device.head import head_parameters
 from ..device.primitives import dot, rounded
 from ..host.launch import device_of, kernel, launch
 from ..host.tiles import INTERPRETER, Tile, padded
-from ..parameters.prepare import Prepared
+from .problem import Landmarks
 
 # A [64, 64] block is 16 registers a thread; products take 16 columns at a time, since tf32x3 splits each into three.
 TILE = Tile(rows=64, depth=16, warps=8, stages=1)
@@ -110,7 +110,10 @@ def _product(a, b, i, j, RP: tl.constexpr, DEPTH: tl.constexpr, PRECISION: tl.co
 
 @kernel
 def features_whitening_kernel(
-    landmarks, inverse, parameters, d_whitening, out, workspace, ridge, low, steps, stride_h, stride_r,
+    landmarks, stride_h, stride_r,  # [H, R, D]
+    inverse_norm, parameters, d_whitening,  # as in Landmarks, [H, SIZE] or None
+    out, workspace,  # [H, RP, RP], [H, 5 or 10, RP, RP]
+    ridge, low, steps,
     R: tl.constexpr, RP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, DEPTH: tl.constexpr, BLOCK: tl.constexpr,
     GROWTH: tl.constexpr, SIZE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -132,7 +135,9 @@ def features_whitening_kernel(
         sums = tl.zeros([BLOCK], tl.float32)
         for column in range(0, RP, DEPTH):
             j = column + tl.arange(0, DEPTH)
-            a = _regularised(landmarks + h * stride_h, inverse + h * RP, i, j, stride_r, log2_beta, ridge, R, D, DP)
+            a = _regularised(
+                landmarks + h * stride_h, inverse_norm + h * RP, i, j, stride_r, log2_beta, ridge, R, D, DP
+            )
             sums += tl.sum(a, 1)
             tl.store(next_y + i[:, None] * RP + j[None, :], a)
         largest = tl.maximum(largest, tl.max(sums))
@@ -181,21 +186,21 @@ def features_whitening_kernel(
         tl.store(out + h * size + index, rounded(result, out.dtype.element_ty))
 
 
-def whitening(landmarks: Tensor, prepared: Prepared, ridge: float, dtype: torch.dtype) -> Tensor:
+def whitening(landmarks: Tensor, prepared: Landmarks, ridge: float, dtype: torch.dtype) -> Tensor:
     """(K_ww + δI)^{−1/2} [H, RP, RP]; what stands in rows and columns of padding is finite."""
     out = landmarks.new_empty((landmarks.shape[0], *prepared.y.shape[1:2] * 2), dtype=dtype)
     _whiten(landmarks, prepared, ridge, None, out)
     return out
 
 
-def whitening_backward(landmarks: Tensor, prepared: Prepared, ridge: float, d_whitening: Tensor) -> Tensor:
+def whitening_backward(landmarks: Tensor, prepared: Landmarks, ridge: float, d_whitening: Tensor) -> Tensor:
     """dA [H, RP, RP] from dW [H, RP·RP] with unit stride along its last dimension; 0 in rows and columns of padding."""
     out = landmarks.new_empty((landmarks.shape[0], *prepared.y.shape[1:2] * 2))
     _whiten(landmarks, prepared, ridge, d_whitening, out)
     return out
 
 
-def _whiten(landmarks: Tensor, prepared: Prepared, ridge: float, d_whitening: Tensor | None, out: Tensor) -> None:
+def _whiten(landmarks: Tensor, prepared: Landmarks, ridge: float, d_whitening: Tensor | None, out: Tensor) -> None:
     h, r, d = landmarks.shape
     rp, ridge = out.shape[-1], max(ridge, SMALLEST_RIDGE)
     steps, low = schedule(r, ridge)
@@ -206,6 +211,13 @@ def _whiten(landmarks: Tensor, prepared: Prepared, ridge: float, d_whitening: Te
         "GROWTH": GROWTH, "SIZE": 0 if d_whitening is None else d_whitening.stride(0), "PRECISION": device.precision,
     }  # fmt: skip
     workspace = landmarks.new_empty((h, 5 if d_whitening is None else 10, rp, rp))
-    tensors = (landmarks, prepared.inverse_norm, prepared.parameters, d_whitening, out, workspace)
-    numbers = (ridge, low, steps, *landmarks.stride()[:2])
-    launch(features_whitening_kernel, h, (*tensors, *numbers), constants, cut)
+    tensors = (
+        landmarks,
+        *landmarks.stride()[:2],
+        prepared.inverse_norm,
+        prepared.parameters,
+        d_whitening,
+        out,
+        workspace,
+    )
+    launch(features_whitening_kernel, h, (*tensors, ridge, low, steps), constants, cut)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -13,12 +14,15 @@ from ....problem import Operands, empty_in_order
 TOKENS = ("query", "key", "value")
 
 
-def unit_rows(t: Tensor) -> Tensor:
+Maybe = TypeVar("Maybe", Tensor, Tensor | None)
+
+
+def unit_rows(t: Maybe) -> Maybe:
     """A token tensor with unit stride along its last dimension; copied only where a caller transposed it."""
-    return t if t.stride(-1) == 1 else t.contiguous()
+    return t if t is None or t.stride(-1) == 1 else t.contiguous()
 
 
-class Rows(NamedTuple):
+class Output(NamedTuple):
     """An output, and where kernels write it: itself if its last dimension is innermost, else a contiguous one."""
 
     result: Tensor
@@ -29,19 +33,19 @@ class Rows(NamedTuple):
         return self.result if self.rows is self.result else self.result.copy_(self.rows)
 
 
-def rows_like(like: Tensor, width: int) -> Rows:
+def rows_like(like: Tensor, width: int) -> Output:
     """An empty output [.., width] in the memory order of the token tensor `like`."""
     result = empty_in_order(like, (*like.shape[:-1], width))
     innermost = result.stride(-1) == 1
-    return Rows(result, result if innermost else torch.empty_like(result, memory_format=torch.contiguous_format))
+    return Output(result, result if innermost else torch.empty_like(result, memory_format=torch.contiguous_format))
 
 
-def token_gradients(x: Operands, need: Mapping[str, bool]) -> dict[str, Rows]:
+def token_gradients(x: Operands, need: Mapping[str, bool]) -> dict[str, Output]:
     """Empty gradients of the token tensors that need one; that of log a [B, H, S] is written by strides."""
     out = {n: rows_like(t, t.shape[-1]) for n in TOKENS if need[n] and (t := getattr(x, n)) is not None}
     if need["log_a"] and x.log_a is not None:
         d_log_a = empty_in_order(x.log_a, x.log_a.shape)
-        out["log_a"] = Rows(d_log_a, d_log_a)
+        out["log_a"] = Output(d_log_a, d_log_a)
     return out
 
 
@@ -53,6 +57,11 @@ def stride_step(*tensors: Tensor | None) -> int:
     return 16 if all(s % 16 == 0 for t in tensors if t is not None for s in t.stride()[:-1]) else 1
 
 
-def strides(t: Tensor | None, step: int = 1) -> tuple[int, ...]:
-    """The strides of (batch, head, token) in units of `step`, zeros where there is no tensor."""
-    return (0, 0, 0) if t is None else tuple(s // step for s in t.stride()[:3])
+def strided(t: Tensor | None, step: int = 1) -> tuple[Any, ...]:
+    """A tensor and its strides of (batch, head, token) in units of `step`, zeros where there is none: one line each."""
+    return (None, 0, 0, 0) if t is None else (t, *[s // step for s in t.stride()[:3]])
+
+
+def log2_uniform(length: int) -> float:
+    """log2 of a key's mass where none are given."""
+    return -math.log2(length) if length else 0.0

@@ -10,30 +10,30 @@ What is −∞ passes nothing on.  The routes are those of the forward pass; str
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ....problem import in_order
+from ....problem import Sinkhorn, in_order
 from ..device.primitives import INF, finite_or_zero, potential
 from ..host.launch import device_of, kernel, launch
 from ..host.tiles import Tile
 from .problem import (
     COLUMNS,
+    add_exponentials,
     exp,
+    given,
     load_problems,
     load_tile,
     mass,
-    mass_strides,
     natural_log_sum,
     peak_and_total,
     rate,
     resident,
     stream,
-    uniform,
-    unit_columns,
-    unit_stride,
+    unit,
 )
 
 RESIDENT = 4096  # numbers of ℓ in one program: ℓ, dℓ, Q and R are 8 registers a thread of sixteen warps each
@@ -49,14 +49,19 @@ def softmax(x, peak, total):
 
 @kernel
 def sinkhorn_resident_backward_kernel(
-    log_kernel, log_a, log_b, lam_a, lam_b, c, iters, d_f, d_g, d_log_kernel, d_log_a, d_log_b, d_lam,
-    stride_lg, stride_ln, stride_ag, stride_an, stride_bg, stride_bm, G, N, M, T, uniform_a, uniform_b, rate_a, rate_b,
-    PB: tl.constexpr, NP: tl.constexpr, MP: tl.constexpr,
+    log_kernel, stride_lg, stride_ln,  # [G, N, M]
+    log_a, stride_ag, stride_an,  # [G, N] or None
+    log_b, stride_bg, stride_bm,  # [G, M] or None
+    lam_a, lam_b, numbers,  # [G] or None, [G] or None, Numbers
+    c, iters, d_f, d_g,  # [G, T, M], [G], [G, N], [G, M]
+    d_log_kernel, d_log_a, d_log_b, d_lam,  # [G, N, M], [G, N], [G, M], [G, 2], None where not needed
+    G, N, M, T,
+    cut,
 ):  # fmt: skip
     """All iterations of PB problems, downwards."""
     group, i, j, l, a, b, relax_a, relax_b = load_problems(
-        log_kernel, log_a, log_b, lam_a, lam_b, stride_lg, stride_ln, stride_ag, stride_an, stride_bg, stride_bm,
-        uniform_a, uniform_b, rate_a, rate_b, G, N, M, PB, NP, MP,
+        log_kernel, stride_lg, stride_ln, log_a, stride_ag, stride_an, log_b, stride_bg, stride_bm, lam_a, lam_b,
+        numbers, G, N, M, cut,
     )  # fmt: skip
     live = group < G
     in_rows, in_columns = live & (i < N), live & (j < M)
@@ -64,10 +69,10 @@ def sinkhorn_resident_backward_kernel(
     given_f = tl.load(d_f + group * N + i, mask=in_rows, other=0.0)
     dg = tl.load(d_g + group * M + j, mask=in_columns, other=0.0)
     c += group * T * M + j
-    dl = tl.zeros([PB, NP, MP], tl.float32)
+    dl = tl.zeros([cut.PB, cut.NP, cut.MP], tl.float32)
     da = tl.where(ran == 0, given_f, 0.0)
     db = dg * 0.0
-    d_lam_a, d_lam_b = tl.zeros([PB, 1, 1], tl.float32), tl.zeros([PB, 1, 1], tl.float32)
+    d_lam_a, d_lam_b = tl.zeros([cut.PB, 1, 1], tl.float32), tl.zeros([cut.PB, 1, 1], tl.float32)
     top = tl.max(ran)
     for back in range(0, top):
         t = top - back
@@ -119,15 +124,21 @@ def column_cotangent(d_g, dg, c, t, ran, j, M):
 
 @kernel
 def sinkhorn_rows_backward_kernel(
-    log_kernel, log_a, log_b, lam_a, lam_b, c, iters, d_f, d_g, dg, d_log_kernel, d_log_a, partial, partial_lam,
-    stride_lg, stride_ln, stride_ag, stride_an, stride_bg, stride_bm, N, M, T, stretch, splits, t, G,
-    uniform_a, uniform_b, rate_a, rate_b, ONE: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr,
+    log_kernel, stride_lg, stride_ln,  # [G, N, M]
+    log_a, stride_ag, stride_an,  # [G, N] or None
+    log_b, stride_bg, stride_bm,  # [G, M] or None
+    lam_a, lam_b, numbers,  # [G] or None, [G] or None, Numbers
+    c, iters, d_f, d_g, dg,  # [G, T, M], [G], [G, N], [G, M], [G, T + 1, M]
+    d_log_kernel, d_log_a,  # [G, N, M] or None, [G, N] or None
+    partial, partial_lam,  # [G, splits, M], [T, G, splits]
+    N, M, T, stretch, splits, t, G,
+    ONE: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr,
 ):  # fmt: skip
     """Iteration t on a stretch of rows of one problem: df^t, dℓ, and partial sums of dg^{t−1} [M] and dλ_a."""
     split = tl.program_id(0) % splits
     group = (tl.program_id(0) // splits).to(tl.int64)
     ran = tl.load(iters + group).to(tl.int32)
-    relax_a, relax_b = rate(lam_a, rate_a, group, group >= 0), rate(lam_b, rate_b, group, group >= 0)
+    relax_a, relax_b = rate(lam_a, numbers.rate_a, group, group >= 0), rate(lam_b, numbers.rate_b, group, group >= 0)
     log_kernel += group * stride_lg
     c += group * T * M
     d_g += group * M
@@ -144,14 +155,11 @@ def sinkhorn_rows_backward_kernel(
         peak, mass_sum = tl.full([BN], -INF, tl.float32), tl.zeros([BN], tl.float32)
         for column in range(0, M, BM):
             j = column + tl.arange(0, BM)
-            g = potentials_before(log_b, stride_bm, c, relax_b, uniform_b, j, t, M)
+            g = potentials_before(log_b, stride_bm, c, relax_b, numbers.uniform_b, j, t, M)
             u = load_tile(log_kernel, rows, live, stride_ln, j, M) + g[None, :]
-            new = tl.maximum(peak, tl.max(u, 1))
-            safe = finite_or_zero(new)
-            mass_sum = mass_sum * exp(peak - safe) + tl.sum(exp(u - safe[:, None]), 1)
-            peak = new
+            peak, mass_sum = add_exponentials(peak, mass_sum, u, 1)
         sums = natural_log_sum(peak, mass_sum)
-        a = mass(log_a, group * stride_ag + rows.to(tl.int64) * stride_an, live, uniform_a)
+        a = mass(log_a, group * stride_ag + rows.to(tl.int64) * stride_an, live, numbers.uniform_a)
         f = potential(a, relax_a, sums)
         df = tl.load(d_f + group * N + rows, mask=rows < tl.where(t == ran, end, 0), other=0.0)
         for column in range(0, M, BM):
@@ -167,7 +175,7 @@ def sinkhorn_rows_backward_kernel(
         for column in range(0, M, BM):
             j = column + tl.arange(0, BM)
             l = load_tile(log_kernel, rows, live, stride_ln, j, M)
-            g = potentials_before(log_b, stride_bm, c, relax_b, uniform_b, j, t, M)
+            g = potentials_before(log_b, stride_bm, c, relax_b, numbers.uniform_b, j, t, M)
             back_r = softmax(l + g[None, :], peak[:, None], mass_sum[:, None]) * (-relax_a * df)[:, None]
             if ONE:
                 total += tl.sum(back_r, 0)
@@ -187,7 +195,9 @@ def sinkhorn_rows_backward_kernel(
 
 @kernel
 def sinkhorn_columns_backward_kernel(
-    partial, iters, dg, M, T, splits, blocks, t, ROWS: tl.constexpr, BM: tl.constexpr
+    partial, iters, dg,  # [G, splits, M], [G], [G, T + 1, M]
+    M, T, splits, blocks, t,
+    ROWS: tl.constexpr, BM: tl.constexpr
 ):  # fmt: skip
     """dg^{t−1} of one block of columns, from the partial sums in a fixed order."""
     group = (tl.program_id(0) // blocks).to(tl.int64)
@@ -203,7 +213,10 @@ def sinkhorn_columns_backward_kernel(
 
 @kernel
 def sinkhorn_finish_backward_kernel(
-    c, iters, d_g, dg, partial_lam, d_log_b, d_lam, M, T, splits, G, BM: tl.constexpr
+    c, iters, d_g, dg,  # [G, T, M], [G], [G, M], [G, T + 1, M]
+    partial_lam, d_log_b, d_lam,  # [T, G, splits], [G, M] or None, [G, 2] or None
+    M, T, splits, G,
+    BM: tl.constexpr
 ):  # fmt: skip
     """d log b, dλ_a and dλ_b of one problem: sums over its iterations."""
     group = tl.program_id(0).to(tl.int64)
@@ -231,22 +244,15 @@ def sinkhorn_finish_backward_kernel(
         tl.store(d_lam + group * 2 + 1, tl.sum(total_b, 0))
 
 
-def _stream_backward(
-    inputs: tuple[Tensor | None, ...],
-    state: tuple[Tensor, ...],
-    out: tuple[Tensor | None, ...],
-    rates: Sequence[float],
-) -> None:
+def _stream_backward(x: Sinkhorn, state: tuple[Tensor, ...], out: tuple[Tensor | None, ...]) -> None:
     """Two launches an iteration, and one that sums over the iterations."""
-    l, log_a, log_b, lam_a, lam_b = inputs
     c, iters, d_f, d_g = state
     d_l, d_log_a, d_log_b, d_lam = out
-    assert l is not None
-    (groups, n, m), T = l.shape, c.shape[1]
-    t, split = stream(n, m, groups, device_of(l), STREAM)
+    (groups, n, m), T, new = x.log_kernel.shape, c.shape[1], x.log_kernel.new_empty
+    t, split = stream(n, m, groups, device_of(x.log_kernel), STREAM)
     blocks = -(-m // COLUMNS.depth)
-    dg, partial = l.new_empty((groups, T + 1, m)), l.new_empty((groups, split.programs, m))
-    partial_lam = l.new_empty((T, groups, split.programs))
+    dg, partial = new((groups, T + 1, m)), new((groups, split.programs, m))
+    partial_lam = new((T, groups, split.programs))
     cut_rows = {"ONE": m <= t.depth, "BN": t.rows, "BM": t.depth}
     cut_columns = {"ROWS": COLUMNS.rows, "BM": COLUMNS.depth}
     if T == 1:  # or 0, which only the device knows: then nothing below writes these
@@ -254,49 +260,35 @@ def _stream_backward(
         for gradient, value in ((d_l, None), (d_log_a, d_f)):
             if gradient is not None:
                 gradient.zero_() if value is None else gradient.copy_(value)
-    tensors = (*inputs, c, iters, d_f, d_g, dg, d_l, d_log_a, partial, partial_lam)
+    tensors = (*given(x), c, iters, d_f, d_g, dg, d_l, d_log_a, partial, partial_lam)
     for step in range(T, 0, -1):
-        counts = (*mass_strides(l, log_a, log_b), n, m, T, *split, step, groups, *uniform(n, m), *rates)
-        launch(sinkhorn_rows_backward_kernel, groups * split.programs, (*tensors, *counts), cut_rows, t)
-        counts = (m, T, split.programs, blocks, step)
-        launch(sinkhorn_columns_backward_kernel, groups * blocks, (partial, iters, dg, *counts), cut_columns, COLUMNS)
+        args: tuple[Any, ...] = (*tensors, n, m, T, *split, step, groups)
+        launch(sinkhorn_rows_backward_kernel, groups * split.programs, args, cut_rows, t)
+        args = (partial, iters, dg, m, T, split.programs, blocks, step)
+        launch(sinkhorn_columns_backward_kernel, groups * blocks, args, cut_columns, COLUMNS)
     args = (c, iters, d_g, dg, partial_lam, d_log_b, d_lam, m, T, split.programs, groups)
     launch(sinkhorn_finish_backward_kernel, groups, args, {"BM": FINISH.depth}, FINISH)
 
 
 def sinkhorn_backward(
-    log_kernel: Tensor,
-    log_a: Tensor | None,
-    log_b: Tensor | None,
-    lam_a: Tensor | None,
-    lam_b: Tensor | None,
-    scalars: Sequence[float],
-    c: Tensor,
-    iters: Tensor,
-    d_f: Tensor,
-    d_g: Tensor,
-    needs: Sequence[bool],
+    x: Sinkhorn, c: Tensor, iters: Tensor, d_f: Tensor, d_g: Tensor, needs: Sequence[bool]
 ) -> tuple[Tensor | None, ...]:
     """(d log_kernel, d log_a, d log_b, dλ_a, dλ_b), None where not needed."""
-    given = (log_kernel, log_a, log_b, lam_a, lam_b)
-    wanted = [n and t is not None for t, n in zip(given, needs, strict=True)]
-    l = unit_columns(log_kernel)
-    groups, n, m = l.shape
-    inputs = (l, log_a, log_b, unit_stride(lam_a), unit_stride(lam_b))
+    tensors, x = x.tensors, unit(x)
+    wanted = [n and t is not None for t, n in zip(tensors, needs, strict=True)]
+    groups, n, m = x.log_kernel.shape
     shapes = ((groups, n, m), (groups, n), (groups, m), (groups, 2))
     flags = (*wanted[:3], any(wanted[3:]))
-    out = tuple([l.new_empty(s) if w else None for s, w in zip(shapes, flags, strict=True)])
-    state, rates = (c, iters, d_f.contiguous(), d_g.contiguous()), [float(s) for s in scalars]
+    out = tuple([x.log_kernel.new_empty(s) if w else None for s, w in zip(shapes, flags, strict=True)])
+    state = (c, iters, d_f.contiguous(), d_g.contiguous())
     cut = resident(n, m, RESIDENT)
     if cut is None:
-        _stream_backward(inputs, state, out, rates)
+        _stream_backward(x, state, out)
     else:
-        numbers = (*mass_strides(l, log_a, log_b), groups, n, m, c.shape[1], *uniform(n, m), *rates)
-        constants = {"PB": cut.problems, "NP": cut.rows, "MP": cut.columns}
-        t = cut.tile._replace(warps=16) if cut.rows * cut.columns == RESIDENT else cut.tile
-        args = (*inputs, *state, *out, *numbers)
-        launch(sinkhorn_resident_backward_kernel, -(-groups // cut.problems), args, constants, t)
-    grads = [in_order(t, g) for t, g in zip(given[:3], out[:3], strict=True)]
+        t = cut.tile._replace(warps=16) if cut.NP * cut.MP == RESIDENT else cut.tile
+        args = (*given(x), *state, *out, groups, n, m, c.shape[1])
+        launch(sinkhorn_resident_backward_kernel, -(-groups // cut.PB), args, {"cut": cut.compiled}, t)
+    grads = [in_order(t, g) for t, g in zip(tensors[:3], out[:3], strict=True)]
     # Outputs of an op share no memory, but `contiguous` would leave the columns of one problem where they are.
     d_lams = [
         out[3].new_empty(groups).copy_(out[3][:, k]) if out[3] is not None and wanted[3 + k] else None for k in range(2)

@@ -13,7 +13,6 @@ whether a problem still runs is read on the device from how far each block of it
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -21,23 +20,25 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ....problem import Sinkhorn
 from ..device.primitives import INF, finite_or_zero, potential
 from ..host.launch import device_of, kernel, launch
 from .problem import (
     COLUMNS,
+    add_exponentials,
     exp,
+    given,
     load_problems,
     load_tile,
     mass,
-    mass_strides,
     natural_log_sum,
+    numbers,
     peak_and_total,
     rate,
     resident,
+    spanned,
     stream,
-    uniform,
-    unit_columns,
-    unit_stride,
+    unit,
 )
 
 
@@ -57,15 +58,18 @@ def distance(x, y):
 
 @kernel
 def sinkhorn_resident_kernel(
-    log_kernel, log_a, log_b, lam_a, lam_b, f_out, g_out, c, iters,
-    stride_lg, stride_ln, stride_ag, stride_an, stride_bg, stride_bm, G, N, M, T,
-    uniform_a, uniform_b, rate_a, rate_b, tol,
-    PB: tl.constexpr, NP: tl.constexpr, MP: tl.constexpr,
+    log_kernel, stride_lg, stride_ln,  # [G, N, M]
+    log_a, stride_ag, stride_an,  # [G, N] or None
+    log_b, stride_bg, stride_bm,  # [G, M] or None
+    lam_a, lam_b, numbers,  # [G] or None, [G] or None, Numbers
+    f_out, g_out, c, iters,  # [G, N], [G, M], [G, max(T, 1), M], [G]
+    G, N, M, T,
+    cut,
 ):  # fmt: skip
     """All iterations of PB problems."""
     group, i, j, l, a, b, relax_a, relax_b = load_problems(
-        log_kernel, log_a, log_b, lam_a, lam_b, stride_lg, stride_ln, stride_ag, stride_an, stride_bg, stride_bm,
-        uniform_a, uniform_b, rate_a, rate_b, G, N, M, PB, NP, MP,
+        log_kernel, stride_lg, stride_ln, log_a, stride_ag, stride_an, log_b, stride_bg, stride_bm, lam_a, lam_b,
+        numbers, G, N, M, cut,
     )  # fmt: skip
     live = group < G
     f, g = a, b
@@ -87,13 +91,13 @@ def sinkhorn_resident_kernel(
             f, g = tl.where(now, new_f, f), tl.where(now, new_g, g)
             latest = tl.where(now, new_c, latest)
             done += running
-            running = tl.where(moved <= tol, 0, running)
+            running = tl.where(moved <= numbers.tol, 0, running)
             some = tl.max(running)
         tl.store(c + t * M, latest, mask=live & (j < M))
     tl.store(f_out + group * N + i, f, mask=live & (i < N))
     tl.store(g_out + group * M + j, g, mask=live & (j < M))
-    problem = tl.program_id(0).to(tl.int64) * PB + tl.arange(0, PB)
-    tl.store(iters + problem, tl.reshape(done, [PB]).to(tl.int64), mask=problem < G)
+    problem = tl.program_id(0).to(tl.int64) * cut.PB + tl.arange(0, cut.PB)
+    tl.store(iters + problem, tl.reshape(done, [cut.PB]).to(tl.int64), mask=problem < G)
 
 
 @triton.jit
@@ -114,17 +118,18 @@ def row_log_sums(log_kernel, rows, live, stride, g, M, BM: tl.constexpr):
         j = column + tl.arange(0, BM)
         u = load_tile(log_kernel, rows, live, stride, j, M)
         u += tl.load(g + j, mask=j < M, other=-INF)[None, :]
-        new = tl.maximum(peak, tl.max(u, 1))
-        safe = finite_or_zero(new)
-        total = total * exp(peak - safe) + tl.sum(exp(u - safe[:, None]), 1)
-        peak = new
+        peak, total = add_exponentials(peak, total, u, 1)
     return natural_log_sum(peak, total)
 
 
 @kernel
 def sinkhorn_rows_kernel(
-    log_kernel, log_a, lam_a, f, g, moved, peaks, totals,
-    stride_lg, stride_ln, stride_ag, stride_an, N, M, stretch, splits, blocks, step, uniform_a, rate_a, tol,
+    log_kernel, stride_lg, stride_ln,  # [G, N, M]
+    log_a, stride_ag, stride_an,  # [G, N] or None
+    lam_a, numbers,  # [G] or None, Numbers
+    f, g, moved,  # [G, N], [G, M], [G, blocks] in the iteration before
+    peaks, totals,  # [G, splits, M]
+    N, M, stretch, splits, blocks, step,
     UPDATE: tl.constexpr, LIMITED: tl.constexpr, ONE: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr,
 ):  # fmt: skip
     """f of a stretch of rows of one problem, and their column sums (peak, total) [M].
@@ -139,29 +144,26 @@ def sinkhorn_rows_kernel(
     out = (group * splits + split) * M
     end = tl.minimum(N, (split + 1) * stretch)
     if LIMITED:
-        end = tl.where(still_running(moved, group, blocks, tol, step), end, 0)
+        end = tl.where(still_running(moved, group, blocks, numbers.tol, step), end, 0)
     peak = tl.full([BM], -INF, tl.float32)
     total = tl.zeros([BM], tl.float32)
     for start in range(split * stretch, end, BN):
         rows = start + tl.arange(0, BN)
         live = rows < end
         if UPDATE:
-            a = mass(log_a, group * stride_ag + rows.to(tl.int64) * stride_an, live, uniform_a)
+            a = mass(log_a, group * stride_ag + rows.to(tl.int64) * stride_an, live, numbers.uniform_a)
             sums = row_log_sums(log_kernel, rows, live, stride_ln, g, M, BM)
-            own = potential(a, rate(lam_a, rate_a, group, group >= 0), sums)
+            own = potential(a, rate(lam_a, numbers.rate_a, group, group >= 0), sums)
             tl.store(f + rows, own, mask=live)
         else:
             own = tl.load(f + rows, mask=live, other=-INF)
         for column in range(0, M, BM):
             j = column + tl.arange(0, BM)
             h = load_tile(log_kernel, rows, live, stride_ln, j, M) + own[:, None]
-            here = tl.max(h, 0)
             if ONE:
-                new = tl.maximum(peak, here)
-                safe = finite_or_zero(new)
-                total = total * exp(peak - safe) + tl.sum(exp(h - safe[None, :]), 0)
-                peak = new
+                peak, total = add_exponentials(peak, total, h, 0)
             else:
+                here = tl.max(h, 0)
                 tl.store(peaks + out + j, here, mask=j < M)
                 tl.store(totals + out + j, tl.sum(exp(h - finite_or_zero(here)[None, :]), 0), mask=j < M)
     if ONE:
@@ -190,8 +192,12 @@ def merged_columns(peaks, totals, j, M, splits, ROWS: tl.constexpr):
 
 @kernel
 def sinkhorn_columns_kernel(
-    peaks, totals, log_b, lam_b, g, c, iters, moved_before, moved,
-    stride_bg, stride_bm, M, T, splits, blocks, step, uniform_b, rate_b, tol,
+    log_b, stride_bg, stride_bm,  # [G, M] or None
+    lam_b, numbers,  # [G] or None, Numbers
+    peaks, totals,  # [G, splits, M]
+    g, c, iters,  # [G, M], [G, max(T, 1), M], [G]
+    moved_before, moved,  # [G, blocks] in the iteration before, in this one
+    M, T, splits, blocks, step,
     UPDATE: tl.constexpr, LIMITED: tl.constexpr, ROWS: tl.constexpr, BM: tl.constexpr,
 ):  # fmt: skip
     """c^t and g^t of one block of columns; how far g moved; how many iterations the problem has run."""
@@ -203,10 +209,10 @@ def sinkhorn_columns_kernel(
     c += group * T * M + j
     if UPDATE:
         old = tl.load(g + group * M + j, mask=inside, other=-INF)
-        b = mass(log_b, group * stride_bg + j * stride_bm, inside, uniform_b)
-        new = potential(b, rate(lam_b, rate_b, group, group >= 0), new_c)
+        b = mass(log_b, group * stride_bg + j * stride_bm, inside, numbers.uniform_b)
+        new = potential(b, rate(lam_b, numbers.rate_b, group, group >= 0), new_c)
         if LIMITED:
-            running = still_running(moved_before, group, blocks, tol, step)
+            running = still_running(moved_before, group, blocks, numbers.tol, step)
             far = tl.max(distance(new, old), 0)
             tl.store(moved + group * blocks + block, tl.where(running, far, -1.0))
             new = tl.where(running, new, old)
@@ -225,66 +231,38 @@ def _fill(out: Tensor, given: Tensor | None) -> None:
     out.fill_(-math.log(out.shape[1])) if given is None else out.copy_(given)
 
 
-def sinkhorn(
-    log_kernel: Tensor,
-    log_a: Tensor | None,
-    log_b: Tensor | None,
-    lam_a: Tensor | None,
-    lam_b: Tensor | None,
-    scalars: Sequence[float],
-    num_iters: int,
-    tol: float | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def sinkhorn(x: Sinkhorn) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """f [G, N], g [G, M], c [G, max(T, 1), M], iters [G]."""
-    l, lam_a, lam_b = unit_columns(log_kernel), unit_stride(lam_a), unit_stride(lam_b)
-    groups, n, m = l.shape
-    f, g, c = l.new_empty((groups, n)), l.new_empty((groups, m)), l.new_empty((groups, max(num_iters, 1), m))
-    iters = torch.empty(groups, dtype=torch.int64, device=l.device)
-    limit = -1.0 if tol is None else float(tol)
-    rates = [float(s) for s in scalars]
+    x = unit(x)
+    (groups, n, m), new = x.log_kernel.shape, x.log_kernel.new_empty
+    out = new((groups, n)), new((groups, m)), new((groups, max(x.num_iters, 1), m)), new(groups, dtype=torch.int64)
     cut = resident(n, m)
     if cut is None:
-        _stream(l, log_a, log_b, lam_a, lam_b, rates, num_iters, limit, (f, g, c, iters))
-        return f, g, c, iters
-    tensors = (l, log_a, log_b, lam_a, lam_b, f, g, c, iters)
-    numbers = (*mass_strides(l, log_a, log_b), groups, n, m, num_iters, *uniform(n, m), *rates, limit)
-    constants = {"PB": cut.problems, "NP": cut.rows, "MP": cut.columns}
-    launch(sinkhorn_resident_kernel, -(-groups // cut.problems), (*tensors, *numbers), constants, cut.tile)
-    return f, g, c, iters
+        _stream(x, *out)
+    else:
+        args = (*given(x), *out, groups, n, m, x.num_iters)
+        launch(sinkhorn_resident_kernel, -(-groups // cut.PB), args, {"cut": cut.compiled}, cut.tile)
+    return out
 
 
-def _stream(
-    l: Tensor,
-    log_a: Tensor | None,
-    log_b: Tensor | None,
-    lam_a: Tensor | None,
-    lam_b: Tensor | None,
-    rates: Sequence[float],
-    num_iters: int,
-    tol: float,
-    out: tuple[Tensor, ...],
-) -> None:
+def _stream(x: Sinkhorn, f: Tensor, g: Tensor, c: Tensor, iters: Tensor) -> None:
     """Two launches an iteration (T = 0: for the one column sum)."""
-    f, g, c, iters = out
-    groups, n, m = l.shape
-    _fill(f, log_a)
-    _fill(g, log_b)
-    if num_iters == 0:
+    (groups, n, m), new, own = x.log_kernel.shape, x.log_kernel.new_empty, numbers(x)
+    _fill(f, x.log_a)
+    _fill(g, x.log_b)
+    if x.num_iters == 0:
         iters.zero_()
-    t, split = stream(n, m, groups, device_of(l))
+    t, split = stream(n, m, groups, device_of(x.log_kernel))
     blocks = -(-m // COLUMNS.depth)
-    peaks, totals = (l.new_empty((groups, split.programs, m)) for _ in range(2))
-    moved = [l.new_empty((groups, blocks)) for _ in range(2)]  # in the iteration before, in this one
-    strides = mass_strides(l, log_a, log_b)
-    flags: dict[str, Any] = {"UPDATE": num_iters > 0, "LIMITED": tol >= 0 and num_iters > 0}
+    sums = [new((groups, split.programs, m)) for _ in range(2)]  # peaks, totals
+    moved = [new((groups, blocks)) for _ in range(2)]  # in the iteration before, in this one
+    flags: dict[str, Any] = {"UPDATE": x.num_iters > 0, "LIMITED": own.tol >= 0 and x.num_iters > 0}
     cut_rows = flags | {"ONE": m <= t.depth, "BN": t.rows, "BM": t.depth}
     cut_columns = flags | {"ROWS": COLUMNS.rows, "BM": COLUMNS.depth}
-    uniform_a, uniform_b = uniform(n, m)
-    for step in range(1, max(num_iters, 1) + 1):
-        counts = (*strides[:4], n, m, *split, blocks, step, uniform_a, rates[0], tol)
-        args: tuple[Any, ...] = (l, log_a, lam_a, f, g, moved[0], peaks, totals, *counts)
+    rows, columns = (*spanned(x.log_kernel), *spanned(x.log_a), x.lam_a, own), (*spanned(x.log_b), x.lam_b, own)
+    for step in range(1, max(x.num_iters, 1) + 1):
+        args: tuple[Any, ...] = (*rows, f, g, moved[0], *sums, n, m, *split, blocks, step)
         launch(sinkhorn_rows_kernel, groups * split.programs, args, cut_rows, t)
-        counts = (*strides[4:], m, c.shape[1], split.programs, blocks, step, uniform_b, rates[1], tol)
-        args = (peaks, totals, log_b, lam_b, g, c, iters, *moved, *counts)
+        args = (*columns, *sums, g, c, iters, *moved, m, c.shape[1], split.programs, blocks, step)
         launch(sinkhorn_columns_kernel, groups * blocks, args, cut_columns, COLUMNS)
         moved.reverse()

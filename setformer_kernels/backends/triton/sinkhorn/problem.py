@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from ....problem import Sinkhorn
 from ..device.primitives import INF, LN2, LOG2E, finite_or_zero
+from ..host.groups import Group
 from ..host.launch import Device, Split, split_tokens
+from ..host.rows import unit_rows
 from ..host.tiles import INTERPRETER, MIN_BLOCK, Tile, padded
 
 # Numbers of ℓ in one program: 32 registers a thread of eight warps for ℓ, as many for its exponentials and more for
@@ -27,18 +32,19 @@ WIDEST = 256  # columns of such a tile
 COLUMNS = Tile(rows=16, depth=64, warps=4, stages=1)  # partial sums of [16 splits, 64 columns] at a time
 
 
-class Cut(NamedTuple):
-    """The tile of a resident program: [problems, rows, columns]."""
+@dataclass(frozen=True, eq=False)
+class Cut(Group):
+    """The tile of a resident program."""
 
-    problems: int
-    rows: int
-    columns: int
+    PB: int  # problems
+    NP: int  # rows of each
+    MP: int  # columns
 
     @property
     def tile(self) -> Tile:
         """16 registers a thread for each array of the tile's size, up to eight warps."""
-        warps = min(8, self.problems * self.rows * self.columns // 512)
-        return Tile(rows=self.rows, depth=self.columns, warps=warps, stages=1)
+        warps = min(8, self.PB * self.NP * self.MP // 512)
+        return Tile(rows=self.NP, depth=self.MP, warps=warps, stages=1)
 
 
 def resident(n: int, m: int, limit: int = RESIDENT) -> Cut | None:
@@ -46,7 +52,7 @@ def resident(n: int, m: int, limit: int = RESIDENT) -> Cut | None:
     rows, columns = padded(n), padded(m)
     if rows * columns > limit:
         return None
-    return Cut(max(1, limit // 2 // (rows * columns)), rows, columns)  # several small problems share a program
+    return _cut(max(1, limit // 2 // (rows * columns)), rows, columns)  # several small problems share a program
 
 
 def stream(n: int, m: int, groups: int, device: Device, numbers: int = STREAM) -> tuple[Tile, Split]:
@@ -59,24 +65,39 @@ def stream(n: int, m: int, groups: int, device: Device, numbers: int = STREAM) -
     return t, split
 
 
-def mass_strides(log_kernel: Tensor, log_a: Tensor | None, log_b: Tensor | None) -> tuple[int, ...]:
-    """Strides of ℓ [G, N, ·], log a [G, N] and log b [G, M]."""
-    masses = [(0, 0) if t is None else t.stride() for t in (log_a, log_b)]
-    return (*log_kernel.stride()[:2], *masses[0], *masses[1])
+_cut = functools.cache(Cut)
 
 
-def uniform(n: int, m: int) -> tuple[float, float]:
-    """The log masses where none are given."""
-    return -math.log(n), -math.log(m)
+class Numbers(NamedTuple):
+    """Numbers that no kernel is compiled for."""
+
+    uniform_a: float  # log masses where none are given
+    uniform_b: float
+    rate_a: float  # λ where none are given
+    rate_b: float
+    tol: float  # negative: none
 
 
-def unit_columns(t: Tensor) -> Tensor:
-    return t if t.stride(-1) == 1 else t.contiguous()
+def numbers(x: Sinkhorn) -> Numbers:
+    """Those of one call."""
+    (n, m), (rate_a, rate_b) = x.log_kernel.shape[1:], x.scalars
+    tol = -1.0 if x.tol is None else float(x.tol)
+    return Numbers(-math.log(n), -math.log(m), float(rate_a), float(rate_b), tol)
 
 
-def unit_stride(t: Tensor | None) -> Tensor | None:
-    """λ [G] with unit stride."""
-    return t if t is None or t.stride(0) == 1 else t.contiguous()
+def unit(x: Sinkhorn) -> Sinkhorn:
+    """With unit stride along the columns of ℓ and in λ [G]."""
+    return x._replace(log_kernel=unit_rows(x.log_kernel), lam_a=unit_rows(x.lam_a), lam_b=unit_rows(x.lam_b))
+
+
+def spanned(t: Tensor | None) -> tuple[Any, ...]:
+    """A tensor and its first two strides, zeros where there is none: one line of a signature."""
+    return (None, 0, 0) if t is None else (t, *t.stride()[:2])
+
+
+def given(x: Sinkhorn) -> tuple[Any, ...]:
+    """The arguments that the kernels on ℓ begin with."""
+    return *spanned(x.log_kernel), *spanned(x.log_a), *spanned(x.log_b), x.lam_a, x.lam_b, numbers(x)
 
 
 @triton.jit
@@ -95,6 +116,15 @@ def peak_and_total(x, AXIS: tl.constexpr):
     """(peak, Σ e^{x − peak}) over an axis of x [PB, NP, MP]."""
     peak = tl.max(x, AXIS, keep_dims=True)
     return peak, tl.sum(exp(x - finite_or_zero(peak)), AXIS, keep_dims=True)
+
+
+@triton.jit
+def add_exponentials(peak, total, x, AXIS: tl.constexpr):
+    """(peak, total) of total·e^peak + Σ e^x along an axis of x [I, J]."""
+    new = tl.maximum(peak, tl.max(x, AXIS))
+    safe = finite_or_zero(new)
+    terms = exp(x - (safe[None, :] if AXIS == 0 else safe[:, None]))
+    return new, total * exp(peak - safe) + tl.sum(terms, AXIS)
 
 
 @triton.jit
@@ -117,18 +147,18 @@ def rate(tensor, scalar, group, mask):
 
 @triton.jit
 def load_problems(
-    log_kernel, log_a, log_b, lam_a, lam_b, stride_lg, stride_ln, stride_ag, stride_an, stride_bg, stride_bm,
-    uniform_a, uniform_b, rate_a, rate_b, G, N, M, PB: tl.constexpr, NP: tl.constexpr, MP: tl.constexpr,
+    log_kernel, stride_lg, stride_ln, log_a, stride_ag, stride_an, log_b, stride_bg, stride_bm, lam_a, lam_b,
+    numbers, G, N, M, cut,
 ):  # fmt: skip
     """(problem [PB,1,1], row [1,NP,1], column [1,1,MP], ℓ [PB,NP,MP], log a [PB,NP,1], log b [PB,1,MP], λ_a, λ_b)."""
-    group = (tl.program_id(0).to(tl.int64) * PB + tl.arange(0, PB))[:, None, None]
-    i, j = tl.arange(0, NP)[None, :, None], tl.arange(0, MP)[None, None, :]
+    group = (tl.program_id(0).to(tl.int64) * cut.PB + tl.arange(0, cut.PB))[:, None, None]
+    i, j = tl.arange(0, cut.NP)[None, :, None], tl.arange(0, cut.MP)[None, None, :]
     live = group < G
     at = group * stride_lg + i.to(tl.int64) * stride_ln + j
     l = tl.load(log_kernel + at, mask=live & (i < N) & (j < M), other=-INF)
-    a = mass(log_a, group * stride_ag + i * stride_an, live & (i < N), uniform_a)
-    b = mass(log_b, group * stride_bg + j * stride_bm, live & (j < M), uniform_b)
-    return group, i, j, l, a, b, rate(lam_a, rate_a, group, live), rate(lam_b, rate_b, group, live)
+    a = mass(log_a, group * stride_ag + i * stride_an, live & (i < N), numbers.uniform_a)
+    b = mass(log_b, group * stride_bg + j * stride_bm, live & (j < M), numbers.uniform_b)
+    return group, i, j, l, a, b, rate(lam_a, numbers.rate_a, group, live), rate(lam_b, numbers.rate_b, group, live)
 
 
 @triton.jit
