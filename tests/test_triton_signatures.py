@@ -16,7 +16,7 @@ import torch
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # benchmarks/ is not installed
 
 from benchmarks import workloads
-from benchmarks.workloads import Call
+from benchmarks.compiled.workloads import Call
 
 pytest.importorskip("triton")
 PACKAGE = Path(__file__).resolve().parents[1] / "setformer_kernels"
