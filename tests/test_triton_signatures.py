@@ -15,7 +15,7 @@ import torch
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # benchmarks/ is not installed
 
-from benchmarks import workloads
+from benchmarks.compiled import workloads
 from benchmarks.compiled.workloads import Call
 
 pytest.importorskip("triton")
