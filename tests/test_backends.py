@@ -150,3 +150,17 @@ def test_empty_batches_queries_and_keys(B: int, L: int, S: int, causal: bool, na
     assert s > 0 or (o == 0).all()
     assert SF.set_attention_weights(q, k, y, causal=causal).shape == (B, 3, L, s)
     assert all(g.isfinite().all() for g in torch.autograd.grad(o.sum(), (q, k, v, y)))
+
+
+def test_positions_far_from_every_reference_keep_the_budget(native: str) -> None:
+    """ℓ of a row are all −100 to −400: what they share must not cost the digits in which they differ."""
+    g, H = torch.Generator().manual_seed(0), 24
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=g, dtype=torch.float64, device="cpu").to(torch.get_default_device())
+
+    inputs = {name: normal(1, H, 32, 16) for name in ("query", "key", "value")}
+    inputs |= {"references": normal(H, 7, 16), "reference_position": normal(H, 7, 2)}
+    inputs |= {"query_position": 100 + normal(32, 2), "key_position": 100 + normal(1, 32, 2)}
+    inputs |= {"position_scale": torch.linspace(0.1, 0.2, H, dtype=torch.float64)}
+    assert_within_budget(*measure.beside(SF.set_attention, inputs, torch.float32, normal(1, H, 32, 16), native))

@@ -98,6 +98,10 @@ def test_small_gradients_within_the_error_budget(name: str, dtype: torch.dtype, 
     assert_typically_within_budget(*measure.small_gradients(ALL_CASES[name], dtype, backend, draws=1), name)
 
 
+def test_positions_far_from_every_reference_keep_the_budget(backend: str) -> None:
+    test_backends.test_positions_far_from_every_reference_keep_the_budget(backend)
+
+
 @pytest.mark.parametrize("name", ["plain", "t1", "no_key", "tensors", "far_positions", "length_1000"])
 def test_pooling_within_the_error_budget(name: str, backend: str, poisoned_memory: None) -> None:
     case = ALL_CASES[name]

@@ -2,7 +2,7 @@
 //
 // Scaled mode keeps K = e^{ℓ − m}, m the row maximum, so that an iteration is a row dot, a logarithm and an exponential
 // per row, and a column sum: no exponentials of tiles.  It holds while K and e^g stay in the normal range.  Otherwise
-// the head is done again in log mode: row-wise and column-wise logsumexp of ℓ itself, at two exponentials per element.
+// the head is done again in log mode: row-wise and column-wise logsumexp of ℓ − m, at two exponentials per element.
 #pragma once
 #include "base/explog.h"
 #include "base/team.h"
@@ -51,24 +51,31 @@ F exp_shifted(int64_t M, int64_t Mp, const F* g, F* G, F& spread) {
   return top;
 }
 
-// Columns M.. become −inf, rows that take no part (la = −inf) all equal.
+// The maximum of a row of ℓ, whose columns M.. become −inf; a row that takes no part becomes all equal.
 template <class F>
-void mask_rows(int64_t n, int64_t M, int64_t Mp, F* tile, const F* la) {
+F row_maximum(int64_t M, int64_t Mp, F* row, bool absent) {
+  if (absent) fill(row, M, F(0));
+  for (int64_t j = M; j < Mp; ++j) row[j] = -kInf<F>;
+  Vec<F> top = load(row);
+  for (int64_t j = kLanes<F>; j < Mp; j += kLanes<F>) top = vmax(top, load(row + j));
+  return reduce_max<F>(top);
+}
+
+// ℓ -> ℓ − m in place: what a row's logits share, as a long way to every reference, cancels before it costs digits.
+template <class F>
+void shift_rows(int64_t n, int64_t M, int64_t Mp, F* tile, const F* la, F* m) {
   for (int64_t i = 0; i < n; ++i, tile += Mp) {
-    if (la[i] == -kInf<F>) fill(tile, M, F(0));
-    for (int64_t j = M; j < Mp; ++j) tile[j] = -kInf<F>;
+    m[i] = row_maximum<F>(M, Mp, tile, la[i] == -kInf<F>);
+    for (int64_t j = 0; j < Mp; j += kLanes<F>) store(tile + j, load(tile + j) - m[i]);
   }
 }
 
-// ℓ -> e^{ℓ − m} in place, masked first.  Lowers `lowest` to the smallest finite ℓ − m.
+// ℓ -> e^{ℓ − m} in place.  Lowers `lowest` to the smallest finite ℓ − m.
 template <class F>
 void scale_rows(int64_t n, int64_t M, int64_t Mp, F* tile, const F* la, F* m, F& lowest) {
   Vec<F> low = splat(lowest);
-  mask_rows(n, M, Mp, tile, la);
   for (int64_t i = 0; i < n; ++i, tile += Mp) {
-    Vec<F> top = load(tile);
-    for (int64_t j = kLanes<F>; j < Mp; j += kLanes<F>) top = vmax(top, load(tile + j));
-    m[i] = reduce_max<F>(top);
+    m[i] = row_maximum<F>(M, Mp, tile, la[i] == -kInf<F>);
     for (int64_t j = 0; j < Mp; j += kLanes<F>) {
       const Vec<F> x = load(tile + j) - m[i];
       low = vmin(x == -kInf<F> ? Vec<F>{} : x, low);
@@ -161,7 +168,7 @@ class Transport {
 
   int64_t block_, cache_rows_, Mp_, Ep_, rows_ = 0, passes_ = 1;
   Buffer<F> m_;       // [rows] row maxima
-  Buffer<F> cache_;   // [cache rows][Mp] K of the first rows (log mode: ℓ)
+  Buffer<F> cache_;   // [cache rows][Mp] K of the first rows (log mode: ℓ − m)
   Buffer<F> tile_;    // [block][Mp] the same of a block that is not cached; weights in log mode
   Buffer<F> values_;  // [block][Ep] values; f
   Buffer<F> u_;       // [block] weights of rows, and their logarithms
@@ -210,7 +217,7 @@ int64_t Transport<F, Source>::solve(Source& src, const Marginals<F>& marg, doubl
   return marg.T;
 }
 
-// The block's K (or ℓ in log mode): from the cache, or made anew.
+// The block's K (or ℓ − m in log mode): from the cache, or made anew.
 template <class F, class Source>
 template <bool kLog>
 F* Transport<F, Source>::rows_tile(Source& src, int64_t row0, int64_t n, bool first, int64_t M) {
@@ -219,7 +226,7 @@ F* Transport<F, Source>::rows_tile(Source& src, int64_t row0, int64_t n, bool fi
   if (cached && !first) return tile;
   src.logits(row0, n, tile);
   if (kLog)
-    mask_rows<F>(n, M, Mp_, tile, la + row0);
+    shift_rows<F>(n, M, Mp_, tile, la + row0, m_ + row0);
   else
     scale_rows<F>(n, M, Mp_, tile, la + row0, m_ + row0, state.lowest);
   return tile;
@@ -262,12 +269,12 @@ void Transport<F, Source>::scaled_block(Source& src, int64_t row0, int64_t n, F*
 template <class F, class Source>
 void Transport<F, Source>::log_block(Source& src, int64_t row0, int64_t n, const F* logits, F lam, bool pool) {
   for (int64_t i = 0; i < n; ++i) {
-    u_[i] = la[row0 + i];
-    if (lam == 0 || u_[i] == -kInf<F>) continue;
-    const F lse = row_lse<F>(Mp_, logits + i * Mp_, g);
-    u_[i] = lse == -kInf<F> ? lse : u_[i] - lam * lse;
+    const F mass = la[row0 + i], m = m_[row0 + i];
+    const F lse = lam == 0 || mass == -kInf<F> ? F(0) : row_lse<F>(Mp_, logits + i * Mp_, g);
+    u_[i] = lse == -kInf<F> ? lse : mass + m * (1 - lam) - lam * lse;  // f + m
+    values_[i] = lse == -kInf<F> ? lse : mass - lam * (m + lse);
   }
-  if (src.wants_f()) src.store_f(row0, n, u_);
+  if (src.wants_f()) src.store_f(row0, n, values_);
   for (int64_t j = 0; j < Mp_; j += kLanes<F>) {
     const Vec<F> old = load(state.ref + j);
     Vec<F> top = old, sum{};

@@ -97,7 +97,7 @@ class TransportBackward {
   Buffer<F> m_{stride_};                   // [stride] the row maxima of ℓ
   Buffer<F> coefs_{2 * steps_ * stride_};  // [2·steps][stride] rowQ of every step, then rowR
   Buffer<F> lse_{steps_ * stride_};        // [steps][stride] LSE_j(ℓ + g)
-  Buffer<F> top_{steps_ * stride_};        // [steps][stride] the row maxima of ℓ + g (log mode) or 1/(K G)
+  Buffer<F> top_{steps_ * stride_};        // [steps][stride] the row maxima of ℓ − m + g (log mode) or 1/(K G)
   Buffer<F> df_{steps_ * stride_};         // [steps][stride]
   // Of the columns.
   Buffer<F> partial_{Mp_};             // [Mp] this thread's column sums of R, what dg comes from
@@ -111,7 +111,7 @@ class TransportBackward {
   Buffer<F> dzq_{Mp_ * Ep_};           // [Mp][Ep] dz, times e^{cref − c} of the last step in scaled mode
   Buffer<F> dzt_{E_ * Mp_};            // [E][Mp] dz transposed
   // Of a block of rows.
-  Buffer<F> tile_{block_ * Mp_};                  // [block][Mp] K (log mode: ℓ)
+  Buffer<F> tile_{block_ * Mp_};                  // [block][Mp] K (log mode: ℓ − m)
   Buffer<F> q_{block_ * Mp_};                     // [block][Mp] Q in log mode
   Buffer<F> r_{block_ * Mp_};                     // [block][Mp] what K is multiplied by in scaled mode
   Buffer<F> acc_{block_ * Mp_};                   // [block][Mp] ⟨v, dz⟩; dℓ
@@ -208,7 +208,7 @@ bool TransportBackward<F, Source>::solve(Source& src, const Marginals<F>& marg, 
     for (int64_t row0 = 0; row0 < rows_; row0 += block_) {
       const int64_t n = std::min(block_, rows_ - row0);
       src.logits(row0, n, tile_);
-      if (kLog) mask_rows<F>(n, marg.M, Mp_, tile_, given.la + row0);
+      if (kLog) shift_rows<F>(n, marg.M, Mp_, tile_, given.la + row0, m_ + row0);
       if (!kLog) scale_rows<F>(n, marg.M, Mp_, tile_, given.la + row0, m_ + row0, shared.lowest);
       if (!kLog && spread - shared.lowest > kBackwardRange<F>) break;
       row_factors<kLog>(marg, t, row0, n);
@@ -243,11 +243,12 @@ void TransportBackward<F, Source>::row_factors(const Marginals<F>& marg, int64_t
   F *lse = lse_ + t * stride_ + row0, *q = row_q(t) + row0, *r = row_r(t) + row0;
   if (kLog) {
     for (int64_t i = 0; i < n; ++i) {
-      F sum = 1, *top = top_ + t * stride_ + row0 + i;
+      F sum = 1, *top = top_ + t * stride_ + row0 + i, m = m_[row0 + i];
       *top = 0;
-      lse[i] = marg.T == 0 ? F(0) : row_lse<F>(Mp_, tile_ + i * Mp_, g_ + t * Mp_, top, &sum);
-      r[i] = 1 / sum;  // R = e^{ℓ + g − top}/sum: exact to rounding however large ℓ is
-      q[i] = lse[i] == -kInf<F> || mass[i] == -kInf<F> ? -kInf<F> : mass[i] - lam * lse[i];
+      const F below = marg.T == 0 ? F(0) : row_lse<F>(Mp_, tile_ + i * Mp_, g_ + t * Mp_, top, &sum);
+      lse[i] = m + below;
+      r[i] = 1 / sum;  // R = e^{ℓ − m + g − top}/sum: exact to rounding however large ℓ is
+      q[i] = below == -kInf<F> || mass[i] == -kInf<F> ? -kInf<F> : mass[i] + m * (1 - lam) - lam * below;
     }
     return;
   }

@@ -54,7 +54,7 @@ def _normal(shape: tuple[int, ...], draw: int) -> Tensor:
     return drawn.to(torch.get_default_device())
 
 
-def _beside(
+def beside(
     function: Callable[..., Tensor], inputs: dict[str, Any], dtype: torch.dtype, cotangent: Tensor, backend: str
 ) -> Measured:
     """`function(backend=, **inputs)` by `backend` and by the reference."""
@@ -98,7 +98,7 @@ def small_gradients(case: Case, dtype: torch.dtype, backend: str, draw: int = 0,
     for i in range(draws):
         tokens, keywords = make(short, draw * draws + i)
         cotangent = _normal((short.B, short.H, short.L, short.E), draw * draws + i)
-        found.append(_beside(SF.set_attention, tokens | keywords, dtype, cotangent, backend))
+        found.append(beside(SF.set_attention, tokens | keywords, dtype, cotangent, backend))
     names = [name for name in SMALL if name in found[0].fast]
     fast, exact, model = (
         {n: torch.stack([r[n] for r in results]) for n in names} for results in zip(*found, strict=True)
@@ -115,7 +115,7 @@ def pooling(case: Case, dtype: torch.dtype, backend: str, draw: int = 0) -> Meas
     tokens, keywords = make(case, draw)
     inputs = {k: v for k, v in (tokens | keywords).items() if not k.startswith("query")}
     cotangent = _normal((case.B, case.H, case.M, case.E), draw)
-    return _beside(_pool, inputs, dtype, cotangent, backend)
+    return beside(_pool, inputs, dtype, cotangent, backend)
 
 
 FEATURES = {"plain": (100, 7, 16), "square": (65, 64, 64), "one": (1, 1, 5), "wide": (33, 16, 256)}  # N, R, D
@@ -134,7 +134,7 @@ def features(name: str, tensor_bandwidth: bool, dtype: torch.dtype, backend: str
     inputs = {"key": key, "landmarks": landmarks}
     if tensor_bandwidth:
         inputs["bandwidth"] = torch.linspace(0.7, 1.5, heads, dtype=torch.float64)
-    return _beside(_features, inputs, dtype, _normal((2, heads, n, r), draw + 2), backend)
+    return beside(_features, inputs, dtype, _normal((2, heads, n, r), draw + 2), backend)
 
 
 SINKHORN = ("plain", "masses", "minus_infinity", "wide", "relaxed", "tolerance")
@@ -160,4 +160,4 @@ def sinkhorn(kind: str, num_iters: int, dtype: torch.dtype, backend: str, draw: 
         f, g = SF.sinkhorn(log_kernel, backend=backend, **given, **keywords)
         return (log_kernel + f.unsqueeze(-1) + g.unsqueeze(-2)).exp()
 
-    return _beside(plan, inputs, dtype, _normal(tuple(l.shape), draw + 4), backend)
+    return beside(plan, inputs, dtype, _normal(tuple(l.shape), draw + 4), backend)
