@@ -63,7 +63,8 @@ def causal_kernel(
     )
     l, kappa, cosine, inverse, first_columns = token_logits(queries, rows, asked, asking, head, rule.DOT, sizes, cut)
     w = query_weights(l, log_b, known.log_c, head.lam_b, rule.UPDATE_ROWS)
-    w, normaliser = kept_weights(w, scalars, number.to(tl.int64), L, rows, threshold, sizes)
+    # b·H + h is `number`, but written anew: carried along, it makes 8 bytes of registers spill (sm_80, bfloat16, D 64).
+    w, normaliser = kept_weights(w, scalars, b.to(tl.int64) * H + h, L, rows, threshold, sizes)
     a, carried = chunk_weights(w, known, FACTOR, cut.PRECISION)
     a, carried = rounded(a, token), rounded(carried, token)
     for first in tl.static_range(0, sizes.EP, cut.VDEPTH):
