@@ -41,7 +41,8 @@ NEEDS = {
     "models/test_heads.py": "transformers", "models/test_recipes.py": "transformers",
     "models/test_recipe_detect.py": "transformers", "models/test_timm.py": "timm", "models/test_onnx.py": "onnxruntime",
     "models/test_recipe_input.py": "transformers",
-    "models/test_transformers.py": "transformers",
+    "models/test_transformers.py": "transformers", "models/test_transformers_arguments.py": "transformers",
+    "models/test_conversion.py": "transformers", "models/test_pipelines.py": "transformers",
 }  # fmt: skip
 collect_ignore = [file for file, module in NEEDS.items() if importlib.util.find_spec(module) is None]
 
