@@ -45,7 +45,7 @@ test-all: test test-rest
 
 # Another environment: torchvision and timm need the torch that they were built for, the newest.
 test-models: .venv-models/.installed
-	.venv-models/bin/python -m pytest $(PYTEST_FLAGS) tests/models
+	OMP_NUM_THREADS=1 .venv-models/bin/python -m pytest $(PYTEST_FLAGS) -n auto --dist worksteal tests/models
 
 bench: $(VENV)/.installed
 	$(RUN) -m benchmarks

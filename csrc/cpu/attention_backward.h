@@ -28,6 +28,7 @@ struct KeyGradSource {
     keys.b = b, keys.h = h, keys.lo = lo, keys.la = la;
     known_ = 0;
   }
+  static constexpr bool is_result = false;
   void restart() { grads.clear(keys.refs); }
   void logits(int64_t row0, int64_t n, F* out) {
     const bool fits = row0 + n <= cached;

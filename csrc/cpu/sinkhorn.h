@@ -42,6 +42,7 @@ struct MatrixSource {
     F* out = static_cast<F*>(p.f.data) + g * p.f.stride[0];
     for (int64_t i = 0; i < n; ++i) out[(lo + row0 + i) * p.f.stride[1]] = f[i];
   }
+  static constexpr bool is_result = true;
   void restart() {}
   void d_f(int64_t row0, int64_t n, F* df) {
     for (int64_t i = 0; i < n; ++i) df[i] += element<F>(p.d_f, g, lo + row0 + i);

@@ -98,6 +98,12 @@ F row_lse(int64_t Mp, const F* row, const F* add, F* top_out = nullptr, F* sum_o
   return static_cast<F>(m + std::log(static_cast<double>(total)));
 }
 
+// f + m of a row, from lse = LSE_j(ℓ − m + g).  Where f itself is a result, g must follow from f as it is rounded.
+template <class F>
+F shifted_potential(bool is_result, F mass, F m, F lam, F lse) {
+  return is_result ? (mass - lam * (m + lse)) + m : mass + m * (1 - lam) - lam * lse;
+}
+
 // Whether one row of a head that is not shared by threads takes part.  Every weight of pooling is then 1 and constant;
 // computed as such, its output and gradients are exact instead of near.
 template <class F>
@@ -271,8 +277,8 @@ void Transport<F, Source>::log_block(Source& src, int64_t row0, int64_t n, const
   for (int64_t i = 0; i < n; ++i) {
     const F mass = la[row0 + i], m = m_[row0 + i];
     const F lse = lam == 0 || mass == -kInf<F> ? F(0) : row_lse<F>(Mp_, logits + i * Mp_, g);
-    u_[i] = lse == -kInf<F> ? lse : mass + m * (1 - lam) - lam * lse;  // f + m
-    values_[i] = lse == -kInf<F> ? lse : mass - lam * (m + lse);
+    values_[i] = lse == -kInf<F> ? lse : mass - lam * (m + lse);  // f
+    u_[i] = lse == -kInf<F> ? lse : shifted_potential<F>(src.wants_f(), mass, m, lam, lse);
   }
   if (src.wants_f()) src.store_f(row0, n, values_);
   for (int64_t j = 0; j < Mp_; j += kLanes<F>) {

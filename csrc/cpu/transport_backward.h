@@ -39,7 +39,7 @@ struct TransportGradients {
 
 // Source: logits, values, values_ahead (as in Transport); d_f(row0, n, out) adds the gradient of f^T; store_dv(row0, n,
 // dv); accept(row0, n, dl, totals) takes the finished dℓ of a block and the sums of its rows; restart() forgets what it
-// accepted.
+// accepted; is_result: whether f is one.
 template <class F, class Source>
 class TransportBackward {
  public:
@@ -248,7 +248,8 @@ void TransportBackward<F, Source>::row_factors(const Marginals<F>& marg, int64_t
       const F below = marg.T == 0 ? F(0) : row_lse<F>(Mp_, tile_ + i * Mp_, g_ + t * Mp_, top, &sum);
       lse[i] = m + below;
       r[i] = 1 / sum;  // R = e^{ℓ − m + g − top}/sum: exact to rounding however large ℓ is
-      q[i] = below == -kInf<F> || mass[i] == -kInf<F> ? -kInf<F> : mass[i] + m * (1 - lam) - lam * below;
+      const bool absent = below == -kInf<F> || mass[i] == -kInf<F>;
+      q[i] = absent ? -kInf<F> : shifted_potential<F>(Source::is_result, mass[i], m, lam, below);
     }
     return;
   }
