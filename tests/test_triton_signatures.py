@@ -15,12 +15,8 @@ import torch
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # benchmarks/ is not installed
 
-<<<<<<< HEAD
 from benchmarks.compiled import workloads
 from benchmarks.compiled.workloads import Call
-=======
-from benchmarks.workloads import Call
->>>>>>> 8b0742c895fb59595f374f4eb70695d5aae210d5
 
 from benchmarks import workloads
 
