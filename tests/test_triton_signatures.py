@@ -18,8 +18,6 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))  # benchmarks/ is not 
 from benchmarks.compiled import workloads
 from benchmarks.compiled.workloads import Call
 
-from benchmarks import workloads
-
 pytest.importorskip("triton")
 PACKAGE = Path(__file__).resolve().parents[1] / "setformer_kernels"
 BACKEND = PACKAGE / "backends" / "triton"
