@@ -48,6 +48,7 @@ class TransportBackward {
 
   struct Shared {
     const F* partial;
+    const double* sums;
     F lowest;
   };
 
@@ -57,7 +58,7 @@ class TransportBackward {
     steps_ = std::max<int64_t>(marg.T, 1);
     lone_ = is_lone<F>(given.la, rows, team);
     for (int64_t i = rows; i < rows + kLanes<F>; ++i) given.la[i] = -kInf<F>, m_[i] = 0;
-    shared.partial = partial_;
+    shared.partial = partial_, shared.sums = sums_;
     if (!solve<false>(src, marg, team, shared, members)) solve<true>(src, marg, team, shared, members);
   }
 
@@ -78,7 +79,8 @@ class TransportBackward {
   void finish_block(Source& src, const Marginals<F>& marg, int64_t row0, int64_t n);
   void deliver(Source& src, const Marginals<F>& marg, int64_t row0, int64_t n);
   void finish_one_column(Source& src, const Marginals<F>& marg, int64_t row0, int64_t n);
-  void exp_tile(int64_t n, const F* row, const F* col, F* out);
+  void q_tile(int64_t t, int64_t row0, int64_t n, F* out);
+  void normalise(Source& src, const Marginals<F>& marg, const Team& team, const Shared* const* members);
 
   F* row_q(int64_t t) { return coefs_ + t * stride_; }
   F* row_r(int64_t t) { return coefs_ + (steps_ + t) * stride_; }
@@ -103,6 +105,8 @@ class TransportBackward {
   Buffer<F> partial_{Mp_};             // [Mp] this thread's column sums of R, what dg comes from
   Buffer<F> basis_{2 * steps_ * Mp_};  // [2·steps][Mp] the column factors of Q's gradient, then G (log mode: g)
   Buffer<F> cq_{steps_ * Mp_};         // [steps][Mp] e^{cref − c} (log mode: −c)
+  Buffer<F> scale_{steps_ * Mp_};      // [steps][Mp] what makes the columns of Q sum to 1 (log mode)
+  Buffer<double> sums_{steps_ * Mp_};  // [steps][Mp] this thread's column sums of Q (log mode)
   Buffer<F> g_{steps_ * Mp_};          // [steps][Mp] g before the step
   Buffer<F> shift_{steps_};            // [steps] max g
   Buffer<F> cref_{steps_};             // [steps] max c
@@ -119,12 +123,14 @@ class TransportBackward {
   Buffer<F> u_{block_ + kLanes<F>};               // [block] a number a row
 };
 
-// out_ij = exp((tile_ij + first) + second): the larger term is cancelled first, as it was when the sums were formed.
+// Log mode: Q^t = exp((ℓ − m + q) − c) times what makes its columns sum to 1.  The larger term is cancelled first, as
+// it was when the sums were formed.
 template <class F, class Source>
-void TransportBackward<F, Source>::exp_tile(int64_t n, const F* row, const F* col, F* out) {
+void TransportBackward<F, Source>::q_tile(int64_t t, int64_t row0, int64_t n, F* out) {
+  const F *row = row_q(t) + row0, *col = cq_ + t * Mp_, *scale = scale_ + t * Mp_;
   for (int64_t i = 0; i < n; ++i)
     for (int64_t j = 0; j < Mp_; j += kLanes<F>)
-      store(out + i * Mp_ + j, vexp<F>((load(tile_ + i * Mp_ + j) + row[i]) + load(col + j)));
+      store(out + i * Mp_ + j, vexp<F>((load(tile_ + i * Mp_ + j) + row[i]) + load(col + j)) * load(scale + j));
 }
 
 // Column factors of every step; false where scaled mode cannot hold them.
@@ -200,6 +206,7 @@ bool TransportBackward<F, Source>::solve(Source& src, const Marginals<F>& marg, 
   gradients.d_lam_a = gradients.d_lam_b = 0;
   fill(gradients.d_la.data(), rows_, F(0));
   fill(gradients.d_log_b.data(), Mp_, F(0));
+  if (kLog) normalise(src, marg, team, members);
   Buffer<F> dg_first(Mp_);
   std::copy(given.dg.data(), given.dg + Mp_, dg_first.data());
   for (int64_t t = steps_ - 1; t >= 0; --t) {
@@ -211,7 +218,7 @@ bool TransportBackward<F, Source>::solve(Source& src, const Marginals<F>& marg, 
       if (kLog) shift_rows<F>(n, marg.M, Mp_, tile_, given.la + row0, m_ + row0);
       if (!kLog) scale_rows<F>(n, marg.M, Mp_, tile_, given.la + row0, m_ + row0, shared.lowest);
       if (!kLog && spread - shared.lowest > kBackwardRange<F>) break;
-      row_factors<kLog>(marg, t, row0, n);
+      if (!kLog) row_factors<kLog>(marg, t, row0, n);
       row_gradients<kLog>(src, marg, t, row0, n);
       if (t == 0) finish_block<kLog>(src, marg, row0, n);
     }
@@ -232,6 +239,35 @@ bool TransportBackward<F, Source>::solve(Source& src, const Marginals<F>& marg, 
   }
   for (int64_t j = 0; j < Mp_; ++j) gradients.d_log_b[j] += given.dg[j];
   return true;
+}
+
+// Log mode: the row factors of every step, and the sums of Q's columns.  c is rounded, and where it is hundreds the
+// sums miss 1 by more than all other errors, alike for a whole column.
+template <class F, class Source>
+void TransportBackward<F, Source>::normalise(Source& src, const Marginals<F>& marg, const Team& team,
+                                             const Shared* const* members) {
+  const int64_t size = steps_ * Mp_;
+  fill(sums_ + 0, size, 0.0);
+  fill(scale_ + 0, size, F(1));
+  for (int64_t row0 = 0; row0 < rows_; row0 += block_) {
+    const int64_t n = std::min(block_, rows_ - row0);
+    src.logits(row0, n, tile_);
+    shift_rows<F>(n, marg.M, Mp_, tile_, given.la + row0, m_ + row0);
+    for (int64_t t = 0; t < steps_; ++t) {
+      row_factors<true>(marg, t, row0, n);
+      q_tile(t, row0, n, q_);
+      fill(u_ + 0, n, F(1));
+      gemm<F>(1, Mp_, n, u_, 0, 1, q_, Mp_, dcol_, Mp_, false);
+      for (int64_t j = 0; j < Mp_; ++j) sums_[t * Mp_ + j] += dcol_[j];
+    }
+  }
+  team.sync();
+  for (int64_t k = 0; k < size; ++k) {
+    double sum = 0;
+    for (int i = 0; i < team.size; ++i) sum += members[i]->sums[k];
+    scale_[k] = sum > 0 ? static_cast<F>(1 / sum) : F(1);
+  }
+  team.sync();
 }
 
 // f^t of the block, as the row factors of R and Q.
@@ -275,7 +311,7 @@ void TransportBackward<F, Source>::row_gradients(Source& src, const Marginals<F>
   F *q = row_q(t) + row0, *r = row_r(t) + row0, *lse = lse_ + t * stride_ + row0, *df = df_ + t * stride_ + row0;
   const F* Q = tile_;
   if (kLog) {
-    exp_tile(n, q, cq_ + t * Mp_, q_);
+    q_tile(t, row0, n, q_);
     Q = q_;
   }
   row_dots<F>(n, Mp_, Q, dcol_, u_);
@@ -313,89 +349,7 @@ void TransportBackward<F, Source>::row_gradients(Source& src, const Marginals<F>
   gemm<F>(1, Mp_, n, r, 0, 1, tile_, Mp_, partial_, Mp_, true);
 }
 
-// Σ_j of the pooling's dℓ as it stands in acc_, in place of the df^T that ⟨v, dv⟩ gave: equal but for rounding, and
-// what the R term must take away exactly where the two nearly cancel.
-template <class F, class Source>
-template <bool kLog>
-void TransportBackward<F, Source>::settle_rows(const Marginals<F>& marg, int64_t row0, int64_t n) {
-  const int64_t t = steps_ - 1;
-  const F *q = row_q(t) + row0, *cq = cq_ + t * Mp_, *qd = basis_q(t), *lse = lse_ + t * stride_ + row0;
-  F *df = df_ + t * stride_ + row0, *r = row_r(t) + row0, *inv = top_ + t * stride_ + row0;
-  if (kLog) exp_tile(n, q, cq, q_);
-  for (int64_t i = 0; i < n; ++i) {
-    if (given.la[row0 + i] == -kInf<F> || lse[i] == -kInf<F>) continue;
-    Vec<F> sum{};
-    for (int64_t j = 0; j < Mp_; j += kLanes<F>) {
-      const Vec<F> vdz = load(acc_ + i * Mp_ + j);
-      sum += kLog ? load(q_ + i * Mp_ + j) * (vdz + load(qd + j))
-                  : load(tile_ + i * Mp_ + j) * (vdz * load(cq + j) + load(qd + j));
-    }
-    const F settled = kLog ? reduce_add<F>(sum) : reduce_add<F>(sum) * q[i];
-    gradients.d_la[row0 + i] += settled - df[i];
-    if (marg.T) gradients.d_lam_a -= static_cast<double>(settled - df[i]) * (lse[i] - given.center);
-    df[i] = settled;
-    if (!kLog) r[i] = -marg.lam_a * settled * inv[i];
-  }
-}
-
-// dℓ of the block as it stands in acc_, to the source.  Its rows sum to those of Q, less λ_a of them as Σ_j R = 1.
-template <class F, class Source>
-void TransportBackward<F, Source>::deliver(Source& src, const Marginals<F>& marg, int64_t row0, int64_t n) {
-  for (int64_t i = 0; i < n; ++i) u_[i] = (marg.T ? 1 - marg.lam_a : F(1)) * gradients.d_la[row0 + i];
-  src.accept(row0, n, acc_, u_);
-}
-
-// dℓ_s = (1 − λ_a) Σ_t df^t_s: with one column R = 1 and every Q term is its own row sum.  Exactly 0 where λ_a = 1.
-template <class F, class Source>
-void TransportBackward<F, Source>::finish_one_column(Source& src, const Marginals<F>& marg, int64_t row0, int64_t n) {
-  fill(acc_.data(), n * Mp_, F(0));
-  for (int64_t i = 0; i < n; ++i) acc_[i * Mp_] = (1 - marg.lam_a) * gradients.d_la[row0 + i];
-  deliver(src, marg, row0, n);
-}
-
-// The whole dℓ of the block, handed to the source.
-template <class F, class Source>
-template <bool kLog>
-void TransportBackward<F, Source>::finish_block(Source& src, const Marginals<F>& marg, int64_t row0, int64_t n) {
-  const int64_t last = steps_ - 1;
-  if (Ep_ && marg.T && marg.M == 1) return finish_one_column(src, marg, row0, n);
-  if (lone_) {
-    fill(acc_.data(), n * Mp_, F(0));
-  } else if (Ep_) {
-    if (last != 0) src.values(row0, n, v_);
-    Ahead ahead = src.values_ahead(row0, n);
-    gemm<F>(n, Mp_, E_, v_, Ep_, 1, dzt_, Mp_, acc_, Mp_, false, &ahead);
-    settle_rows<kLog>(marg, row0, n);
-  }
-  if (!kLog) {
-    const int64_t rank = marg.T ? 2 * steps_ : 1;
-    gemm<F>(n, Mp_, rank, coefs_ + row0, 1, stride_, basis_, Mp_, r_, Mp_, false);
-    const F *q = row_q(last) + row0, *cq = cq_ + last * Mp_;
-    for (int64_t i = 0; i < n; ++i)
-      for (int64_t j = 0; j < Mp_; j += kLanes<F>) {
-        Vec<F> a = load(r_ + i * Mp_ + j);
-        if (Ep_) a += q[i] * load(cq + j) * load(acc_ + i * Mp_ + j);
-        store(acc_ + i * Mp_ + j, a * load(tile_ + i * Mp_ + j));
-      }
-    deliver(src, marg, row0, n);
-    return;
-  }
-  if (!Ep_) fill(acc_.data(), n * Mp_, F(0));
-  for (int64_t t = last; t >= 0; --t) {
-    exp_tile(n, row_q(t) + row0, cq_ + t * Mp_, q_);
-    const F *r = row_r(t) + row0, *df = df_ + t * stride_ + row0, *g = g_ + t * Mp_, *top = top_ + t * stride_ + row0;
-    for (int64_t i = 0; i < n; ++i) {
-      const F coef = marg.T ? -marg.lam_a * df[i] * r[i] : F(0);
-      for (int64_t j = 0; j < Mp_; j += kLanes<F>) {
-        const Vec<F> before = load(acc_ + i * Mp_ + j), Q = load(q_ + i * Mp_ + j);
-        Vec<F> d = t == last ? Q * (before + load(basis_q(t) + j)) : before + Q * load(basis_q(t) + j);
-        if (coef != 0) d += coef * vexp<F>((load(tile_ + i * Mp_ + j) + load(g + j)) - top[i]);
-        store(acc_ + i * Mp_ + j, d);
-      }
-    }
-  }
-  deliver(src, marg, row0, n);
-}
-
 }  // namespace
 }  // namespace sfk
+
+#include "transport_finish.h"
