@@ -155,9 +155,9 @@ def features_landmarks_backward_kernel(
             other_w *= tl.load(inverse + j)[:, None]
             total += dot(beta * (here + there), other_w, PRECISION)
         inside = (i < R)[:, None] & (d < D)[None, :]
-        scale = tl.load(inverse + i)
-        unit = tl.load(landmarks + i[:, None] * stride_r + d[None, :], mask=inside, other=0.0) * scale[:, None]
-        total = (total - unit * tl.sum(total * unit, 1)[:, None]) * scale[:, None]
+        shrink = tl.load(inverse + i)
+        unit = tl.load(landmarks + i[:, None] * stride_r + d[None, :], mask=inside, other=0.0) * shrink[:, None]
+        total = (total - unit * tl.sum(total * unit, 1)[:, None]) * shrink[:, None]
         if d_landmarks is not None:
             at = d_landmarks + h * stride_oh + i[:, None] * stride_or + d[None, :] * stride_od
             tl.store(at, total, mask=inside)
