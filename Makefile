@@ -8,11 +8,12 @@ PIP := $(RUN) -m pip
 CSRC := $(shell find csrc -name '*.cpp' -o -name '*.hpp' -o -name '*.h' -o -name '*.inc' -o -name '*.cu' -o -name '*.cuh' 2>/dev/null)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-models bench gpu resources cuda-resources model docs lint types wheel sanitize clean
+.PHONY: help demo test test-rest test-all test-models bench gpu resources cuda-resources model docs lint types wheel sanitize clean
 
 help:
 	@echo "make demo      train and compare on real input (3 minutes); results in demo_output/"
-	@echo "make test      the whole test suite"
+	@echo "make test      every op on every backend, the module's contract (5 minutes on two cores)"
+	@echo "make test-all  that and the rest: every case on the stand-ins for a GPU, benchmarks, installation, pages"
 	@echo "make test-models  the models in timm and transformers, and the recipes, in .venv-models with the newest torch"
 	@echo "make bench     the side-by-side benchmark table; results in benchmarks/results/"
 	@echo "make gpu       on a machine with a GPU: tests on real kernels, compute-sanitizer, benchmarks (no installation)"
@@ -30,13 +31,21 @@ help:
 demo: $(VENV)/.installed
 	$(RUN) -m demo
 
+# A process a core, with one thread each: what runs on stand-ins for a GPU is Python.
+PYTEST := OMP_NUM_THREADS=1 $(RUN) -m pytest $(PYTEST_FLAGS) -n auto --dist worksteal
+
 test: $(VENV)/.installed
 	$(RUN) -m setformer_kernels info
-	$(RUN) -m pytest $(PYTEST_FLAGS)
+	$(PYTEST) -m "not exhaustive"
+
+test-rest: $(VENV)/.installed
+	$(PYTEST) -m exhaustive
+
+test-all: test test-rest
 
 # Another environment: torchvision and timm need the torch that they were built for, the newest.
 test-models: .venv-models/.installed
-	.venv-models/bin/python -m pytest $(PYTEST_FLAGS) tests/models
+	OMP_NUM_THREADS=1 .venv-models/bin/python -m pytest $(PYTEST_FLAGS) -n auto --dist worksteal tests/models
 
 bench: $(VENV)/.installed
 	$(RUN) -m benchmarks

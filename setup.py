@@ -131,14 +131,18 @@ class Build(build_ext):
     """Compiles what is not up to date, several files at a time; says why where it cannot."""
 
     def build_extension(self, ext: Extension) -> None:
-        note = Path(self.get_ext_fullpath(ext.name)).with_name(MISSING)
-        note.unlink(missing_ok=True)
+        notes = [Path(self.get_ext_fullpath(ext.name)).with_name(MISSING)]
+        if getattr(self, "editable_mode", False):  # built elsewhere, then copied to the sources if it could be
+            notes.append(Path("setformer_kernels", MISSING))
+        for note in notes:
+            note.unlink(missing_ok=True)
         try:
             self.add_pybind11(ext)
             self.compile_extension(ext)
         except (BaseError, CCompilerError):
-            note.parent.mkdir(parents=True, exist_ok=True)
-            note.write_text(self.trouble() + "\n", encoding="utf-8")
+            for note in notes:
+                note.parent.mkdir(parents=True, exist_ok=True)
+                note.write_text(self.trouble() + "\n", encoding="utf-8")
             lines = ("", f"setformer_kernels is built WITHOUT its C++ kernels: {self.trouble()}.")
             print(*lines, "It works all the same, on its reference, which is several times slower on CPUs.", "",
                   sep="\n", file=sys.stderr, flush=True)  # fmt: skip

@@ -80,10 +80,7 @@ def table(csv: Path) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Entry point; 1 when a result is wrong."""
-    words = list(sys.argv[1:] if argv is None else argv)
-    if not words or (words[0].startswith("-") and words[0] not in ("-h", "--help")):
-        words.insert(0, "run")
-    arguments = _parser().parse_args(words)
+    arguments = _parser().parse_args(entry_point.words(argv, "run"))
     try:
         if arguments.command == "table":
             table(arguments.csv)

@@ -19,6 +19,8 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is first imported
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic products, for `poisoned_memory`
 
+import selection
+
 from setformer_kernels import dispatch
 
 NATIVE = tuple(name for name in dispatch.NATIVE if name != "cuda")  # it has part of the ops, and tests of its own
@@ -39,9 +41,33 @@ NEEDS = {
     "models/test_heads.py": "transformers", "models/test_recipes.py": "transformers",
     "models/test_recipe_detect.py": "transformers", "models/test_timm.py": "timm", "models/test_onnx.py": "onnxruntime",
     "models/test_recipe_input.py": "transformers",
-    "models/test_transformers.py": "transformers",
+    "models/test_transformers.py": "transformers", "models/test_transformers_arguments.py": "transformers",
+    "models/test_conversion.py": "transformers", "models/test_pipelines.py": "transformers",
 }  # fmt: skip
 collect_ignore = [file for file, module in NEEDS.items() if importlib.util.find_spec(module) is None]
+
+
+EXHAUSTIVE = "exhaustive"
+
+
+def pytest_report_header(config: pytest.Config) -> list[str]:
+    """What is about to run, and how long that takes."""
+    took = {f"not {EXHAUSTIVE}": selection.MINUTES, EXHAUSTIVE: selection.MINUTES_REST}.get(config.option.markexpr)
+    if took is None:
+        return []
+    what = (
+        "the cases and tools"
+        if config.option.markexpr == EXHAUSTIVE
+        else "every op on every backend, the module's contract"
+    )
+    rest = "that `make test` leaves out" if config.option.markexpr == EXHAUSTIVE else "(`make test-all` runs all cases)"
+    return [f"{what} {rest}: some {took} minutes on two quiet cores, one thread a process"]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if selection.is_exhaustive(item):
+            item.add_marker(EXHAUSTIVE)
 
 
 @pytest.fixture(autouse=True)

@@ -137,6 +137,7 @@ def test_bytes_count_each_touched_storage_once() -> None:
     assert model._moved(launch, (True, True)) == 160 + 12
     assert model._moved(launch, (True, False)) == 160
     assert model._moved(SimpleNamespace(args=(a[:, :1].expand(10, 4), a)), (True, True)) == 160
+    assert model._moved(SimpleNamespace(args=((a, None, 0.5), 7, b)), (False, True)) == 12  # a group of arguments
 
 
 def test_a_prediction_is_limited_by_its_slowest_resource(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,9 +9,9 @@ import sys
 import pytest
 import torch
 
-from setformer_kernels.backends import cpu
-from setformer_kernels.backends._extension import MODULE, REASON
-from setformer_kernels.problem import Problem
+from setformer_kernels.backends import _extension, cpu
+from setformer_kernels.backends._extension import MODULE, REASON, view
+from setformer_kernels.problem import Operands, Problem
 
 built = pytest.mark.skipif(MODULE is None, reason=REASON or "extension loaded")
 
@@ -69,6 +69,30 @@ def test_without_the_extension_the_reference_runs_and_the_reason_is_told() -> No
     result = python(code)
     assert result.returncode == 0, result.stderr
     assert "extension" in result.stdout
+
+
+@built
+def test_the_extension_names_its_operands_as_python_does() -> None:
+    assert Operands._fields[:-1] == MODULE.OPERANDS
+
+
+@built
+def test_an_extension_of_another_version_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(MODULE, "OPERANDS", MODULE.OPERANDS[::-1])
+    module, why = _extension._load()
+    assert module is None
+    assert "another version" in why
+
+
+@built
+def test_a_wrong_tensor_is_named() -> None:
+    tensors = [None] * len(MODULE.OPERANDS)
+    key = torch.zeros(1, 2, 3, 4)
+    tensors[1] = tensors[2] = view(key)
+    tensors[3] = view(torch.zeros(2, 5, 4))
+    tensors[MODULE.OPERANDS.index("epsilon")] = view(torch.ones(2, dtype=torch.float64))
+    with pytest.raises(ValueError, match="'epsilon' has the wrong dtype"):
+        MODULE.attention(tuple(tensors), (1.0,) * 5, False, 1, 0.0, 0, 1, None, None, None, False)
 
 
 def test_limits_are_told() -> None:

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import setformer_kernels.functional as SF
 from setformer_kernels.problem import Operands, Options
-from setformer_kernels.testing import assert_within_budget, gradients, model_inputs
+from setformer_kernels.testing import gradients, measure, model_inputs
 from setformer_kernels.testing.budget import cast
 from setformer_kernels.testing.cases import ALL_CASES, make
 
@@ -48,7 +48,7 @@ def check(given: dict[str, Any], dtype: torch.dtype = torch.float32, **options: 
     fast = gradients(
         functools.partial(causal, backend="triton", **options), cast(given, torch.float32, dtype), cotangent
     )
-    assert_within_budget(fast, exact, model)
+    measure.Measured(fast, exact, model).check("causal")
     return fast
 
 

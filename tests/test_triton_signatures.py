@@ -15,9 +15,8 @@ import torch
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # benchmarks/ is not installed
 
-from benchmarks.workloads import Call
-
-from benchmarks import workloads
+from benchmarks.compiled import workloads
+from benchmarks.compiled.workloads import Call
 
 pytest.importorskip("triton")
 PACKAGE = Path(__file__).resolve().parents[1] / "setformer_kernels"

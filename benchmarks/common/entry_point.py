@@ -35,3 +35,10 @@ def run(name: str, main: Callable[[], int]) -> NoReturn:
         reason = str(error)
     print(f"{name}: {reason}", file=sys.stderr)
     sys.exit(NOT_HERE)
+
+
+def words(argv: list[str] | None, default: str) -> list[str]:
+    """The words of the command line; `default` goes before them where they begin with no subcommand."""
+    found = list(sys.argv[1:] if argv is None else argv)
+    named = found and (not found[0].startswith("-") or found[0] in ("-h", "--help"))
+    return found if named else [default, *found]

@@ -172,4 +172,6 @@ def few_calls(family: str) -> list[Call]:
         found.append(Call("attention", dtype=torch.float32))
     if family == "sm_90":
         found += _both(Call("causal", T=1))
+    else:  # each op compiles somewhere
+        found += _both(Call("features") if family == "sm_80" else Call("sinkhorn", T=20, dtype=torch.float32, L=64))
     return found

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 
@@ -196,37 +197,19 @@ def _compared(row: Row, samples: dict[Entry, list[float]], entry: Entry, baselin
 def _attention_row(case: AttentionCase, entry: Entry, device: str) -> Row:
     """Everything of a row that is known before it is measured."""
     problem = Problem("attention", device, torch.float32, D=case.D, E=case.E, M=case.M, num_iters=entry.T or 0)
-    return Row(
-        case=case.name,
-        impl=entry.impl,
-        mode=case.mode,
-        metric="time",
-        unit="s",
-        status=SKIPPED,
-        T=entry.T,
-        B=case.B,
-        H=case.H,
-        L=case.L,
-        M=case.M,
-        D=case.D,
-        work=float(case.matmul_flops()),
-        backend=dispatch.select(problem) if entry.impl == "set" else "",
+    backend = dispatch.select(problem) if entry.impl == "set" else ""
+    work = float(case.matmul_flops())
+    return _row(
+        case, entry.impl, T=entry.T, B=case.B, H=case.H, L=case.L, M=case.M, D=case.D, work=work, backend=backend
     )
 
 
 def _sinkhorn_row(case: SinkhornCase, impl: str, device: str) -> Row:
     """Everything of a row that is known before it is measured; B holds G and L holds N."""
     problem = Problem("sinkhorn", device, torch.float32, M=case.M, num_iters=case.T)
-    return Row(
-        case=case.name,
-        impl=impl,
-        mode=case.mode,
-        metric="time",
-        unit="s",
-        status=SKIPPED,
-        T=case.T,
-        B=case.G,
-        L=case.N,
-        M=case.M,
-        backend=dispatch.select(problem) if impl == "set" else "",
-    )
+    backend = dispatch.select(problem) if impl == "set" else ""
+    return _row(case, impl, T=case.T, B=case.G, L=case.N, M=case.M, backend=backend)
+
+
+def _row(case: AttentionCase | SinkhornCase, impl: str, **known: Any) -> Row:
+    return Row(case=case.name, impl=impl, mode=case.mode, metric="time", unit="s", status=SKIPPED, **known)

@@ -66,10 +66,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    words = list(sys.argv[1:] if argv is None else argv)
-    if not words or (words[0].startswith("-") and words[0] not in ("-h", "--help")):
-        words.insert(0, "run")
-    arguments = parser().parse_args(words)
+    arguments = parser().parse_args(entry_point.words(argv, "run"))
     try:
         if arguments.command == "table":
             if not (rows := results.read(arguments.csv)):

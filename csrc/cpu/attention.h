@@ -132,8 +132,8 @@ class ForwardWorker {
     if (any) {
       transport_.run(source_, marg, hi - lo, -1, team);
     } else {
-      fill(transport_.c + 0, std::max<int64_t>(p_.T, 1) * refs_.Mp, -kInf<F>);
-      fill(transport_.z + 0, refs_.Mp * pad<F>(p_.E), F(0));
+      fill(transport_.c.data(), std::max<int64_t>(p_.T, 1) * refs_.Mp, -kInf<F>);
+      fill(transport_.z.data(), refs_.Mp * pad<F>(p_.E), F(0));
     }
     if (team.rank == 0) store_state(b, h);
     if (p_.o) read(b, h, team, any);
@@ -163,9 +163,9 @@ class ForwardWorker {
         drop<F>(p_, b, h, row0, n, Mp, weights_);
         gemm<F>(n, Ep, p_.M, weights_, Mp, 1, transport_.z, Ep, out_, Ep, false, &ahead_o);
       } else {
-        fill(out_ + 0, n * Ep, F(0));
+        fill(out_.data(), n * Ep, F(0));
       }
-      store_rows<F>(p_.o, b, h, row0, n, out_ + 0, Ep, any ? scale_ + 0 : nullptr);
+      store_rows<F>(p_.o, b, h, row0, n, out_.data(), Ep, any ? scale_.data() : nullptr);
     }
   }
 

@@ -32,7 +32,7 @@ struct KeyGradSource {
   void restart() { grads.clear(keys.refs); }
   void logits(int64_t row0, int64_t n, F* out) {
     const bool fits = row0 + n <= cached;
-    F* k = fits ? cache + row0 * keys.refs.Mp : tile + 0;
+    F* k = fits ? cache + row0 * keys.refs.Mp : tile.data();
     loaded = !fits || row0 >= known_;
     if (loaded) {
       keys.load_keys(row0, n);
@@ -57,9 +57,10 @@ struct KeyGradSource {
     if (!loaded) keys.load_keys(row0, n);
     logit_grads<F>(refs, n, kappa, keys.pos, dl, totals, grads);
     for (int64_t i = 0; i < n * refs.Mp; ++i) dl[i] *= refs.inv_eps;
-    kernel_grads<F>(refs, n, keys.x, keys.inv, kappa, dl, keys.p.d_key ? d_x + 0 : nullptr, grads);
+    kernel_grads<F>(refs, n, keys.x, keys.inv, kappa, dl, keys.p.d_key ? d_x.data() : nullptr, grads);
     if (keys.p.d_key)
-      store_rows<F>(keys.p.d_key, keys.b, keys.h, keys.lo + row0, n, d_x + 0, refs.Dp, static_cast<const F*>(nullptr));
+      store_rows<F>(keys.p.d_key, keys.b, keys.h, keys.lo + row0, n, d_x.data(), refs.Dp,
+                    static_cast<const F*>(nullptr));
   }
 
  private:
@@ -98,7 +99,7 @@ class BackwardWorker {
     shared_.query_grads = &query_grads_;
     shared_.key_grads = &key_grads_;
     query_grads_.balanced = true;
-    key_grads_.balanced = transport_.balanced = !p.d_c;
+    key_grads_.balanced = transport_.given.balanced = !p.d_c;
   }
   Shared& shared() { return shared_; }
 
@@ -107,25 +108,25 @@ class BackwardWorker {
     refs_.pack(p_, h);
     const auto [lo, hi] = team.share(p_.S, tile_rows(Mp));
     query_grads_.clear(refs_), key_grads_.clear(refs_);
-    if (!load_log_mass<F>(p_, b, h, lo, hi, transport_.la)) return store_zeros(b, h, lo, hi, team);
+    if (!load_log_mass<F>(p_, b, h, lo, hi, transport_.given.la)) return store_zeros(b, h, lo, hi, team);
     load_state(b, h);
-    fill(shared_.dz + 0, Mp * Ep_, F(0));
-    fill(shared_.dg + 0, Mp, 0.0);
+    fill(shared_.dz.data(), Mp * Ep_, F(0));
+    fill(shared_.dg.data(), Mp, 0.0);
     if (p_.d_o) queries(b, h, team);
     team.sync();
     merge_queries(b, h, team);
     team.sync();
-    source_.begin(b, h, lo, transport_.la);
-    transport_.center = transport_.balanced ? refs_.middle_logit() : F(0);
+    source_.begin(b, h, lo, transport_.given.la);
+    transport_.given.center = transport_.given.balanced ? refs_.middle_logit() : F(0);
     const Marginals<F> marg{p_.M, Mp, p_.T, refs_.lam_a, refs_.lam_b, refs_.log_b};
     std::vector<const typename TransportBackward<F, KeyGradSource<F>>::Shared*> members;
     for (int i = 0; i < team.size; ++i) members.push_back(&team.template member<Shared>(i).transport);
     transport_.run(source_, marg, hi - lo, team, shared_.transport, members.data());
-    key_grads_.hyper[kLambdaA] += transport_.d_lam_a;
-    if (team.rank == 0) key_grads_.hyper[kLambdaB] += transport_.d_lam_b;
+    key_grads_.hyper[kLambdaA] += transport_.gradients.d_lam_a;
+    if (team.rank == 0) key_grads_.hyper[kLambdaB] += transport_.gradients.d_lam_b;
     if (p_.d_log_a) {
       F* out = static_cast<F*>(p_.d_log_a.data) + b * p_.d_log_a.stride[0] + h * p_.d_log_a.stride[1];
-      for (int64_t s = lo; s < hi; ++s) out[s * p_.d_log_a.stride[2]] = transport_.d_la[s - lo];
+      for (int64_t s = lo; s < hi; ++s) out[s * p_.d_log_a.stride[2]] = transport_.gradients.d_la[s - lo];
     }
     team.sync();
     if (team.rank == 0) store_parameters(b, h, team);
@@ -138,16 +139,16 @@ class BackwardWorker {
     const Block<F> c(p_.c, b, h), z(p_.z, b, h), d_c(p_.d_c, b, h);
     for (int64_t t = 0; t < steps; ++t)
       for (int64_t j = 0; j < Mp; ++j) {
-        transport_.c[t * Mp + j] = j < p_.M ? c(t, j) : -kInf<F>;
-        transport_.d_c[t * Mp + j] = d_c && j < p_.M ? d_c(t, j) : F(0);
+        transport_.given.c[t * Mp + j] = j < p_.M ? c(t, j) : -kInf<F>;
+        transport_.given.d_c[t * Mp + j] = d_c && j < p_.M ? d_c(t, j) : F(0);
       }
     for (int64_t j = 0; j < Mp; ++j)
       for (int64_t e = 0; e < Ep_; ++e) {
         const F value = j < p_.M && e < p_.E ? z(j, e) : F(0);
-        transport_.z[j * Ep_ + e] = value;
+        transport_.given.z[j * Ep_ + e] = value;
         if (e < p_.E) zt_[e * Mp + j] = value;
       }
-    const F* last = transport_.c + (steps - 1) * Mp;
+    const F* last = transport_.given.c + (steps - 1) * Mp;
     for (int64_t j = 0; j < Mp; ++j)
       g_[j] = p_.T == 0 ? refs_.log_b[j] : last[j] == -kInf<F> ? last[j] : refs_.log_b[j] - refs_.lam_b * last[j];
   }
@@ -172,7 +173,7 @@ class BackwardWorker {
     load_rows<F>(p_.d_o, b, h, row0, n, nullptr, d_o_, Ep_);
     gemm<F>(n, Mp, p_.E, d_o_, Ep_, 1, zt_, Mp, dp_, Mp, false, &ahead_o);
     drop<F>(p_, b, h, row0, n, Mp, dp_);
-    fill(dg_block_ + 0, Mp, F(0));
+    fill(dg_block_.data(), Mp, F(0));
     for (int64_t i = 0; i < n; ++i) {
       Vec<F> dot{};
       for (int64_t j = 0; j < Mp; j += kLanes<F>) dot += load(w_ + i * Mp + j) * load(dp_ + i * Mp + j);
@@ -190,23 +191,24 @@ class BackwardWorker {
     gemm<F>(p_.M, Ep_, n, w_, 1, Mp, d_o_, Ep_, shared_.dz, Ep_, true);
     logit_grads<F>(refs_, n, kappa_, pos, dp_, static_cast<const F*>(nullptr), query_grads_);
     for (int64_t i = 0; i < n * Mp; ++i) dp_[i] *= refs_.inv_eps;
-    kernel_grads<F>(refs_, n, x, inv, kappa_, dp_, p_.d_query ? d_x_ + 0 : nullptr, query_grads_);
-    if (p_.d_query) store_rows<F>(p_.d_query, b, h, row0, n, d_x_ + 0, refs_.Dp, static_cast<const F*>(nullptr));
+    kernel_grads<F>(refs_, n, x, inv, kappa_, dp_, p_.d_query ? d_x_.data() : nullptr, query_grads_);
+    if (p_.d_query) store_rows<F>(p_.d_query, b, h, row0, n, d_x_.data(), refs_.Dp, static_cast<const F*>(nullptr));
   }
 
   void merge_queries(int64_t b, int64_t h, const Team& team) {
     const int64_t Mp = refs_.Mp;
     const Block<F> d_z(p_.d_z, b, h);
     for (int64_t j = 0; j < Mp; ++j)
-      for (int64_t e = 0; e < Ep_; ++e) transport_.dz[j * Ep_ + e] = d_z && j < p_.M && e < p_.E ? d_z(j, e) : F(0);
+      for (int64_t e = 0; e < Ep_; ++e)
+        transport_.given.dz[j * Ep_ + e] = d_z && j < p_.M && e < p_.E ? d_z(j, e) : F(0);
     for (int i = 0; i < team.size; ++i) {
       const Shared& s = team.template member<Shared>(i);
-      for (int64_t k = 0; k < Mp * Ep_; ++k) transport_.dz[k] += s.dz[k];
+      for (int64_t k = 0; k < Mp * Ep_; ++k) transport_.given.dz[k] += s.dz[k];
     }
     for (int64_t j = 0; j < Mp; ++j) {
       double sum = 0;
       for (int i = 0; i < team.size; ++i) sum += team.template member<Shared>(i).dg[j];
-      transport_.dg[j] = static_cast<F>(sum);
+      transport_.given.dg[j] = static_cast<F>(sum);
     }
   }
 
@@ -218,7 +220,7 @@ class BackwardWorker {
     }
     store_ref_grads<F>(refs_, b, h, query_grads_, p_.d_references, p_.d_ref_pos);
     const Block<F> d_log_b(p_.d_log_b, b, h), d_hyper(p_.d_hyper, b, h);
-    for (int64_t j = 0; d_log_b && j < p_.M; ++j) d_log_b(j, 0) = transport_.d_log_b[j];
+    for (int64_t j = 0; d_log_b && j < p_.M; ++j) d_log_b(j, 0) = transport_.gradients.d_log_b[j];
     for (int i = 0; d_hyper && i < kNumHyper; ++i) d_hyper(i, 0) = static_cast<F>(query_grads_.hyper[i]);
   }
 

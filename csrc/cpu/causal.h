@@ -15,9 +15,9 @@ struct Scan {
   Scan(int64_t M_, int64_t Mp_, int64_t Ep_)
       : M(M_), Mp(Mp_), Ep(Ep_), top(Mp_), sum(Mp_), scale(Mp_), weight(Mp_), n(Mp_ * Ep_) {}
   void reset() {
-    fill(top + 0, Mp, -kInf<F>);
-    fill(sum + 0, Mp, F(0));
-    fill(n + 0, Mp * Ep, F(0));
+    fill(top.data(), Mp, -kInf<F>);
+    fill(sum.data(), Mp, F(0));
+    fill(n.data(), Mp * Ep, F(0));
     seen = false;
   }
   // The sums take in a key; `scale` and `weight` say how n must follow.
@@ -34,8 +34,8 @@ struct Scan {
     }
   }
   void stay() {
-    fill(scale + 0, Mp, F(1));
-    fill(weight + 0, Mp, F(0));
+    fill(scale.data(), Mp, F(1));
+    fill(weight.data(), Mp, F(0));
   }
   // log C_j; −inf in the padding.
   void log_sums(F* out) const {
@@ -105,7 +105,7 @@ class CausalWorker {
       if (refs_.P) load_rows<F>(p_.query_pos, b, h, row0, n, nullptr, source_.pos, refs_.P);
       logits_of<F>(refs_, n, source_.x, source_.inv, source_.pos, w_);
       for (int64_t i = 0; i < n; ++i) step(b, h, row0, i);
-      store_rows<F>(p_.o, b, h, row0, n, o_ + 0, Ep_, static_cast<const F*>(nullptr));
+      store_rows<F>(p_.o, b, h, row0, n, o_.data(), Ep_, static_cast<const F*>(nullptr));
     }
   }
 
@@ -138,13 +138,19 @@ class CausalWorker {
   Buffer<F> la_, omega_, w_, v_, o_, lse_, log_c_, g_;
 };
 
-template <class F>
-void causal_forward(const AttentionParams& p) {
+// A thread a head, and no more threads than are useful.
+template <class Worker>
+void run_heads(const AttentionParams& p) {
   if (p.B * p.H == 0) return;
   const int threads = static_cast<int>(std::min<int64_t>(useful_threads(p.threads, attention_flops(p)), p.B * p.H));
-  std::vector<std::unique_ptr<CausalWorker<F>>> workers;
-  for (int i = 0; i < threads; ++i) workers.push_back(std::make_unique<CausalWorker<F>>(p));
+  std::vector<std::unique_ptr<Worker>> workers;
+  for (int i = 0; i < threads; ++i) workers.push_back(std::make_unique<Worker>(p));
   run_each(workers, p.B * p.H);
+}
+
+template <class F>
+void causal_forward(const AttentionParams& p) {
+  run_heads<CausalWorker<F>>(p);
 }
 
 }  // namespace

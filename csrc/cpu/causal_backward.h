@@ -53,11 +53,11 @@ class CausalBackwardWorker {
     grads_.clear(refs_);
     source_.b = b, source_.h = h, source_.lo = 0, source_.la = la_;
     load_log_mass<F>(p_, b, h, 0, p_.S, la_);
-    fill(d_log_b_ + 0, Mp_, F(0));
+    fill(d_log_b_.data(), Mp_, F(0));
     scan_.reset();
     for (int64_t row0 = 0; row0 < p_.S; row0 += rows_) forward_block(b, h, row0, std::min(rows_, p_.S - row0));
-    fill(G_ + 0, Mp_ * Ep_, F(0));
-    fill(h_ + 0, Mp_, 0.0);
+    fill(G_.data(), Mp_ * Ep_, F(0));
+    fill(h_.data(), Mp_, 0.0);
     for (int64_t row0 = (p_.S - 1) / rows_ * rows_; p_.S && row0 >= 0; row0 -= rows_)
       reverse_block(b, h, row0, std::min(rows_, p_.S - row0));
     store_ref_grads<F>(refs_, b, h, grads_, p_.d_references, p_.d_ref_pos);
@@ -82,16 +82,16 @@ class CausalBackwardWorker {
     for (int64_t i = 0; i < n; ++i) forward_step(b, h, row0, i);
     logit_grads<F>(refs_, n, kappa_, pos, ds_, static_cast<const F*>(nullptr), grads_);
     for (int64_t k = 0; k < n * Mp_; ++k) ds_[k] *= refs_.inv_eps;
-    kernel_grads<F>(refs_, n, x, inv, kappa_, ds_, p_.d_query ? d_x_ + 0 : nullptr, grads_);
-    if (p_.d_query) store_rows<F>(p_.d_query, b, h, row0, n, d_x_ + 0, refs_.Dp, static_cast<const F*>(nullptr));
+    kernel_grads<F>(refs_, n, x, inv, kappa_, ds_, p_.d_query ? d_x_.data() : nullptr, grads_);
+    if (p_.d_query) store_rows<F>(p_.d_query, b, h, row0, n, d_x_.data(), refs_.Dp, static_cast<const F*>(nullptr));
   }
 
   void forward_step(int64_t b, int64_t h, int64_t row0, int64_t i) {
     const int64_t s = row0 + i;
     F *w = weight_ + s * Mp_, *d_log_c = d_log_c_ + s * Mp_, *ds = ds_ + i * Mp_;
     la_[s] == -kInf<F> ? scan_.stay() : scan_.advance(tile_ + i * Mp_);
-    std::copy(scan_.top + 0, scan_.top + Mp_, top_ + s * Mp_);
-    std::copy(scan_.sum + 0, scan_.sum + Mp_, sum_ + s * Mp_);
+    std::copy(scan_.top.data(), scan_.top + Mp_, top_ + s * Mp_);
+    std::copy(scan_.sum.data(), scan_.sum + Mp_, sum_ + s * Mp_);
     if (!scan_.seen) {
       for (F* p : {w, d_log_c, ds}) fill(p, Mp_, F(0));
       return;
@@ -99,9 +99,9 @@ class CausalBackwardWorker {
     scan_.log_sums(log_c_);
     causal_read<F>(refs_, p_.T, log_c_, ds, g_);
     std::copy(ds, ds + Mp_, w);
-    fill(mask_ + 0, Mp_, F(1));
+    fill(mask_.data(), Mp_, F(1));
     drop<F>(p_, b, h, s, 1, Mp_, mask_);
-    fill(dp_ + 0, Mp_, F(0));
+    fill(dp_.data(), Mp_, F(0));
     F mean = 0, total = 0;
     for (int64_t j = 0; j < p_.M; ++j) {
       Vec<F> acc{};
@@ -132,16 +132,16 @@ class CausalBackwardWorker {
     source_.load_keys(row0, n);
     kernel_tile<F>(refs_, n, source_.x, source_.inv, kappa_);
     logit_tile<F>(refs_, n, kappa_, source_.pos, ds_);
-    std::copy(ds_ + 0, ds_ + n * Mp_, tile_ + 0);
+    std::copy(ds_.data(), ds_ + n * Mp_, tile_.data());
     causal_weights<F>(refs_, p_.T, n, la_ + row0, tile_, lse_, row_top_, row_sum_);
     source_.values(row0, n, v_);
     load_rows<F>(p_.d_o, b, h, row0, n, nullptr, d_o_, Ep_);
     for (int64_t i = n - 1; i >= 0; --i) reverse_step(b, h, row0, i);
-    if (p_.d_value) store_rows<F>(p_.d_value, b, h, row0, n, dv_ + 0, Ep_, static_cast<const F*>(nullptr));
+    if (p_.d_value) store_rows<F>(p_.d_value, b, h, row0, n, dv_.data(), Ep_, static_cast<const F*>(nullptr));
     logit_grads<F>(refs_, n, kappa_, source_.pos, ds_, totals_, grads_);
     for (int64_t k = 0; k < n * Mp_; ++k) ds_[k] *= refs_.inv_eps;
-    kernel_grads<F>(refs_, n, source_.x, source_.inv, kappa_, ds_, p_.d_key ? d_x_ + 0 : nullptr, grads_);
-    if (p_.d_key) store_rows<F>(p_.d_key, b, h, row0, n, d_x_ + 0, refs_.Dp, static_cast<const F*>(nullptr));
+    kernel_grads<F>(refs_, n, source_.x, source_.inv, kappa_, ds_, p_.d_key ? d_x_.data() : nullptr, grads_);
+    if (p_.d_key) store_rows<F>(p_.d_key, b, h, row0, n, d_x_.data(), refs_.Dp, static_cast<const F*>(nullptr));
   }
 
   // Brings G and h to token s; leaves dℓ_s in ds_ and dv_s in dv_.
@@ -197,11 +197,7 @@ class CausalBackwardWorker {
 
 template <class F>
 void causal_backward(const AttentionParams& p) {
-  if (p.B * p.H == 0) return;
-  const int threads = static_cast<int>(std::min<int64_t>(useful_threads(p.threads, attention_flops(p)), p.B * p.H));
-  std::vector<std::unique_ptr<CausalBackwardWorker<F>>> workers;
-  for (int i = 0; i < threads; ++i) workers.push_back(std::make_unique<CausalBackwardWorker<F>>(p));
-  run_each(workers, p.B * p.H);
+  run_heads<CausalBackwardWorker<F>>(p);
 }
 
 }  // namespace

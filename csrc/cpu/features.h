@@ -38,7 +38,7 @@ class FeatureWorker {
     const int64_t h = item / p_.B, b = item % p_.B, Rp = refs_.Mp;
     pack(h);
     grads_.clear(refs_);
-    fill(shared_.d_whitening + 0, p_.R * Rp, F(0));
+    fill(shared_.d_whitening.data(), p_.R * Rp, F(0));
     const auto [lo, hi] = team.share(p_.N, rows_);
     for (int64_t row0 = lo; row0 < hi; row0 += rows_) {
       const int64_t n = std::min(rows_, hi - row0);
@@ -47,7 +47,7 @@ class FeatureWorker {
       kernel_tile<F>(refs_, n, x_, inv_, kappa_);
       if (p_.psi) {
         gemm<F>(n, Rp, p_.R, kappa_, Rp, 1, whitening_, Rp, psi_, Rp, false);
-        store_rows<F>(p_.psi, b, h, row0, n, psi_ + 0, Rp, norm_ + 0);
+        store_rows<F>(p_.psi, b, h, row0, n, psi_.data(), Rp, norm_.data());
       } else {
         backward_block(b, h, row0, n);
       }
@@ -88,11 +88,11 @@ class FeatureWorker {
       along_[i] = reduce_add<F>(dot);  // d‖x‖
     }
     gemm<F>(p_.R, Rp, n, kappa_, 1, Rp, psi_, Rp, shared_.d_whitening, Rp, true);
-    kernel_grads<F>(refs_, n, x_, inv_, kappa_, d_kappa_, p_.d_x ? d_x_ + 0 : nullptr, grads_);
+    kernel_grads<F>(refs_, n, x_, inv_, kappa_, d_kappa_, p_.d_x ? d_x_.data() : nullptr, grads_);
     if (!p_.d_x) return;
     for (int64_t i = 0; i < n; ++i)
       for (int64_t d = 0; d < Dp; ++d) d_x_[i * Dp + d] += x_[i * Dp + d] * inv_[i] * along_[i];
-    store_rows<F>(p_.d_x, b, h, row0, n, d_x_ + 0, Dp, static_cast<const F*>(nullptr));
+    store_rows<F>(p_.d_x, b, h, row0, n, d_x_.data(), Dp, static_cast<const F*>(nullptr));
   }
 
   void store_parameters(int64_t b, int64_t h, const Team& team) {

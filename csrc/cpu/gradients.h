@@ -16,8 +16,8 @@ struct RefGrads {
   RefGrads(const Refs<F>& r, bool points, bool hypers)
       : y(r.Mp * r.Dp), pos(r.P * r.Mp), wants_points(points), wants_hyper(hypers) {}
   void clear(const Refs<F>& r) {
-    fill(y + 0, r.Mp * r.Dp, F(0));
-    fill(pos + 0, r.P * r.Mp, F(0));
+    fill(y.data(), r.Mp * r.Dp, F(0));
+    fill(pos.data(), r.P * r.Mp, F(0));
     std::fill(hyper, hyper + kNumHyper, 0.0);
   }
   void add(const Refs<F>& r, const RefGrads& other) {

@@ -50,7 +50,7 @@ struct Refs {
     lam_b = value(kLambdaB);
     tau = value(kPositionScale);
     pack_points(p.references, h);
-    fill(log_b + 0, Mp, -kInf<F>);
+    fill(log_b.data(), Mp, -kInf<F>);
     const F uniform = -std::log(static_cast<F>(M));
     for (int64_t j = 0; j < M; ++j)
       log_b[j] = p.log_b ? static_cast<const F*>(p.log_b.data)[h * p.log_b.stride[0] + j * p.log_b.stride[1]] : uniform;
@@ -71,7 +71,7 @@ struct Refs {
 
   void pack_points(const View& points, int64_t h) {
     const Block<F> src(points, h);
-    fill(y + 0, Mp * Dp, F(0));
+    fill(y.data(), Mp * Dp, F(0));
     for (int64_t j = 0; j < M; ++j)
       for (int64_t d = 0; d < D; ++d) y[j * Dp + d] = src(j, d);
     for (int64_t j = 0; rbf && j < M; ++j) {  // in double: an error of ŷ's length would be the same for every token

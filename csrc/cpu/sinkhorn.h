@@ -64,7 +64,7 @@ struct Masses {
   void load(const SinkhornParams& p, int64_t g, int64_t T, int64_t lo, int64_t hi, F* la) {
     const F row = -std::log(static_cast<F>(p.N)), col = -std::log(static_cast<F>(p.M));
     for (int64_t i = lo; i < hi; ++i) la[i - lo] = p.log_a ? element<F>(p.log_a, g, i) : row;
-    fill(log_b + 0, pad<F>(p.M), -kInf<F>);
+    fill(log_b.data(), pad<F>(p.M), -kInf<F>);
     for (int64_t j = 0; j < p.M; ++j) log_b[j] = p.log_b ? element<F>(p.log_b, g, j) : col;
     const F a = p.lam_a ? element<F>(p.lam_a, g, 0) : static_cast<F>(p.scalars[0]);
     const F b = p.lam_b ? element<F>(p.lam_b, g, 0) : static_cast<F>(p.scalars[1]);
@@ -127,36 +127,37 @@ class SinkhornBackwardWorker {
   void run(int64_t g, const Team& team) {
     const int64_t Mp = pad<F>(p_.M), T = std::min(p_.iters[g], p_.T);
     const auto [lo, hi] = team.share(p_.N, rows_);
-    source_.g = g, source_.lo = lo, source_.la = transport_.la;
-    masses_.load(p_, g, T, lo, hi, transport_.la);
+    source_.g = g, source_.lo = lo, source_.la = transport_.given.la;
+    masses_.load(p_, g, T, lo, hi, transport_.given.la);
     for (int64_t t = 0; t < std::max<int64_t>(T, 1); ++t)
       for (int64_t j = 0; j < Mp; ++j) {
         const int64_t at = g * p_.c.stride[0] + t * p_.c.stride[1] + j * p_.c.stride[2];
-        transport_.c[t * Mp + j] = j < p_.M ? static_cast<const F*>(p_.c.data)[at] : -kInf<F>;
-        transport_.d_c[t * Mp + j] = 0;
+        transport_.given.c[t * Mp + j] = j < p_.M ? static_cast<const F*>(p_.c.data)[at] : -kInf<F>;
+        transport_.given.d_c[t * Mp + j] = 0;
       }
-    for (int64_t j = 0; j < Mp; ++j) transport_.dg[j] = j < p_.M ? element<F>(p_.d_g, g, j) : F(0);
+    for (int64_t j = 0; j < Mp; ++j) transport_.given.dg[j] = j < p_.M ? element<F>(p_.d_g, g, j) : F(0);
     std::vector<const typename TransportBackward<F, MatrixSource<F>>::Shared*> members;
     for (int i = 0; i < team.size; ++i) members.push_back(&team.template member<Shared>(i).transport);
     transport_.run(source_, masses_.marg, hi - lo, team, shared_.transport, members.data());
-    shared_.d_lam_a = transport_.d_lam_a;
+    shared_.d_lam_a = transport_.gradients.d_lam_a;
     store(g, lo, hi, team);
   }
 
  private:
   void store(int64_t g, int64_t lo, int64_t hi, const Team& team) {
     F* d_log_a = static_cast<F*>(p_.d_log_a.data) + g * p_.d_log_a.stride[0];
-    for (int64_t i = lo; p_.d_log_a && i < hi; ++i) d_log_a[i * p_.d_log_a.stride[1]] = transport_.d_la[i - lo];
+    for (int64_t i = lo; p_.d_log_a && i < hi; ++i)
+      d_log_a[i * p_.d_log_a.stride[1]] = transport_.gradients.d_la[i - lo];
     F* d_log_b = static_cast<F*>(p_.d_log_b.data) + g * p_.d_log_b.stride[0];
     for (int64_t j = 0; p_.d_log_b && team.rank == 0 && j < p_.M; ++j)
-      d_log_b[j * p_.d_log_b.stride[1]] = transport_.d_log_b[j];
+      d_log_b[j * p_.d_log_b.stride[1]] = transport_.gradients.d_log_b[j];
     team.sync();
     if (team.rank == 0 && p_.d_lam) {
       double d_lam_a = 0;
       for (int i = 0; i < team.size; ++i) d_lam_a += team.template member<Shared>(i).d_lam_a;
       F* d_lam = static_cast<F*>(p_.d_lam.data) + g * p_.d_lam.stride[0];
       d_lam[0] = static_cast<F>(d_lam_a);
-      d_lam[p_.d_lam.stride[1]] = static_cast<F>(transport_.d_lam_b);
+      d_lam[p_.d_lam.stride[1]] = static_cast<F>(transport_.gradients.d_lam_b);
     }
     team.sync();
   }

@@ -127,20 +127,20 @@ template <class F, class Source>
 class Transport {
  public:
   Transport(int64_t max_rows, int64_t cache_rows, int64_t block_rows, int64_t Mp, int64_t Ep, int64_t T)
-      : block_(block_rows),
+      : la(max_rows + kLanes<F>),
+        g(Mp),
+        c(std::max<int64_t>(T, 1) * Mp),
+        z(Mp * Ep),
+        block_(block_rows),
         cache_rows_(std::min(cache_rows, max_rows + block_rows)),
         Mp_(Mp),
         Ep_(Ep),
-        la(max_rows + kLanes<F>),
         m_(max_rows + kLanes<F>),
         cache_(cache_rows_ * Mp),
         tile_(block_ * Mp),
         values_(block_ * std::max<int64_t>(Ep, 1) + kLanes<F>),
         u_(block_ + kLanes<F>),
-        G_(Mp),
-        g(Mp),
-        c(std::max<int64_t>(T, 1) * Mp),
-        z(Mp * Ep) {
+        G_(Mp) {
     state.ref.reset(Mp);
     state.sum.reset(Mp);
     state.z.reset(Mp * Ep);
@@ -156,6 +156,13 @@ class Transport {
     return iters >= 0 ? iters : solve<true>(src, marg, tol, team);
   }
 
+  Buffer<F> la;  // [rows] log masses
+  Buffer<F> g;   // [Mp]
+  Buffer<F> c;   // [max(T,1)][Mp]
+  Buffer<F> z;   // [Mp][Ep]
+  ColumnState<F> state;
+
+ private:
   template <bool kLog>
   int64_t solve(Source& src, const Marginals<F>& marg, double tol, const Team& team);
   template <bool kLog>
@@ -165,17 +172,13 @@ class Transport {
   void pool_lone(int64_t n, const F* present);
   bool merge(const Marginals<F>& marg, F shift, bool pool, bool check, F* c_t, const Team& team);
 
- private:
   int64_t block_, cache_rows_, Mp_, Ep_, rows_ = 0, passes_ = 1;
-
- public:
-  Buffer<F> la;  // [rows] log masses
- private:
-  Buffer<F> m_, cache_, tile_, values_, u_, G_;
-
- public:
-  Buffer<F> g, c, z;  // [Mp] [max(T,1)][Mp] [Mp][Ep]
-  ColumnState<F> state;
+  Buffer<F> m_;       // [rows] row maxima
+  Buffer<F> cache_;   // [cache rows][Mp] K of the first rows (log mode: ℓ − m)
+  Buffer<F> tile_;    // [block][Mp] the same of a block that is not cached; weights in log mode
+  Buffer<F> values_;  // [block][Ep] values; f
+  Buffer<F> u_;       // [block] weights of rows, and their logarithms
+  Buffer<F> G_;       // [Mp] e^{g − max g}
 };
 
 template <class F, class Source>
@@ -183,15 +186,15 @@ template <bool kLog>
 int64_t Transport<F, Source>::solve(Source& src, const Marginals<F>& marg, double tol, const Team& team) {
   const int64_t passes = passes_ = std::max<int64_t>(marg.T, 1);
   const F lam = marg.T ? marg.lam_a : F(0);
-  std::copy(marg.log_b, marg.log_b + Mp_, g + 0);
+  std::copy(marg.log_b, marg.log_b + Mp_, g.data());
   state.lowest = 0;
   for (int64_t t = 1; t <= passes; ++t) {
     const bool pool = Ep_ > 0 && t == passes;
     F shift = 0, spread = 0;
     if (!kLog) shift = -lam * exp_shifted<F>(marg.M, Mp_, g, G_, spread);
-    fill(state.ref + 0, Mp_, -kInf<F>);
-    fill(state.sum + 0, Mp_, F(0));
-    if (pool) fill(state.z + 0, Mp_ * Ep_, F(0));
+    fill(state.ref.data(), Mp_, -kInf<F>);
+    fill(state.sum.data(), Mp_, F(0));
+    if (pool) fill(state.z.data(), Mp_ * Ep_, F(0));
     for (int64_t row0 = 0; row0 < rows_; row0 += block_) {
       const int64_t n = std::min(block_, rows_ - row0);
       F* tile = rows_tile<kLog>(src, row0, n, t == 1, marg.M);
@@ -225,14 +228,13 @@ template <class F, class Source>
 template <bool kLog>
 F* Transport<F, Source>::rows_tile(Source& src, int64_t row0, int64_t n, bool first, int64_t M) {
   const bool cached = passes_ > 1 && row0 + n <= cache_rows_;
-  F* tile = cached ? cache_ + row0 * Mp_ : tile_ + 0;
+  F* tile = cached ? cache_ + row0 * Mp_ : tile_.data();
   if (cached && !first) return tile;
   src.logits(row0, n, tile);
-  if (!kLog) {
-    scale_rows<F>(n, M, Mp_, tile, la + row0, m_ + row0, state.lowest);
-  } else {
+  if (kLog)
     shift_rows<F>(n, M, Mp_, tile, la + row0, m_ + row0);
-  }
+  else
+    scale_rows<F>(n, M, Mp_, tile, la + row0, m_ + row0, state.lowest);
   return tile;
 }
 
@@ -257,7 +259,7 @@ void Transport<F, Source>::scaled_block(Source& src, int64_t row0, int64_t n, F*
     const F scale = std::exp(state.ref[0] - ref);
     for (int64_t j = 0; j < Mp_; ++j) state.sum[j] *= scale;
     for (int64_t j = 0; pool && j < Mp_ * Ep_; ++j) state.z[j] *= scale;
-    fill(state.ref + 0, Mp_, ref);
+    fill(state.ref.data(), Mp_, ref);
   }
   for (int64_t i = 0; i < n; i += kLanes<F>) store(u_ + i, vexp<F>(load(u_ + i) - ref));
   gemm<F>(1, Mp_, n, u_, 0, 1, K, Mp_, state.sum, Mp_, true);
@@ -316,7 +318,7 @@ void Transport<F, Source>::pool_lone(int64_t n, const F* present) {
 template <class F, class Source>
 bool Transport<F, Source>::merge(const Marginals<F>& marg, F shift, bool pool, bool check, F* c_t, const Team& team) {
   bool ok = true;
-  if (pool) fill(z + 0, Mp_ * Ep_, F(0));
+  if (pool) fill(z.data(), Mp_ * Ep_, F(0));
   for (int64_t j = 0; j < Mp_; ++j) {
     F ref = -kInf<F>, sum = 0;
     for (int i = 0; i < team.size; ++i) ref = std::max(ref, team.template member<ColumnState<F>>(i).ref[j]);

@@ -13,6 +13,30 @@ namespace {
 template <class F>
 constexpr F kBackwardRange = sizeof(F) == 4 ? F(40) : F(300);
 
+// What the backward is given.  A step t = 0 .. max(T,1) − 1 is iteration t + 1 of the definition.
+template <class F>
+struct TransportGiven {
+  Buffer<F> la;           // [rows] log masses
+  Buffer<F> c, d_c;       // [steps][Mp]
+  Buffer<F> z, dz;        // [Mp][Ep]
+  Buffer<F> dg;           // [Mp] dg^T; then that of the step at hand
+  bool balanced = false;  // Σ_s df^t_s = Σ_j dg^t_j = 0, as rows of dS sum to 0: only the spread of c counts for dλ_b,
+  F center = 0;           // and of LSE_j(ℓ + g) about this value for dλ_a
+
+  TransportGiven(int64_t rows, int64_t steps, int64_t Mp, int64_t Ep)
+      : la(rows), c(steps * Mp), d_c(steps * Mp), z(Mp * Ep), dz(Mp * Ep), dg(Mp) {}
+};
+
+// What it leaves, beside what it hands to its source.
+template <class F>
+struct TransportGradients {
+  Buffer<F> d_la;     // [rows]
+  Buffer<F> d_log_b;  // [Mp]
+  double d_lam_a = 0, d_lam_b = 0;
+
+  TransportGradients(int64_t rows, int64_t Mp) : d_la(rows), d_log_b(Mp) {}
+};
+
 // Source: logits, values, values_ahead (as in Transport); d_f(row0, n, out) adds the gradient of f^T; store_dv(row0, n,
 // dv); accept(row0, n, dl, totals) takes the finished dℓ of a block and the sums of its rows; restart() forgets what it
 // accepted; is_result: whether f is one.
@@ -20,45 +44,7 @@ template <class F, class Source>
 class TransportBackward {
  public:
   TransportBackward(int64_t max_rows, int64_t block_rows, int64_t Mp, int64_t E, int64_t T)
-      : block_(block_rows),
-        Mp_(Mp),
-        E_(E),
-        Ep_(E ? pad<F>(E) : 0),
-        steps_(std::max<int64_t>(T, 1)),
-        stride_(max_rows + kLanes<F>),
-        la(stride_),
-        d_la(stride_),
-        c(steps_ * Mp),
-        z(Mp * Ep_),
-        dz(Mp * Ep_),
-        dg(Mp),
-        d_c(steps_ * Mp),
-        d_log_b(Mp),
-        partial(Mp),
-        m_(stride_),
-        coefs_(2 * steps_ * stride_),
-        lse_(steps_ * stride_),
-        top_(steps_ * stride_),
-        df_(steps_ * stride_),
-        basis_(2 * steps_ * Mp),
-        cq_(steps_ * Mp),
-        g_(steps_ * Mp),
-        shift_(steps_),
-        scale_(steps_ * Mp),
-        cref_(steps_),
-        zdz_(Mp),
-        zdv_(Mp),
-        dcol_(Mp),
-        dzq_(Mp * Ep_),
-        dzt_(E * Mp),
-        tile_(block_ * Mp),
-        q_(block_ * Mp),
-        r_(block_ * Mp),
-        acc_(block_ * Mp),
-        v_(block_ * Ep_),
-        dv_(block_ * Ep_),
-        u_(block_ + kLanes<F>),
-        sums_(steps_ * Mp) {}
+      : block_(block_rows), Mp_(Mp), E_(E), steps_(std::max<int64_t>(T, 1)), stride_(max_rows + kLanes<F>) {}
 
   struct Shared {
     const F* partial;
@@ -70,9 +56,9 @@ class TransportBackward {
            const Shared* const* members) {
     rows_ = rows;
     steps_ = std::max<int64_t>(marg.T, 1);
-    lone_ = is_lone<F>(la, rows, team);
-    for (int64_t i = rows; i < rows + kLanes<F>; ++i) la[i] = -kInf<F>, m_[i] = 0;
-    shared.partial = partial, shared.sums = sums_;
+    lone_ = is_lone<F>(given.la, rows, team);
+    for (int64_t i = rows; i < rows + kLanes<F>; ++i) given.la[i] = -kInf<F>, m_[i] = 0;
+    shared.partial = partial_, shared.sums = sums_;
     if (!solve<false>(src, marg, team, shared, members)) solve<true>(src, marg, team, shared, members);
   }
 
@@ -101,22 +87,40 @@ class TransportBackward {
   F* basis_q(int64_t t) { return basis_ + t * Mp_; }
   F* basis_r(int64_t t) { return basis_ + (steps_ + t) * Mp_; }
 
-  int64_t block_, Mp_, E_, Ep_, steps_, stride_, rows_ = 0;
+  int64_t block_, Mp_, E_, Ep_ = E_ ? pad<F>(E_) : 0, steps_, stride_, rows_ = 0;
   bool lone_ = false;  // see is_lone: the pooling's weights are constant
 
  public:
-  // In: la [rows], c and d_c [max(T,1)][Mp], z and dz [Mp][Ep], dg = dg^T [Mp].  Out: d_la [rows], d_log_b [Mp], dλ.
-  // t counts from 0: step t is iteration t+1 of the definition.
-  Buffer<F> la, d_la, c, z, dz, dg, d_c, d_log_b, partial;
-  double d_lam_a = 0, d_lam_b = 0;
-  bool balanced = false;  // Σ_s df^t_s = Σ_j dg^t_j = 0, as rows of dS sum to 0: only the spread of c counts for dλ_b,
-  F center = 0;           // and of LSE_j(ℓ + g) about this value for dλ_a
+  TransportGiven<F> given{stride_, steps_, Mp_, Ep_};
+  TransportGradients<F> gradients{stride_, Mp_};
 
  private:
-  // top_: the row maxima of ℓ + g (log mode) or 1/(K G).
-  Buffer<F> m_, coefs_, lse_, top_, df_, basis_, cq_, g_, shift_, scale_, cref_, zdz_, zdv_, dcol_, dzq_, dzt_;
-  Buffer<F> tile_, q_, r_, acc_, v_, dv_, u_;
-  Buffer<double> sums_;
+  // Of all rows.
+  Buffer<F> m_{stride_};                   // [stride] the row maxima of ℓ
+  Buffer<F> coefs_{2 * steps_ * stride_};  // [2·steps][stride] rowQ of every step, then rowR
+  Buffer<F> lse_{steps_ * stride_};        // [steps][stride] LSE_j(ℓ + g)
+  Buffer<F> top_{steps_ * stride_};        // [steps][stride] the row maxima of ℓ − m + g (log mode) or 1/(K G)
+  Buffer<F> df_{steps_ * stride_};         // [steps][stride]
+  // Of the columns.
+  Buffer<F> partial_{Mp_};             // [Mp] this thread's column sums of R, what dg comes from
+  Buffer<F> basis_{2 * steps_ * Mp_};  // [2·steps][Mp] the column factors of Q's gradient, then G (log mode: g)
+  Buffer<F> cq_{steps_ * Mp_};         // [steps][Mp] e^{cref − c} (log mode: −c)
+  Buffer<F> scale_{steps_ * Mp_};      // [steps][Mp] what makes the columns of Q sum to 1 (log mode)
+  Buffer<double> sums_{steps_ * Mp_};  // [steps][Mp] this thread's column sums of Q (log mode)
+  Buffer<F> g_{steps_ * Mp_};          // [steps][Mp] g before the step
+  Buffer<F> shift_{steps_};            // [steps] max g
+  Buffer<F> cref_{steps_};             // [steps] max c
+  Buffer<F> zdz_{Mp_}, zdv_{Mp_};      // [Mp] ⟨z_j, dz_j⟩, rounded as a product's element and as a row's dot
+  Buffer<F> dcol_{Mp_};                // [Mp] dc of the step at hand, ⟨z, dz⟩ taken away in the last
+  Buffer<F> dzq_{Mp_ * Ep_};           // [Mp][Ep] dz, times e^{cref − c} of the last step in scaled mode
+  Buffer<F> dzt_{E_ * Mp_};            // [E][Mp] dz transposed
+  // Of a block of rows.
+  Buffer<F> tile_{block_ * Mp_};                  // [block][Mp] K (log mode: ℓ − m)
+  Buffer<F> q_{block_ * Mp_};                     // [block][Mp] Q in log mode
+  Buffer<F> r_{block_ * Mp_};                     // [block][Mp] what K is multiplied by in scaled mode
+  Buffer<F> acc_{block_ * Mp_};                   // [block][Mp] ⟨v, dz⟩; dℓ
+  Buffer<F> v_{block_ * Ep_}, dv_{block_ * Ep_};  // [block][Ep] values and their gradients
+  Buffer<F> u_{block_ + kLanes<F>};               // [block] a number a row
 };
 
 // Log mode: Q^t = exp((ℓ − m + q) − c) times what makes its columns sum to 1.  The larger term is cancelled first, as
@@ -137,9 +141,9 @@ bool TransportBackward<F, Source>::prepare(const Marginals<F>& marg, F& spread) 
   spread = 0;
   for (int64_t t = 0; t < steps_; ++t) {
     F *g = g_ + t * Mp_, *cq = cq_ + t * Mp_, top = -kInf<F>, low = kInf<F>, spread_t = 0;
-    const F* c_t = c + t * Mp_;
+    const F* c_t = given.c + t * Mp_;
     for (int64_t j = 0; j < Mp_; ++j) {
-      const F before = t == 0 ? F(0) : c[(t - 1) * Mp_ + j];
+      const F before = t == 0 ? F(0) : given.c[(t - 1) * Mp_ + j];
       g[j] = t == 0 ? marg.log_b[j] : before == -kInf<F> ? before : marg.log_b[j] - marg.lam_b * before;
       if (c_t[j] == -kInf<F>) continue;
       top = std::max(top, c_t[j]), low = std::min(low, c_t[j]);
@@ -157,15 +161,15 @@ bool TransportBackward<F, Source>::prepare(const Marginals<F>& marg, F& spread) 
   }
   for (int64_t j = 0; j < Mp_; ++j) {
     const F factor = kLog ? F(1) : cq_[(steps_ - 1) * Mp_ + j];
-    for (int64_t e = 0; e < Ep_; ++e) dzq_[j * Ep_ + e] = factor * dz[j * Ep_ + e];
-    for (int64_t e = 0; e < E_; ++e) dzt_[e * Mp_ + j] = dz[j * Ep_ + e];
+    for (int64_t e = 0; e < Ep_; ++e) dzq_[j * Ep_ + e] = factor * given.dz[j * Ep_ + e];
+    for (int64_t e = 0; e < E_; ++e) dzt_[e * Mp_ + j] = given.dz[j * Ep_ + e];
   }
   // ⟨z_j, dz_j⟩ rounded as ⟨v_s, dz_j⟩ will be, and as ⟨v_s, dv_s⟩: where a column has one key, z_j is its value and
   // dv_s is dz_j, and what must cancel cancels exactly.
   for (int64_t j = 0; j < Mp_; ++j) {
-    zdz_[j] = gemm_element<F>(E_, z + j * Ep_, dzt_, Mp_, j);
+    zdz_[j] = gemm_element<F>(E_, given.z + j * Ep_, dzt_, Mp_, j);
     Vec<F> dot{};
-    for (int64_t e = 0; e < Ep_; e += kLanes<F>) dot += load(z + j * Ep_ + e) * load(dz + j * Ep_ + e);
+    for (int64_t e = 0; e < Ep_; e += kLanes<F>) dot += load(given.z + j * Ep_ + e) * load(given.dz + j * Ep_ + e);
     zdv_[j] = reduce_add<F>(dot);
   }
   return ok;
@@ -175,14 +179,14 @@ bool TransportBackward<F, Source>::prepare(const Marginals<F>& marg, F& spread) 
 template <class F, class Source>
 template <bool kLog>
 void TransportBackward<F, Source>::set_columns(const Marginals<F>& marg, int64_t t) {
-  const F* c_t = c + t * Mp_;
+  const F* c_t = given.c + t * Mp_;
   for (int64_t j = 0; j < Mp_; ++j) {
     const bool reached = marg.T == 0 || c_t[j] != -kInf<F>;
-    F d = d_c[t * Mp_ + j];
-    if (reached) d_log_b[j] += dg[j];
+    F d = given.d_c[t * Mp_ + j];
+    if (reached) gradients.d_log_b[j] += given.dg[j];
     if (marg.T && reached) {
-      d -= marg.lam_b * dg[j];
-      d_lam_b -= static_cast<double>(dg[j]) * (balanced ? c_t[j] - cref_[t] : c_t[j]);
+      d -= marg.lam_b * given.dg[j];
+      gradients.d_lam_b -= static_cast<double>(given.dg[j]) * (given.balanced ? c_t[j] - cref_[t] : c_t[j]);
     }
     const bool pooled = t == steps_ - 1 && !lone_;
     const F factor = kLog ? F(1) : cq_[t * Mp_ + j];
@@ -199,20 +203,20 @@ bool TransportBackward<F, Source>::solve(Source& src, const Marginals<F>& marg, 
   shared.lowest = 0;
   if (!prepare<kLog>(marg, spread)) return false;
   src.restart();
-  d_lam_a = d_lam_b = 0;
-  fill(d_la + 0, rows_, F(0));
-  fill(d_log_b + 0, Mp_, F(0));
+  gradients.d_lam_a = gradients.d_lam_b = 0;
+  fill(gradients.d_la.data(), rows_, F(0));
+  fill(gradients.d_log_b.data(), Mp_, F(0));
   if (kLog) normalise(src, marg, team, members);
   Buffer<F> dg_first(Mp_);
-  std::copy(dg + 0, dg + Mp_, dg_first + 0);
+  std::copy(given.dg.data(), given.dg + Mp_, dg_first.data());
   for (int64_t t = steps_ - 1; t >= 0; --t) {
     set_columns<kLog>(marg, t);
-    fill(partial + 0, Mp_, F(0));
+    fill(partial_.data(), Mp_, F(0));
     for (int64_t row0 = 0; row0 < rows_; row0 += block_) {
       const int64_t n = std::min(block_, rows_ - row0);
       src.logits(row0, n, tile_);
-      if (kLog) shift_rows<F>(n, marg.M, Mp_, tile_, la + row0, m_ + row0);
-      if (!kLog) scale_rows<F>(n, marg.M, Mp_, tile_, la + row0, m_ + row0, shared.lowest);
+      if (kLog) shift_rows<F>(n, marg.M, Mp_, tile_, given.la + row0, m_ + row0);
+      if (!kLog) scale_rows<F>(n, marg.M, Mp_, tile_, given.la + row0, m_ + row0, shared.lowest);
       if (!kLog && spread - shared.lowest > kBackwardRange<F>) break;
       if (!kLog) row_factors<kLog>(marg, t, row0, n);
       row_gradients<kLog>(src, marg, t, row0, n);
@@ -220,20 +224,20 @@ bool TransportBackward<F, Source>::solve(Source& src, const Marginals<F>& marg, 
     }
     team.sync();
     bool ok = true;
-    fill(dg + 0, Mp_, F(0));
+    fill(given.dg.data(), Mp_, F(0));
     for (int i = 0; i < team.size; ++i) {
       ok = ok && (kLog || spread - members[i]->lowest <= kBackwardRange<F>);
-      for (int64_t j = 0; j < Mp_; ++j) dg[j] += members[i]->partial[j];
+      for (int64_t j = 0; j < Mp_; ++j) given.dg[j] += members[i]->partial[j];
     }
     team.sync();
     if (!ok) {
-      std::copy(dg_first + 0, dg_first + Mp_, dg + 0);
+      std::copy(dg_first.data(), dg_first + Mp_, given.dg.data());
       return false;
     }
-    for (int64_t j = 0; !kLog && j < Mp_; ++j) dg[j] *= basis_r(t)[j];
+    for (int64_t j = 0; !kLog && j < Mp_; ++j) given.dg[j] *= basis_r(t)[j];
     if (marg.T == 0) return true;
   }
-  for (int64_t j = 0; j < Mp_; ++j) d_log_b[j] += dg[j];
+  for (int64_t j = 0; j < Mp_; ++j) gradients.d_log_b[j] += given.dg[j];
   return true;
 }
 
@@ -248,7 +252,7 @@ void TransportBackward<F, Source>::normalise(Source& src, const Marginals<F>& ma
   for (int64_t row0 = 0; row0 < rows_; row0 += block_) {
     const int64_t n = std::min(block_, rows_ - row0);
     src.logits(row0, n, tile_);
-    shift_rows<F>(n, marg.M, Mp_, tile_, la + row0, m_ + row0);
+    shift_rows<F>(n, marg.M, Mp_, tile_, given.la + row0, m_ + row0);
     for (int64_t t = 0; t < steps_; ++t) {
       row_factors<true>(marg, t, row0, n);
       q_tile(t, row0, n, q_);
@@ -271,7 +275,7 @@ template <class F, class Source>
 template <bool kLog>
 void TransportBackward<F, Source>::row_factors(const Marginals<F>& marg, int64_t t, int64_t row0, int64_t n) {
   const F lam = marg.T ? marg.lam_a : F(0);
-  const F* mass = la + row0;
+  const F* mass = given.la + row0;
   F *lse = lse_ + t * stride_ + row0, *q = row_q(t) + row0, *r = row_r(t) + row0;
   if (kLog) {
     for (int64_t i = 0; i < n; ++i) {
@@ -326,10 +330,10 @@ void TransportBackward<F, Source>::row_gradients(Source& src, const Marginals<F>
   for (int64_t i = 0; i < n; ++i) df[i] = kLog ? u_[i] : u_[i] * q[i];
   if (last) src.d_f(row0, n, df);
   for (int64_t i = 0; i < n; ++i) {
-    const bool absent = la[row0 + i] == -kInf<F> || lse[i] == -kInf<F>;
+    const bool absent = given.la[row0 + i] == -kInf<F> || lse[i] == -kInf<F>;
     if (absent) df[i] = 0;
-    d_la[row0 + i] += df[i];
-    if (marg.T && !absent) d_lam_a -= static_cast<double>(df[i]) * (lse[i] - center);
+    gradients.d_la[row0 + i] += df[i];
+    if (marg.T && !absent) gradients.d_lam_a -= static_cast<double>(df[i]) * (lse[i] - given.center);
     u_[i] = marg.T ? -marg.lam_a * df[i] : F(0);
   }
   if (marg.T == 0) return;
@@ -337,12 +341,12 @@ void TransportBackward<F, Source>::row_gradients(Source& src, const Marginals<F>
     for (int64_t i = 0; i < n; ++i)
       for (int64_t j = 0; j < Mp_; j += kLanes<F>) {
         const Vec<F> w = vexp<F>((load(tile_ + i * Mp_ + j) + load(g_ + t * Mp_ + j)) - top_[t * stride_ + row0 + i]);
-        store(partial + j, load(partial + j) + w * (u_[i] * r[i]));
+        store(partial_ + j, load(partial_ + j) + w * (u_[i] * r[i]));
       }
     return;
   }
   for (int64_t i = 0; i < n; ++i) r[i] *= u_[i];
-  gemm<F>(1, Mp_, n, r, 0, 1, tile_, Mp_, partial, Mp_, true);
+  gemm<F>(1, Mp_, n, r, 0, 1, tile_, Mp_, partial_, Mp_, true);
 }
 
 }  // namespace

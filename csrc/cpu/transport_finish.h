@@ -15,7 +15,7 @@ void TransportBackward<F, Source>::settle_rows(const Marginals<F>& marg, int64_t
   F *df = df_ + t * stride_ + row0, *r = row_r(t) + row0, *inv = top_ + t * stride_ + row0;
   if (kLog) q_tile(t, row0, n, q_);
   for (int64_t i = 0; i < n; ++i) {
-    if (la[row0 + i] == -kInf<F> || lse[i] == -kInf<F>) continue;
+    if (given.la[row0 + i] == -kInf<F> || lse[i] == -kInf<F>) continue;
     Vec<F> sum{};
     for (int64_t j = 0; j < Mp_; j += kLanes<F>) {
       const Vec<F> vdz = load(acc_ + i * Mp_ + j);
@@ -23,8 +23,8 @@ void TransportBackward<F, Source>::settle_rows(const Marginals<F>& marg, int64_t
                   : load(tile_ + i * Mp_ + j) * (vdz * load(cq + j) + load(qd + j));
     }
     const F settled = kLog ? reduce_add<F>(sum) : reduce_add<F>(sum) * q[i];
-    d_la[row0 + i] += settled - df[i];
-    if (marg.T) d_lam_a -= static_cast<double>(settled - df[i]) * (lse[i] - center);
+    gradients.d_la[row0 + i] += settled - df[i];
+    if (marg.T) gradients.d_lam_a -= static_cast<double>(settled - df[i]) * (lse[i] - given.center);
     df[i] = settled;
     if (!kLog) r[i] = -marg.lam_a * settled * inv[i];
   }
@@ -33,15 +33,15 @@ void TransportBackward<F, Source>::settle_rows(const Marginals<F>& marg, int64_t
 // dℓ of the block as it stands in acc_, to the source.  Its rows sum to those of Q, less λ_a of them as Σ_j R = 1.
 template <class F, class Source>
 void TransportBackward<F, Source>::deliver(Source& src, const Marginals<F>& marg, int64_t row0, int64_t n) {
-  for (int64_t i = 0; i < n; ++i) u_[i] = (marg.T ? 1 - marg.lam_a : F(1)) * d_la[row0 + i];
+  for (int64_t i = 0; i < n; ++i) u_[i] = (marg.T ? 1 - marg.lam_a : F(1)) * gradients.d_la[row0 + i];
   src.accept(row0, n, acc_, u_);
 }
 
 // dℓ_s = (1 − λ_a) Σ_t df^t_s: with one column R = 1 and every Q term is its own row sum.  Exactly 0 where λ_a = 1.
 template <class F, class Source>
 void TransportBackward<F, Source>::finish_one_column(Source& src, const Marginals<F>& marg, int64_t row0, int64_t n) {
-  fill(acc_ + 0, n * Mp_, F(0));
-  for (int64_t i = 0; i < n; ++i) acc_[i * Mp_] = (1 - marg.lam_a) * d_la[row0 + i];
+  fill(acc_.data(), n * Mp_, F(0));
+  for (int64_t i = 0; i < n; ++i) acc_[i * Mp_] = (1 - marg.lam_a) * gradients.d_la[row0 + i];
   deliver(src, marg, row0, n);
 }
 
@@ -52,7 +52,7 @@ void TransportBackward<F, Source>::finish_block(Source& src, const Marginals<F>&
   const int64_t last = steps_ - 1;
   if (Ep_ && marg.T && marg.M == 1) return finish_one_column(src, marg, row0, n);
   if (lone_) {
-    fill(acc_ + 0, n * Mp_, F(0));
+    fill(acc_.data(), n * Mp_, F(0));
   } else if (Ep_) {
     if (last != 0) src.values(row0, n, v_);
     Ahead ahead = src.values_ahead(row0, n);
@@ -72,7 +72,7 @@ void TransportBackward<F, Source>::finish_block(Source& src, const Marginals<F>&
     deliver(src, marg, row0, n);
     return;
   }
-  if (!Ep_) fill(acc_ + 0, n * Mp_, F(0));
+  if (!Ep_) fill(acc_.data(), n * Mp_, F(0));
   for (int64_t t = last; t >= 0; --t) {
     q_tile(t, row0, n, q_);
     const F *r = row_r(t) + row0, *df = df_ + t * stride_ + row0, *g = g_ + t * Mp_, *top = top_ + t * stride_ + row0;

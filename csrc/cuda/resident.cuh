@@ -135,8 +135,7 @@ SFK_DEVICE Walk<T> walk_over(const Rows<T>& from, const Head& head, const HeadSh
   return {from, first, count, padded_count / kTile, mass, head.rbf, buffers, shared.y_length, inverse};
 }
 
-// The keys' logits less their rows' maxima m or, scaled, K and lowest = min ℓ − m of this block.  What a row's logits
-// share, as a long way to every reference, cancels before it costs digits.
+// The keys' logits or, scaled, K and lowest = min ℓ − m of this block.
 template <class T>
 SFK_DEVICE void load_keys(const AttentionParams& p, const Head& head, const KeyShare& keys, const HeadShared<T>& shared,
                           bool scaled) {
@@ -153,9 +152,6 @@ SFK_DEVICE void load_keys(const AttentionParams& p, const Head& head, const KeyS
     if (lane_index() % 4 == 0) tops[g] = top[0], tops[g + 8] = top[1];
   });
   lowest = -block_max(-lowest, shared.scratch);
-#pragma unroll 1
-  for (int i = warp_index(); !scaled && i < shared.rows; i += block_warps())
-    for (int j = lane_index(); j < head.Mp; j += kWarp) shared.l[i * head.stride + j] -= finite_or_zero(shared.top[i]);
   if (thread_index() == 0) *shared.lowest = lowest;
 }
 

@@ -52,121 +52,234 @@ inline void need(const View& v, const char* name) {
 inline void same_dtype(const View& v, Dtype d, const char* name) {
   if (v && v.dtype != d) throw std::invalid_argument(std::string("tensor '") + name + "' has the wrong dtype");
 }
-
-inline int64_t size_of(py::handle o, int dim) {
-  if (!PyTuple_Check(o.ptr()) || PyTuple_GET_SIZE(o.ptr()) != 4) throw std::invalid_argument("not a tensor tuple");
-  PyObject* size = PyTuple_GET_ITEM(o.ptr(), 1);
-  if (!PyTuple_Check(size) || PyTuple_GET_SIZE(size) <= dim)
-    throw std::invalid_argument("tensor has too few dimensions");
-  return integer(PyTuple_GET_ITEM(size, dim));
+inline View view(py::handle o, const char* name, std::initializer_list<int64_t> sizes, Dtype dtype) {
+  const View v = view(o, name, sizes);
+  same_dtype(v, dtype, name);
+  return v;
 }
 
-// x: the 14 tensors of problem.Operands before the seed.
-inline AttentionParams attention_params(const py::tuple& x, const py::tuple& scalars, bool dot, int64_t T,
+// A tuple of tensors; `names` says what stands at each place.
+template <size_t N>
+struct Tensors {
+  const py::tuple& all;
+  const char* const (&names)[N];
+
+  Tensors(const py::tuple& all_, const char* const (&names_)[N]) : all(all_), names(names_) {
+    if (all.size() != N)
+      throw std::invalid_argument(std::to_string(N) + " tensors from '" + names[0] + "' to '" + names[N - 1] +
+                                  "' are wanted, got " + std::to_string(all.size()));
+  }
+  bool has(int at) const { return !all[at].is_none(); }
+  View view(int at, std::initializer_list<int64_t> sizes, Dtype dtype) const {
+    return sfk::view(all[at], names[at], sizes, dtype);
+  }
+  View needed(int at, std::initializer_list<int64_t> sizes, Dtype dtype) const {
+    need(at);
+    return view(at, sizes, dtype);
+  }
+  void need(int at) const {
+    if (!has(at)) throw std::invalid_argument(std::string("tensor '") + names[at] + "' is missing");
+  }
+  int64_t size(int at, int dim) const {
+    PyObject* sizes = part(at, 1);
+    if (!PyTuple_Check(sizes) || PyTuple_GET_SIZE(sizes) <= dim)
+      throw std::invalid_argument(std::string("tensor '") + names[at] + "' has too few dimensions");
+    return integer(PyTuple_GET_ITEM(sizes, dim));
+  }
+  Dtype dtype(int at) const {
+    const int64_t code = integer(part(at, 3));
+    if (code < 0 || code > static_cast<int64_t>(Dtype::f16))
+      throw std::invalid_argument(std::string("tensor '") + names[at] + "' has no floating-point dtype");
+    return static_cast<Dtype>(code);
+  }
+
+ private:
+  PyObject* part(int at, int i) const {
+    need(at);
+    PyObject* t = PyTuple_GET_ITEM(all.ptr(), at);
+    if (!PyTuple_Check(t) || PyTuple_GET_SIZE(t) != 4)
+      throw std::invalid_argument(std::string("tensor '") + names[at] + "': not a tuple of 4");
+    return PyTuple_GET_ITEM(t, i);
+  }
+};
+
+constexpr Dtype kInt64 = static_cast<Dtype>(4);  // of counts: no kernel's dtype
+inline Dtype compute_dtype(bool f64) { return f64 ? Dtype::f64 : Dtype::f32; }
+
+// The fields of problem.Operands before the seed.  Python compares the names with its own when it loads the extension.
+enum Operand {
+  kQuery,
+  kKey,
+  kValue,
+  kReferences,
+  kLogA,
+  kLogB,
+  kHyper,  // the first of kNumHyper
+  kQueryPosition = kHyper + kNumHyper,
+  kKeyPosition,
+  kReferencePosition,
+  kNumOperands
+};
+constexpr const char* kOperands[kNumOperands] = {
+    "query",          "key",
+    "value",          "references",
+    "log_a",          "log_b",
+    "bandwidth",      "epsilon",
+    "key_relaxation", "reference_relaxation",
+    "position_scale", "query_position",
+    "key_position",   "reference_position",
+};
+
+inline py::tuple operand_names() {
+  py::tuple names(size_t{kNumOperands});
+  for (int i = 0; i < kNumOperands; ++i) names[i] = kOperands[i];
+  return names;
+}
+
+inline AttentionParams attention_params(const py::tuple& operands, const py::tuple& scalars, bool dot, int64_t T,
                                         double dropout_p, uint64_t seed, int threads) {
-  if (x.size() != 14 || scalars.size() != kNumHyper) throw std::invalid_argument("wrong number of operands");
+  const Tensors x(operands, kOperands);
+  if (scalars.size() != kNumHyper) throw std::invalid_argument("wrong number of scalars");
   AttentionParams p;
-  p.B = size_of(x[1], 0), p.H = size_of(x[1], 1), p.S = size_of(x[1], 2), p.D = size_of(x[1], 3);
-  p.E = size_of(x[2], 3), p.M = size_of(x[3], 1), p.T = T;
-  p.L = x[0].is_none() ? 0 : size_of(x[0], 2);
-  p.P = x[13].is_none() ? 0 : size_of(x[13], 2);
+  p.B = x.size(kKey, 0), p.H = x.size(kKey, 1), p.S = x.size(kKey, 2), p.D = x.size(kKey, 3);
+  p.E = x.size(kValue, 3), p.M = x.size(kReferences, 1), p.T = T;
+  p.L = x.has(kQuery) ? x.size(kQuery, 2) : 0;
+  p.P = x.has(kReferencePosition) ? x.size(kReferencePosition, 2) : 0;
   if (p.M < 1 || p.D < 1 || p.E < 1 || T < 0)
     throw std::invalid_argument("M, D and E must be positive, T not negative");
   p.kernel = dot ? KernelKind::dot : KernelKind::rbf;
   p.dropout_p = dropout_p, p.seed = seed, p.threads = threads < 1 ? 1 : threads;
-  p.query = view(x[0], "query", {p.B, p.H, p.L, p.D});
-  p.key = view(x[1], "key", {p.B, p.H, p.S, p.D});
-  p.value = view(x[2], "value", {p.B, p.H, p.S, p.E});
-  p.references = view(x[3], "references", {p.H, p.M, p.D});
-  p.log_a = view(x[4], "log_a", {p.B, p.H, p.S});
-  p.log_b = view(x[5], "log_b", {p.H, p.M});
+  const Dtype dtype = x.dtype(kKey);
+  p.f64 = dtype == Dtype::f64;
+  const Dtype compute = compute_dtype(p.f64);
+  p.query = x.view(kQuery, {p.B, p.H, p.L, p.D}, dtype);
+  p.key = x.needed(kKey, {p.B, p.H, p.S, p.D}, dtype);
+  p.value = x.needed(kValue, {p.B, p.H, p.S, p.E}, dtype);
+  p.references = x.needed(kReferences, {p.H, p.M, p.D}, compute);
+  p.log_a = x.view(kLogA, {p.B, p.H, p.S}, compute);
+  p.log_b = x.view(kLogB, {p.H, p.M}, compute);
   for (int i = 0; i < kNumHyper; ++i) {
     p.scalars[i] = scalars[i].cast<double>();
-    p.hyper[i] = view(x[6 + i], "hyperparameter", {p.H});
+    p.hyper[i] = x.view(kHyper + i, {p.H}, compute);
   }
-  p.query_pos = view(x[11], "query_position", {p.B, p.H, p.L, p.P});
-  p.key_pos = view(x[12], "key_position", {p.B, p.H, p.S, p.P});
-  p.ref_pos = view(x[13], "reference_position", {p.H, p.M, p.P});
-  need(p.key, "key"), need(p.value, "value"), need(p.references, "references");
+  p.query_pos = x.view(kQueryPosition, {p.B, p.H, p.L, p.P}, compute);
+  p.key_pos = x.view(kKeyPosition, {p.B, p.H, p.S, p.P}, compute);
+  p.ref_pos = x.view(kReferencePosition, {p.H, p.M, p.P}, compute);
   if (p.ref_pos) {
-    need(p.key_pos, "key_position");
-    if (p.query) need(p.query_pos, "query_position");
+    x.need(kKeyPosition);
+    if (p.query) x.need(kQueryPosition);
   }
-  p.f64 = p.key.dtype == Dtype::f64;
-  const Dtype compute = p.f64 ? Dtype::f64 : Dtype::f32;
-  same_dtype(p.query, p.key.dtype, "query"), same_dtype(p.value, p.key.dtype, "value");
-  for (const View* v : {&p.references, &p.log_a, &p.log_b, &p.query_pos, &p.key_pos, &p.ref_pos, &p.hyper[0],
-                        &p.hyper[1], &p.hyper[2], &p.hyper[3], &p.hyper[4]})
-    same_dtype(*v, compute, "parameter");
   return p;
 }
 
 inline void state(AttentionParams& p, const py::handle& z, const py::handle& c, bool required) {
-  const Dtype compute = p.f64 ? Dtype::f64 : Dtype::f32;
-  p.z = view(z, "z", {p.B, p.H, p.M, p.E});
-  p.c = view(c, "c", {p.B, p.H, p.T > 1 ? p.T : 1, p.M});
+  const Dtype compute = compute_dtype(p.f64);
+  p.z = view(z, "z", {p.B, p.H, p.M, p.E}, compute);
+  p.c = view(c, "c", {p.B, p.H, p.T > 1 ? p.T : 1, p.M}, compute);
   if (required) need(p.z, "z"), need(p.c, "c");
-  same_dtype(p.z, compute, "z"), same_dtype(p.c, compute, "c");
 }
 
-// grads: d_o, d_z, d_c, d_query, d_key, d_value, d_log_a, d_references, d_log_b, d_hyper, d_ref_pos.
 // The parameters' gradients come in `parts`, for the caller to add up.
+enum Gradient {
+  kDO,
+  kDZ,
+  kDC,
+  kDQuery,
+  kDKey,
+  kDValue,
+  kDLogA,
+  kDReferences,
+  kDLogB,
+  kDHyper,
+  kDPosition,
+  kNumGradients
+};
+constexpr const char* kGradients[kNumGradients] = {
+    "d_o",
+    "d_z",
+    "d_c",
+    "d_query",
+    "d_key",
+    "d_value",
+    "d_log_a",
+    "d_references",
+    "d_log_b",
+    "d_hyper",
+    "d_reference_position",
+};
+
 inline void gradients(AttentionParams& p, const py::tuple& grads, int64_t parts) {
-  if (grads.size() != 11) throw std::invalid_argument("wrong number of gradients");
-  const Dtype compute = p.f64 ? Dtype::f64 : Dtype::f32;
-  p.d_o = view(grads[0], "d_o", {p.B, p.H, p.L, p.E});
-  p.d_z = view(grads[1], "d_z", {p.B, p.H, p.M, p.E});
-  p.d_c = view(grads[2], "d_c", {p.B, p.H, p.T > 1 ? p.T : 1, p.M});
-  p.d_query = view(grads[3], "d_query", {p.B, p.H, p.L, p.D});
-  p.d_key = view(grads[4], "d_key", {p.B, p.H, p.S, p.D});
-  p.d_value = view(grads[5], "d_value", {p.B, p.H, p.S, p.E});
-  p.d_log_a = view(grads[6], "d_log_a", {p.B, p.H, p.S});
-  p.d_references = view(grads[7], "d_references", {parts, p.H, p.M, p.D});
-  p.d_log_b = view(grads[8], "d_log_b", {parts, p.H, p.M, 1});
-  p.d_hyper = view(grads[9], "d_hyper", {parts, p.H, int64_t(kNumHyper), 1});
-  p.d_ref_pos = view(grads[10], "d_ref_pos", {parts, p.H, p.M, p.P});
-  if (p.d_o || p.d_query) need(p.query, "query"), need(p.d_o, "d_o");
-  for (const View* v : {&p.d_o, &p.d_query, &p.d_key, &p.d_value}) same_dtype(*v, p.key.dtype, "gradient");
-  for (const View* v : {&p.d_z, &p.d_c, &p.d_log_a, &p.d_references, &p.d_log_b, &p.d_hyper, &p.d_ref_pos})
-    same_dtype(*v, compute, "parameter gradient");
+  const Tensors x(grads, kGradients);
+  const Dtype dtype = p.key.dtype, compute = compute_dtype(p.f64);
+  p.d_o = x.view(kDO, {p.B, p.H, p.L, p.E}, dtype);
+  p.d_z = x.view(kDZ, {p.B, p.H, p.M, p.E}, compute);
+  p.d_c = x.view(kDC, {p.B, p.H, p.T > 1 ? p.T : 1, p.M}, compute);
+  p.d_query = x.view(kDQuery, {p.B, p.H, p.L, p.D}, dtype);
+  p.d_key = x.view(kDKey, {p.B, p.H, p.S, p.D}, dtype);
+  p.d_value = x.view(kDValue, {p.B, p.H, p.S, p.E}, dtype);
+  p.d_log_a = x.view(kDLogA, {p.B, p.H, p.S}, compute);
+  p.d_references = x.view(kDReferences, {parts, p.H, p.M, p.D}, compute);
+  p.d_log_b = x.view(kDLogB, {parts, p.H, p.M, 1}, compute);
+  p.d_hyper = x.view(kDHyper, {parts, p.H, int64_t(kNumHyper), 1}, compute);
+  p.d_ref_pos = x.view(kDPosition, {parts, p.H, p.M, p.P}, compute);
+  if (p.d_o || p.d_query) need(p.query, kOperands[kQuery]), x.need(kDO);
 }
 
-// tensors: log_kernel, log_a, log_b, lam_a, lam_b, f, g, c, iters, d_f, d_g, d_log_kernel, d_log_a, d_log_b, d_lam.
-inline SinkhornParams sinkhorn_params(const py::tuple& t, const py::tuple& scalars, int64_t T, double tol, int threads,
-                                      bool backward) {
-  if (t.size() != 15 || scalars.size() != 2) throw std::invalid_argument("wrong number of tensors");
+enum SinkhornTensor {
+  kLogKernel,
+  kRows,
+  kColumns,
+  kLamA,
+  kLamB,
+  kF,
+  kG,
+  kC,
+  kIters,
+  kDF,
+  kDG,
+  kDLogKernel,
+  kDRows,
+  kDColumns,
+  kDLam,
+  kNumSinkhorn
+};
+constexpr const char* kSinkhorn[kNumSinkhorn] = {
+    "log_kernel", "log_a", "log_b", "lam_a",        "lam_b",   "f",       "g",     "c",
+    "iters",      "d_f",   "d_g",   "d_log_kernel", "d_log_a", "d_log_b", "d_lam",
+};
+
+inline SinkhornParams sinkhorn_params(const py::tuple& tensors, const py::tuple& scalars, int64_t T, double tol,
+                                      int threads, bool backward) {
+  const Tensors x(tensors, kSinkhorn);
+  if (scalars.size() != 2) throw std::invalid_argument("wrong number of scalars");
   SinkhornParams p;
-  p.G = size_of(t[0], 0), p.N = size_of(t[0], 1), p.M = size_of(t[0], 2), p.T = T;
+  p.G = x.size(kLogKernel, 0), p.N = x.size(kLogKernel, 1), p.M = x.size(kLogKernel, 2), p.T = T;
   if (p.M < 1 || T < 0) throw std::invalid_argument("M must be positive, T not negative");
   p.scalars[0] = scalars[0].cast<double>(), p.scalars[1] = scalars[1].cast<double>();
   p.tol = tol, p.threads = threads < 1 ? 1 : threads;
-  p.log_kernel = view(t[0], "log_kernel", {p.G, p.N, p.M});
-  p.log_a = view(t[1], "log_a", {p.G, p.N});
-  p.log_b = view(t[2], "log_b", {p.G, p.M});
-  p.lam_a = view(t[3], "lam_a", {p.G});
-  p.lam_b = view(t[4], "lam_b", {p.G});
-  p.f = view(t[5], "f", {p.G, p.N});
-  p.g = view(t[6], "g", {p.G, p.M});
-  p.c = view(t[7], "c", {p.G, T > 1 ? T : 1, p.M});
-  const View iters = view(t[8], "iters", {p.G});
-  if (iters && p.G > 1 && iters.stride[0] != 1) throw std::invalid_argument("tensor 'iters' is not contiguous");
+  p.f64 = x.dtype(kLogKernel) == Dtype::f64;
+  const Dtype compute = compute_dtype(p.f64);
+  p.log_kernel = x.needed(kLogKernel, {p.G, p.N, p.M}, compute);
+  p.log_a = x.view(kRows, {p.G, p.N}, compute);
+  p.log_b = x.view(kColumns, {p.G, p.M}, compute);
+  p.lam_a = x.view(kLamA, {p.G}, compute);
+  p.lam_b = x.view(kLamB, {p.G}, compute);
+  p.f = x.view(kF, {p.G, p.N}, compute);
+  p.g = x.view(kG, {p.G, p.M}, compute);
+  p.c = x.needed(kC, {p.G, T > 1 ? T : 1, p.M}, compute);
+  const View iters = x.needed(kIters, {p.G}, kInt64);
+  if (p.G > 1 && iters.stride[0] != 1) throw std::invalid_argument("tensor 'iters' is not contiguous");
   p.iters = static_cast<int64_t*>(iters.data);
-  p.d_f = view(t[9], "d_f", {p.G, p.N});
-  p.d_g = view(t[10], "d_g", {p.G, p.M});
-  p.d_log_kernel = view(t[11], "d_log_kernel", {p.G, p.N, p.M});
-  p.d_log_a = view(t[12], "d_log_a", {p.G, p.N});
-  p.d_log_b = view(t[13], "d_log_b", {p.G, p.M});
-  p.d_lam = view(t[14], "d_lam", {p.G, 2});
-  need(p.log_kernel, "log_kernel"), need(p.c, "c"), need(iters, "iters");
+  p.d_f = x.view(kDF, {p.G, p.N}, compute);
+  p.d_g = x.view(kDG, {p.G, p.M}, compute);
+  p.d_log_kernel = x.view(kDLogKernel, {p.G, p.N, p.M}, compute);
+  p.d_log_a = x.view(kDRows, {p.G, p.N}, compute);
+  p.d_log_b = x.view(kDColumns, {p.G, p.M}, compute);
+  p.d_lam = x.view(kDLam, {p.G, 2}, compute);
   if (backward)
-    need(p.d_f, "d_f"), need(p.d_g, "d_g");
+    x.need(kDF), x.need(kDG);
   else
-    need(p.f, "f"), need(p.g, "g");
-  p.f64 = p.log_kernel.dtype == Dtype::f64;
-  const Dtype compute = p.f64 ? Dtype::f64 : Dtype::f32;
-  for (const View* v : {&p.log_kernel, &p.log_a, &p.log_b, &p.lam_a, &p.lam_b, &p.f, &p.g, &p.c, &p.d_f, &p.d_g,
-                        &p.d_log_kernel, &p.d_log_a, &p.d_log_b, &p.d_lam})
-    same_dtype(*v, compute, "argument");
+    x.need(kF), x.need(kG);
   return p;
 }
 

@@ -11,8 +11,7 @@ namespace {
 void attention(const py::tuple& x, const py::tuple& scalars, bool dot, int64_t T, double dropout_p, uint64_t seed,
                int threads, const py::object& o, const py::object& z, const py::object& c, bool causal) {
   AttentionParams p = attention_params(x, scalars, dot, T, dropout_p, seed, threads);
-  p.o = view(o, "o", {p.B, p.H, p.L, p.E});
-  same_dtype(p.o, p.key.dtype, "o");
+  p.o = view(o, "o", {p.B, p.H, p.L, p.E}, p.key.dtype);
   if (p.o) need(p.query, "query");
   state(p, z, c, !causal);
   if (causal && (p.L != p.S || T > 1 || !p.o)) throw std::invalid_argument("causal needs L = S and T <= 1");
@@ -31,31 +30,44 @@ void attention_backward(const py::tuple& x, const py::tuple& scalars, bool dot, 
   causal ? kernels().causal_backward(p) : kernels().attention_backward(p);
 }
 
-// tensors: x, landmarks, bandwidths, whitening, psi, d_psi, d_x, d_landmarks, d_bandwidth, d_whitening.
-void features(const py::tuple& t, double bandwidth, int threads, bool backward) {
-  if (t.size() != 10) throw std::invalid_argument("wrong number of tensors");
+enum FeatureTensor {
+  kX,
+  kLandmarks,
+  kBandwidths,
+  kWhitening,
+  kPsi,
+  kDPsi,
+  kDX,
+  kDLandmarks,
+  kDBandwidth,
+  kDWhitening,
+  kNumFeatures
+};
+constexpr const char* kFeatures[kNumFeatures] = {
+    "x", "landmarks", "bandwidth", "whitening", "psi", "d_psi", "d_x", "d_landmarks", "d_bandwidth", "d_whitening",
+};
+
+void features(const py::tuple& tensors, double bandwidth, int threads, bool backward) {
+  const Tensors x(tensors, kFeatures);
   FeatureParams p;
-  p.B = size_of(t[0], 0), p.H = size_of(t[0], 1), p.N = size_of(t[0], 2), p.D = size_of(t[0], 3);
-  p.R = size_of(t[1], 1);
+  p.B = x.size(kX, 0), p.H = x.size(kX, 1), p.N = x.size(kX, 2), p.D = x.size(kX, 3);
+  p.R = x.size(kLandmarks, 1);
   if (p.R < 1 || p.D < 1) throw std::invalid_argument("R and D must be positive");
   p.bandwidth = bandwidth, p.threads = threads < 1 ? 1 : threads;
-  p.x = view(t[0], "x", {p.B, p.H, p.N, p.D});
-  p.landmarks = view(t[1], "landmarks", {p.H, p.R, p.D});
-  p.bandwidths = view(t[2], "bandwidth", {p.H});
-  p.whitening = view(t[3], "whitening", {p.H, p.R, p.R});
-  p.psi = view(t[4], "psi", {p.B, p.H, p.N, p.R});
-  p.d_psi = view(t[5], "d_psi", {p.B, p.H, p.N, p.R});
-  p.d_x = view(t[6], "d_x", {p.B, p.H, p.N, p.D});
-  p.d_landmarks = view(t[7], "d_landmarks", {p.B, p.H, p.R, p.D});
-  p.d_bandwidth = view(t[8], "d_bandwidth", {p.B, p.H, 1, 1});
-  p.d_whitening = view(t[9], "d_whitening", {p.B, p.H, p.R, p.R});
-  need(p.x, "x"), need(p.landmarks, "landmarks"), need(p.whitening, "whitening");
-  backward ? need(p.d_psi, "d_psi") : need(p.psi, "psi");
-  p.f64 = p.x.dtype == Dtype::f64;
-  const Dtype compute = p.f64 ? Dtype::f64 : Dtype::f32;
-  for (const View* v : {&p.psi, &p.d_psi, &p.d_x}) same_dtype(*v, p.x.dtype, "features");
-  for (const View* v : {&p.landmarks, &p.bandwidths, &p.whitening, &p.d_landmarks, &p.d_bandwidth, &p.d_whitening})
-    same_dtype(*v, compute, "parameter");
+  const Dtype dtype = x.dtype(kX);
+  p.f64 = dtype == Dtype::f64;
+  const Dtype compute = compute_dtype(p.f64);
+  p.x = x.needed(kX, {p.B, p.H, p.N, p.D}, dtype);
+  p.landmarks = x.needed(kLandmarks, {p.H, p.R, p.D}, compute);
+  p.bandwidths = x.view(kBandwidths, {p.H}, compute);
+  p.whitening = x.needed(kWhitening, {p.H, p.R, p.R}, compute);
+  p.psi = x.view(kPsi, {p.B, p.H, p.N, p.R}, dtype);
+  p.d_psi = x.view(kDPsi, {p.B, p.H, p.N, p.R}, dtype);
+  p.d_x = x.view(kDX, {p.B, p.H, p.N, p.D}, dtype);
+  p.d_landmarks = x.view(kDLandmarks, {p.B, p.H, p.R, p.D}, compute);
+  p.d_bandwidth = x.view(kDBandwidth, {p.B, p.H, 1, 1}, compute);
+  p.d_whitening = x.view(kDWhitening, {p.B, p.H, p.R, p.R}, compute);
+  x.need(backward ? kDPsi : kPsi);
   py::gil_scoped_release nogil;
   backward ? kernels().features_backward(p) : kernels().features(p);
 }
@@ -69,6 +81,7 @@ void sinkhorn(const py::tuple& t, const py::tuple& scalars, int64_t T, double to
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
+  m.attr("OPERANDS") = operand_names();
   m.def("attention", &attention);
   m.def("attention_backward", &attention_backward);
   m.def("features", &features);

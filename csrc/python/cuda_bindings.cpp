@@ -28,8 +28,7 @@ void attention(const py::tuple& x, const py::tuple& scalars, bool dot, int64_t T
                const py::object& o, const py::object& z, const py::object& c, int device, uintptr_t stream) {
   AttentionParams p = attention_params(x, scalars, dot, T, dropout_p, 0, 1);
   p.seed_at = reinterpret_cast<const int64_t*>(seed);
-  p.o = view(o, "o", {p.B, p.H, p.L, p.E});
-  same_dtype(p.o, p.key.dtype, "o");
+  p.o = view(o, "o", {p.B, p.H, p.L, p.E}, p.key.dtype);
   if (p.o) need(p.query, "query");
   state(p, z, c, true);
   on_device(device, [&](const cuda::Device& d) { cuda::attention(p, d, reinterpret_cast<void*>(stream)); });

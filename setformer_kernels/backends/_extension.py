@@ -108,11 +108,14 @@ def _absence(folder: Path) -> str:
 def _load() -> tuple[ModuleType | None, str]:
     name, folder = "setformer_kernels._C", Path(__file__).parents[1]
     try:
-        return importlib.import_module(name), ""
+        module = importlib.import_module(name)
     except ImportError as error:
         if any((folder / f"_C{suffix}").exists() for suffix in EXTENSION_SUFFIXES):
             return None, f"the C++ extension {name} cannot be loaded ({error})"
         return None, _absence(folder)
+    if getattr(module, "OPERANDS", None) != Operands._fields[:-1]:
+        return None, f"the C++ extension {name} is of another version of this package: pip install -e . builds it again"
+    return module, ""
 
 
 MODULE, REASON = _load()

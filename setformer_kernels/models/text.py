@@ -24,6 +24,12 @@ def unit_positions(attention_mask: Tensor) -> Tensor:
     return ((count - 0.5) / count[:, -1:].clamp(min=1.0)).unsqueeze(-1)
 
 
+@leaf
+def indices(x: Tensor) -> Tensor:
+    """0 .. L − 1, on the device of x [B, L, C]."""
+    return torch.arange(x.shape[1], device=x.device)
+
+
 class Embeddings(nn.Module):
     """LN(word + position + token type), with dropout: ids [B, L] -> [B, L, C]."""
 
@@ -44,7 +50,7 @@ class Embeddings(nn.Module):
     ) -> Tensor:  # fmt: skip
         word = self.word(input_ids) if inputs_embeds is None else inputs_embeds
         if position_ids is None:
-            position_ids = torch.arange(word.shape[1], device=word.device)
+            position_ids = indices(word)
         kind = self.token_type.weight[0] if token_type_ids is None else self.token_type(token_type_ids)
         return self.dropout(self.norm(word + self.position(position_ids) + kind))
 

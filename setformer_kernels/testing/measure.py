@@ -33,7 +33,7 @@ class Measured(NamedTuple):
         return self._replace(fast={name: value for name, value in self.fast.items() if keep(name, value)})
 
     def check(self, what: str) -> None:
-        """Large results within the budget; a few numbers, judged by `small_gradients`, to half of the digits."""
+        """Large results within the budget; a few numbers, which `small_gradients` judges, to half of the digits."""
         assert_within_budget(*self.only(large), what)
         assert_half_of_the_digits(*self, what)
 

@@ -29,6 +29,7 @@ class Buffer {
     bytes_ = sizeof(F) * static_cast<size_t>(n > 0 ? n : 1);
     data_ = static_cast<F*>(take_scratch(bytes_));
   }
+  F* data() const { return data_; }
   operator F*() const { return data_; }
 
  private:
@@ -103,18 +104,24 @@ void convert_row(const void* base, int64_t offset, int64_t stride, int64_t n, F*
   }
 }
 
+// call(T{}) for the type T of a tensor's elements.
+template <class Call>
+void with_element(Dtype dtype, Call call) {
+  switch (dtype) {
+    case Dtype::f32:
+      return call(float{});
+    case Dtype::f64:
+      return call(double{});
+    case Dtype::bf16:
+      return call(Bf16{});
+    case Dtype::f16:
+      return call(F16{});
+  }
+}
+
 template <class F>
 void load_row(const View& v, int64_t offset, int64_t stride, int64_t n, F* dst) {
-  switch (v.dtype) {
-    case Dtype::f32:
-      return convert_row<float>(v.data, offset, stride, n, dst);
-    case Dtype::f64:
-      return convert_row<double>(v.data, offset, stride, n, dst);
-    case Dtype::bf16:
-      return convert_row<Bf16>(v.data, offset, stride, n, dst);
-    case Dtype::f16:
-      return convert_row<F16>(v.data, offset, stride, n, dst);
-  }
+  with_element(v.dtype, [&](auto of) { convert_row<decltype(of)>(v.data, offset, stride, n, dst); });
 }
 
 template <class Dst, class F>
@@ -129,16 +136,7 @@ void narrow_row(void* base, int64_t offset, int64_t stride, int64_t n, const F* 
 
 template <class F>
 void store_row(const View& v, int64_t offset, int64_t stride, int64_t n, const F* src) {
-  switch (v.dtype) {
-    case Dtype::f32:
-      return narrow_row<float>(v.data, offset, stride, n, src);
-    case Dtype::f64:
-      return narrow_row<double>(v.data, offset, stride, n, src);
-    case Dtype::bf16:
-      return narrow_row<Bf16>(v.data, offset, stride, n, src);
-    case Dtype::f16:
-      return narrow_row<F16>(v.data, offset, stride, n, src);
-  }
+  with_element(v.dtype, [&](auto of) { narrow_row<decltype(of)>(v.data, offset, stride, n, src); });
 }
 
 // The n rows of v that follow row0..row0+n.

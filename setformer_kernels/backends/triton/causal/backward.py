@@ -269,8 +269,7 @@ def _part_backward(
     launch(causal_queries_backward_kernel, programs, args, arguments.constants, arguments.tile)
     tokens_backward(x, part, "query", work.d_logits, out, slots, arguments)
     scan_back(part, states, later, passed_back, arguments.sizes)
-    keys = (*arguments.key, *arguments.value, *arguments.log_a, *arguments.key_position)
-    args = (*keys, *arguments.output, *strided(out["value"]), *groups, *counts)
+    args = (*arguments.keys, *arguments.output, *strided(out["value"]), *groups, *counts)
     launch(causal_keys_backward_kernel, programs, args, arguments.constants, arguments.tile)
     tokens_backward(x, part, "key", work.d_logits, out, slots, arguments)
     return slots

@@ -63,7 +63,8 @@ def causal_kernel(
     )
     l, kappa, cosine, inverse, first_columns = token_logits(queries, rows, asked, asking, head, rule.DOT, sizes, cut)
     w = query_weights(l, log_b, known.log_c, head.lam_b, rule.UPDATE_ROWS)
-    w, normaliser = kept_weights(w, scalars, number.to(tl.int64), L, rows, threshold, sizes)
+    # b·H + h is `number`, but written anew: carried along, it makes 8 bytes of registers spill (sm_80, bfloat16, D 64).
+    w, normaliser = kept_weights(w, scalars, b.to(tl.int64) * H + h, L, rows, threshold, sizes)
     a, carried = chunk_weights(w, known, FACTOR, cut.PRECISION)
     a, carried = rounded(a, token), rounded(carried, token)
     for first in tl.static_range(0, sizes.EP, cut.VDEPTH):
@@ -114,13 +115,14 @@ def chunk_arguments(x: Operands, prepared: References, opt: Options, t: Tile, ou
     assert x.query is not None
     (_, h, l, _), device, sizes = x.key.shape, device_of(x.key), sizes_of(x)
     step = stride_step(x.query, x.key, x.value, output)
-    tokens = strided(x.query, step), strided(x.key, step), strided(x.value, step)
-    others = strided(x.log_a), strided(x.query_position), strided(x.key_position)
+    query, key, value = strided(x.query, step), strided(x.key, step), strided(x.value, step)
+    log_a, asking, places = strided(x.log_a), strided(x.query_position), strided(x.key_position)
+    tokens, keys = (*query, *key, *value, *log_a, *asking, *places), (*key, *value, *log_a, *places)
     threshold, keep_scale = dropout_constants(opt.dropout_p)
     scalars = Scalars(x.seed, keep_scale, log2_uniform(l))
     across = 16 * t.warps <= sizes.MP
     cut = cut_of(t, sizes, device, step, across)
     constants = {"rule": rule_of(opt).compiled, "sizes": sizes.compiled, "cut": cut.compiled}
     return Arguments(
-        *tokens, *others, strided(output, step), prepared, scalars, h, l, threshold, sizes, across, constants, t
+        tokens, keys, strided(output, step), prepared, scalars, h, l, threshold, sizes, across, constants, t
     )

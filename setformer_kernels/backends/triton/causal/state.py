@@ -105,14 +105,12 @@ def causal_scan_kernel(
     sums, states,  # Sums; States, the means in place of the pooled values
     passed_c, passed_z,  # [heads, stretches, MP] and [heads, stretches, MP, EP]
     chunks, stretch, stretches,
-    sizes, BLOCK: tl.constexpr, STAGES: tl.constexpr,
+    MP: tl.constexpr, EP: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Sums of each chunk become what comes before it.
 
     A stretch begins with what the one before passed on, and passes on the same.
     """
-    MP: tl.constexpr = sizes.MP
-    EP: tl.constexpr = sizes.EP
     blocks: tl.constexpr = MP * EP // BLOCK
     bh = (tl.program_id(0) // blocks).to(tl.int64)
     index = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
@@ -165,14 +163,12 @@ def causal_scan_backward_kernel(
     later_o, later_c,  # [heads, chunks, MP, EP] and [heads, chunks, MP]
     passed_o, passed_c,  # the same without chunks
     chunks, more,
-    sizes, BLOCK: tl.constexpr, STAGES: tl.constexpr,
+    MP: tl.constexpr, EP: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """BLOCK numbers of Σ W do, or in the head's last program Σ d log C, from the last chunk to the first.
 
     Where `more` chunks follow, a stretch begins with what theirs passed on; it passes on the same, in its place.
     """
-    MP: tl.constexpr = sizes.MP
-    EP: tl.constexpr = sizes.EP
     blocks: tl.constexpr = MP * EP // BLOCK
     bh = (tl.program_id(0) // (blocks + 1)).to(tl.int64)
     block = tl.program_id(0) % (blocks + 1)
@@ -185,14 +181,10 @@ def causal_scan_backward_kernel(
 
 
 class Arguments(NamedTuple):
-    """What the kernels on the chunks of one call are launched with."""
+    """What the kernels on the chunks of one call are launched with; tensors with their strides."""
 
-    query: tuple[Any, ...]  # this and the following: a tensor and its strides
-    key: tuple[Any, ...]
-    value: tuple[Any, ...]
-    log_a: tuple[Any, ...]
-    query_position: tuple[Any, ...]
-    key_position: tuple[Any, ...]
+    tokens: tuple[Any, ...]  # queries, keys, values, log a, positions of queries and of keys
+    keys: tuple[Any, ...]  # keys, values, log a, positions of keys
     output: tuple[Any, ...]
     references: References
     scalars: Scalars
@@ -203,11 +195,6 @@ class Arguments(NamedTuple):
     across: bool
     constants: dict[str, Any]
     tile: Tile
-
-    @property
-    def tokens(self) -> tuple[Any, ...]:
-        """The arguments that most of these kernels begin with."""
-        return (*self.query, *self.key, *self.value, *self.log_a, *self.query_position, *self.key_position)
 
     def counts(self, part: Part) -> tuple[int, ...]:
         """H, L, and which chunks of which heads."""
@@ -224,8 +211,7 @@ def scan(part: Part, arguments: Arguments, passed: tuple[Tensor, Tensor], z: Ten
     """What comes before each chunk, the means in `z`, after the stretches before were scanned."""
     peaks, totals, log_c, log_end = (z.new_empty(z.shape[:3]) for _ in range(4))
     sums, states = Sums(peaks, totals, z), States(log_c, log_end, z)
-    tokens = (*arguments.key, *arguments.value, *arguments.log_a, *arguments.key_position)
-    args = (*tokens, arguments.references, arguments.scalars, sums, *arguments.counts(part))
+    args = (*arguments.keys, arguments.references, arguments.scalars, sums, *arguments.counts(part))
     launch(causal_sums_kernel, part.heads * part.chunks, args, arguments.constants, arguments.tile)
     args = (sums, states, *passed, part.chunks, part.stretch, part.stretches)
     _launch_scan(causal_scan_kernel, args, z, arguments.sizes)
@@ -248,7 +234,7 @@ def _launch_scan(kernel: Any, args: tuple[Any, ...], z: Tensor, sizes: Sizes, fu
     """A program for each BLOCK of a head's [MP, EP] numbers, and `further` ones; z [heads, chunks, MP, EP]."""
     (heads, chunks), numbers = z.shape[:2], sizes.MP * sizes.EP
     block = min(SCAN.depth, numbers)
-    constants = {"sizes": sizes.compiled, "BLOCK": block, "STAGES": SCAN.stages}
+    constants = {"BLOCK": block, "STAGES": SCAN.stages} | {"MP": sizes.MP, "EP": sizes.EP}
     programs = heads * (numbers // block + further) if chunks else 0
     launch(kernel, programs, args, constants, SCAN)
 

@@ -138,12 +138,9 @@ def _fold(parts, out, bh, first_head, chunks, size, index, more):
 def causal_fold_backward_kernel(
     parts, whole,  # Partials of the chunks, of the call
     chunks, first_head, more,
-    sizes, SUMS: tl.constexpr, BLOCK: tl.constexpr,
+    MP: tl.constexpr, DP: tl.constexpr, PP: tl.constexpr, SUMS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """BLOCK numbers of one head's parts of dŷ, or in its last programs of everything else, summed over chunks."""
-    MP: tl.constexpr = sizes.MP
-    DP: tl.constexpr = sizes.DP
-    PP: tl.constexpr = sizes.PP
     blocks: tl.constexpr = MP * DP // BLOCK + MP * PP // BLOCK + 1
     bh = (tl.program_id(0) // blocks).to(tl.int64)
     block = tl.program_id(0) % blocks
@@ -186,5 +183,5 @@ def fold(part: Part, slots: Partials, whole: Partials, sizes: Sizes) -> None:
     """Sums the slots of a part, one per chunk, into their heads' one slot of the whole call."""
     blocks = sizes.MP * sizes.DP // FOLD.depth + sizes.MP * sizes.PP // FOLD.depth + 1
     args = (slots, whole, part.chunks, part.first_head, part.stretches - 1 - part.stretch)
-    constants = {"sizes": sizes.compiled, "SUMS": SUMS, "BLOCK": FOLD.depth}
+    constants = {"SUMS": SUMS, "BLOCK": FOLD.depth} | {"MP": sizes.MP, "DP": sizes.DP, "PP": sizes.PP}
     launch(causal_fold_backward_kernel, part.heads * blocks, args, constants, FOLD)

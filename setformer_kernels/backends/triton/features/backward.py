@@ -124,18 +124,19 @@ def features_landmarks_backward_kernel(
     landmarks, stride_h, stride_r,  # [H, R, D]
     d_landmarks, stride_oh, stride_or, stride_od,  # [H, R, D] or None
     d_bandwidth,  # [H] or None
-    prepared, d_a, sums,  # Landmarks, [H, RP, RP], [H, SIZE]
+    inverse_norm, parameters,  # as in Landmarks
+    d_a, sums,  # [H, RP, RP], [H, SIZE]
     R: tl.constexpr, RP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, SIZE: tl.constexpr,
     BLOCKS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """d landmarks and dβ of one head, from dA and the summed dŵ and dβ of the tokens."""
     h = tl.program_id(0).to(tl.int64)
     landmarks += h * stride_h
-    inverse = prepared.inverse_norm + h * RP
+    inverse = inverse_norm + h * RP
     d_a += h * RP * RP
     sums += h * SIZE + RP * RP
-    log2_beta, scale, lam_a, lam_b, squared_tau = head_parameters(prepared.parameters, h)
-    beta, epsilon, tau = plain_parameters(prepared.parameters, h)
+    log2_beta, scale, lam_a, lam_b, squared_tau = head_parameters(parameters, h)
+    beta, epsilon, tau = plain_parameters(parameters, h)
     d = tl.arange(0, DP)
     blocks = tl.arange(0, 16)
     d_beta = tl.sum(tl.load(sums + RP * DP + blocks, mask=blocks < BLOCKS, other=0.0))
@@ -154,9 +155,9 @@ def features_landmarks_backward_kernel(
             other_w *= tl.load(inverse + j)[:, None]
             total += dot(beta * (here + there), other_w, PRECISION)
         inside = (i < R)[:, None] & (d < D)[None, :]
-        scale = tl.load(inverse + i)
-        unit = tl.load(landmarks + i[:, None] * stride_r + d[None, :], mask=inside, other=0.0) * scale[:, None]
-        total = (total - unit * tl.sum(total * unit, 1)[:, None]) * scale[:, None]
+        shrink = tl.load(inverse + i)
+        unit = tl.load(landmarks + i[:, None] * stride_r + d[None, :], mask=inside, other=0.0) * shrink[:, None]
+        total = (total - unit * tl.sum(total * unit, 1)[:, None]) * shrink[:, None]
         if d_landmarks is not None:
             at = d_landmarks + h * stride_oh + i[:, None] * stride_or + d[None, :] * stride_od
             tl.store(at, total, mask=inside)
@@ -212,7 +213,8 @@ def features_backward(
     d_bandwidth = landmarks.new_empty(landmarks.shape[:1]) if wants_bandwidth else None
     d_a = whitening_backward(landmarks_, prepared, ridge, sums)
     (h, r, d), (rp, dp) = landmarks.shape, prepared.y.shape[1:]
-    args = (landmarks_, *landmarks_.stride()[:2], *strided(d_landmarks), d_bandwidth, prepared, d_a, sums)
+    tensors = (landmarks_, *landmarks_.stride()[:2], *strided(d_landmarks), d_bandwidth)
+    args = (*tensors, prepared.inverse_norm, prepared.parameters, d_a, sums)
     device = device_of(x)
     t = INTERPRETER if device.family == "interpreter" else LANDMARK_TILE
     constants = {

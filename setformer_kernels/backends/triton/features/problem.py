@@ -16,7 +16,7 @@ from ..device.rows import load_rows
 from ..host.groups import Group
 from ..host.launch import device_of
 from ..host.tiles import Tile, padded, tile
-from ..parameters.prepare import prepare
+from ..parameters.prepare import prepared_with_norms
 
 
 class Landmarks(NamedTuple):
@@ -31,8 +31,7 @@ def prepared_landmarks(x: Tensor, landmarks: Tensor, bandwidth: Tensor | None, s
     """The landmarks of one call on tokens x."""
     absent = (None,) * 11
     x_ = Operands(None, x, x, landmarks, *absent)._replace(bandwidth=bandwidth)
-    inverse_norm = landmarks.new_empty((landmarks.shape[0], padded(landmarks.shape[1])))
-    found = prepare(x_, Options(scalars=(scalar, 1.0, 1.0, 1.0, 1.0)), inverse_norm)
+    found, inverse_norm = prepared_with_norms(x_, Options(scalars=(scalar, 1.0, 1.0, 1.0, 1.0)))
     return Landmarks(found.y, inverse_norm, found.parameters)
 
 

@@ -70,22 +70,24 @@ def wants_parameters(x: Operands, needs: Sequence[bool]) -> bool:
 
 
 @triton.jit
-def _store_reference(parts, references, h, stride_rh, stride_rm, d_references, H, B, slots, rows, DOT, sizes):
+def _store_reference(
+    parts, references, h, stride_rh, stride_rm, d_references, H, B, slots, rows,
+    M: tl.constexpr, MP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, DOT: tl.constexpr,
+):  # fmt: skip
     """dy of some references from the slots of dŷ."""
-    DP: tl.constexpr = sizes.DP
     flat = tl.arange(0, rows.shape[0] * DP)
     index = tl.min(rows) * DP + flat
-    summed = sum_slots(parts.y, h, H, B, slots, slots, sizes.MP * DP, index, flat >= 0)
+    summed = sum_slots(parts.y, h, H, B, slots, slots, MP * DP, index, flat >= 0)
     d_hat = tl.reshape(summed, [rows.shape[0], DP])
     d = tl.arange(0, DP)
-    inside = (rows < sizes.M)[:, None] & (d < sizes.D)[None, :]
+    inside = (rows < M)[:, None] & (d < D)[None, :]
     if not DOT:
         at = references + h * stride_rh + rows[:, None] * stride_rm
         raw = tl.load(at + d[None, :], mask=inside, other=0.0)
         inverse = inverse_norm(tl.sum(raw * raw, 1))
         unit = raw * inverse[:, None]
         d_hat = (d_hat - unit * tl.sum(unit * d_hat, 1)[:, None]) * inverse[:, None]
-    tl.store(d_references + (h * sizes.M + rows)[:, None] * sizes.D + d[None, :], d_hat, mask=inside)
+    tl.store(d_references + (h * M + rows)[:, None] * D + d[None, :], d_hat, mask=inside)
 
 
 @triton.jit
@@ -103,26 +105,28 @@ def parameters_backward_kernel(
     parameters,  # [H, NUMBERS]
     parts, out,  # Partials, ParameterGradients
     H, B, slots,
-    DOT: tl.constexpr, SUMS: tl.constexpr, ROWS: tl.constexpr, sizes,
+    M: tl.constexpr, MP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, P: tl.constexpr, PP: tl.constexpr,
+    DOT: tl.constexpr, SUMS: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """All parameter gradients of ROWS references of one head; the hyperparameters' in the head's first program."""
-    M: tl.constexpr = sizes.M
-    blocks: tl.constexpr = sizes.MP // ROWS
+    blocks: tl.constexpr = MP // ROWS
     h = tl.program_id(0) // blocks
     block = tl.program_id(0) % blocks
     rows = block * ROWS + tl.arange(0, ROWS)
     beta, epsilon, tau = plain_parameters(parameters, h)
     if out.references is not None:
-        _store_reference(parts, references, h, stride_rh, stride_rm, out.references, H, B, slots, rows, DOT, sizes)
+        _store_reference(
+            parts, references, h, stride_rh, stride_rm, out.references, H, B, slots, rows, M, MP, D, DP, DOT
+        )
     if out.log_b is not None:
-        total = sum_slots(parts.log_b, h, H, B, slots, slots, sizes.MP, rows, rows < M)
+        total = sum_slots(parts.log_b, h, H, B, slots, slots, MP, rows, rows < M)
         tl.store(out.log_b + h * M + rows, total, mask=rows < M)
     if out.reference_position is not None:
-        index = block * ROWS * sizes.PP + tl.arange(0, ROWS * sizes.PP)
-        j, axis = index // sizes.PP, index % sizes.PP
-        inside = (j < M) & (axis < sizes.P)
-        total = sum_slots(parts.position, h, H, B, slots, slots, sizes.MP * sizes.PP, index, inside)
-        tl.store(out.reference_position + (h * M + j) * sizes.P + axis, 2.0 * tau * tau * total, mask=inside)
+        index = block * ROWS * PP + tl.arange(0, ROWS * PP)
+        j, axis = index // PP, index % PP
+        inside = (j < M) & (axis < P)
+        total = sum_slots(parts.position, h, H, B, slots, slots, MP * PP, index, inside)
+        tl.store(out.reference_position + (h * M + j) * P + axis, 2.0 * tau * tau * total, mask=inside)
     if block == 0:
         _store_hyper(parts.sums, out.bandwidth, "beta", 1.0 / epsilon, h, H, B, slots, SUMS)
         _store_hyper(parts.sums, out.epsilon, "epsilon", -1.0 / (epsilon * epsilon), h, H, B, slots, SUMS)
@@ -144,6 +148,7 @@ def parameter_gradients(
     references = unit_rows(x.references)
     b, slots, rows = x.key.shape[0], parts.log_b.shape[1], max(1, min(sizes.MP, BLOCK // sizes.DP))
     args = (references, *references.stride()[:2], prepared.parameters, parts, out, h, b, slots)
-    constants = {"DOT": opt.kernel == "dot", "SUMS": SUMS, "ROWS": rows, "sizes": sizes.compiled}
+    constants = {"DOT": opt.kernel == "dot", "SUMS": SUMS, "ROWS": rows}
+    constants |= {"M": sizes.M, "MP": sizes.MP, "D": sizes.D, "DP": sizes.DP, "P": sizes.P, "PP": sizes.PP}
     launch(parameters_backward_kernel, h * sizes.MP // rows, args, constants, TILE)
     return {n: in_order(given[n], t) for n, t in out._asdict().items()}

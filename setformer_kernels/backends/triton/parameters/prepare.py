@@ -58,27 +58,27 @@ def parameters_prepare_kernel(
     log_b, stride_bh,  # [H, M] or None
     given, scalars,  # Hyper of tensors or None, of numbers
     y, log_b_out, parameters,  # as in References
-    inverse_norms,  # [H, MP] or None
-    DOT: tl.constexpr, STEP: tl.constexpr, ROWS: tl.constexpr, sizes,
+    inverse_norms,  # [H, MP]
+    M: tl.constexpr, MP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, DOT: tl.constexpr, STEP: tl.constexpr,
+    ROWS: tl.constexpr,
 ):  # fmt: skip
     """ROWS references of one head; every program of a head writes its hyperparameters alike."""
-    blocks: tl.constexpr = sizes.MP // ROWS
+    blocks: tl.constexpr = MP // ROWS
     h = tl.program_id(0) // blocks
     j = tl.program_id(0) % blocks * ROWS + tl.arange(0, ROWS)
-    d = tl.arange(0, sizes.DP)
-    inside = (j < sizes.M)[:, None] & (d < sizes.D)[None, :]
+    d = tl.arange(0, DP)
+    inside = (j < M)[:, None] & (d < D)[None, :]
     at = references + h * (stride_rh * STEP) + j[:, None] * (stride_rm * STEP)
     raw = tl.load(at + d[None, :], mask=inside, other=0.0)  # [ROWS, DP]
     inverse = inverse_norm(tl.sum(raw * raw, 1))
     scaled = raw if DOT else raw * inverse[:, None]
-    tl.store(y + (h * sizes.MP + j)[:, None] * sizes.DP + d[None, :], rounded(scaled, y.dtype.element_ty))
-    if inverse_norms is not None:
-        tl.store(inverse_norms + h * sizes.MP + j, inverse)
+    tl.store(y + (h * MP + j)[:, None] * DP + d[None, :], rounded(scaled, y.dtype.element_ty))
+    tl.store(inverse_norms + h * MP + j, inverse)
     if log_b is None:
-        mass = tl.where(j < sizes.M, -tl.log2(sizes.M + 0.0), -INF)
+        mass = tl.where(j < M, -tl.log2(M + 0.0), -INF)
     else:
-        mass = tl.load(log_b + h * stride_bh + j, mask=j < sizes.M, other=-INF) * LOG2E
-    tl.store(log_b_out + h * sizes.MP + j, mass)
+        mass = tl.load(log_b + h * stride_bh + j, mask=j < M, other=-INF) * LOG2E
+    tl.store(log_b_out + h * MP + j, mass)
     beta = _value(given.bandwidth, scalars.bandwidth, h)
     eps = _value(given.epsilon, scalars.epsilon, h)
     tau = _value(given.position_scale, scalars.position_scale, h)
@@ -87,8 +87,13 @@ def parameters_prepare_kernel(
     store_parameters(parameters, h, beta, eps, lam_a, lam_b, tau)
 
 
-def prepare(x: Operands, opt: Options, inverse_norms: Tensor | None = None) -> References:
-    """Launches the preparation of one call's references; writes 1/‖y‖ [H, MP], 0 where ‖y‖ ≤ 1e-12, where wanted."""
+def prepare(x: Operands, opt: Options) -> References:
+    """The prepared references of one call."""
+    return prepared_with_norms(x, opt)[0]
+
+
+def prepared_with_norms(x: Operands, opt: Options) -> tuple[References, Tensor]:
+    """Launches the preparation of one call's references; they, and 1/‖y‖ [H, MP], 0 where ‖y‖ ≤ 1e-12."""
     h, sizes, new = x.references.shape[0], sizes_of(x), x.references.new_empty
     references, log_b = unit_rows(x.references), unit_rows(x.log_b)
     out = References(
@@ -97,6 +102,7 @@ def prepare(x: Operands, opt: Options, inverse_norms: Tensor | None = None) -> R
         new((h, NUMBERS)),
         None if x.reference_position is None else x.reference_position.contiguous(),
     )
+    inverse_norms = new((h, sizes.MP))
     given, scalars = Hyper(*[unit_rows(getattr(x, name)) for name in HYPER]), Hyper(*map(float, opt.scalars))
     step = stride_step(references)
     tensors = (
@@ -105,7 +111,12 @@ def prepare(x: Operands, opt: Options, inverse_norms: Tensor | None = None) -> R
         log_b,
         0 if log_b is None else log_b.stride(0),
     )
-    constants = {"DOT": opt.kernel == "dot", "STEP": step, "ROWS": ROWS, "sizes": sizes.compiled}
+    constants = {"DOT": opt.kernel == "dot", "STEP": step, "ROWS": ROWS} | {
+        "M": sizes.M,
+        "MP": sizes.MP,
+        "D": sizes.D,
+        "DP": sizes.DP,
+    }
     args = (*tensors, given, scalars, *out[:3], inverse_norms)
     launch(parameters_prepare_kernel, h * sizes.MP // ROWS, args, constants, TILE)
-    return out
+    return out, inverse_norms

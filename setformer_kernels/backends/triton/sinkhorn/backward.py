@@ -56,12 +56,12 @@ def sinkhorn_resident_backward_kernel(
     c, iters, d_f, d_g,  # [G, T, M], [G], [G, N], [G, M]
     d_log_kernel, d_log_a, d_log_b, d_lam,  # [G, N, M], [G, N], [G, M], [G, 2], None where not needed
     G, N, M, T,
-    cut,
+    PB: tl.constexpr, NP: tl.constexpr, MP: tl.constexpr,
 ):  # fmt: skip
     """All iterations of PB problems, downwards."""
     group, i, j, l, a, b, relax_a, relax_b = load_problems(
         log_kernel, stride_lg, stride_ln, log_a, stride_ag, stride_an, log_b, stride_bg, stride_bm, lam_a, lam_b,
-        numbers, G, N, M, cut,
+        numbers, G, N, M, PB, NP, MP,
     )  # fmt: skip
     live = group < G
     in_rows, in_columns = live & (i < N), live & (j < M)
@@ -69,10 +69,10 @@ def sinkhorn_resident_backward_kernel(
     given_f = tl.load(d_f + group * N + i, mask=in_rows, other=0.0)
     dg = tl.load(d_g + group * M + j, mask=in_columns, other=0.0)
     c += group * T * M + j
-    dl = tl.zeros([cut.PB, cut.NP, cut.MP], tl.float32)
+    dl = tl.zeros([PB, NP, MP], tl.float32)
     da = tl.where(ran == 0, given_f, 0.0)
     db = dg * 0.0
-    d_lam_a, d_lam_b = tl.zeros([cut.PB, 1, 1], tl.float32), tl.zeros([cut.PB, 1, 1], tl.float32)
+    d_lam_a, d_lam_b = tl.zeros([PB, 1, 1], tl.float32), tl.zeros([PB, 1, 1], tl.float32)
     top = tl.max(ran)
     for back in range(0, top):
         t = top - back
@@ -286,8 +286,9 @@ def sinkhorn_backward(
         _stream_backward(x, state, out)
     else:
         t = cut.tile._replace(warps=16) if cut.NP * cut.MP == RESIDENT else cut.tile
+        constants = {"PB": cut.PB, "NP": cut.NP, "MP": cut.MP}
         args = (*given(x), *state, *out, groups, n, m, c.shape[1])
-        launch(sinkhorn_resident_backward_kernel, -(-groups // cut.PB), args, {"cut": cut.compiled}, t)
+        launch(sinkhorn_resident_backward_kernel, -(-groups // cut.PB), args, constants, t)
     grads = [in_order(t, g) for t, g in zip(tensors[:3], out[:3], strict=True)]
     # Outputs of an op share no memory, but `contiguous` would leave the columns of one problem where they are.
     d_lams = [

@@ -64,12 +64,12 @@ def sinkhorn_resident_kernel(
     lam_a, lam_b, numbers,  # [G] or None, [G] or None, Numbers
     f_out, g_out, c, iters,  # [G, N], [G, M], [G, max(T, 1), M], [G]
     G, N, M, T,
-    cut,
+    PB: tl.constexpr, NP: tl.constexpr, MP: tl.constexpr,
 ):  # fmt: skip
     """All iterations of PB problems."""
     group, i, j, l, a, b, relax_a, relax_b = load_problems(
         log_kernel, stride_lg, stride_ln, log_a, stride_ag, stride_an, log_b, stride_bg, stride_bm, lam_a, lam_b,
-        numbers, G, N, M, cut,
+        numbers, G, N, M, PB, NP, MP,
     )  # fmt: skip
     live = group < G
     f, g = a, b
@@ -96,8 +96,8 @@ def sinkhorn_resident_kernel(
         tl.store(c + t * M, latest, mask=live & (j < M))
     tl.store(f_out + group * N + i, f, mask=live & (i < N))
     tl.store(g_out + group * M + j, g, mask=live & (j < M))
-    problem = tl.program_id(0).to(tl.int64) * cut.PB + tl.arange(0, cut.PB)
-    tl.store(iters + problem, tl.reshape(done, [cut.PB]).to(tl.int64), mask=problem < G)
+    problem = tl.program_id(0).to(tl.int64) * PB + tl.arange(0, PB)
+    tl.store(iters + problem, tl.reshape(done, [PB]).to(tl.int64), mask=problem < G)
 
 
 @triton.jit
@@ -240,8 +240,9 @@ def sinkhorn(x: Sinkhorn) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     if cut is None:
         _stream(x, *out)
     else:
+        constants = {"PB": cut.PB, "NP": cut.NP, "MP": cut.MP}
         args = (*given(x), *out, groups, n, m, x.num_iters)
-        launch(sinkhorn_resident_kernel, -(-groups // cut.PB), args, {"cut": cut.compiled}, cut.tile)
+        launch(sinkhorn_resident_kernel, -(-groups // cut.PB), args, constants, cut.tile)
     return out
 
 

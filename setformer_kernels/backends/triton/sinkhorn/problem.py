@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import functools
 import math
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import triton
@@ -13,7 +11,6 @@ from torch import Tensor
 
 from ....problem import Sinkhorn
 from ..device.primitives import INF, LN2, LOG2E, finite_or_zero
-from ..host.groups import Group
 from ..host.launch import Device, Split, split_tokens
 from ..host.rows import unit_rows
 from ..host.tiles import INTERPRETER, MIN_BLOCK, Tile, padded
@@ -32,8 +29,7 @@ WIDEST = 256  # columns of such a tile
 COLUMNS = Tile(rows=16, depth=64, warps=4, stages=1)  # partial sums of [16 splits, 64 columns] at a time
 
 
-@dataclass(frozen=True, eq=False)
-class Cut(Group):
+class Cut(NamedTuple):
     """The tile of a resident program."""
 
     PB: int  # problems
@@ -52,7 +48,7 @@ def resident(n: int, m: int, limit: int = RESIDENT) -> Cut | None:
     rows, columns = padded(n), padded(m)
     if rows * columns > limit:
         return None
-    return _cut(max(1, limit // 2 // (rows * columns)), rows, columns)  # several small problems share a program
+    return Cut(max(1, limit // 2 // (rows * columns)), rows, columns)  # several small problems share a program
 
 
 def stream(n: int, m: int, groups: int, device: Device, numbers: int = STREAM) -> tuple[Tile, Split]:
@@ -63,9 +59,6 @@ def stream(n: int, m: int, groups: int, device: Device, numbers: int = STREAM) -
     t = Tile(rows=rows, depth=columns, warps=4 if rows < MIN_BLOCK else 8, stages=1)
     split = split_tokens(n, t.rows, groups, device.multiprocessors) if m <= columns else Split(t.rows, -(-n // t.rows))
     return t, split
-
-
-_cut = functools.cache(Cut)
 
 
 class Numbers(NamedTuple):
@@ -87,7 +80,10 @@ def numbers(x: Sinkhorn) -> Numbers:
 
 def unit(x: Sinkhorn) -> Sinkhorn:
     """With unit stride along the columns of ℓ and in λ [G]."""
-    return x._replace(log_kernel=unit_rows(x.log_kernel), lam_a=unit_rows(x.lam_a), lam_b=unit_rows(x.lam_b))
+    l, lam_a, lam_b = unit_rows(x.log_kernel), unit_rows(x.lam_a), unit_rows(x.lam_b)
+    if l is x.log_kernel and lam_a is x.lam_a and lam_b is x.lam_b:
+        return x
+    return x._replace(log_kernel=l, lam_a=lam_a, lam_b=lam_b)
 
 
 def spanned(t: Tensor | None) -> tuple[Any, ...]:
@@ -148,11 +144,11 @@ def rate(tensor, scalar, group, mask):
 @triton.jit
 def load_problems(
     log_kernel, stride_lg, stride_ln, log_a, stride_ag, stride_an, log_b, stride_bg, stride_bm, lam_a, lam_b,
-    numbers, G, N, M, cut,
+    numbers, G, N, M, PB: tl.constexpr, NP: tl.constexpr, MP: tl.constexpr,
 ):  # fmt: skip
     """(problem [PB,1,1], row [1,NP,1], column [1,1,MP], ℓ [PB,NP,MP], log a [PB,NP,1], log b [PB,1,MP], λ_a, λ_b)."""
-    group = (tl.program_id(0).to(tl.int64) * cut.PB + tl.arange(0, cut.PB))[:, None, None]
-    i, j = tl.arange(0, cut.NP)[None, :, None], tl.arange(0, cut.MP)[None, None, :]
+    group = (tl.program_id(0).to(tl.int64) * PB + tl.arange(0, PB))[:, None, None]
+    i, j = tl.arange(0, NP)[None, :, None], tl.arange(0, MP)[None, None, :]
     live = group < G
     at = group * stride_lg + i.to(tl.int64) * stride_ln + j
     l = tl.load(log_kernel + at, mask=live & (i < N) & (j < M), other=-INF)

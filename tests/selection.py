@@ -1,0 +1,60 @@
+"""What `make test` leaves to `make test-all`: whatever shows again, at length, what a test that stays has shown.
+
+Left out are the tests of models (which `make test-models` runs too), benchmarks, installation, commands and pages; what
+is marked slow; and, of the products of cases, dtypes and sizes, all but a few on the stand-ins for a GPU (Triton's
+interpreter, the CUDA kernels' source on fibers), where a tensor operation takes 0.1 ms, and on `eager`, which is the
+reference behind the ops.
+"""
+
+from __future__ import annotations
+
+import pytest
+
+# make test and the rest of make test-all, on two quiet cores.
+MINUTES, MINUTES_REST = 5, 20
+
+FILES = {
+    "test_benchmarks_model.py", "test_benchmarks_quality.py", "test_benchmarks_run.py", "test_cuda_fuzz.py",
+    "test_cuda_resources.py", "test_demo_parts.py", "test_docs.py", "test_entry_points.py", "test_gpu_command.py",
+    "test_install_build.py", "test_install_rebuild.py", "test_triton_causal.py", "test_triton_features.py",
+    "test_triton_resources.py", "test_triton_sinkhorn.py",
+}  # fmt: skip
+STAND_INS = {"triton", "shim", "eager"}
+# Test -> of its parameters on a stand-in, the sets of which one stays.  A test without a row stays whole.
+KEPT: dict[str, tuple[set[str], ...]] = {
+    "test_output_and_every_gradient_within_the_error_budget": (
+        {"triton", "plain", "torch.float32"}, {"triton", "plain", "torch.bfloat16"},
+        {"triton", "tensors", "torch.float32"}, {"triton", "odd_sizes", "torch.float32"},
+        {"triton", "bool_mask", "torch.float32"}, {"triton", "dropout", "torch.float32"},
+        {"triton", "causal_t1", "torch.float32"}, {"triton", "causal_t1", "torch.bfloat16"},
+    ),
+    "test_small_gradients_within_the_error_budget": ({"triton", "tensors", "torch.float32"},),
+    "test_pooling_within_the_error_budget": ({"triton", "plain", "torch.float32"}, {"shim", "plain"}),
+    "test_nystrom_features_within_the_error_budget": ({"triton", "plain", "True", "torch.float32"},),
+    "test_sinkhorn_within_the_error_budget": ({"triton", "relaxed", "7", "torch.float32"}, {"shim", "relaxed", "7"}),
+    "test_attention_within_the_error_budget": (
+        {"shim", "plain", "torch.float32"}, {"shim", "plain", "torch.bfloat16"}, {"shim", "tensors", "torch.float32"},
+        {"shim", "bool_mask", "torch.float16"}, {"shim", "dropout", "torch.float32"},
+    ),
+    "test_attention_of_every_layout": (),
+    "test_sinkhorn_of_every_layout": (),
+    "test_empty_batches_queries_and_keys": (),
+    "test_output_and_gradients_keep_the_memory_order_of_the_inputs": ({"triton", "order1"}, {"eager", "order1"}),
+    "test_extreme_scales_stay_finite": (),
+    "test_random_calls_match_the_reference": (),
+    "test_compile_fullgraph_with_dynamic_lengths": (),
+    "test_export_with_a_dynamic_length": (),
+    "test_opcheck": (),
+    "test_vmap_and_vmap_of_grad": (),
+}  # fmt: skip
+
+
+def is_exhaustive(item: pytest.Item) -> bool:
+    """Whether the test is one that `make test` leaves out."""
+    if item.path.name in FILES or item.path.parent.name == "models" or item.get_closest_marker("slow"):
+        return True
+    kept, callspec = KEPT.get(getattr(item, "originalname", "")), getattr(item, "callspec", None)
+    if callspec is None or (kept is None and item.path.name != "test_shapes.py"):
+        return False
+    words = set(callspec.id.split("-")) | ({"shim"} if item.path.name == "test_cuda_kernels.py" else set())
+    return bool(words & STAND_INS) and not any(few <= words for few in kept or ())

@@ -1,0 +1,87 @@
+"""An edit of a source compiles again what includes it, and nothing else."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+INPUTS = ("pyproject.toml", "setup.py", "README.md", "LICENSE", "csrc", "setformer_kernels")
+# Writes down what each source includes, and compiles nothing.
+COMPILER = """#!/bin/sh
+last= source= object=
+for word in "$@"; do
+  case "$last" in -c) source=$word ;; -o) object=$word ;; esac
+  last=$word
+done
+case " $* " in
+*" -shared "*) : > "$object" ;;
+*" -c "*) echo "$source" >> "$COMPILED"; exec g++ "$@" -E -MF "${object%.o}.d" ;;
+*) exec g++ "$@" ;;
+esac
+"""
+
+pytestmark = pytest.mark.skipif(
+    shutil.which("g++") is None or sys.platform != "linux", reason="stands on g++'s record of what a source includes"
+)
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> Path:
+    """A copy of the sources, and a compiler in it."""
+    pytest.importorskip("pybind11")
+    for name in INPUTS:
+        copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
+        copy(ROOT / name, tmp_path / name)
+    for built in (tmp_path / "setformer_kernels").glob("_C*"):
+        built.unlink()
+    (tmp_path / "compiler").write_text(COMPILER)
+    (tmp_path / "compiler").chmod(0o755)
+    return tmp_path
+
+
+def compiled(tree: Path, **environment: str) -> list[str]:
+    """What a build in `tree` compiles, in alphabetical order."""
+    record = tree / "compiled.txt"
+    record.write_text("")
+    compiler = {"CC": str(tree / "compiler"), "CXX": str(tree / "compiler"), "COMPILED": str(record)}
+    chosen = {"SETFORMER_KERNELS_CUDA": "0", "SETFORMER_KERNELS_CPU_BUILD": "native"} | environment
+    command = [sys.executable, "setup.py", "build_ext"]
+    done = subprocess.run(
+        command, cwd=tree, env=os.environ | compiler | chosen, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    assert "WITHOUT" not in done.stderr, done.stderr
+    return sorted(Path(source).stem for source in record.read_text().splitlines())
+
+
+def test_only_what_includes_an_edited_file_is_compiled_again(tree: Path) -> None:
+    everything = compiled(tree)
+    assert {"bindings", "dispatch", "attention", "sinkhorn"} < set(everything)
+    assert len(everything) == len(set(everything)), "one instruction set: each source once"
+    assert compiled(tree) == []
+    header = tree / "csrc" / "cpu" / "transport_backward.h"
+    header.write_text(header.read_text() + "// edited\n")
+    assert compiled(tree) == ["attention_backward", "sinkhorn"]
+    (tree / "csrc" / "cuda" / "launch.cuh").touch()
+    assert compiled(tree) == []
+
+
+def test_another_choice_of_instruction_sets_compiles_what_is_missing(tree: Path) -> None:
+    compiled(tree)
+    more = compiled(tree, SETFORMER_KERNELS_CPU_BUILD="all")
+    assert "dispatch" in more
+    assert "bindings" not in more
+
+
+def test_an_unknown_choice_is_refused(tree: Path) -> None:
+    environment = os.environ | {"SETFORMER_KERNELS_CPU_BUILD": "fast", "SETFORMER_KERNELS_CUDA": "0"}
+    command = [sys.executable, "setup.py", "build_ext"]
+    done = subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True, timeout=100)
+    assert done.returncode != 0
+    assert "SETFORMER_KERNELS_CPU_BUILD must be all or native, got 'fast'" in done.stderr
