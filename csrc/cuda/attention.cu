@@ -18,30 +18,37 @@ struct Layout {
   int64_t problems = 1, groups = 0;  // see ResidentParams
 };
 
-template <class T>
-AttentionShared<T> placed(const AttentionParams& p, const Layout& l, Arena& arena, AttentionShared<T>*) {
-  return {arena, p, padded(KeyShare::each(p.S, l.cluster)), l.warps};
-}
-template <class T>
-BackwardShared<T> placed(const AttentionParams& p, const Layout& l, Arena& arena, BackwardShared<T>*) {
-  return {arena, p, padded(KeyShare::each(p.S, l.cluster)), l.warps, l.buffers};
+// Larger problems fit no device; below these, no sum of bytes overflows.
+constexpr int64_t kLargestSize = int64_t{1} << 24;
+constexpr int64_t kMostIterations = 1 << 16;
+
+BlockShape block_of(const AttentionParams& p, const Layout& l) {
+  return {padded(KeyShare::each(p.S, l.cluster)), l.warps, l.buffers};
 }
 
-template <class T>
-size_t shared_bytes(const AttentionParams& p, const Layout& l, bool backward) {
+template <class Shared>
+size_t shared_bytes(const AttentionParams& p, const Layout& l) {
   Arena arena;
-  if (backward)
-    placed(p, l, arena, static_cast<BackwardShared<T>*>(nullptr));
-  else
-    placed(p, l, arena, static_cast<AttentionShared<T>*>(nullptr));
+  Shared(arena, p, block_of(p, l));
   return arena.used * sizeof(float);
+}
+
+// call(T{}) for the type T of the tokens; float16 stands for what no kernel takes, and for its size.
+template <class Call>
+auto with_dtype(const AttentionParams& p, Call call) {
+  if (p.key.dtype == Dtype::f32) return call(float{});
+  if (p.key.dtype == Dtype::bf16) return call(BF16{});
+  return call(F16{});
 }
 
 // Whether a layout fits, with two steps of tokens in memory where there is room for them.
 bool fits(const Device& device, const AttentionParams& p, bool backward, Layout& l) {
   const auto limit = static_cast<size_t>(device.shared);
   for (l.buffers = backward ? 2 : 1; l.buffers > 0; --l.buffers) {
-    l.shared = p.key.dtype == Dtype::f32 ? shared_bytes<float>(p, l, backward) : shared_bytes<BF16>(p, l, backward);
+    l.shared = with_dtype(p, [&](auto of) {
+      using T = decltype(of);
+      return backward ? shared_bytes<BackwardShared<T>>(p, l) : shared_bytes<AttentionShared<T>>(p, l);
+    });
     if (l.shared <= limit) return true;
   }
   return false;
@@ -62,14 +69,17 @@ Layout with_warps(const Device& device, const AttentionParams& p, bool backward,
   return best;
 }
 
-// The number of references, padded, whose kernel takes a problem; 0 for the one that takes any.
+// The number of references, padded, that a kernel is compiled for; 0 where there is only the one that takes any.
+template <class T>
+constexpr int kCompiled = std::is_same<T, float>::value ? 0 : kUsual;
+// The same for the kernel that takes a problem.
 int known(const AttentionParams& p) { return p.key.dtype != Dtype::f32 && padded(p.M) == kUsual ? kUsual : 0; }
 
 // As many warps as there are tiles, fewer where memory asks for it; then, where heads outnumber the blocks that run at
 // a time, several batch elements for each, which then load the references once and add up their gradients.
 Layout layout(const Device& device, const AttentionParams& p, bool backward) {
   Layout best;
-  if (std::max({p.S, p.L, p.D, p.E, p.M, p.B * p.H}) > (int64_t{1} << 24) || p.T > (1 << 16)) return best;
+  if (std::max({p.S, p.L, p.D, p.E, p.M, p.B * p.H}) > kLargestSize || p.T > kMostIterations) return best;
   int warps = kMostWarps;
   while (warps > 1 && std::max(p.S, p.L) <= int64_t{kTile} * warps / 2) warps /= 2;
   best = with_warps(device, p, backward, warps);
@@ -89,7 +99,7 @@ void run(void (*kernel)(Launch<Shared>), const char* name, const AttentionParams
   Launch<Shared> all(p);
   all.problems = static_cast<int32_t>(l.problems), all.groups = static_cast<int32_t>(l.groups);
   Arena arena;
-  all.shared = placed(p, l, arena, static_cast<Shared*>(nullptr));
+  all.shared = Shared(arena, p, block_of(p, l));
   launch(kernel, name, {p.H * l.groups * l.cluster, l.warps * kWarp, l.cluster, l.shared}, all, stream);
 }
 
@@ -116,21 +126,20 @@ int64_t gradient_parts(const Device& device, const AttentionParams& p) { return 
 void attention(const AttentionParams& p, const Device& device, void* stream) {
   if (p.B * p.H == 0) return;
   const Layout l = known_layout(device, p, false);
-  const auto go = [&](auto* kernel) { run(kernel, "attention", p, l, stream); };
-  const bool bf16 = p.key.dtype == Dtype::bf16;
-  if (p.key.dtype == Dtype::f32) return go(attention_kernel<float, 0>);
-  if (known(p)) return bf16 ? go(attention_kernel<BF16, kUsual>) : go(attention_kernel<F16, kUsual>);
-  bf16 ? go(attention_kernel<BF16, 0>) : go(attention_kernel<F16, 0>);
+  with_dtype(p, [&](auto of) {
+    using T = decltype(of);
+    run(known(p) ? attention_kernel<T, kCompiled<T>> : attention_kernel<T, 0>, "attention", p, l, stream);
+  });
 }
 
 void attention_backward(const AttentionParams& p, const Device& device, void* stream) {
   if (p.B * p.H == 0) return;
   const Layout l = known_layout(device, p, true);
-  const auto go = [&](auto* kernel) { run(kernel, "attention_backward", p, l, stream); };
-  const bool bf16 = p.key.dtype == Dtype::bf16;
-  if (p.key.dtype == Dtype::f32) return go(attention_backward_kernel<float, 0>);
-  if (known(p)) return bf16 ? go(attention_backward_kernel<BF16, kUsual>) : go(attention_backward_kernel<F16, kUsual>);
-  bf16 ? go(attention_backward_kernel<BF16, 0>) : go(attention_backward_kernel<F16, 0>);
+  with_dtype(p, [&](auto of) {
+    using T = decltype(of);
+    const auto kernel = known(p) ? attention_backward_kernel<T, kCompiled<T>> : attention_backward_kernel<T, 0>;
+    run(kernel, "attention_backward", p, l, stream);
+  });
 }
 
 }  // namespace sfk::cuda

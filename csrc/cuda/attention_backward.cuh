@@ -104,7 +104,8 @@ SFK_DEVICE void read_backward(const AttentionParams& p, const Head& head, const 
     sync_block();
     const int tokens[2] = {g < count ? row + g : -1, g + 8 < count ? row + g + 8 : -1};
     const auto logits = [&](int first, int tiles, Chunk& dl) { rows.to_logits(first, tiles, dl); };
-    gradient_tile(head, shared, x, rows.d_o, tile, positions, tokens, logits, sums, along);
+    const float total[2] = {0, 0};
+    gradient_tile(head, shared, x, rows.d_o, tile, positions, tokens, total, logits, sums, along);
     if (p.d_query.data)
       store_token_gradients(Rows<T>(p.d_query, head.b, head.h), head, shared, x, tile, row, count, along);
     sync_block();

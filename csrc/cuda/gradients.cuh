@@ -38,11 +38,12 @@ struct BackwardShared : HeadShared<T> {
     return keys > pairs ? keys : pairs;
   }
   BackwardShared() = default;
-  BackwardShared(Arena& arena, const AttentionParams& p, int rows_, int warps, int buffers_)
-      : HeadShared<T>(arena, p, rows_, warps, queries_numbers(p, warps), staged_numbers(p, warps, buffers_)),
-        buffers(buffers_),
+  BackwardShared(Arena& arena, const AttentionParams& p, const BlockShape& block)
+      : HeadShared<T>(arena, p, block, queries_numbers(p, block.warps), staged_numbers(p, block.warps, block.buffers)),
+        buffers(block.buffers),
         sums_length(padded(p.D) + 8),
         values_length(padded(p.E) + 8) {
+    const int warps = block.warps, rows_ = block.rows;
     const int Mp = padded(p.M), steps = static_cast<int>(p.T > 1 ? p.T : 1), P = static_cast<int>(p.P);
     tile = this->l, d_z.at = this->l.at + warps * kTile * ResidentParams::row_stride(p.M);
     zd = arena.take<T>(Mp * this->v_length);
@@ -151,34 +152,68 @@ SFK_DEVICE void add_over_rows(const Chunk& dl, int first, int tiles, float* out,
   }
 }
 
-// The positions' part of a chunk: dτ's sum, and Σ_i dℓ_ij (p_i − π_j).
+// Where rows g and g + 8 stand: whether they have a position, the reference nearest to it, and how far that is,
+// squared.
+struct Places {
+  bool placed[2] = {false, false};
+  int nearest[2] = {0, 0};
+  float least[2] = {0, 0};
+
+  SFK_DEVICE Places(const Head& head, const float* pi, const Positions& positions, const int (&token)[2]) {
+#pragma unroll 1
+    for (int r = 0; r < 2; ++r) {
+      placed[r] = head.P && token[r] >= 0 && positions.placed(token[r], head.P);
+      float lowest = -kNone;
+#pragma unroll 1
+      for (int j = 0; placed[r] && j < head.M; ++j) {
+        float square = 0;
+#pragma unroll 1
+        for (int c = 0; c < head.P; ++c) {
+          const float away = positions.coordinate(token[r], c) - pi[j * head.P + c];
+          square = fmaf(away, away, square);
+        }
+        if (square < lowest) lowest = least[r] = square, nearest[r] = j;
+      }
+    }
+  }
+};
+
+// The positions' part of a chunk: dτ's sum, and Σ_i dℓ_ij (p_i − π_j).  Squares count from that of the row's nearest
+// reference on: dℓ sums to a known total but for rounding, and a squared distance of thousands would multiply that.
 template <class T>
 SFK_DEVICE void add_places(const Head& head, const BackwardShared<T>& shared, const Positions& positions,
-                           const int (&token)[2], const Chunk& dl, int first, int tiles, HyperSums& sums) {
-  const bool placed[2] = {token[0] >= 0 && positions.placed(token[0], head.P),
-                          token[1] >= 0 && positions.placed(token[1], head.P)};
+                           const int (&token)[2], const Places& places, const Chunk& dl, int first, int tiles,
+                           HyperSums& sums) {
+  const auto& placed = places.placed;
 #pragma unroll 1
   for (int c = 0; c < head.P; ++c) {
-    float p[2];
-    for (int r = 0; r < 2; ++r) p[r] = placed[r] ? positions.coordinate(token[r], c) : 0.0f;
+    float p[2], least[2];
+    for (int r = 0; r < 2; ++r) {
+      p[r] = placed[r] ? positions.coordinate(token[r], c) : 0.0f;
+      least[r] = p[r] - shared.pi[places.nearest[r] * head.P + c];
+    }
     add_over_rows(dl, first, tiles, shared.places + warp_index() * head.Mp * head.P + c, head.P,
                   [&](int r, int j, float d) {
-                    const float away = placed[r] ? d * (p[r] - shared.pi[j * head.P + c]) : 0.0f;
-                    sums.of[kPositionScale] += placed[r] ? away * (p[r] - shared.pi[j * head.P + c]) : 0.0f;
-                    return away;
+                    const float away = p[r] - shared.pi[j * head.P + c];
+                    if (!placed[r]) return 0.0f;
+                    sums.of[kPositionScale] += d * ((away - least[r]) * (away + least[r]));
+                    return d * away;
                   });
   }
 }
 
 // dĉ of this warp's tile into tile [16,stride], times the rows' factor and as the products will take it.
-// to_logits(first, tiles, chunk) makes dℓ of ⟨w_i, zd_j⟩; along: Σ_j dĉ_ij ĉ_ij of rows g and g + 8.
+// to_logits(first, tiles, chunk) makes dℓ of ⟨w_i, zd_j⟩; total: what rows g and g + 8 of it sum to; along: their
+// Σ_j dĉ_ij ĉ_ij.
 template <class T, class ToLogits>
 SFK_DEVICE void gradient_tile(const Head& head, const BackwardShared<T>& shared, const T* x, const T* w, float* tile,
-                              const Positions& positions, const int (&token)[2], ToLogits to_logits, HyperSums& sums,
-                              float (&along)[2]) {
+                              const Positions& positions, const int (&token)[2], const float (&total)[2],
+                              ToLogits to_logits, HyperSums& sums, float (&along)[2]) {
   const int g = lane_index() / 4, t = lane_index() % 4, yl = shared.y_length, vl = shared.v_length;
   const float* factors = shared.factor + warp_index() * kTile;
   const float factor[2] = {factors[g], factors[g + 8]};
+  const Places places(head, shared.pi, positions, token);
+  if (t == 0) sums.of[kPositionScale] += places.least[0] * total[0] + places.least[1] * total[1];
   along[0] = along[1] = 0;
 #pragma unroll 1
   for (int first = 0; first < head.Mp; first += kColumns) {
@@ -186,7 +221,7 @@ SFK_DEVICE void gradient_tile(const Head& head, const BackwardShared<T>& shared,
     Chunk dl = {}, product = {};
     rows_product<T>(dl, w, shared.zd + first * vl, vl, vl - kShift<T>, tiles);
     to_logits(first, tiles, dl);
-    if (head.P) add_places(head, shared, positions, token, dl, first, tiles, sums);
+    if (head.P) add_places(head, shared, positions, token, places, dl, first, tiles, sums);
     rows_product<T>(product, x, shared.y + first * yl, yl, yl - kShift<T>, tiles);
 #pragma unroll
     for (int n = 0; n < kColumns / 8; ++n) {
@@ -195,8 +230,8 @@ SFK_DEVICE void gradient_tile(const Head& head, const BackwardShared<T>& shared,
       for (int e = 0; e < 4; ++e) {
         const int r = e / 2;
         const float kappa = head.kappa(product[n][e], factor[r]), cosine = product[n][e] * factor[r];
-        sums.of[kEpsilon] += dl[n][e] * (kappa - 1);
-        if (head.rbf) sums.of[kBandwidth] += dl[n][e] * (kappa * (cosine - 1));
+        sums.of[kEpsilon] += dl[n][e] * (kappa - head.middle);
+        if (head.rbf) sums.of[kBandwidth] += dl[n][e] * (kappa * (cosine - 1) - head.middle_slope);
         const float d = dl[n][e] * head.inv_eps * (head.rbf ? head.beta * kappa : 1.0f);
         const float operand = to_float(rounded<T>(d * factor[r]));
         along[r] += operand * cosine;

@@ -29,6 +29,9 @@ struct Head {
   int M, Mp, stride, P;
   bool rbf;
   float beta, inv_eps, inv_eps_low, lam_a, lam_b, tau2;  // 1/ε = inv_eps + inv_eps_low
+  // What dβ and dε count κ(ĉ − 1) and κ from: where all dℓ sum to 0 from orthogonal vectors, whose values take most of
+  // the weight off the rounding errors of dℓ.
+  float middle_slope, middle;
   // known: Mp where the kernel was compiled for it, else 0.
   SFK_DEVICE Head(const ResidentParams& p, int64_t b_, int64_t h_, int known)
       : b(b_),
@@ -40,6 +43,7 @@ struct Head {
         rbf(p.kernel == KernelKind::rbf) {
     beta = hyper(p, kBandwidth), lam_a = hyper(p, kLambdaA), lam_b = hyper(p, kLambdaB);
     tau2 = hyper(p, kPositionScale), tau2 *= tau2;
+    middle = p.d_c.data ? 1.0f : kappa(0, 1), middle_slope = p.d_c.data ? 0.0f : -middle;
     const double inverse = 1 / (p.hyper[kEpsilon].data ? double{read(p.hyper[kEpsilon], h)} : p.scalars[kEpsilon]);
     inv_eps = static_cast<float>(inverse), inv_eps_low = static_cast<float>(inverse - inv_eps);
   }

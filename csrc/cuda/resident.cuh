@@ -19,7 +19,12 @@ struct Launch : ResidentParams {
   using ResidentParams::ResidentParams;
 };
 
-// What forward and backward keep of a head and of `rows` keys (a multiple of 16).
+// What one block holds of a head: so many keys (a multiple of 16), and so many steps of tokens at a time (backward).
+struct BlockShape {
+  int rows, warps, buffers;
+};
+
+// What forward and backward keep of a head and of its keys.
 template <class T>
 struct HeadShared {
   int rows, y_length, v_length;
@@ -30,9 +35,9 @@ struct HeadShared {
   Place<float> inverse, scratch, lowest;  // [warps,16] [warps] [1]
 
   HeadShared() = default;
-  HeadShared(Arena& arena, const AttentionParams& p, int rows_, int warps, int64_t least, int64_t tokens_)
-      : rows(rows_), y_length(row_length<T>(p.D)), v_length(row_length<T>(p.E)) {
-    const int Mp = padded(p.M);
+  HeadShared(Arena& arena, const AttentionParams& p, const BlockShape& block, int64_t least, int64_t tokens_)
+      : rows(block.rows), y_length(row_length<T>(p.D)), v_length(row_length<T>(p.E)) {
+    const int Mp = padded(p.M), warps = block.warps;
     const int64_t logits = static_cast<int64_t>(rows) * ResidentParams::row_stride(p.M);
     l = arena.take(logits > least ? logits : least);
     y = arena.take<T>(Mp * y_length), staged = arena.take<T>(tokens_);
@@ -58,9 +63,10 @@ struct AttentionShared : HeadShared<T> {
     return tiles > values ? tiles : values;
   }
   AttentionShared() = default;
-  AttentionShared(Arena& arena, const AttentionParams& p, int rows_, int warps)
-      : HeadShared<T>(arena, p, rows_, warps, int64_t{warps} * kTile * ResidentParams::row_stride(p.M),
-                      staged_numbers(p, warps)) {
+  AttentionShared(Arena& arena, const AttentionParams& p, const BlockShape& block)
+      : HeadShared<T>(arena, p, block, int64_t{block.warps} * kTile * ResidentParams::row_stride(p.M),
+                      staged_numbers(p, block.warps)) {
+    const int warps = block.warps, rows_ = block.rows;
     const int M = static_cast<int>(p.M), Mp = padded(M), sharing = Strips(M, warps).sharing;
     const int pooled = Mp * this->v_length,
               parts = warps * kTile * kNarrow * static_cast<int>(sizeof(float) / sizeof(T));
@@ -135,7 +141,8 @@ SFK_DEVICE Walk<T> walk_over(const Rows<T>& from, const Head& head, const HeadSh
   return {from, first, count, padded_count / kTile, mass, head.rbf, buffers, shared.y_length, inverse};
 }
 
-// The keys' logits or, scaled, K and lowest = min ℓ − m of this block.
+// The keys' logits less their rows' maxima m or, scaled, K and lowest = min ℓ − m of this block.  What a row's logits
+// share, as a long way to every reference, cancels before it costs digits.
 template <class T>
 SFK_DEVICE void load_keys(const AttentionParams& p, const Head& head, const KeyShare& keys, const HeadShared<T>& shared,
                           bool scaled) {
@@ -144,12 +151,16 @@ SFK_DEVICE void load_keys(const AttentionParams& p, const Head& head, const KeyS
   const auto walk =
       walk_over(Rows<T>(p.key, head.b, head.h), head, shared, keys.first, keys.count, shared.rows, shared.log_a);
   walk.each(warp_index(), block_warps(), [&](int tile, const TileOf<T>& x) {
-    const int g = lane_index() / 4;
+    const int g = lane_index() / 4, t = lane_index() % 4;
     float top[2], sum[2], *out = shared.l + tile * kTile * head.stride, *tops = shared.top + tile * kTile;
     Chunk l;
     lowest = fminf(lowest, tile_weights<T>(head, x, shared.y, shared.y_length, shared.pi, positions, nullptr, scaled,
                                            out, l, top, sum));
-    if (lane_index() % 4 == 0) tops[g] = top[0], tops[g + 8] = top[1];
+    if (t == 0) tops[g] = top[0], tops[g + 8] = top[1];
+    if (scaled) return;
+    sync_warp();
+    for (int r = 0; r < 2; ++r)
+      for (int j = t; j < head.Mp; j += 4) out[(g + r * 8) * head.stride + j] -= finite_or_zero(top[r]);
   });
   lowest = -block_max(-lowest, shared.scratch);
   if (thread_index() == 0) *shared.lowest = lowest;

@@ -1,10 +1,10 @@
 // Transport and pooling on the chip: a cluster of blocks has one head, each block a share of its keys.
 //
-// The keys are read once.  Their logits, or e^{ℓ − row maximum} where the range allows, stay in shared memory through
-// all iterations; then the values are pooled along the plan.
-// Scaled: K = e^{ℓ−m}, a row's factor is u = e^{log a + (1−λ_a) m − λ_a log(K G) − ref}, G = e^{g − max g}; no
-// exponential of a tile.  It holds while every K G is a normal number; where it is not, the head starts again in the
-// log domain, decided on the device and by all blocks alike.
+// The keys are read once.  Their logits less the row maximum, or e^ of that where the range allows, stay in shared
+// memory through all iterations; then the values are pooled along the plan. Scaled: K = e^{ℓ−m}, a row's factor is u =
+// e^{log a + (1−λ_a) m − λ_a log(K G) − ref}, G = e^{g − max g}; no exponential of a tile.  It holds while every K G is
+// a normal number; where it is not, the head starts again in the log domain, decided on the device and by all blocks
+// alike.
 #pragma once
 #include "resident.cuh"
 
@@ -53,9 +53,9 @@ SFK_DEVICE float scaled_rows(const Head& head, int rows, const float* l, const f
   return block_max(most, scratch);
 }
 
-// Log domain: weight = f = log a − λ_a LSE_j(ℓ + g).
-SFK_DEVICE void log_rows(const Head& head, int rows, const float* l, const float* g, const float* log_a, float* weight,
-                         float lam, bool update) {
+// Log domain: weight = f + m = log a + (1 − λ_a) m − λ_a LSE_j(ℓ − m + g).
+SFK_DEVICE void log_rows(const Head& head, int rows, const float* l, const float* g, const float* log_a,
+                         const float* top, float* weight, float lam, bool update) {
 #pragma unroll 1
   for (int i = warp_index() * 4 + lane_index() / 8; i < rows; i += block_warps() * 4) {
     float peak = kNone, total = 0;
@@ -64,7 +64,8 @@ SFK_DEVICE void log_rows(const Head& head, int rows, const float* l, const float
     for (int j = lane_index() % 8; j < head.M; j += 8)
       total += exp_approx(l[i * head.stride + j] + g[j] - finite_or_zero(peak));
     total = octet(total, [](float a, float b) { return a + b; });
-    const float f = update ? potential(log_a[i], lam, LogSum{peak, total}.value()) : log_a[i];
+    const float m = top[i];
+    const float f = update ? potential(log_a[i] + m * (1 - lam), lam, LogSum{peak, total}.value()) : log_a[i] + m;
     if (lane_index() % 8 == 0) weight[i] = f;
   }
 }
@@ -89,7 +90,7 @@ SFK_DEVICE float iterate(const Head& head, const AttentionShared<T>& shared, con
                          float lam, bool update) {
   const int rows = shared.rows;
   if (kLog) {
-    log_rows(head, rows, shared.l, shared.g, shared.log_a, shared.weight, lam, update);
+    log_rows(head, rows, shared.l, shared.g, shared.log_a, shared.top, shared.weight, lam, update);
     sync_block();
     column_log_sums(shared.l, head.stride, rows, head.M, shared.weight, sums);
     return 0;

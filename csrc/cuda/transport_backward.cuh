@@ -1,6 +1,6 @@
 // Backward of the transport on the chip, exact for the T iterations that ran: from dz and dg^T to dk, dv and dℓ.
 //
-// Every block holds K = e^{ℓ−m} of its keys (or ℓ, in the log domain) through all iterations, t = T..1:
+// Every block holds K = e^{ℓ−m} of its keys (or ℓ − m, in the log domain) through all iterations, t = T..1:
 //
 //   Q^t_sj = e^{ℓ + f^t − c^t} = K_sj q^t_s e^{top c − c^t_j},    R^t_sj = K_sj G^t_j/(K G^t)_s
 //   df^t_s = Σ_j Q^t_sj dc^t_j (t = T: also ⟨v_s, dz_j⟩ − ⟨z_j, dz_j⟩),    dg^{t−1}_j = −λ_a Σ_s R^t_sj df^t_s
@@ -28,6 +28,8 @@ struct KeyPass {
 
   SFK_DEVICE float* row_q(int t) const { return shared.row_q + t * shared.rows; }
   SFK_DEVICE float* row_r(int t) const { return shared.row_r + t * shared.rows; }
+  // max_j (ℓ − m + g_j) of iteration t, until the next one; m is needed until the last.
+  SFK_DEVICE float* row_top(int t) const { return t ? row_r(t - 1) : shared.top + 0; }
   SFK_DEVICE float* col_q(int t) const { return shared.col_q + t * head.Mp; }
   SFK_DEVICE float* col_r(int t) const { return shared.col_r + t * head.Mp; }
   SFK_DEVICE float* d_col(int t) const { return shared.d_col + t * head.Mp; }
@@ -35,8 +37,8 @@ struct KeyPass {
   // Q without dc: of element l in row i and column j.
   SFK_DEVICE float sent(float l, float q, float c) const { return kLog ? exp_approx((l + q) + c) : l * q * c; }
 
-  // max_j (ℓ_ij + g_j) of iteration t, for the four lanes that share row i; 0 where there is none.  One chunk of ℓ is
-  // still there when it is asked for; of several the first are not: then step_rows has kept it.
+  // max_j (ℓ_ij − m_i + g_j) of iteration t, for the four lanes that share row i; 0 where there is none.  One chunk of
+  // ℓ is still there when it is asked for; of several the first are not: then step_rows has kept it.
   SFK_DEVICE float row_maximum(int i, int t) const {
     if (head.Mp > kColumns) return shared.row_top[t * shared.rows + i];
     float x[2] = {kNone, kNone};
@@ -65,7 +67,8 @@ SFK_DEVICE void KeyPass<T, kLog>::step_columns(int t) {
     if (p.T == 0 || reached) shared.d_log_b[j] += shared.dg[j];
     if (p.T && reached) {
       d -= head.lam_b * shared.dg[j];
-      sums.of[kLambdaB] -= shared.dg[j] * c;
+      // Σ_j dg_j = 0 unless c has a gradient: then only its spread counts.
+      sums.of[kLambdaB] -= shared.dg[j] * (p.d_c.data ? c : c - shared.levels[2 * t + 1]);
     }
     if (t == last && !lone) d -= shared.zdz[j];
     d_col(t)[j] = reached ? (kLog ? d : d * col_q(t)[j]) : 0.0f;
@@ -77,7 +80,8 @@ SFK_DEVICE void KeyPass<T, kLog>::step_columns(int t) {
 template <class T, bool kLog>
 SFK_DEVICE void KeyPass<T, kLog>::pool_rows() {
   const int g = lane_index() / 4, t = lane_index() % 4, ld = shared.v_length, step = block_warps() * kTile;
-  if (kLog) log_rows(head, shared.rows, shared.l, col_r(last), shared.log_a, row_q(last), head.lam_a, p.T > 0);
+  if (kLog)
+    log_rows(head, shared.rows, shared.l, col_r(last), shared.log_a, shared.top, row_q(last), head.lam_a, p.T > 0);
   const Rows<T> values(p.value, head.b, head.h);
   const Pairs<T> pairs = {shared, nullptr, &values, keys.first, keys.count, shared.log_a};
   pairs.each(0, step, shared.rows, [&](int row0, const T*, const T* w) {
@@ -119,6 +123,7 @@ SFK_DEVICE void KeyPass<T, kLog>::step_rows(int t) {
 #pragma unroll 1
   for (int i = warp_index() * 4 + lane_index() / 8; i < shared.rows; i += block_warps() * 4) {
     const float *l = shared.l + i * head.stride, mass = shared.log_a[i];
+    const float m = shared.top[i];
     float lse, q, total = 0, df = 0, top = 0;
     if (kLog) {
       top = kNone;
@@ -127,7 +132,8 @@ SFK_DEVICE void KeyPass<T, kLog>::step_rows(int t) {
       for (int j = lane_index() % 8; j < head.M; j += 8) total += exp_approx(l[j] + G[j] - finite_or_zero(top));
       total = octet(total, add);
       lse = LogSum{top, total}.value();
-      q = p.T ? (mass == kNone ? kNone : potential(mass, lam, lse)) : mass;
+      q = p.T ? (mass == kNone ? kNone : potential(mass + m * (1 - lam), lam, lse)) : mass + m;
+      lse += m;
       for (int j = lane_index() % 8; j < head.M; j += 8) df += sent(l[j], q, Q[j]) * d[j];
     } else {
 #pragma unroll 1
@@ -137,7 +143,7 @@ SFK_DEVICE void KeyPass<T, kLog>::step_rows(int t) {
         df = dot(x, *reinterpret_cast<const Vec4*>(d + j), df);
       }
       total = octet(total, add);
-      const float log_total = logf(total), m = shared.top[i];
+      const float log_total = logf(total);
       lse = m + shift + log_total;
       q = exp_approx((mass + offset) + m * (1 - lam) - lam * log_total);
     }
@@ -148,7 +154,7 @@ SFK_DEVICE void KeyPass<T, kLog>::step_rows(int t) {
     shared.d_log_a[i] += df;
     if (p.T) sums.of[kLambdaA] -= df * (lse == kNone ? 0.0f : lse - center);
     row_q(t)[i] = q;
-    if (kLog) shared.top[i] = finite_or_zero(top);
+    if (kLog) row_top(t)[i] = finite_or_zero(top);
     if (kLog && head.Mp > kColumns) shared.row_top[t * shared.rows + i] = finite_or_zero(top);
     row_r(t)[i] = total > 0 ? -lam * df / total : 0.0f;
   }
@@ -164,7 +170,7 @@ SFK_DEVICE void KeyPass<T, kLog>::sum_columns(int t) {
     float total = 0;
     for (int i = share; i < shared.rows; i += sharing) {
       const float l = shared.l[i * head.stride + j];
-      total = fmaf(kLog ? exp_approx((l + G[j]) - shared.top[i]) : l, r[i], total);
+      total = fmaf(kLog ? exp_approx((l + G[j]) - row_top(t)[i]) : l, r[i], total);
     }
     shared.part[share * head.Mp + j] = total;
   });
@@ -273,9 +279,11 @@ SFK_DEVICE void KeyPass<T, kLog>::finish() const {
       };
       const int tokens[2] = {token(row + g), token(row + g + 8)};
       const auto logits = [&](int first, int tiles, Chunk& dl) { to_logits(row, first, tiles, dl); };
+      const float rest = p.T ? 1 - head.lam_a : 1.0f;  // of df: Σ_j R = 1
+      const float total[2] = {rest * shared.d_log_a[row + g], rest * shared.d_log_a[row + g + 8]};
       float along[2];
-      gradient_tile(head, shared, mine, w + warp_index() * kTile * shared.v_length, tile, positions, tokens, logits,
-                    sums, along);
+      gradient_tile(head, shared, mine, w + warp_index() * kTile * shared.v_length, tile, positions, tokens, total,
+                    logits, sums, along);
       if (p.d_key.data)
         store_token_gradients(Rows<T>(p.d_key, head.b, head.h), head, shared, mine, tile, keys.first + row, count,
                               along);
