@@ -160,7 +160,7 @@ struct Places {
   float least[2] = {0, 0};
 
   SFK_DEVICE Places(const Head& head, const float* pi, const Positions& positions, const int (&token)[2]) {
-#pragma unroll 1
+#pragma unroll
     for (int r = 0; r < 2; ++r) {
       placed[r] = head.P && token[r] >= 0 && positions.placed(token[r], head.P);
       float lowest = -kNone;

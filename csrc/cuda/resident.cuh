@@ -151,18 +151,17 @@ SFK_DEVICE void load_keys(const AttentionParams& p, const Head& head, const KeyS
   const auto walk =
       walk_over(Rows<T>(p.key, head.b, head.h), head, shared, keys.first, keys.count, shared.rows, shared.log_a);
   walk.each(warp_index(), block_warps(), [&](int tile, const TileOf<T>& x) {
-    const int g = lane_index() / 4, t = lane_index() % 4;
+    const int g = lane_index() / 4;
     float top[2], sum[2], *out = shared.l + tile * kTile * head.stride, *tops = shared.top + tile * kTile;
     Chunk l;
     lowest = fminf(lowest, tile_weights<T>(head, x, shared.y, shared.y_length, shared.pi, positions, nullptr, scaled,
                                            out, l, top, sum));
-    if (t == 0) tops[g] = top[0], tops[g + 8] = top[1];
-    if (scaled) return;
-    sync_warp();
-    for (int r = 0; r < 2; ++r)
-      for (int j = t; j < head.Mp; j += 4) out[(g + r * 8) * head.stride + j] -= finite_or_zero(top[r]);
+    if (lane_index() % 4 == 0) tops[g] = top[0], tops[g + 8] = top[1];
   });
   lowest = -block_max(-lowest, shared.scratch);
+#pragma unroll 1
+  for (int i = warp_index(); !scaled && i < shared.rows; i += block_warps())
+    for (int j = lane_index(); j < head.Mp; j += kWarp) shared.l[i * head.stride + j] -= finite_or_zero(shared.top[i]);
   if (thread_index() == 0) *shared.lowest = lowest;
 }
 
