@@ -1,7 +1,7 @@
 """Error over budget of everything the budget's tests measure, under other roundings: `python -m benchmarks.cpu.budget`.
 
-Every setting below runs in a process of its own and appends its rows to the table as they are measured; a run that was
-interrupted goes on where it stopped.  `--summary` prints the worst ratio per op, backend, dtype and gradient.
+Every setting below runs in a process of its own and appends its rows to build/budget.csv as they are measured; a run
+that was interrupted goes on where it stopped.  `--summary FILE` keeps the worst row per backend, dtype, op and result.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
-from datetime import datetime, timezone
 from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
@@ -23,6 +22,7 @@ import torch
 
 from benchmarks.common import entry_point
 from benchmarks.common.hardware import ROOT
+from setformer_kernels.problem import HYPER
 from setformer_kernels.testing import ALL_CASES, CASES, measure, sizes
 from setformer_kernels.testing.measure import Measured
 
@@ -44,6 +44,16 @@ SETTINGS = {
 BACKENDS = ("cpu", "triton", "cuda")  # the last two on the interpreter and on the shim
 DTYPES = {"cpu": ("float32", "bfloat16", "float16"), "triton": ("float32", "bfloat16"), "cuda": ("float32", "bfloat16")}
 # Kernels that run in Python take these cases, and with a setting other than "as it is" those that cancel most.
+LIMIT = 0.8  # a ratio beyond it is one rounding away from failing on another processor, unless (op, case) says why not
+EXPLAINED = {
+    ("attention", "causal_small_epsilon"): "16 of 9600 numbers are two thirds of the squares of dk; over 12 draws the "
+    "ratio is 0.33 to 0.94, its median 0.5, and the draw of the tests 0.5 under every setting",
+    ("attention", "length_1"): "with one key and one query every gradient but dv is 0 and what is measured is rounding "
+    "alone; over 12 draws 0.3 to 0.8",
+    ("attention", "one_key"): "the same: one key is pooled with weight 1, whatever it is; over 16 draws 0.1 to 0.85",
+    ("sinkhorn", "wide 1"): "cuda only: c of hundreds is kept in float32, whose rounding scales a column of Q by "
+    "1 ± 3e-5; the cpu kernels normalise it again, on the chip that takes another pass over the rows",
+}
 SLOW = ("plain", "length_63", "bool_mask", "float_mask", "one_key", "log_mass", "tensors", "positions", "positionless",
         "far_positions", "unbalanced", "dot", "small_epsilon", "large_scale", "zero_rows", "causal_t1",
         "causal_tensors")  # fmt: skip
@@ -90,10 +100,10 @@ def install_shim() -> None:
     cuda._C, cuda.ABSENT, cuda._DEVICE = cuda_shim(), "", "cpu"
 
 
-def ratios(found: Measured, typical: bool = False) -> Iterator[tuple[str, str, float]]:
-    """(result, statistic, ratio) as the tests judge them."""
+def ratios(found: Measured, few: tuple[str, ...] = HYPER) -> Iterator[tuple[str, str, float]]:
+    """(result, statistic, ratio) as the tests judge them; few: the results that are judged by their typical error."""
     for name, size in sizes(*found):
-        if typical:
+        if name in few:
             yield name, "typical", size.typical_ratio
         elif measure.large(name, found.fast[name]):
             yield name, "norm", size.norm_ratio
@@ -126,19 +136,17 @@ def measured(op: str, case: str, dtype: str, backend: str, seed: int) -> Iterato
     """What `ratios` says of one task."""
     kind = getattr(torch, dtype)
     if op == "attention":
-        yield from ratios(measure.attention(ALL_CASES[case], kind, backend, seed))
+        yield from ratios(measure.attention(ALL_CASES[case], kind, backend, seed), ())
     elif op == "small":
         draws = measure.DRAWS if backend == "cpu" else 1
-        yield from ratios(measure.small_gradients(ALL_CASES[case], kind, backend, seed, draws), typical=True)
+        yield from ratios(measure.small_gradients(ALL_CASES[case], kind, backend, seed, draws), measure.SMALL)
     elif op == "pooling":
-        yield from ratios(measure.pooling(ALL_CASES[case], kind, backend, seed))
+        yield from ratios(measure.pooling(ALL_CASES[case], kind, backend, seed), ())
     elif op == "sinkhorn":
         name, T = case.split()
         yield from ratios(measure.sinkhorn(name, int(T), kind, backend, seed))
     else:
-        found = measure.features(case, True, kind, backend, seed)
-        yield from ratios(found.only(lambda name, _: name != "bandwidth"))
-        yield from ratios(found.only(lambda name, _: name == "bandwidth"), typical=True)
+        yield from ratios(measure.features(case, True, kind, backend, seed))
 
 
 def read(table: Path) -> list[Row]:
@@ -173,33 +181,38 @@ def append(table: Path, rows: list[Row]) -> None:
         writer.writerows([*row[:-1], f"{row.ratio:.4g}"] for row in rows)
 
 
-def summary(rows: list[Row]) -> list[str]:
-    """Markdown: the worst ratio per op, result and backend with its dtype, and where it was found."""
-    worst: dict[tuple[str, str, str, str, str], Row] = {}
+def summary(rows: list[Row]) -> list[Row]:
+    """The worst row per backend, dtype, op and result."""
+    worst: dict[tuple[str, ...], Row] = {}
     for row in rows:
-        place = row.op, row.result, row.statistic, row.backend, row.dtype
+        place = row.backend, row.dtype, row.op, row.result
         if place not in worst or row.ratio > worst[place].ratio:
             worst[place] = row
-    lines = ["| op | result | statistic | backend | dtype | worst ratio | case | seed | setting |", "|---" * 9 + "|"]
-    for place, row in sorted(worst.items()):
-        lines.append(f"| {' | '.join(place)} | {row.ratio:.2f} | {row.case} | {row.seed} | {row.setting} |")
-    return lines
+    return [worst[place] for place in sorted(worst)]
+
+
+def unexplained(rows: list[Row]) -> list[Row]:
+    """Rows beyond the limit that EXPLAINED does not name."""
+    return [row for row in rows if row.ratio > LIMIT and (row.op, row.case) not in EXPLAINED]
 
 
 def main(argv: list[str] | None = None) -> int:
     """Entry point."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.cpu.budget", description=__doc__)
-    name = f"budget_{datetime.now(timezone.utc).date().isoformat()}.csv"
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / name, help="table to go on with")
+    parser.add_argument("--out", type=Path, default=ROOT / "build" / "budget.csv", help="table to go on with")
     parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS))
     parser.add_argument("--backends", nargs="+", choices=BACKENDS, default=list(BACKENDS))
     parser.add_argument("--seeds", type=int, default=2, help="draws of the inputs (default: 2)")
-    parser.add_argument("--summary", action="store_true", help="print the worst ratios of the table, measure nothing")
+    parser.add_argument("--summary", type=Path, help="write the worst rows of the table there, measure nothing")
     parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)  # one setting, in this process
     arguments = parser.parse_args(argv)
     if arguments.summary:
-        print("\n".join(summary(read(arguments.out))))
-        return 0
+        rows = read(arguments.out)
+        arguments.summary.unlink(missing_ok=True)
+        append(arguments.summary, summary(rows))
+        print(*unexplained(rows), sep="\n")
+        return int(bool(unexplained(rows)))
+    arguments.out.parent.mkdir(exist_ok=True)
     for setting in arguments.settings:
         if arguments.here:
             run(setting, arguments)
