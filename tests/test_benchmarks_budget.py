@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.append(str(ROOT))  # benchmarks/ is not installed
+sys.path.append(str(Path(__file__).resolve().parents[1]))  # benchmarks/ is not installed
 
+from benchmarks.common.hardware import ROOT
 from benchmarks.cpu import budget
 
 
