@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..problem import Operands, Options, Problem, Sinkhorn, empty_in_order
 from . import _extension
-from ._extension import DTYPE_CODES, MODULE, REASON, view
+from ._extension import DTYPE_CODES, MODULE, REASON, view, views
 
 NAME = "cuda"
 OPS = ("attention", "pool", "sinkhorn")
@@ -57,8 +57,7 @@ def _where(t: Tensor) -> tuple[int, int]:
 def _common(x: Operands, opt: Options) -> tuple[Any, ...]:
     """The arguments every attention kernel begins with; the seed by its address."""
     seed = 0 if x.seed is None else x.seed.data_ptr()
-    views = tuple([view(t) for t in x[:-1]])
-    return views, tuple(opt.scalars), opt.kernel == "dot", opt.num_iters, opt.dropout_p, seed
+    return views(x[:-1]), tuple(opt.scalars), opt.kernel == "dot", opt.num_iters, opt.dropout_p, seed
 
 
 def _run(x: Operands, opt: Options, o: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -102,7 +101,7 @@ def _backward(
     incoming: tuple[Tensor | None, ...],
     needs: Sequence[bool],
 ) -> Operands:
-    given, common, where = tuple([view(t) for t in incoming]), _common(x, opt), _where(x.key)
+    given, common, where = views(incoming), _common(x, opt), _where(x.key)
     parts = _C.cuda_gradient_parts(common[0], common[1], opt.num_iters, where[0])
     return _extension.attention_backward(
         x,
@@ -116,7 +115,7 @@ def sinkhorn(x: Sinkhorn) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """f [G, N], g [G, M], c [G, max(T, 1), M], iters [G]."""
     limit, where = -1.0 if x.tol is None else x.tol, _where(x.log_kernel)
     return _extension.sinkhorn(
-        x, lambda views: _C.cuda_sinkhorn(views, tuple(x.scalars), x.num_iters, limit, False, *where)
+        x, lambda filled: _C.cuda_sinkhorn(filled, tuple(x.scalars), x.num_iters, limit, False, *where)
     )
 
 
@@ -129,5 +128,5 @@ def sinkhorn_backward(
         x,
         (c, iters, d_f, d_g),
         needs,
-        lambda views: _C.cuda_sinkhorn(views, tuple(x.scalars), c.shape[1], -1.0, True, *where),
+        lambda filled: _C.cuda_sinkhorn(filled, tuple(x.scalars), c.shape[1], -1.0, True, *where),
     )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from types import ModuleType
 from typing import Any
 
@@ -26,11 +25,12 @@ OPERANDS = {
 OPTIONS = "float[] scalars, str kernel, int num_iters, float dropout_p, str backend"
 
 
-def attention_problem(op: str, x: Operands, opt: Options) -> Problem:
+def attention_problem(op: str, x: Operands, opt: Options, keys: int = 0, backward: bool = False) -> Problem:
     """The static facts of a call on `Operands`."""
-    p = 0 if x.reference_position is None else x.reference_position.shape[-1]
-    d, e, m = x.key.shape[-1], x.value.shape[-1], x.references.shape[-2]
-    return Problem(op, x.key.device.type, x.key.dtype, d, e, m, p, opt.num_iters, opt.kernel, opt.dropout_p > 0)
+    key, p = x.key, 0 if x.reference_position is None else x.reference_position.shape[-1]
+    d, e, m = key.shape[-1], x.value.shape[-1], x.references.shape[-2]
+    dropout = opt.dropout_p > 0
+    return Problem(op, key.device.type, key.dtype, d, e, m, p, opt.num_iters, opt.kernel, dropout, keys, backward)
 
 
 def logits(x: Operands) -> int:
@@ -44,7 +44,7 @@ def split(args: Sequence[Any]) -> tuple[Operands, Options]:
 
 
 def backend_of(op: str, x: Operands, opt: Options, backward: bool = False) -> ModuleType:
-    problem = replace(attention_problem(op, x, opt), N=x.key.shape[-2], backward=backward)
+    problem = attention_problem(op, x, opt, x.key.shape[-2], backward)
     return dispatch.implementation(problem, opt.backend, logits(x))
 
 
