@@ -67,21 +67,21 @@ def normalise(
     b, h, s, _ = key.shape
     key, value, *rest = autocast(key, value, *(() if query is None else (query,)))
     dtype = compute_dtype(key.dtype)
-    beta, epsilon, lam_a, lam_b, tau = hyper_tensors(hyper, h, dtype)
+    beta, epsilon, lam_a, lam_b, tau = hyper_tensors(hyper, h, dtype) if facts is None else [None] * len(HYPER)
     operands = Operands(
         query=rest[0] if rest else None,
         key=key,
         value=value,
         references=references.to(dtype),
-        log_a=_log_mass(key_mask, dtype, (b, h, s)),
+        log_a=None if key_mask is None else _log_mass(key_mask, dtype, (b, h, s)),
         log_b=None if reference_log_mass is None else reference_log_mass.to(dtype).log_softmax(-1),
         bandwidth=beta,
         epsilon=epsilon,
         key_relaxation=lam_a,
         reference_relaxation=lam_b,
         position_scale=tau,
-        query_position=_token_position(query_position, b, h, dtype),
-        key_position=_token_position(key_position, b, h, dtype),
+        query_position=None if query_position is None else _token_position(query_position, b, h, dtype),
+        key_position=None if key_position is None else _token_position(key_position, b, h, dtype),
         reference_position=None if reference_position is None else reference_position.to(dtype),
         seed=_seed(seed, opt.dropout_p, key.device),
     )
@@ -195,10 +195,8 @@ def _checked_hyper(hyper: tuple[Hyper, ...], heads: int) -> tuple[Hyper, ...]:
     )
 
 
-def _log_mass(mask: Tensor | None, dtype: torch.dtype, shape: tuple[int, int, int]) -> Tensor | None:
+def _log_mass(mask: Tensor, dtype: torch.dtype, shape: tuple[int, int, int]) -> Tensor:
     """log a [B, H, S]: the log softmax of the mask over the keys that take part; −inf elsewhere."""
-    if mask is None:
-        return None
     log_mass, seen = normalise_masses(_additive(mask, dtype))
     return torch.where(seen, log_mass, -math.inf).unsqueeze(1).expand(shape)
 
@@ -234,10 +232,8 @@ def query_mask(x: Operands, s: int, attn_mask: Tensor | None, causal: bool, num_
     return mask
 
 
-def _token_position(position: Tensor | None, b: int, h: int, dtype: torch.dtype) -> Tensor | None:
+def _token_position(position: Tensor, b: int, h: int, dtype: torch.dtype) -> Tensor:
     """[N, P] or [B, N, P] -> a view [B, H, N, P]."""
-    if position is None:
-        return None
     position = position.to(dtype)
     position = position[None, None] if position.ndim == 2 else position.unsqueeze(1)
     return position.expand(b, h, -1, -1)

@@ -28,7 +28,7 @@ Views = tuple[View | None, ...]
 
 def views(tensors: Iterable[Tensor | None]) -> Views:
     """`view` of each."""
-    return tuple([None if t is None else view(t) for t in tensors])
+    return tuple([None if t is None else (t.data_ptr(), t.shape, t.stride(), DTYPE_CODES[t.dtype]) for t in tensors])
 
 
 def attention_backward(x: Operands, needs: Sequence[bool], parts: int, run: Callable[[Views], None]) -> Operands:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..problem import DTYPES, Operands, Options, Problem, Sinkhorn, beyond, compute_dtype, empty_in_order, in_order
 from . import _extension
-from ._extension import MODULE, REASON, view, views
+from ._extension import MODULE, REASON, views
 
 NAME = "cpu"
 ABSENT = REASON  # what keeps the whole backend away; empty where it is there
@@ -50,7 +50,7 @@ def attention(x: Operands, opt: Options) -> tuple[Tensor, Tensor, Tensor]:
     assert x.query is not None
     o = empty_in_order(x.query, (*x.query.shape[:-1], x.value.shape[-1]))
     z, c = _new_state(x, opt)
-    _C.attention(*_common(x, opt), view(o), view(z), view(c), False)
+    _C.attention(*_common(x, opt), *views((o, z, c)), False)
     return o, z, c
 
 
@@ -58,7 +58,7 @@ def pool(x: Operands, opt: Options) -> tuple[Tensor, Tensor]:
     """z [B, H, M, E], c [B, H, max(T, 1), M]."""
     x = x._replace(query=None, query_position=None)
     z, c = _new_state(x, opt)
-    _C.attention(*_common(x, opt), None, view(z), view(c), False)
+    _C.attention(*_common(x, opt), *views((None, z, c)), False)
     return z, c
 
 
@@ -66,7 +66,7 @@ def causal(x: Operands, opt: Options) -> Tensor:
     """o [B, H, L, E], for T <= 1."""
     assert x.query is not None
     o = empty_in_order(x.query, (*x.query.shape[:-1], x.value.shape[-1]))
-    _C.attention(*_common(x, opt), view(o), None, None, True)
+    _C.attention(*_common(x, opt), *views((o, None, None)), True)
     return o
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..problem import Operands, Options, Problem, Sinkhorn, empty_in_order
 from . import _extension
-from ._extension import DTYPE_CODES, MODULE, REASON, view, views
+from ._extension import DTYPE_CODES, MODULE, REASON, views
 
 NAME = "cuda"
 OPS = ("attention", "pool", "sinkhorn")
@@ -66,7 +66,7 @@ def _run(x: Operands, opt: Options, o: Tensor | None) -> tuple[Tensor, Tensor]:
     m = x.references.shape[1]
     z = x.key.new_empty((b, h, m, e), dtype=torch.float32)
     c = x.key.new_empty((b, h, max(opt.num_iters, 1), m), dtype=torch.float32)
-    _C.cuda_attention(*_common(x, opt), view(o), view(z), view(c), *_where(x.key))
+    _C.cuda_attention(*_common(x, opt), *views((o, z, c)), *_where(x.key))
     return z, c
 
 
@@ -107,7 +107,7 @@ def _backward(
         x,
         needs,
         parts,
-        lambda grads: _C.cuda_attention_backward(*common, view(state[0]), view(state[1]), (*given, *grads), *where),
+        lambda grads: _C.cuda_attention_backward(*common, *views(state), (*given, *grads), *where),
     )
 
 

@@ -206,16 +206,19 @@ class SeTAttention(PythonForward, ReferenceSet, nn.MultiheadAttention):
         """(batched, B) of a call whose shapes and mask dtypes fit; AttentionInputError otherwise."""
         batched = check_layout(query, key, value, key_padding_mask, attn_mask)
         check_width("query", query, self.embed_dim)
-        check_pairs(key, value, packed=self._qkv_same_embed_dim)
-        check_width("key", key, self.kdim)
-        check_width("value", value, self.vdim)
-        (B, L), (key_B, S) = self._sizes(query, batched), self._sizes(key, batched)
+        B, L = self._sizes(query, batched)
+        if not self._qkv_same_embed_dim or key is not query or value is not query:
+            check_pairs(key, value, packed=self._qkv_same_embed_dim)
+            check_width("key", key, self.kdim)
+            check_width("value", value, self.vdim)
+        key_B, S = (B, L) if key is query else self._sizes(key, batched)
         if key_B != B:
             raise AttentionInputError(
                 f"query and key must have the same batch size with batch_first={self.batch_first},"
                 f" got query {tuple(query.shape)} and key {tuple(key.shape)}"
             )
-        check_masks(key_padding_mask, attn_mask, B, self.num_heads, L, S, batched)
+        if key_padding_mask is not None or attn_mask is not None:
+            check_masks(key_padding_mask, attn_mask, B, self.num_heads, L, S, batched)
         return batched, B
 
     def _sizes(self, x: Tensor, batched: bool) -> tuple[int, int]:
@@ -239,7 +242,8 @@ class SeTAttention(PythonForward, ReferenceSet, nn.MultiheadAttention):
     def _projection(self, x: Tensor, first: int, last: int) -> Tensor:
         """x through the projections first..last-1 of (q, k, v); parameters are read here, at every call, because tools
         replace them (peft, prune, parametrize)."""
-        weight, bias = self.in_proj_weight, self.in_proj_bias
+        weight: Tensor = self.in_proj_weight
+        bias: Tensor | None = self.in_proj_bias
         if last - first < 3:
             rows = slice(first * self.embed_dim, last * self.embed_dim)
             bias = None if bias is None else bias[rows]
