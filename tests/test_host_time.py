@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -69,6 +71,26 @@ def test_a_module_call_enters_few_python_functions() -> None:
     module, x = SeTAttention(24, 3, batch_first=True, num_references=4).eval(), torch.randn(1, 5, 24)
     with torch.no_grad():
         assert python_calls(lambda: module(x, x, x, need_weights=False)) <= MOST_MODULE
+
+
+# (op, T, backward) -> (launches, functions in Python of the backend with its launches recorded): one launch to prepare,
+# one for each pass over the keys, one that merges the last, one for the queries.
+MOST_LAUNCHES = {
+    ("attention", 1, False): (4, 106), ("attention", 1, True): (5, 216), ("attention", 3, False): (6, 110),
+    ("attention", 3, True): (7, 220), ("causal", 1, False): (7, 134), ("causal", 1, True): (18, 320),
+}  # fmt: skip
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
+@pytest.mark.parametrize(("op", "T", "backward"), MOST_LAUNCHES)
+def test_a_call_on_triton_takes_few_launches_and_few_python_functions(op: str, T: int, backward: bool) -> None:
+    sys.path.append(str(Path(__file__).resolve().parents[1]))  # benchmarks/ is not installed
+    from benchmarks.compiled import workloads
+
+    call = workloads.Call(op, backward, T, L=1024)
+    launches, functions = MOST_LAUNCHES[op, T, backward]
+    assert len(workloads.launches(call, "sm_90")) <= launches
+    assert python_calls(lambda: workloads.launches(call, "sm_90")) <= functions
 
 
 class Dispatched(TorchDispatchMode):

@@ -96,10 +96,10 @@ def functional_steps(clock: Clock) -> dict[str, Sample]:
     return steps
 
 
-def _operands(q: Any, k: Any, v: Any, y: Any) -> Any:
+def _operands(q: Any, k: Any, v: Any, y: Any, T: int = 3) -> Any:
     from setformer_kernels.arguments import normalise
 
-    options = {"kernel": "rbf", "num_iters": 3, "dropout_p": 0.0, "seed": None, "backend": "cuda"}
+    options = {"kernel": "rbf", "num_iters": T, "dropout_p": 0.0, "seed": None, "backend": "cuda"}
     return normalise(q, k, v, y, (1.0, 0.05, 1.0, 1.0, 1.0), *[None] * 5, **options)
 
 
@@ -140,7 +140,23 @@ def module_steps() -> dict[str, Sample]:
                 made.load_state_dict(module.state_dict())
                 step = f"module, width {width}, length {length}, {mode}: {name}"
                 steps[step] = whole(_call(made, x, mode == "train"))
+        steps[f"module, width {width}, length {length}: the C++ kernel of SeTAttention"] = _kernel(
+            width // 6, length, t
+        )
     return steps
+
+
+def _kernel(width: int, length: int, T: int) -> Sample:
+    """The arithmetic of one such call, which is not Python."""
+    import torch
+
+    from setformer_kernels.backends import cpu
+    from setformer_kernels.backends._extension import view
+
+    q, k, v = (torch.randn(1, length, 6, width).transpose(1, 2) for _ in range(3))
+    x, opt = _operands(q, k, v, torch.randn(6, 64, width), T)
+    common, outputs = cpu._common(x, opt), [view(t) for t in cpu.attention(x, opt)]
+    return whole(lambda: cpu._C.attention(*common, *outputs, False))
 
 
 def _call(module: Any, x: Any, train: bool) -> Callable[[], Any]:
