@@ -56,7 +56,7 @@ def normalise(
 ) -> tuple[Operands, Options]:
     """Check everything, then bring it to the form of `Operands`; `hyper` is in the order of `HYPER`."""
     constants = (kernel, num_iters, dropout_p, backend, *hyper)
-    tensors = (query, key, value, references, key_mask, reference_log_mass)
+    tensors = (query, key, value, references, key_mask, reference_log_mass, seed)
     positions = (query_position, key_position, reference_position)
     facts = _facts(constants, (*tensors, *positions))
     opt = None if facts is None else _passed.get(facts)
@@ -123,7 +123,7 @@ def _checked(
 ) -> tuple[tuple[Hyper, ...], Options]:
     """The hyperparameters and constants of a call that passes every check; arguments as `normalise` orders them."""
     kernel, num_iters, dropout_p, backend, *hyper = constants
-    query, key, value, references, key_mask, reference_log_mass = tensors
+    query, key, value, references, key_mask, reference_log_mass, seed = tensors
     query_position, key_position, reference_position = positions
     _check_tokens(query, key, value, references)
     (b, h, s, _), m = key.shape, references.shape[1]
@@ -136,7 +136,7 @@ def _checked(
     checks.positions(tokens, reference_position, h, m)
     parameters = {"references": references, "reference_position": reference_position}
     others = {"key_mask": key_mask, "reference_log_mass": reference_log_mass, "query": query, "value": value}
-    placed = {"query_position": query_position, "key_position": key_position}
+    placed = {"query_position": query_position, "key_position": key_position, "seed": seed}
     checks.same_device("key", key, **parameters, **others, **placed, **dict(zip(HYPER, checked, strict=True)))
     return checked, Options(tuple(numbers(checked)), *plain, checks.plain(backend))
 

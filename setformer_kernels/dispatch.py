@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import warnings
+from collections.abc import Callable
 from types import ModuleType
 
 import torch
@@ -15,6 +16,8 @@ from .problem import Problem
 REFERENCE = "reference"
 # In the order `auto` tries them: cuda keeps on the chip what fits there, triton streams whatever there is.
 NATIVE: dict[str, ModuleType] = {module.NAME: module for module in (cpu, cuda, triton)}
+# Backends that `auto` passes over, where a later one can run the problem too, and when.
+YIELDS: dict[str, Callable[[Problem], bool]] = {cuda.NAME: cuda.leaves_idle}
 LARGE = 2**20  # logits of a call that is worth a word when it runs slowly: some 10 ms on the reference
 EAGER = eager  # behind the ops where no native backend is left: an exported graph on another machine
 
@@ -40,10 +43,13 @@ def select(problem: Problem, requested: str = "auto") -> str:
     if torch.jit.is_tracing() and torch.onnx.is_in_onnx_export():
         return REFERENCE
     if requested == "auto":
+        able = REFERENCE
         for name, module in NATIVE.items():
             if not module.unsupported_reasons(problem):
-                return name
-        return REFERENCE
+                able = name
+                if name not in YIELDS or not YIELDS[name](problem):
+                    break
+        return able
     reasons = [] if requested == REFERENCE else NATIVE[requested].unsupported_reasons(problem)
     if reasons:
         raise ValueError(f"backend {requested!r} cannot run this call: {'; '.join(reasons)}")
