@@ -16,8 +16,10 @@ from typing import Any, NamedTuple
 import torch
 import triton
 
-from . import direct
 from .tiles import INTERPRETED, Tile
+
+if not INTERPRETED:
+    from . import direct
 
 
 class Device(NamedTuple):
