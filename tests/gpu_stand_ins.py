@@ -306,4 +306,4 @@ def install(world: World, patch: pytest.MonkeyPatch) -> None:
     patch.setattr(build, "cuda_variables", lambda: {"SETFORMER_KERNELS_CUDA": "1"})
 
 
-__all__ = ["BACKENDS", "BINARIES", "STICKY", "TESTS", "World", "install"]
+__all__ = ["BACKENDS", "BINARIES", "STICKY", "TESTS", "World", "install", "plan"]
