@@ -18,13 +18,12 @@ from torch import Tensor
 from benchmarks.common import entry_point
 from benchmarks.common.results import OK as MEASURED
 from benchmarks.common.results import Row
-from benchmarks.gpu.cases import GpuPlan, Inputs, inputs, plan_of, set_attention
+from benchmarks.gpu.cases import GpuPlan, Inputs, inputs, plan_of, problems, set_attention
 from benchmarks.gpu.journal import Journal, Log, written
 from benchmarks.gpu.process import child, last_line, module
 from benchmarks.gpu.rows import blank, first_line
 from benchmarks.gpu.steps import FAILED, OK, Run, Step
 from setformer_kernels import dispatch, testing
-from setformer_kernels.problem import Problem
 
 LIMIT_S = 60.0  # imports, a dozen compilations and a second of work
 ABSENT = "absent"  # a backend that this machine does not have: no failure
@@ -32,10 +31,8 @@ ABSENT = "absent"  # a backend that this machine does not have: no failure
 
 def reasons(plan: GpuPlan, backend: str) -> list[str]:
     """Why this machine cannot run the canary on a backend."""
-    case = plan.check
-    forward = Problem("attention", plan.device, case.dtype, D=case.D, E=case.D, M=case.M, N=case.L, num_iters=3)
-    problems = (forward, replace(forward, backward=True))
-    return list(dict.fromkeys(r for p in problems for r in dispatch.NATIVE[backend].unsupported_reasons(p)))
+    asked = problems(plan.check, plan.device)
+    return list(dict.fromkeys(r for p in asked for r in dispatch.NATIVE[backend].unsupported_reasons(p)))
 
 
 def checked(plan: GpuPlan, backend: str, T: int) -> Row:
