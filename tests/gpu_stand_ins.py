@@ -290,6 +290,8 @@ def install(world: World, patch: pytest.MonkeyPatch) -> None:
         return filled(blank(of.check, backend, T, backend, metric="error", unit="relative"), [1e-3])
 
     patch.setattr(canary, "checked", checked)
+    devices = SimpleNamespace(cuda_devices=lambda: [(9, 0, 132, 232448, 8, (132, 66, 33, 16))])
+    patch.setattr(canary._extension, "MODULE", devices)
     patch.setattr(measure.Measure, "calls", calls_of(world))
     patch.setattr(measure, "host_times", lambda case, backend, device: world.meet(f"host {backend}") or [3e-5])
     patch.setattr(measure, "PROBES", {"matmul": ("FLOP/s", lambda of: (lambda: world.meet("probe"), 1e12))})
