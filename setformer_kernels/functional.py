@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from . import checks, dispatch, ops, reference
-from .arguments import Hyper, autocast, hyperparameters, normalise, query_mask
+from .arguments import Hyper, autocast, hyper_tensors, normalise, numbers, query_mask
 from .ops.operands import attention_problem, logits
-from .problem import compute_dtype
+from .problem import compute_dtype, replaced
 from .tracing import leaf
 
 __all__ = ["nystrom_features", "set_attention", "set_attention_weights", "set_pool", "sinkhorn"]
@@ -76,13 +76,13 @@ def set_attention(
     Raises:
         ValueError, TypeError: naming the argument, what it got and what it wants.
     """
-    checks.tensor("query", query, "BHLD")
+    if query is None:  # which stands for no query
+        checks.tensor("query", query, "BHLD")
     x, opt = normalise(
         query, key, value, references, (bandwidth, epsilon, key_relaxation, reference_relaxation, position_scale),
         key_mask, reference_log_mass, query_position, key_position, reference_position,
         kernel=kernel, num_iters=num_iters, dropout_p=dropout_p, seed=seed, backend=backend,
     )  # fmt: skip
-    checks.nonempty("value", value, "E", value.shape[3:])
     causal = checks.flag("causal", causal)
     mask = query_mask(x, key.shape[2], attn_mask, causal, opt.num_iters)
     if mask is not None:
@@ -124,14 +124,15 @@ def set_attention_weights(
     Non-negative, rows sum to 1 (to 0 where a query sees no key).  Arguments as in `set_attention`; computed by the
     reference on every backend.
     """
-    checks.tensor("query", query, "BHLD")
-    checks.tensor("key", key, "BHSD")
+    if query is None:
+        checks.tensor("query", query, "BHLD")
     x, opt = normalise(
-        query, key, key[..., :0], references,
+        query, key, key, references,
         (bandwidth, epsilon, key_relaxation, reference_relaxation, position_scale),
         key_mask, reference_log_mass, query_position, key_position, reference_position,
         kernel=kernel, num_iters=num_iters, dropout_p=dropout_p, seed=seed, backend=backend,
     )  # fmt: skip
+    x = replaced(x, value=x.value[..., :0])
     dispatch.select(attention_problem("weights", x, opt), _dense_backend(backend))
     mask = query_mask(x, key.shape[2], attn_mask, checks.flag("causal", causal), math.inf)
     a = reference.weights(x, opt) if mask is None else reference.dense(x, opt, mask)[1]
@@ -167,7 +168,6 @@ def set_pool(
         key_mask, reference_log_mass, None, key_position, reference_position,
         kernel=kernel, num_iters=num_iters, dropout_p=0.0, seed=None, backend=backend,
     )  # fmt: skip
-    checks.nonempty("value", value, "E", value.shape[3:])
     if dispatch.choose(attention_problem("pool", x, opt), backend, logits(x)) == dispatch.REFERENCE:
         return reference.pool(x, opt)
     return ops.attention.set_pool(*x, *opt)[0].to(x.value.dtype)
@@ -192,7 +192,7 @@ def nystrom_features(
     ridge, backend = checks.number("ridge", ridge, 0.0, open_low=True), checks.plain(backend)
     (x,) = autocast(x)
     dtype = compute_dtype(x.dtype)
-    landmarks, (tensors, scalars) = landmarks.to(dtype), hyperparameters((bandwidth,), h, dtype)
+    landmarks, tensors, scalars = landmarks.to(dtype), hyper_tensors((bandwidth,), h, dtype), numbers((bandwidth,))
     size = math.prod(x.shape[:3]) * landmarks.shape[1]
     if dispatch.choose(ops.features.features_problem(x, landmarks), backend, size) != dispatch.REFERENCE:
         return ops.features.nystrom_features(x, landmarks, tensors[0], scalars[0], ridge, backend)

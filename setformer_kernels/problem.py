@@ -111,7 +111,8 @@ class Problem:
 
 def memory_order(t: Tensor) -> list[int]:
     """The dimensions from the outermost in memory to the innermost."""
-    return sorted(range(t.ndim), key=lambda d: -t.stride()[d])
+    strides = t.stride()
+    return sorted(range(len(strides)), key=strides.__getitem__, reverse=True)  # equal ones stay in order
 
 
 def beyond(p: Problem, dtypes: tuple[torch.dtype, ...], references: int, head_dim: int) -> list[str]:
