@@ -34,7 +34,17 @@ INSTALL_A_COMPILER = "install one (Debian, Ubuntu: apt install g++; Fedora: dnf 
 X86 = platform.machine().lower() in ("x86_64", "amd64")
 PLAIN = ["python/bindings.cpp", "cpu/isa/dispatch.cpp", "cpu/base/scratch.cpp", "cpu/probe_threads.cpp"]
 # Compiled once for each instruction set; those that take longest first.
-UNITS = ["sinkhorn", "attention_backward", "attention", "causal_backward", "causal", "features", "table"]
+UNITS = [
+    "sinkhorn",
+    "attention_backward",
+    "attention",
+    "causal_backward",
+    "masked_backward",
+    "masked",
+    "causal",
+    "features",
+    "table",
+]
 WIDE = ["-mprefer-vector-width=512"]  # gcc and clang prefer 256 bits on some targets
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from . import checks
 from .problem import HYPER, Operands, Options, compute_dtype, replaced
-from .reference.dense import normalise_masses
+from .reference.dense import additive, normalise_masses
 
 Hyper = float | Tensor
 
@@ -197,39 +197,23 @@ def _checked_hyper(hyper: tuple[Hyper, ...], heads: int) -> tuple[Hyper, ...]:
 
 def _log_mass(mask: Tensor, dtype: torch.dtype, shape: tuple[int, int, int]) -> Tensor:
     """log a [B, H, S]: the log softmax of the mask over the keys that take part; −inf elsewhere."""
-    log_mass, seen = normalise_masses(_additive(mask, dtype))
+    log_mass, seen = normalise_masses(additive(mask, dtype))
     return torch.where(seen, log_mass, -math.inf).unsqueeze(1).expand(shape)
 
 
-def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """A mask as unnormalised log masses."""
-    if mask.dtype != torch.bool:
-        return mask.to(dtype)
-    return torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, -math.inf)
-
-
-def query_mask(x: Operands, s: int, attn_mask: Tensor | None, causal: bool, num_iters: float) -> Tensor | None:
-    """The query-dependent log masses [B or 1, H or 1, L, S] of the dense path; None where a linear path serves."""
-    if attn_mask is None and not causal:
+def query_mask(x: Operands, attn_mask: Tensor | None, s: int) -> Tensor | None:
+    """`attn_mask` as a view [B or 1, H or 1, L, S], bool or in the compute dtype; s: the keys the caller gave."""
+    if attn_mask is None:
         return None
     assert x.query is not None
     b, h, length, _ = x.query.shape
-    if causal and length != s:
-        raise ValueError(f"causal needs as many queries as keys, got L = {length} and S = {s}")
-    if attn_mask is not None:
-        checks.mask("attn_mask", attn_mask, [(length, s), (b, length, s), (b, h, length, s)])
-        checks.same_device("key", x.key, attn_mask=attn_mask)
-    if s == 0 or (attn_mask is None and not (causal and num_iters > 1)):
-        return None
-    dtype = compute_dtype(x.key.dtype)
-    mask = torch.zeros((), dtype=dtype, device=x.key.device).expand(1, 1, length, s)
-    if attn_mask is not None:
-        mask = _additive(attn_mask, dtype)
-        mask = mask[None, None] if mask.ndim == 2 else mask.unsqueeze(1) if mask.ndim == 3 else mask
-    if causal:
-        later = torch.ones(length, s, dtype=torch.bool, device=x.key.device).triu(1)
-        mask = mask.masked_fill(later, -math.inf)
-    return mask
+    checks.mask("attn_mask", attn_mask, [(length, s), (b, length, s), (b, h, length, s)])
+    checks.same_device("key", x.key, attn_mask=attn_mask)
+    if attn_mask.dtype != torch.bool:
+        attn_mask = attn_mask.to(compute_dtype(x.key.dtype))
+    if attn_mask.ndim == 2:
+        return attn_mask[None, None]
+    return attn_mask.unsqueeze(1) if attn_mask.ndim == 3 else attn_mask
 
 
 def _token_position(position: Tensor, b: int, h: int, dtype: torch.dtype) -> Tensor:
