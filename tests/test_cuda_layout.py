@@ -1,4 +1,4 @@
-"""How the CUDA backend lays problems out on a device: what is refused, what `auto` takes, and what the driver is asked."""
+"""How the CUDA backend lays problems out: what is refused, what `auto` takes, and what the driver is asked."""
 
 from __future__ import annotations
 
