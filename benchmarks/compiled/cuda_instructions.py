@@ -31,7 +31,6 @@ TABLE = ROOT / "benchmarks" / "results" / "cuda_instructions.csv"
 KERNEL, DTYPE = "attention_narrow_kernel", "BF16"
 T, E, WARPS, VALUE_ROWS, TILE = 3, 64, 8, 64, 16
 LAUNCH_S, BARRIER_S = 1.5e-6, 1e-6  # from a launch to its first instruction; of a cluster, assumptions
-BARRIERS = T + 2  # of a cluster, one an iteration and two for z
 
 # Called by the kernel, the loop as it is written -> how often it turns for 16 keys and 16 queries, all warps together.
 TURNS = {
@@ -66,6 +65,18 @@ class Row(NamedTuple):
     @property
     def issued(self) -> float:
         return self.instructions * self.turns
+
+
+class Work(NamedTuple):
+    """What a block has to do: times 16 keys and 16 queries, by so many warps; blocks that share a processor; turns that
+    the device takes with all of them."""
+
+    tiles: float
+    warps: int
+    blocks: int
+    waves: int
+    cluster: int
+    iterations: int
 
 
 def available() -> bool:
@@ -177,11 +188,15 @@ def _inside(low: int, end: Line, spans: Sequence[tuple[int, Line]]) -> bool:
     )
 
 
-def seconds(found: Sequence[Row], gpu: Gpu, tiles: float, warps: int = WARPS) -> float:
-    """A launch whose blocks, one a processor, have so many times 16 keys and 16 queries."""
-    issue = sum(row.issued for row in found) * tiles / SCHEDULERS
-    alone = sum(row.cycles * row.turns for row in found) * tiles / warps
-    return LAUNCH_S + BARRIERS * BARRIER_S + max(issue, alone) / gpu.clock
+def seconds(found: Sequence[Row], gpu: Gpu, work: Work) -> float:
+    """A launch, from what a processor has to issue and what a warp alone has to wait for."""
+    turns = [row.turns * work.iterations / T if row.phase == "solve_narrow" else row.turns for row in found]
+    issue = (
+        sum(row.instructions * n for row, n in zip(found, turns, strict=True)) * work.tiles * work.blocks / SCHEDULERS
+    )
+    alone = sum(row.cycles * n for row, n in zip(found, turns, strict=True)) * work.tiles / work.warps
+    barriers = (work.iterations + 2) * BARRIER_S if work.cluster > 1 else 0.0  # one an iteration, two for z
+    return LAUNCH_S + work.waves * (barriers + max(issue, alone) / gpu.clock)
 
 
 def total(found: Sequence[Row]) -> float:
