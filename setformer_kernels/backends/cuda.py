@@ -62,7 +62,8 @@ def leaves_idle(p: Problem) -> bool:
 
 def _where(t: Tensor) -> tuple[int, int]:
     """(device, its current stream)."""
-    return (t.device.index, torch.cuda.current_stream(t.device).cuda_stream) if t.is_cuda else (0, 0)
+    index = t.get_device()
+    return (index, torch._C._cuda_getCurrentRawStream(index)) if t.is_cuda else (0, 0)
 
 
 def _common(x: Operands, opt: Options) -> tuple[Any, ...]:
