@@ -147,10 +147,12 @@ SFK_DEVICE void KeyPass<T, kLog>::step_rows(int t) {
       lse = m + shift + log_total;
       q = exp_approx((mass + offset) + m * (1 - lam) - lam * log_total);
     }
-    df = octet(df, add) + (t == last ? row_r(t)[i] : 0.0f);  // see pool_rows
+    df = octet(df, add);
+    if (kLog) sync_warp();  // all eight have read m: row_top of the last pass lies there
+    if (lane_index() % 8) continue;
+    if (t == last) df += row_r(t)[i];  // see pool_rows
     if (!kLog) df *= q;
     if (mass == kNone || lse == kNone) df = 0;
-    if (lane_index() % 8) continue;
     shared.d_log_a[i] += df;
     if (p.T) sums.of[kLambdaA] -= df * (lse == kNone ? 0.0f : lse - center);
     row_q(t)[i] = q;
@@ -240,7 +242,10 @@ SFK_DEVICE void KeyPass<T, kLog>::to_logits(int row, int first, int tiles, Chunk
       }
     });
   }
-  if (!kLog) each([&](float& d, int r, int j) { d *= logit(r, j); });
+  if (kLog)
+    sync_warp();  // what comes of dℓ goes where the rows were read as a whole
+  else
+    each([&](float& d, int r, int j) { d *= logit(r, j); });
 }
 
 // dv_s = Σ_j W^k_sj dz_j of a tile.
