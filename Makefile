@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 PYTEST_FLAGS ?= -q
 
+CORES := $(shell getconf _NPROCESSORS_ONLN)
 RUN := $(VENV)/bin/python
 PIP := $(RUN) -m pip
 CSRC := $(shell find csrc -name '*.cpp' -o -name '*.hpp' -o -name '*.h' -o -name '*.inc' -o -name '*.cu' -o -name '*.cuh' 2>/dev/null)
@@ -82,8 +83,7 @@ wheel:
 	PYTHON=$(PYTHON) .ci/wheel
 
 sanitize:
-	$(MAKE) -C csrc sanitize
-	$(MAKE) -C csrc cuda-sanitize
+	$(MAKE) -C csrc -j$(CORES) sanitize cuda-sanitize
 
 clean:
 	rm -rf $(VENV)/.installed $(VENV)/.lint $(VENV)/.docs .venv-models/.installed build dist site demo_output *.egg-info setformer_kernels/_C*.so

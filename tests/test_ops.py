@@ -258,7 +258,12 @@ def test_only_what_the_definition_lists_is_saved(native: str) -> None:
 def test_meta_tensors_have_the_right_shapes() -> None:
     q, k, v, y = (t.detach().to("meta") for t in tokens(torch.float32))
     assert SF.set_attention(q, k, v, y).shape == (B, H, L, E)
-    assert ops.set_pool(None, k, v, y, *[None] * 11, [1.0] * 5, "rbf", 3, 0.0, "auto")[1].shape == (B, H, 3, M)
+    assert ops.attention.set_pool(None, k, v, y, *[None] * 11, [1.0] * 5, "rbf", 3, 0.0, "auto")[1].shape == (
+        B,
+        H,
+        3,
+        M,
+    )
 
 
 def test_dropout_is_the_same_on_every_backend_and_in_the_weights(native: str) -> None:
