@@ -150,7 +150,7 @@ SFK_DEVICE void KeyPass<T, kLog>::step_rows(int t) {
     df = octet(df, add);
     if (kLog) sync_warp();  // all eight have read m: row_top of the last pass lies there
     if (lane_index() % 8) continue;
-    if (t == last) df += row_r(t)[i];  // see pool_rows
+    if (t == last) df += row_r(t)[i];  // see pool_rows; by the lane that writes there
     if (!kLog) df *= q;
     if (mass == kNone || lse == kNone) df = 0;
     shared.d_log_a[i] += df;
@@ -185,9 +185,7 @@ SFK_DEVICE void KeyPass<T, kLog>::sum_columns(int t) {
   }
   sync_cluster();
   for (int j = thread_index(); j < head.Mp; j += block_threads()) {
-    float total = 0;
-#pragma unroll 1
-    for (int k = 0; k < cluster_size(); ++k) total += map_shared(parts, k)[j];
+    const float total = sum_over_ranks(0, [&](int k) { return map_shared(parts, k)[j]; });
     shared.dg[j] = kLog ? total : total * G[j];
   }
 }

@@ -137,7 +137,8 @@ void access(const void* at, size_t bytes, bool writes, const void* from) {
 
 void copy_begins(const void* to, const void* from, size_t bytes) {
   if (!running) return;
-  access(from, bytes, false, nullptr), access(to, bytes, true, nullptr);
+  if (from) access(from, bytes, false, nullptr);
+  access(to, bytes, true, nullptr);
   each_granule(to, bytes, [](Granule& g) { g.copier = static_cast<uint16_t>(running->number + 1); });
 }
 

@@ -330,8 +330,9 @@ void copies_wait(int pending) {
   Fiber& me = self();
   while (me.groups.size() > static_cast<size_t>(pending)) {
     for (size_t i = 0; i < me.groups.front(); ++i) {
-      std::memcpy(me.copies[i].first, me.copies[i].second, 16);
-      races::copy_ends(me.copies[i].first, 16);
+      const auto [to, from] = me.copies[i];
+      from ? std::memcpy(to, from, 16) : std::memset(to, 0, 16);
+      races::copy_ends(to, 16);
     }
     me.copies.erase(me.copies.begin(), me.copies.begin() + me.groups.front());
     me.groups.erase(me.groups.begin());

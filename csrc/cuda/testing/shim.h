@@ -53,7 +53,7 @@ float from_f16(uint16_t x);
 uint16_t to_bf16(float x);
 uint16_t to_f16(float x);
 
-// Asynchronous copies happen when they are waited for, so that a missing wait shows.
+// Asynchronous copies, of zeros from nowhere, happen when they are waited for, so that a missing wait shows.
 void copy16_async(void* shared, const void* global);
 void copies_commit();
 void copies_wait(int pending);
