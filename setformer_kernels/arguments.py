@@ -13,7 +13,7 @@ from torch import Tensor
 
 from . import checks
 from .problem import HYPER, Operands, Options, compute_dtype, replaced
-from .reference.dense import normalise_masses
+from .reference.dense import additive, normalise_masses
 
 Hyper = float | Tensor
 
@@ -56,7 +56,7 @@ def normalise(
 ) -> tuple[Operands, Options]:
     """Check everything, then bring it to the form of `Operands`; `hyper` is in the order of `HYPER`."""
     constants = (kernel, num_iters, dropout_p, backend, *hyper)
-    tensors = (query, key, value, references, key_mask, reference_log_mass, seed)
+    tensors = (query, key, value, references, key_mask, reference_log_mass)
     positions = (query_position, key_position, reference_position)
     facts = _facts(constants, (*tensors, *positions))
     opt = None if facts is None else _passed.get(facts)
@@ -83,7 +83,7 @@ def normalise(
         query_position=None if query_position is None else _token_position(query_position, b, h, dtype),
         key_position=None if key_position is None else _token_position(key_position, b, h, dtype),
         reference_position=None if reference_position is None else reference_position.to(dtype),
-        seed=_seed(seed, opt.dropout_p, key.device),
+        seed=_seed(seed, opt.dropout_p, key),
     )
     return (_with_an_absent_key(operands) if s == 0 else operands), opt
 
@@ -123,7 +123,7 @@ def _checked(
 ) -> tuple[tuple[Hyper, ...], Options]:
     """The hyperparameters and constants of a call that passes every check; arguments as `normalise` orders them."""
     kernel, num_iters, dropout_p, backend, *hyper = constants
-    query, key, value, references, key_mask, reference_log_mass, seed = tensors
+    query, key, value, references, key_mask, reference_log_mass = tensors
     query_position, key_position, reference_position = positions
     _check_tokens(query, key, value, references)
     (b, h, s, _), m = key.shape, references.shape[1]
@@ -136,7 +136,7 @@ def _checked(
     checks.positions(tokens, reference_position, h, m)
     parameters = {"references": references, "reference_position": reference_position}
     others = {"key_mask": key_mask, "reference_log_mass": reference_log_mass, "query": query, "value": value}
-    placed = {"query_position": query_position, "key_position": key_position, "seed": seed}
+    placed = {"query_position": query_position, "key_position": key_position}
     checks.same_device("key", key, **parameters, **others, **placed, **dict(zip(HYPER, checked, strict=True)))
     return checked, Options(tuple(numbers(checked)), *plain, checks.plain(backend))
 
@@ -197,39 +197,23 @@ def _checked_hyper(hyper: tuple[Hyper, ...], heads: int) -> tuple[Hyper, ...]:
 
 def _log_mass(mask: Tensor, dtype: torch.dtype, shape: tuple[int, int, int]) -> Tensor:
     """log a [B, H, S]: the log softmax of the mask over the keys that take part; −inf elsewhere."""
-    log_mass, seen = normalise_masses(_additive(mask, dtype))
+    log_mass, seen = normalise_masses(additive(mask, dtype))
     return torch.where(seen, log_mass, -math.inf).unsqueeze(1).expand(shape)
 
 
-def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """A mask as unnormalised log masses."""
-    if mask.dtype != torch.bool:
-        return mask.to(dtype)
-    return torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, -math.inf)
-
-
-def query_mask(x: Operands, s: int, attn_mask: Tensor | None, causal: bool, num_iters: float) -> Tensor | None:
-    """The query-dependent log masses [B or 1, H or 1, L, S] of the dense path; None where a linear path serves."""
-    if attn_mask is None and not causal:
+def query_mask(x: Operands, attn_mask: Tensor | None, s: int) -> Tensor | None:
+    """`attn_mask` as a view [B or 1, H or 1, L, S], bool or in the compute dtype; s: the keys the caller gave."""
+    if attn_mask is None:
         return None
     assert x.query is not None
     b, h, length, _ = x.query.shape
-    if causal and length != s:
-        raise ValueError(f"causal needs as many queries as keys, got L = {length} and S = {s}")
-    if attn_mask is not None:
-        checks.mask("attn_mask", attn_mask, [(length, s), (b, length, s), (b, h, length, s)])
-        checks.same_device("key", x.key, attn_mask=attn_mask)
-    if s == 0 or (attn_mask is None and not (causal and num_iters > 1)):
-        return None
-    dtype = compute_dtype(x.key.dtype)
-    mask = torch.zeros((), dtype=dtype, device=x.key.device).expand(1, 1, length, s)
-    if attn_mask is not None:
-        mask = _additive(attn_mask, dtype)
-        mask = mask[None, None] if mask.ndim == 2 else mask.unsqueeze(1) if mask.ndim == 3 else mask
-    if causal:
-        later = torch.ones(length, s, dtype=torch.bool, device=x.key.device).triu(1)
-        mask = mask.masked_fill(later, -math.inf)
-    return mask
+    checks.mask("attn_mask", attn_mask, [(length, s), (b, length, s), (b, h, length, s)])
+    checks.same_device("key", x.key, attn_mask=attn_mask)
+    if attn_mask.dtype != torch.bool:
+        attn_mask = attn_mask.to(compute_dtype(x.key.dtype))
+    if attn_mask.ndim == 2:
+        return attn_mask[None, None]
+    return attn_mask.unsqueeze(1) if attn_mask.ndim == 3 else attn_mask
 
 
 def _token_position(position: Tensor, b: int, h: int, dtype: torch.dtype) -> Tensor:
@@ -239,12 +223,13 @@ def _token_position(position: Tensor, b: int, h: int, dtype: torch.dtype) -> Ten
     return position.expand(b, h, -1, -1)
 
 
-def _seed(seed: Tensor | None, dropout_p: float, device: torch.device) -> Tensor | None:
+def _seed(seed: Tensor | None, dropout_p: float, key: Tensor) -> Tensor | None:
     """The dropout seed, an int64 scalar; drawn only when dropout needs one and none is given."""
     if dropout_p == 0.0:
         return None
     if seed is None:
-        return torch.randint(2**62, (), dtype=torch.int64, device=device)
+        return torch.randint(2**62, (), dtype=torch.int64, device=key.device)
     if not isinstance(seed, Tensor) or seed.dtype != torch.int64 or seed.ndim != 0:
         raise TypeError("seed must be an int64 scalar Tensor")
+    checks.same_device("key", key, seed=seed)
     return seed

@@ -43,13 +43,13 @@ def select(problem: Problem, requested: str = "auto") -> str:
     if torch.jit.is_tracing() and torch.onnx.is_in_onnx_export():
         return REFERENCE
     if requested == "auto":
-        able = REFERENCE
+        chosen = REFERENCE
         for name, module in NATIVE.items():
             if not module.unsupported_reasons(problem):
-                able = name
+                chosen = name
                 if name not in YIELDS or not YIELDS[name](problem):
                     break
-        return able
+        return chosen
     reasons = [] if requested == REFERENCE else NATIVE[requested].unsupported_reasons(problem)
     if reasons:
         raise ValueError(f"backend {requested!r} cannot run this call: {'; '.join(reasons)}")

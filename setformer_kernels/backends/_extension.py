@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..problem import HYPER, Operands, Sinkhorn, compute_dtype, empty_in_order, in_order
 
-DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3, torch.int64: 4}
+DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3, torch.int64: 4, torch.bool: 5}
 View = tuple[int, tuple[int, ...], tuple[int, ...], int]
 
 

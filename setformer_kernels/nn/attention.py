@@ -66,9 +66,10 @@ class SeTAttention(PythonForward, ReferenceSet, nn.MultiheadAttention):
         o_i = Σ_j softmax_j(ℓ(q_i, y_j) + g_j) z_j            [L, D]: read back by the queries
         output = concat over heads(o) W_oᵀ + b_o              [L, embed_dim]
 
-    Time O((L + S)·M·embed_dim) and memory linear in L + S, with these exceptions, which take O(L·S) memory: returned
-    weights (`need_weights=True`, the default as in torch: pass False where they are not needed), a query-dependent
-    `attn_mask`, and causal calls with num_iters > 1.
+    Time O((L + S)·M·embed_dim) and memory linear in L + S, with these exceptions: returned weights
+    (`need_weights=True`, the default as in torch: pass False where they are not needed) take O(L·S) memory; a
+    query-dependent `attn_mask`, and causal calls with num_iters > 1, take O(num_iters·L·S·M) time, and O(L·S) memory
+    where the CPU backend does not run.
 
     Args:
         embed_dim, num_heads, dropout, bias, add_bias_kv, add_zero_attn, kdim, vdim, batch_first, device, dtype: as in

@@ -25,12 +25,12 @@ OPERANDS = {
 OPTIONS = "float[] scalars, str kernel, int num_iters, float dropout_p, str backend"
 
 
-def attention_problem(op: str, x: Operands, opt: Options, **sizes: Any) -> Problem:
-    """The static facts of a call on `Operands`; inside the ops with its lengths."""
+def attention_problem(op: str, x: Operands, opt: Options, sizes: Sequence[Any] = ()) -> Problem:
+    """The static facts of a call on `Operands`; sizes: N, backward, B, H and L where they are real integers."""
     key, p = x.key, 0 if x.reference_position is None else x.reference_position.shape[-1]
     d, e, m = key.shape[-1], x.value.shape[-1], x.references.shape[-2]
     dropout = opt.dropout_p > 0
-    return Problem(op, key.device.type, key.dtype, d, e, m, p, opt.num_iters, opt.kernel, dropout, **sizes)
+    return Problem(op, key.device.type, key.dtype, d, e, m, p, opt.num_iters, opt.kernel, dropout, *sizes)
 
 
 def logits(x: Operands) -> int:
@@ -46,8 +46,8 @@ def split(args: Sequence[Any]) -> tuple[Operands, Options]:
 def backend_of(op: str, x: Operands, opt: Options, backward: bool = False) -> ModuleType:
     b, h, s, _ = x.key.shape
     length = 0 if x.query is None else x.query.shape[-2]
-    problem = attention_problem(op, x, opt, N=s, backward=backward, B=b, H=h, L=length)
-    return dispatch.implementation(problem, opt.backend, b * h * (s + length) * problem.M)
+    problem = attention_problem(op, x, opt, (s, backward, b, h, length))
+    return dispatch.implementation(problem, opt.backend, logits(x))
 
 
 def fake_state(x: Operands, opt: Options) -> tuple[Tensor, Tensor]:

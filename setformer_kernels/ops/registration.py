@@ -23,9 +23,11 @@ from .direct import differentiated, unwatched
 NAMESPACE = "setformer_kernels"
 _library = torch.library.Library(NAMESPACE, "DEF")
 
-# How a tensor batches: TOKEN is [B, H, ...], HEAD is [H, ...] (or any leading group), SEED has neither.
-TOKEN, HEAD, SEED = "token", "head", "seed"
-HEADS_AT = {TOKEN: 1, HEAD: 0}
+# How a tensor batches: TOKEN is [B, H, ...], HEAD is [H, ...] (or any leading group), MASK is [B or 1, H or 1, ...],
+# SEED has neither.  A call with one of the last two is made once an element under vmap.
+TOKEN, HEAD, MASK, SEED = "token", "head", "mask", "seed"
+ALONE = (MASK, SEED)
+HEADS_AT = {TOKEN: 1, HEAD: 0, MASK: 1}
 
 
 @dataclass(frozen=True)
@@ -109,16 +111,23 @@ def _unfold(kind: str | None, t: Tensor, size: int, heads: int) -> tuple[Tensor,
 def _vmap(
     op: Any, tensors: dict[str, str], outputs: Sequence[str | None], info: Any, in_dims: Any, args: Sequence[Any]
 ) -> Any:
-    """One call with V folded into H; one call per element where dropout counts elements."""
+    """One call with V folded into H; one call per element where dropout counts elements or a mask is broadcast."""
     n, size = len(tensors), info.batch_size
-    seeded = SEED in tensors.values() and args[list(tensors.values()).index(SEED)] is not None
-    if seeded and size > 0:
+    alone = any(kind in ALONE and t is not None for kind, t in zip(tensors.values(), args[:n], strict=True))
+    if alone and size > 0:
         return _vmap_loop(op, n, size, in_dims, args)
     led = {name: _led(t, d, size) for name, t, d in zip(tensors, args[:n], in_dims, strict=False)}
     # Not read off the results: 0 of them have any number of heads.
-    heads = next(t.shape[1 + HEADS_AT[k]] for k, t in zip(tensors.values(), led.values(), strict=True) if t is not None)
+    heads: dict[str | None, int] = {
+        kind: t.shape[1 + HEADS_AT[kind]]
+        for kind, t in zip(tensors.values(), led.values(), strict=True)
+        if t is not None and kind != SEED
+    }
     folded = [_fold(kind, led[name]) for name, kind in tensors.items()]
-    results = [_unfold(k, r, size, heads) for k, r in zip(outputs, as_tuple(op(*folded, *args[n:])), strict=True)]
+    results = [
+        _unfold(kind, r, size, heads.get(kind, 0))
+        for kind, r in zip(outputs, as_tuple(op(*folded, *args[n:])), strict=True)
+    ]
     return one_or_tuple([r for r, _ in results]), one_or_tuple([d for _, d in results])
 
 
