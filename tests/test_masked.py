@@ -18,6 +18,7 @@ from setformer_kernels.testing import (
     measure,
 )
 
+OP = "masked"
 DTYPES = (torch.float64, torch.float32, torch.bfloat16)  # products of the model in float16 would underflow
 B, H, L, S, M, D = 2, 3, 70, 90, 5, 8
 
