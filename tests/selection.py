@@ -20,11 +20,7 @@ FILES = {
     "test_triton_memory.py", "test_triton_resources.py", "test_triton_sinkhorn.py",
 }  # fmt: skip
 STAND_INS = {"triton", "shim", "eager"}
-SHIM = {
-    "test_cuda_kernels.py",
-    "test_cuda_narrow.py",
-    "test_cuda_barriers.py",
-}  # on the shim where an id does not say gpu
+SHIM = {"test_cuda_kernels.py", "test_cuda_barriers.py", "test_cuda_narrow.py"}  # where an id does not say gpu
 # Test -> of its parameters on a stand-in, the sets of which one stays.  A test without a row stays whole.
 KEPT: dict[str, tuple[set[str], ...]] = {
     "test_output_and_every_gradient_within_the_error_budget": (
@@ -50,7 +46,7 @@ KEPT: dict[str, tuple[set[str], ...]] = {
         {"shim", "bool_mask", "torch.float16"}, {"shim", "dropout", "torch.float32"},
     ),
     "test_attention_of_every_layout": (),
-    "test_within_the_error_budget_in_both_orders": (
+    "test_within_the_error_budget_in_two_schedules": (
         {"shim", "short", "relaxed", "torch.bfloat16"}, {"shim", "short", "plain", "torch.float16"},
         {"shim", "eight", "plain", "torch.bfloat16"},
     ),

@@ -134,6 +134,7 @@ CASES: dict[str, Case] = {
     "narrow, with masses": Attention(1, 260, 40, 50, 40, 24, F16, masses=True),
     "narrow passes": Attention(1, 90, 20, 64, 64, 200, BF16),
     "narrow problems": Attention(7, 120, 20, 64, 16, 16, BF16, processors=1),
+    "narrow alone": Attention(1, 270, 260, 64, 16, 16, BF16, processors=1),  # 16 warps
     "sinkhorn": Solver(2, 20, 37),
     "cluster of sinkhorn": Solver(1, 150, 70),
     "large sinkhorn": Solver(1, 300, 190, num_iters=1),
