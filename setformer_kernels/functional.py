@@ -14,6 +14,7 @@ from torch import Tensor
 
 from . import checks, dispatch, ops, reference
 from .arguments import Hyper, autocast, hyperparameters, normalise, query_mask
+from .ops.operands import attention_problem, logits
 from .problem import compute_dtype
 from .tracing import leaf
 
@@ -30,7 +31,7 @@ def set_attention(
     kernel: str = "rbf",
     bandwidth: Hyper = 1.0,
     epsilon: Hyper = 0.05,
-    num_iters: int = 3,
+    num_iters: int = 1,
     key_mask: Tensor | None = None,
     attn_mask: Tensor | None = None,
     causal: bool = False,
@@ -58,7 +59,9 @@ def set_attention(
             strides.  Under autocast they are cast to its dtype first.
         references: y, [H, M, D], of any floating dtype, as all further tensors.
         bandwidth, epsilon, position_scale: β > 0, ε > 0, τ ≥ 0: floats, or tensors [H] (differentiable, not checked).
-        num_iters: T ≥ 0; gradients are exact for the T iterations that ran.
+        num_iters: T ≥ 0; gradients are exact for the T iterations that ran.  Each costs a pass over the keys.  Those
+            beyond the first bring the plan nearer to the optimum, and measured models nothing (`docs/quality.md`): take
+            more to read plans, at a small ε and with relaxed marginals.
         key_mask: [B, S], bool (True takes part) or float (unnormalised log mass, −inf = not there; differentiable).
         attn_mask: [L, S], [B, L, S] or [B, H, L, S], likewise; query i is answered as if its row were its key mask.
             This is the dense path, O(T·L·S·M) time: the one that is not linear.
@@ -83,13 +86,13 @@ def set_attention(
     causal = checks.flag("causal", causal)
     mask = query_mask(x, key.shape[2], attn_mask, causal, opt.num_iters)
     if mask is not None:
-        dispatch.select(ops.attention_problem("dense", x, opt), _dense_backend(backend))
+        dispatch.select(attention_problem("dense", x, opt), _dense_backend(backend))
         return reference.dense(x, opt, mask)[0]
     causal = causal and key.shape[2] > 0
     name = "causal" if causal else "attention"
-    if dispatch.choose(ops.attention_problem(name, x, opt), backend, ops.logits(x)) == dispatch.REFERENCE:
+    if dispatch.choose(attention_problem(name, x, opt), backend, logits(x)) == dispatch.REFERENCE:
         return reference.causal(x, opt) if causal else reference.attention(x, opt)
-    return ops.set_causal(*x, *opt) if causal else ops.set_attention(*x, *opt)[0]
+    return ops.causal.set_causal(*x, *opt) if causal else ops.attention.set_attention(*x, *opt)[0]
 
 
 @leaf
@@ -103,7 +106,7 @@ def set_attention_weights(
     kernel: str = "rbf",
     bandwidth: Hyper = 1.0,
     epsilon: Hyper = 0.05,
-    num_iters: int = 3,
+    num_iters: int = 1,
     key_mask: Tensor | None = None,
     reference_log_mass: Tensor | None = None,
     key_relaxation: Hyper = 1.0,
@@ -129,7 +132,7 @@ def set_attention_weights(
         key_mask, reference_log_mass, query_position, key_position, reference_position,
         kernel=kernel, num_iters=num_iters, dropout_p=dropout_p, seed=seed, backend=backend,
     )  # fmt: skip
-    dispatch.select(ops.attention_problem("weights", x, opt), _dense_backend(backend))
+    dispatch.select(attention_problem("weights", x, opt), _dense_backend(backend))
     mask = query_mask(x, key.shape[2], attn_mask, checks.flag("causal", causal), math.inf)
     a = reference.weights(x, opt) if mask is None else reference.dense(x, opt, mask)[1]
     return a[..., : key.shape[2]]
@@ -165,9 +168,9 @@ def set_pool(
         kernel=kernel, num_iters=num_iters, dropout_p=0.0, seed=None, backend=backend,
     )  # fmt: skip
     checks.nonempty("value", value, "E", value.shape[3:])
-    if dispatch.choose(ops.attention_problem("pool", x, opt), backend, ops.logits(x)) == dispatch.REFERENCE:
+    if dispatch.choose(attention_problem("pool", x, opt), backend, logits(x)) == dispatch.REFERENCE:
         return reference.pool(x, opt)
-    return ops.set_pool(*x, *opt)[0].to(x.value.dtype)
+    return ops.attention.set_pool(*x, *opt)[0].to(x.value.dtype)
 
 
 @leaf
@@ -191,8 +194,8 @@ def nystrom_features(
     dtype = compute_dtype(x.dtype)
     landmarks, (tensors, scalars) = landmarks.to(dtype), hyperparameters((bandwidth,), h, dtype)
     size = math.prod(x.shape[:3]) * landmarks.shape[1]
-    if dispatch.choose(ops.features_problem(x, landmarks), backend, size) != dispatch.REFERENCE:
-        return ops.nystrom_features(x, landmarks, tensors[0], scalars[0], ridge, backend)
+    if dispatch.choose(ops.features.features_problem(x, landmarks), backend, size) != dispatch.REFERENCE:
+        return ops.features.nystrom_features(x, landmarks, tensors[0], scalars[0], ridge, backend)
     beta = landmarks.new_full((h,), scalars[0]) if tensors[0] is None else tensors[0]
     return reference.nystrom_features(x.to(dtype), landmarks, beta[:, None, None], ridge).to(x.dtype)
 
@@ -235,12 +238,12 @@ def sinkhorn(
     scalars = [1.0 if isinstance(v, Tensor) else float(v) for _, v in relaxations]
     checks.same_device("log_kernel", log_kernel, log_a=log_a, log_b=log_b, key_relaxation=lam[0],
                        reference_relaxation=lam[1])  # fmt: skip
-    if dispatch.choose(ops.sinkhorn_problem(l), backend, l.numel() * num_iters) == dispatch.REFERENCE:
+    if dispatch.choose(ops.sinkhorn.sinkhorn_problem(l), backend, l.numel() * num_iters) == dispatch.REFERENCE:
         masses = [reference.uniform_mass(l, k) if t is None else t for t, k in ((log_a, n), (log_b, m))]
         rates = [l.new_full((1, 1), s) if t is None else t.unsqueeze(-1) for t, s in zip(lam, scalars, strict=True)]
         f, g = reference.sinkhorn(l, masses[0], masses[1], num_iters, rates[0], rates[1], tol)[:2]
     else:
-        f, g = ops.sinkhorn(l, log_a, log_b, *lam, scalars, num_iters, tol, backend)[:2]
+        f, g = ops.sinkhorn.sinkhorn(l, log_a, log_b, *lam, scalars, num_iters, tol, backend)[:2]
     return f.reshape(*batch, n).to(log_kernel.dtype), g.reshape(*batch, m).to(log_kernel.dtype)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import math
 import random
 import re
@@ -201,7 +202,7 @@ def test_variants_are_what_their_names_say() -> None:
     by_name = {variant.name: variant for variant in train.VARIANTS}
     assert len(by_name) == len(train.VARIANTS)
     modules = {name: variant.attention(2)(16, 2) for name, variant in by_name.items() if variant.kind == "set"}
-    plain, default = SeTAttention(16, 2), modules["SeT, no positions"]
+    plain, default = SeTAttention(16, 2, num_iters=3), modules["SeT, no positions"]
     assert default.extra_repr().replace("batch_first=True", "batch_first=False") == plain.extra_repr()
     assert default.bandwidth == plain.bandwidth
     changed = {"T = 0": ("num_iters", 0), "T = 1": ("num_iters", 1), "T = 5": ("num_iters", 5)}
@@ -209,8 +210,8 @@ def test_variants_are_what_their_names_say() -> None:
     changed |= {"M = 16": ("num_references", 16), "RKHS values": ("value_map", "rkhs")}
     for name, (field, value) in changed.items():
         assert getattr(modules[f"SeT, {name}"], field) == value
-        assert getattr(modules["SeT"], field) == getattr(plain, field)
-    assert modules["SeT"].position_dim == 2
+        assert getattr(modules["SeT, T = 3"], field) == getattr(plain, field)
+    assert modules["SeT, T = 3"].position_dim == 2
 
 
 def test_sinusoids_tell_all_positions_apart() -> None:
@@ -220,7 +221,7 @@ def test_sinusoids_tell_all_positions_apart() -> None:
         assert torch.cdist(waves, waves).fill_diagonal_(9.0).min() > 0.3
 
 
-@pytest.mark.parametrize("name", ["softmax", "SeT"])
+@pytest.mark.parametrize("name", ["softmax", "SeT, T = 3"])
 def test_training_beats_chance(name: str) -> None:
     task = TASKS["digits"]
     variant = next(one for one in train.VARIANTS if one.name == name)
@@ -245,7 +246,7 @@ def test_quick_run_writes_a_row_a_run_and_resumes(tmp_path: Path, capsys: pytest
     assert {"task", "variant", "seed", "metric", "num_iters", "steps", *results.MEASURED, *results.SHARED} <= set(
         columns
     )
-    assert [row["variant"] for row in first] == ["softmax", "SeT", "SeT, RKHS values"]
+    assert [row["variant"] for row in first] == ["softmax", "SeT, T = 3", "SeT, RKHS values"]
     assert first[0]["num_references"] == ""
     assert first[1]["num_references"] == "64"
     for row in first:
@@ -254,7 +255,7 @@ def test_quick_run_writes_a_row_a_run_and_resumes(tmp_path: Path, capsys: pytest
         assert row["cpu"]
     results.write(path, first[:1] + first[2:])  # as if the run had been killed
     assert quick(tmp_path, "--task", "digits") == 0
-    assert "1/1 digits, SeT, seed 0" in capsys.readouterr().out
+    assert "1/1 digits, SeT, T = 3, seed 0" in capsys.readouterr().out
     again = {row["variant"]: row["score"] for row in results.read(path)}
     assert again == {row["variant"]: row["score"] for row in first}
 
@@ -265,6 +266,12 @@ def test_every_task_runs_quickly() -> None:
         found = train.run(one.task, one.variant, one.seed, one.budget)
         assert 0 <= found.score <= 1
         assert 0 < found.final_loss < 4
+
+
+def test_a_plan_holds_what_was_asked_for() -> None:
+    found = command.plan(False, ["digits"], ["softmax", "SeT, T = 1"], 2)
+    assert [(one.variant.name, one.seed) for one in found] == list(itertools.product(["softmax", "SeT, T = 1"], [0, 1]))
+    assert command.main(["--seeds", "0"]) == 1
 
 
 def test_bad_results_files_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -294,6 +301,6 @@ def test_the_page_of_quality_shows_the_table_of_complete_results() -> None:
     page = (ROOT / "docs" / "quality.md").read_text()
     (name,) = set(re.findall(r"\(../benchmarks/results/(quality_\S+\.csv)\)", page))
     rows = results.read(ROOT / "benchmarks" / "results" / name)
-    assert results.missing(command.plan(False, None), rows) == []
+    assert results.missing(command.plan(False), rows) == []
     lines = table.render(rows).splitlines()
     assert [line for line in lines if line not in page] == []

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import ast
+import re
 import sys
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +57,15 @@ def test_kernels_have_names_of_their_own() -> None:
     assert all(name.endswith("_kernel") for name in kernels)
     public = [name for name in kernels + [f.name for f in on_device("triton.jit")] if not name.startswith("_")]
     assert [name for name, times in Counter(public).items() if times > 1] == []
+
+
+@pytest.mark.parametrize("path", sorted(BACKEND.glob("*/forward.py")), ids=lambda path: path.parent.name)
+def test_a_forward_door_names_the_functions_that_define_it(path: Path) -> None:
+    named = re.findall(
+        r"`reference\.(\w+)\.(\w+)`", ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+    )
+    assert named
+    assert all(hasattr(import_module(f"setformer_kernels.reference.{module}"), name) for module, name in named)
 
 
 def test_device_functions_fit_on_a_page() -> None:

@@ -6,6 +6,7 @@ import argparse
 import importlib.util
 import itertools
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -18,8 +19,8 @@ from benchmarks.quality.plot import draw
 from benchmarks.quality.results import Setting
 from benchmarks.quality.tasks import TASKS
 
-SEEDS = (0, 1, 2)
-QUICK = tuple(variant for variant in train.VARIANTS if variant.name in ("softmax", "SeT", "SeT, RKHS values"))
+SEEDS = 3
+QUICK = tuple(variant for variant in train.VARIANTS if variant.name in ("softmax", "SeT, T = 3", "SeT, RKHS values"))
 
 
 def parser() -> argparse.ArgumentParser:
@@ -31,18 +32,28 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument("--name", help="file name without ending (default: quality and date)")
     run.add_argument("--threads", type=int, default=1, help="torch threads (default: 1)")
     run.add_argument("--task", choices=[task.name for task in TASKS], action="append", help="only this (repeatable)")
+    run.add_argument(
+        "--variant", choices=[variant.name for variant in train.VARIANTS], action="append", metavar="NAME",
+        help="only this attention, by its name in the table (repeatable)",
+    )  # fmt: skip
+    run.add_argument("--seeds", type=int, default=SEEDS, help=f"how many seeds, from 0 (default: {SEEDS})")
     shown = commands.add_parser("table", help="print the table of a results file")
     shown.add_argument("csv", type=Path)
     return found
 
 
-def plan(quick: bool, names: list[str] | None) -> list[Setting]:
-    """Every run, in the order in which they are made: variant by variant."""
-    variants, seeds = (QUICK, SEEDS[:1]) if quick else (train.VARIANTS, SEEDS)
+def plan(
+    quick: bool, names: Sequence[str] | None = None, only: Sequence[str] | None = None, seeds: int = SEEDS
+) -> list[Setting]:
+    """Every run of the tasks and variants with these names (None: all), in the order in which they are made: variant
+    by variant."""
+    if seeds < 1:
+        raise ValueError(f"--seeds must be at least 1, got {seeds}")
+    variants = [variant for variant in (QUICK if quick else train.VARIANTS) if not only or variant.name in only]
     tasks = [task for task in TASKS if not names or task.name in names]
     return [
         Setting(task, variant, task.budget.quick() if quick else task.budget, seed)
-        for variant, task, seed in itertools.product(variants, tasks, seeds)
+        for variant, task, seed in itertools.product(variants, tasks, range(1 if quick else seeds))
     ]
 
 
@@ -53,7 +64,7 @@ def run(arguments: argparse.Namespace) -> None:
     arguments.out.mkdir(parents=True, exist_ok=True)
     path = arguments.out / f"{arguments.name or f'quality_{on.date}'}.csv"
     rows = results.read(path)
-    left = results.missing(plan(arguments.quick, arguments.task), rows)
+    left = results.missing(plan(arguments.quick, arguments.task, arguments.variant, arguments.seeds), rows)
     for i, one in enumerate(left):
         found = train.run(one.task, one.variant, one.seed, one.budget)
         rows.append(results.row(one, found, on))

@@ -41,7 +41,7 @@ class Variant:
         )  # fmt: skip
 
 
-SOFTMAX, SET = Variant("softmax", kind="softmax"), Variant("SeT")
+SOFTMAX, SET = Variant("softmax", kind="softmax"), Variant("SeT, T = 3")
 VARIANTS = (
     SOFTMAX,
     SET,

@@ -1,7 +1,7 @@
 """SeTformer models: transformers for images and text whose attention is SeT attention."""
 
+from .convert import ReplacementReport, replace_attention
 from .layers import initialize_references
-from .replace import ReplacementReport, replace_attention
 from .sizes import VISION_SIZES, VisionSize
 from .text import MaskedLMHead, Pooler, SequenceHead, TextEncoder, TextModel, TokenHead
 from .vision import SeTformer, setformer_base, setformer_nano, setformer_small, setformer_tiny

@@ -205,16 +205,23 @@ class SeTformer(FloatInPython):
                 widths[stage], num_heads[stage], mlp_ratio, drop_path, layer_scale, position_scale, options, **factory
             )
 
-        rates = iter(drop_path_rate * i / max(sum(depths) - 1, 1) for i in range(sum(depths)))
-        downsamples = list(self._downsamples(factory))
-        stages = [
-            Stage(downsample, [block(i, next(rates)) for _ in range(depths[i])], widths[i], **factory)
-            for i, downsample in enumerate(downsamples)
-        ]
         # Stages beyond the last map asked for would hold parameters that never get a gradient.
-        self.stages = nn.Sequential(*(stages[: max(self.out_indices) + 1] if features_only else stages))
+        wanted = max(self.out_indices) + 1 if features_only else len(depths)
+        self.stages = nn.Sequential(*self._new_stages(depths, drop_path_rate, block, factory)[:wanted])
         self.stages.apply(initialize_weights)
         self.head = None if features_only else self._new_head(**factory)
+
+    def _new_stages(
+        self, depths: Sequence[int], drop_path_rate: float, block: Callable[[int, float], VisionBlock],
+        factory: Mapping[str, Any],
+    ) -> list[Stage]:  # fmt: skip
+        """All stages; stochastic depth grows by the block."""
+        rates = iter(drop_path_rate * i / max(sum(depths) - 1, 1) for i in range(sum(depths)))
+        downsamples = list(self._downsamples(factory))
+        return [
+            Stage(downsamples[i], [block(i, next(rates)) for _ in range(depths[i])], self.widths[i], **factory)
+            for i in range(len(depths))
+        ]
 
     def _downsamples(self, factory: Mapping[str, Any]) -> Iterator[nn.Module]:
         """What each stage starts with."""

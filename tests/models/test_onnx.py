@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import setformer_kernels.functional as SF
 from setformer_kernels import SeTAttention, SeTPooling
-from setformer_kernels.models import SeTformer
+from setformer_kernels.models import SeTformer, replace_attention
 
 Tensors = tuple[Tensor, ...]
 
@@ -164,6 +164,16 @@ def test_a_vision_model_by_torchscript() -> None:
     model = SeTformer((16, 16, 16, 16), (1, 1, 1, 1), (2, 2, 2, 2), num_references=4, num_classes=3, pool="set").eval()
     onnx = exported("torchscript", model, (torch.randn(2, 3, 32, 32),), ({0: "batch"},))
     check(model, onnx, (torch.randn(3, 3, 32, 32),))
+
+
+@pytest.mark.parametrize("exporter", ["dynamo", "torchscript"])
+def test_timms_attention_after_its_replacement(exporter: str) -> None:
+    vision_transformer = pytest.importorskip("timm.models.vision_transformer")
+    model = Call(lambda m, x: m(x), nn.Sequential(vision_transformer.Attention(16, num_heads=2)))
+    replace_attention(model, num_references=4)
+    onnx = exported(exporter, model, (tokens(2, 5),), (FREE,))
+    for batch, length in ((3, 40), (1, 1)):
+        check(model, onnx, (tokens(batch, length),))
 
 
 def test_jit_trace_keeps_the_native_op() -> None:

@@ -11,7 +11,7 @@ import transformers
 from torch import nn
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
-from ..replace import replace_attention
+from ..convert import replace_attention
 from ..transport import SetTransport
 from .attention import NAME, SAVED_NAME
 from .initialization import draw_missing

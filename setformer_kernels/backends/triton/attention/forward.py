@@ -1,4 +1,7 @@
-"""Attention and pooling: keys onto references, then queries read from these."""
+"""Attention and pooling: keys onto references, then queries read from these.
+
+Defined by `reference.attention.attention` and `reference.attention.pool`.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Queries read the pooled values: one pass, o_i = Σ_j softmax_j(ℓ(q_i, y_j) + g^T_j) z_j."""
+"""Queries read the pooled values: one pass, o_i = Σ_j softmax_j(ℓ(q_i, y_j) + g^T_j) z_j.
+
+Defined by `reference.transport.read_weights`.
+"""
 
 from __future__ import annotations
 

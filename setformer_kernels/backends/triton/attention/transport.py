@@ -6,6 +6,8 @@
 The M references fit a tile, so the row update is local.  A program walks a stretch of the keys of one head and leaves
 partial column sums (peak, total) [M], and at the last pass the pooled values in units of e^peak [M, E]; the next pass
 merges the partial sums as it begins, `transport_finish_kernel` those of the last.  Sums run in a fixed order.
+
+Defined by `reference.transport.sinkhorn` and `reference.transport.pool_weights`.
 """
 
 from __future__ import annotations

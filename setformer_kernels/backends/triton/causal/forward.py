@@ -7,6 +7,8 @@
 With C⁰, z⁰ the sums and means of all keys before a chunk,
 
     o_i = Σ_j W_ij (C⁰_j / C_ij) z⁰_j + Σ_{s≤i in the chunk} A_is v_s,   A_is = Σ_j W_ij e^{ω_sj} / C_ij
+
+Defined by `reference.attention.causal`.
 """
 
 from __future__ import annotations

@@ -2,6 +2,8 @@
 
 A program takes BN tokens of one head: products with a few normalised landmarks, their κ in registers, and its product
 with their rows of W, summed over the landmarks.  The norms stay in float32 and come last.
+
+Defined by `reference.features.nystrom_features`.
 """
 
 from __future__ import annotations

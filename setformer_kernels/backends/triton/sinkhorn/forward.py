@@ -8,6 +8,8 @@ units and only then scaled for the hardware's exponential.
 Resident: ℓ stays in registers for all iterations of one launch, tolerance included.  Streaming: an iteration is two
 launches, rows (f, and partial sums of the columns over a stretch of rows) and columns (merged in a fixed order: c, g);
 whether a problem still runs is read on the device from how far each block of its columns moved.
+
+Defined by `reference.transport.sinkhorn`.
 """
 
 from __future__ import annotations

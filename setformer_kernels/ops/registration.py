@@ -1,6 +1,6 @@
 """How an op is registered with torch.library: schema, fake kernel and ONE autograd registration for all backends.
 
-Each op `f` of `ops.py` comes with `f_backward`; an autograd.Function with `setup_context` and a vmap rule stands
+Each op `f` comes with `f_backward`; an autograd.Function with `setup_context` and a vmap rule stands
 behind the Autograd key of both, so that eager autograd, torch.compile, torch.export, torch.func.grad and vmap (and
 their compositions) take one path.  Differentiating a backward, and forward AD, raise: the reference backend does both.
 """
@@ -18,7 +18,7 @@ from torch._decomp import register_decomposition
 from torch._functorch.utils import unwrap_dead_wrappers
 from torch.autograd import forward_ad
 
-from .problem import empty_in_order
+from ..problem import empty_in_order
 
 NAMESPACE = "setformer_kernels"
 _library = torch.library.Library(NAMESPACE, "DEF")

@@ -1,0 +1,85 @@
+"""The ops of attention and of its first half, pooling.
+
+    set_attention     Operands, Options -> o [B, H, L, E], z [B, H, M, E], c [B, H, max(T, 1), M]
+    set_pool          Operands (no query), Options -> z, c
+
+Saved for the backward: the inputs, c and z; nothing else of length L or S.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from .. import dispatch
+from .operands import OPERANDS, OPTIONS, POSITIONS, backend_of, fake_output, fake_state, flops, split
+from .registration import TOKEN, Spec, register
+
+
+def _run_attention(*args: Any) -> tuple[Tensor, ...]:
+    x, opt = split(args)
+    return backend_of("attention", x, opt).attention(x, opt)
+
+
+def _run_attention_backward(d_o: Tensor, z: Tensor, c: Tensor, *args: Any) -> Sequence[Tensor | None]:
+    x, opt = split(args[:-1])
+    return backend_of("attention", x, opt, backward=True).attention_backward(x, opt, z, c, d_o, args[-1])
+
+
+def _fake_attention(*args: Any) -> tuple[Tensor, ...]:
+    x, opt = split(args)
+    return fake_output(x), *fake_state(x, opt)
+
+
+def _run_pool(*args: Any) -> tuple[Tensor, ...]:
+    x, opt = split(args)
+    return backend_of("pool", x, opt).pool(x, opt)
+
+
+def _run_pool_backward(d_z: Tensor, z: Tensor, c: Tensor, *args: Any) -> Sequence[Tensor | None]:
+    x, opt = split(args[:-1])
+    return backend_of("pool", x, opt, backward=True).pool_backward(x, opt, z, c, d_z, None, args[-1])
+
+
+set_attention = register(
+    Spec(
+        name="set_attention",
+        tensors=OPERANDS,
+        constants=OPTIONS,
+        outputs={"o": TOKEN, "z": TOKEN, "c": TOKEN},
+        differentiable=("o",),
+        saved=("z", "c"),
+        no_grad=(*POSITIONS, "seed"),
+        run=_run_attention,
+        run_backward=_run_attention_backward,
+        fake=_fake_attention,
+        decomposition=lambda *args: dispatch.EAGER.attention(*split(args)),
+    )
+)
+
+set_pool = register(
+    Spec(
+        name="set_pool",
+        tensors=OPERANDS,
+        constants=OPTIONS,
+        outputs={"z": TOKEN, "c": TOKEN},
+        differentiable=("z",),
+        saved=("z", "c"),
+        no_grad=("query", *POSITIONS, "seed"),
+        run=_run_pool,
+        run_backward=_run_pool_backward,
+        fake=lambda *args: fake_state(*split(args)),
+        decomposition=lambda *args: dispatch.EAGER.pool(*split(args)),
+    )
+)
+
+
+# Forward: κ and pooling for keys, κ and reading for queries.  Backward, for queries and keys alike: κ again, the
+# products with z and dz, and the gradients of tokens and references.
+for _name in ("set_attention", "set_pool"):
+    register_flop_formula(getattr(torch.ops.setformer_kernels, _name))(flops(1, 1, 0))
+    register_flop_formula(getattr(torch.ops.setformer_kernels, _name + "_backward"))(flops(3, 2, 3))

@@ -1,0 +1,74 @@
+"""What the ops on `Operands` share: schema, problem, backend, what their outputs look like, FLOPs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from types import ModuleType
+from typing import Any
+
+from torch import Tensor
+
+from .. import dispatch
+from ..problem import Operands, Options, Problem, compute_dtype, empty_in_order
+from .registration import HEAD, SEED, TOKEN
+
+N_OPERANDS = len(Operands._fields)
+REQUIRED = ("key", "value", "references")
+POSITIONS = ("query_position", "key_position")
+OPERANDS = {
+    name: (
+        SEED if name == "seed" else TOKEN if name in ("query", "key", "value", "log_a", *POSITIONS) else HEAD,
+        name not in REQUIRED,
+    )
+    for name in Operands._fields
+}
+OPTIONS = "float[] scalars, str kernel, int num_iters, float dropout_p, str backend"
+
+
+def attention_problem(op: str, x: Operands, opt: Options) -> Problem:
+    """The static facts of a call on `Operands`."""
+    p = 0 if x.reference_position is None else x.reference_position.shape[-1]
+    d, e, m = x.key.shape[-1], x.value.shape[-1], x.references.shape[-2]
+    return Problem(op, x.key.device.type, x.key.dtype, d, e, m, p, opt.num_iters, opt.kernel, opt.dropout_p > 0)
+
+
+def logits(x: Operands) -> int:
+    """How many logits ℓ a call on `Operands` forms: B·H·(L + S)·M."""
+    b, h, s, _ = x.key.shape
+    return b * h * (s + (0 if x.query is None else x.query.shape[2])) * x.references.shape[1]
+
+
+def split(args: Sequence[Any]) -> tuple[Operands, Options]:
+    return Operands(*args[:N_OPERANDS]), Options(*args[N_OPERANDS:])
+
+
+def backend_of(op: str, x: Operands, opt: Options, backward: bool = False) -> ModuleType:
+    b, h, s, _ = x.key.shape
+    length = 0 if x.query is None else x.query.shape[-2]
+    problem = replace(attention_problem(op, x, opt), N=s, backward=backward, B=b, H=h, L=length)
+    return dispatch.implementation(problem, opt.backend, logits(x))
+
+
+def fake_state(x: Operands, opt: Options) -> tuple[Tensor, Tensor]:
+    b, h, _, e = x.value.shape
+    m, dtype = x.references.shape[1], compute_dtype(x.key.dtype)
+    z = x.key.new_empty((b, h, m, e), dtype=dtype)
+    return z, x.key.new_empty((b, h, max(opt.num_iters, 1), m), dtype=dtype)
+
+
+def fake_output(x: Operands) -> Tensor:
+    assert x.query is not None
+    return empty_in_order(x.query, (*x.query.shape[:-1], x.value.shape[-1]))
+
+
+def flops(d_products: int, e_products: int, skip: int) -> Any:
+    """2·B·H·M·(L + S)·(d_products·D + e_products·E), reading the shapes of `Operands` after `skip` arguments."""
+
+    def formula(*args: Any, out_shape: Any = None, **_: Any) -> int:
+        shapes = Operands(*args[skip : skip + N_OPERANDS])
+        b, h, s, d = shapes.key
+        length = 0 if shapes.query is None else shapes.query[2]
+        return 2 * b * h * shapes.references[1] * (length + s) * (d_products * d + e_products * shapes.value[3])
+
+    return formula
