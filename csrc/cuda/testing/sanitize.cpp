@@ -4,6 +4,7 @@
 
 #include "../../testing/cases.h"
 #include "../cuda.h"
+#include "runtime.h"
 #include "shim.h"
 
 using namespace sfk;
@@ -112,6 +113,23 @@ void attention_backward(const AttentionParams& p) {
   });
 }
 
+// What the kernel for logits that lie close together takes, in 16 bits; keys that are masked hold NaN.
+void narrow_case() {
+  Case<float> c(false, pick({1, 2}), 2, pick({1, 33, 100}), pick({1, 70, 300}), pick({49, 64}), pick({16, 64}),
+                pick({8, 40, 136}), 0, pick({0, 1, 3}));
+  c.eps = 0.05, c.kind = KernelKind::rbf;
+  Tensor<float> y({c.H, c.M, c.D}, 0), o({c.B, c.H, c.L, c.E}, 0), z({c.B, c.H, c.M, c.E}, 0),
+      sums({c.B, c.H, c.T > 1 ? c.T : 1, c.M}, 0);
+  AttentionParams p = c.params(1);
+  p.references = y.random().view, p.o = o.view, p.z = z.view, p.c = sums.view;
+  for (Dtype dtype : {Dtype::bf16, Dtype::f16}) {
+    const Half half(p, dtype);
+    in_both_orders(half.p, cuda::attention, {&half.p.o, &half.p.z, &half.p.c});
+    expect(shim::runtime().done.back() == "launch attention_narrow", "the kernel of narrow logits", 1, 0);
+    z.each([](int64_t, int64_t, int64_t, int64_t, float& x) { expect(std::isfinite(x), "z", x, 0); });
+  }
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -119,7 +137,7 @@ int main(int argc, char** argv) {
   KernelTable kernels = {};
   kernels.sinkhorn = sinkhorn, kernels.sinkhorn_backward = sinkhorn_backward;
   kernels.attention = attention, kernels.attention_backward = attention_backward;
-  for (int i = 0; i < rounds; ++i) sinkhorn_case<float>(kernels), attention_case<float>(kernels, false);
+  for (int i = 0; i < rounds; ++i) sinkhorn_case<float>(kernels), attention_case<float>(kernels, false), narrow_case();
   std::printf("cuda: %d rounds, %d failures\n", rounds, failures);
   return failures ? 1 : 0;
 }
