@@ -17,7 +17,7 @@ FILES = {
     "test_benchmarks_model.py", "test_benchmarks_quality.py", "test_benchmarks_run.py", "test_cuda_fuzz.py",
     "test_cuda_resources.py", "test_demo_parts.py", "test_docs.py", "test_entry_points.py", "test_gpu_command.py",
     "test_install_build.py", "test_install_rebuild.py", "test_triton_causal.py", "test_triton_features.py",
-    "test_triton_resources.py", "test_triton_sinkhorn.py",
+    "test_triton_memory.py", "test_triton_resources.py", "test_triton_sinkhorn.py",
 }  # fmt: skip
 STAND_INS = {"triton", "shim", "eager"}
 # On the shim where an id does not say gpu.
@@ -30,6 +30,13 @@ KEPT: dict[str, tuple[set[str], ...]] = {
         {"triton", "bool_mask", "torch.float32"}, {"triton", "dropout", "torch.float32"},
         {"triton", "causal_t1", "torch.float32"}, {"triton", "causal_t1", "torch.bfloat16"},
     ),
+    "test_masked_output_and_every_gradient_within_the_error_budget": ({"eager", "masked_float", "torch.float32"},),
+    "test_masked_small_gradients_within_the_error_budget": (),
+    "test_masks_in_every_form": (),
+    "test_causal_counts_from_the_last_query_and_key": (),
+    "test_masks_of_any_size_stay_exact": (),
+    "test_empty_masks": (),
+    "test_vmap_with_a_mask": ({"eager", "batched0"},),
     "test_small_gradients_within_the_error_budget": ({"triton", "tensors", "torch.float32"},),
     "test_positions_far_from_every_reference_keep_the_budget": ({"shim"}, {"eager"}),
     "test_pooling_within_the_error_budget": ({"triton", "plain", "torch.float32"}, {"shim", "plain"}),
