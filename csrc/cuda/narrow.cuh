@@ -101,7 +101,6 @@ attention_narrow_kernel(const Launch<NarrowShared<T>> p) {
     form_narrow_plan(shared);
     pool_values(p, head, keys, shared);
     if (p.o.data && p.L) answer_queries(p, head, shared);
-    sync_block();
   } while (++head.b % p.problems && head.b < p.B);
 }
 
