@@ -198,7 +198,7 @@ def full_plan() -> Plan:
     )
     small = tuple(MemoryCase(entry, 4096) for entry in ENTRIES if entry != Entry("compiled", 1))
     large = tuple(MemoryCase(entry, 16384) for entry in (SET_T3, SET_T1, Entry("reference", 3), Entry("elu", None)))
-    masked = tuple(MemoryCase(SET_T3, 2048, mask) for mask in MASKS)
+    masked = tuple(MemoryCase(SET_T3, 4096, mask) for mask in MASKS)
     attention = headline + _sweep(lengths, 2.5) + _masked((256, 1024, 2048, 4096, 8192), 2.0)
     return Plan(attention, sinkhorn, small + large + masked, (64, 1000, 4096), 0.05)
 
