@@ -53,8 +53,7 @@ struct AttentionParams {
 struct MaskedParams : AttentionParams {
   View mask;            // [B,H,L,S] F or bool (true takes part): added to every query's log masses; strides may be 0
   bool causal = false;  // query i sees the keys s <= i + S − L
-  // c is [B,H,max(T,1)·L,M] F: log C^t of every query, row t·L + i; relative to factors that cancel
-  View d_mask;  // as mask, added to
+  View d_mask;          // as mask, added to
 };
 
 // ψ(x) = ‖x‖ W κ(w, x̂) with a given whitening W = (K_ww + δI)^{-1/2}.

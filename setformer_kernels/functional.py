@@ -256,7 +256,7 @@ def _masked(x: Operands, opt: Options, mask: Tensor | None, causal: bool) -> Ten
     requested = dispatch.REFERENCE if named is not None and named.unsupported_reasons(problem) else opt.backend
     if dispatch.choose(problem, requested, logits(x)) == dispatch.REFERENCE:
         return reference.masked(x, opt, mask, causal)
-    return ops.masked.set_masked(*x, mask, *opt, causal, torch.is_grad_enabled())[0]
+    return ops.masked.set_masked(*x, mask, *opt, causal)
 
 
 def _batched(name: str, value: Tensor | None, size: int, batch: torch.Size, dtype: torch.dtype) -> Tensor | None:

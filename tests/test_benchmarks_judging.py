@@ -151,11 +151,12 @@ def test_csv_round_trip(tmp_path):
 def test_slow_implementations_are_skipped_by_what_the_last_length_took():
     run = Run(full_plan(), threads=1)
     sdpa, linear = Entry("sdpa", None), Entry("reference", 3)
-    run.last = {(FORWARD, sdpa): (1024, 1.0), (FORWARD, linear): (1024, 1.0)}
+    run.last = {("", FORWARD, sdpa): (1024, 1.0), ("", FORWARD, linear): (1024, 1.0)}
     case = AttentionCase("sweep", 4096, FORWARD)
     assert "more than" in run._refusal(case, sdpa)
     assert run._refusal(case, linear) == ""
     assert run._refusal(dataclasses.replace(case, mode=BOTH), sdpa) == ""
+    assert run._refusal(dataclasses.replace(case, mask="causal"), sdpa) == ""
 
 
 def test_plans_cover_what_the_table_needs():

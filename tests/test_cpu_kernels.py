@@ -66,7 +66,8 @@ def check(case: Case, dtype: torch.dtype) -> None:
 
 
 ISA_CASES = (
-    "odd_sizes", "length_63", "many_references", "small_epsilon_wide", "causal_t1", "t0", "positions", "tensors"
+    "odd_sizes", "length_63", "many_references", "small_epsilon_wide", "causal_t1", "t0", "positions", "tensors",
+    "masked_causal", "masked_odd_sizes", "masked_tensors", "masked_small_epsilon",
 )  # fmt: skip
 
 

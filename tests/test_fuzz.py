@@ -32,6 +32,23 @@ def strided(draw: Any, shape: tuple[int, ...], dtype: torch.dtype, generator: to
 
 
 @st.composite
+def query_masks(
+    draw: Any, b: int, h: int, length: int, s: int, dtype: torch.dtype, g: torch.Generator
+) -> dict[str, Any]:
+    """A mask of every query: of any shape, dense or in blocks, rows that ban everything among them."""
+    shape = draw(st.sampled_from([(length, s), (b, length, s), (b, h, length, s)]))
+    mask = draw(strided(shape, torch.float32, g))
+    keep = mask > draw(st.sampled_from([-10.0, 0.0, 1.0]))
+    if draw(st.booleans()):
+        near = (torch.arange(s) - torch.arange(length).unsqueeze(1)).abs() < draw(st.sampled_from([1, 5, 70]))
+        keep = keep & near
+    if draw(st.booleans()):
+        return {"attn_mask": keep}
+    spread = draw(st.sampled_from([1.0, 30.0]))
+    return {"attn_mask": (spread * mask).to(dtype).masked_fill(~keep, -torch.inf)}
+
+
+@st.composite
 def calls(draw: Any, dtypes: list[torch.dtype]) -> tuple[dict[str, Any], torch.dtype]:
     g = torch.Generator(torch.get_default_device()).manual_seed(draw(st.integers(0, 2**31)))
     dtype = draw(st.sampled_from(dtypes))
@@ -39,7 +56,7 @@ def calls(draw: Any, dtypes: list[torch.dtype]) -> tuple[dict[str, Any], torch.d
     d, e = draw(st.sampled_from([1, 3, 16, 40])), draw(st.sampled_from([1, 5, 16, 40]))
     s = draw(st.sampled_from([1, 2, 17, 64, 65, 150]))
     causal = draw(st.booleans())
-    length = s if causal else draw(st.sampled_from([0, 1, 5, 64, 97]))
+    length = s if causal and draw(st.booleans()) else draw(st.sampled_from([0, 1, 5, 64, 97]))
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     call: dict[str, Any] = {
         "query": draw(strided((b, h, length, d), dtype, g)),
@@ -52,6 +69,9 @@ def calls(draw: Any, dtypes: list[torch.dtype]) -> tuple[dict[str, Any], torch.d
         "key_relaxation": draw(st.sampled_from([0.0, 0.5, 1.0])),
         "reference_relaxation": draw(st.sampled_from([0.0, 0.5, 1.0])),
     }
+    if draw(st.booleans()):
+        call |= draw(query_masks(b, h, length, s, wide, g))
+        call["num_iters"] = draw(st.integers(0, 3))
     mask = draw(st.sampled_from(["none", "bool", "float"]))
     if mask == "bool":
         call["key_mask"] = draw(strided((b, s), torch.float32, g)) > 0

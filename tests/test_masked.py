@@ -190,10 +190,10 @@ def test_empty_masks(b: int, length: int, keys: int, causal: bool, native: str) 
     assert all((g == 0).all() for g in grads)
 
 
-def test_only_sums_of_the_queries_are_saved(native: str) -> None:
+def test_nothing_but_the_inputs_is_saved(native: str) -> None:
     leaves, mask = tokens(dtype=torch.float32), torch.rand(L, S) < 0.5
     saved: list[Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: (saved.append(t), t)[1], lambda t: t):
         SF.set_attention(*leaves, attn_mask=mask, num_iters=3, backend="auto")
     given = {t.data_ptr() for t in (*leaves, mask)}
-    assert [t.shape for t in saved if t.data_ptr() not in given] == [(B, H, 3 * L, M)]
+    assert all(t.data_ptr() in given for t in saved)

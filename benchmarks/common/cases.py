@@ -6,6 +6,7 @@ Letters as in the package: `B` batch, `H` heads, `L` queries, `S` keys (= L here
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -53,6 +54,7 @@ class AttentionCase:
     entries: tuple[Entry, ...] = ENTRIES
     budget_s: float = 3.0
     with_peak: bool = False  # a sample of the FMA peak in every round
+    mask: str = ""  # one of MASKS: what every query sees
     B: int = 1
     H: int = 8
     D: int = 64
@@ -100,6 +102,21 @@ def attention_inputs(case: AttentionCase, device: str = "cpu") -> AttentionInput
     return AttentionInputs(*tensors)
 
 
+MASKS = ("causal", "float", "window")
+WINDOW = 128  # keys a query sees under "window"
+
+
+@functools.lru_cache(maxsize=1)
+def query_mask(mask: str, L: int) -> Tensor | None:
+    """[L, L], what all heads share: standard normal log masses, or a window; None where `causal` says it."""
+    if mask == "float":
+        return torch.randn(L, L, generator=torch.Generator().manual_seed(L))
+    if mask != "window":
+        return None
+    ahead = torch.arange(L) - torch.arange(L).unsqueeze(1)
+    return (ahead >= -WINDOW // 2) & (ahead < WINDOW // 2)
+
+
 @dataclass(frozen=True)
 class SinkhornCase:
     """`G` transport problems of `N` rows and `M` columns, uniform masses, a fixed number of iterations."""
@@ -129,6 +146,7 @@ class MemoryCase:
 
     entry: Entry
     L: int
+    mask: str = ""
 
 
 @dataclass(frozen=True)
@@ -155,8 +173,19 @@ def _sweep(lengths: tuple[int, ...], budget_s: float) -> tuple[AttentionCase, ..
     return tuple(AttentionCase("sweep", L, mode, entries(L), budget_s=budget_s) for mode in MODES for L in lengths)
 
 
+def _masked(lengths: tuple[int, ...], budget_s: float) -> tuple[AttentionCase, ...]:
+    """SeT and softmax under the same mask; one iteration under a causal one is a scan."""
+    entries = (SET_T3, SET_T1, Entry("sdpa", None))
+    return tuple(
+        AttentionCase(mask, L, mode, entries, budget_s=budget_s, mask=mask)
+        for mask in MASKS
+        for mode in MODES
+        for L in lengths
+    )
+
+
 def full_plan() -> Plan:
-    """The run behind the README's table and plot: under 12 minutes on two cores."""
+    """The run behind the README's table and plot: some 15 minutes on two cores."""
     headline = tuple(
         AttentionCase("headline", 4096, mode, budget_s=budget, with_peak=True)
         for mode, budget in zip(MODES, (10.0, 18.0), strict=True)
@@ -169,7 +198,9 @@ def full_plan() -> Plan:
     )
     small = tuple(MemoryCase(entry, 4096) for entry in ENTRIES if entry != Entry("compiled", 1))
     large = tuple(MemoryCase(entry, 16384) for entry in (SET_T3, SET_T1, Entry("reference", 3), Entry("elu", None)))
-    return Plan(headline + _sweep(lengths, 2.5), sinkhorn, small + large, (64, 1000, 4096), 0.05)
+    masked = tuple(MemoryCase(SET_T3, 4096, mask) for mask in MASKS)
+    attention = headline + _sweep(lengths, 2.5) + _masked((256, 1024, 2048, 4096, 8192), 2.0)
+    return Plan(attention, sinkhorn, small + large + masked, (64, 1000, 4096), 0.05)
 
 
 def quick_plan() -> Plan:
@@ -180,5 +211,7 @@ def quick_plan() -> Plan:
         SinkhornCase("sinkhorn", G=2, N=128, M=16, T=5, budget_s=0.3),
         SinkhornCase("sinkhorn", G=2, N=128, M=16, T=5, mode=BOTH, entries=("set", "plain", "pot"), budget_s=0.3),
     )
-    memory = (MemoryCase(SET_T3, 512),)
-    return Plan(headline + _sweep(lengths, 0.1), sinkhorn, memory, (64, 100), 0.01, compile=False)
+    memory = (MemoryCase(SET_T3, 512), MemoryCase(SET_T3, 512, "causal"))
+    return Plan(
+        headline + _sweep(lengths, 0.1) + _masked((256,), 0.1), sinkhorn, memory, (64, 100), 0.01, compile=False
+    )

@@ -17,13 +17,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import setformer_kernels.functional as SF
-from benchmarks.common.cases import BANDWIDTH, EPSILON, FORWARD, AttentionInputs, Entry
+from benchmarks.common.cases import BANDWIDTH, EPSILON, FORWARD, AttentionInputs, Entry, query_mask
 
 Attention = Callable[[AttentionInputs], Tensor]
 Potentials = tuple[Tensor, Tensor]
 
 
-def _set(x: AttentionInputs, T: int, backend: str) -> Tensor:
+def _set(x: AttentionInputs, T: int, backend: str, mask: str = "") -> Tensor:
     return SF.set_attention(
         x.query,
         x.key,
@@ -33,11 +33,14 @@ def _set(x: AttentionInputs, T: int, backend: str) -> Tensor:
         epsilon=EPSILON,
         num_iters=T,
         backend=backend,
+        attn_mask=query_mask(mask, x.query.shape[2]),
+        causal=mask == "causal",
     )
 
 
-def _sdpa(x: AttentionInputs) -> Tensor:
-    return F.scaled_dot_product_attention(x.query, x.key, x.value)
+def _sdpa(x: AttentionInputs, mask: str = "") -> Tensor:
+    seen = query_mask(mask, x.query.shape[2])
+    return F.scaled_dot_product_attention(x.query, x.key, x.value, attn_mask=seen, is_causal=mask == "causal")
 
 
 def elu_attention(query: Tensor, key: Tensor, value: Tensor, present: Tensor | None = None) -> Tensor:
@@ -54,10 +57,10 @@ def _elu(x: AttentionInputs) -> Tensor:
     return elu_attention(x.query, x.key, x.value)
 
 
-def attention(entry: Entry) -> Attention:
-    """The implementation an entry names; `compiled` compiles anew, for the shapes of its first call."""
+def attention(entry: Entry, mask: str = "") -> Attention:
+    """The implementation an entry names, under a mask; `compiled` compiles anew, for the shapes of its first call."""
     if entry.impl == "sdpa":
-        return _sdpa
+        return functools.partial(_sdpa, mask=mask)
     if entry.impl == "elu":
         return _elu
     if entry.T is None:
@@ -65,7 +68,7 @@ def attention(entry: Entry) -> Attention:
     if entry.impl == "compiled":
         return torch.compile(functools.partial(_set, T=entry.T, backend="reference"), fullgraph=True, dynamic=False)
     backend = {"set": "auto", "reference": "reference"}[entry.impl]
-    return functools.partial(_set, T=entry.T, backend=backend)
+    return functools.partial(_set, T=entry.T, backend=backend, mask=mask)
 
 
 def forget_graphs() -> None:

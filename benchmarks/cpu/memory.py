@@ -22,7 +22,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.common.cases import BOTH, AttentionCase, Entry, MemoryCase, attention_inputs
+from benchmarks.common.cases import BOTH, AttentionCase, Entry, MemoryCase, attention_inputs, query_mask
 from benchmarks.common.hardware import ROOT, Unavailable
 from benchmarks.common.implementations import attention, has_references
 
@@ -46,16 +46,17 @@ def _reset_high_water() -> None:
         raise Unavailable(f"the high-water mark cannot be reset: {error}") from error
 
 
-def peak_extra(entry: Entry, L: int) -> int:
+def peak_extra(entry: Entry, L: int, mask: str = "") -> int:
     """Bytes beyond inputs, output and gradients that one forward + backward of this process needs at its peak."""
     case = AttentionCase("memory", L, BOTH)
-    run = attention(entry)
+    run = attention(entry, mask)
     leaves = slice(None) if has_references(entry) else slice(3)
     # A compiled graph belongs to its shapes: its first call compiles, which is no part of a training step.
     warm = attention_inputs(case if entry.impl == "compiled" else AttentionCase("memory", WARM_UP_LENGTH, BOTH))
     torch.autograd.grad(run(warm), warm.leaves()[leaves], warm.grad_output)
     del warm
     x = attention_inputs(case)
+    query_mask(mask, L)  # an input, too
     gc.collect()
     _reset_high_water()
     before = _resident("VmRSS")
@@ -68,10 +69,9 @@ def peak_extra(entry: Entry, L: int) -> int:
 def measure(case: MemoryCase, threads: int) -> int:
     """`peak_extra` in a fresh process; RuntimeError with the child's error where the call itself failed."""
     command = [sys.executable, "-m", "benchmarks.cpu.memory", case.entry.impl, str(case.entry.T or 0), str(case.L)]
+    command += [str(threads), *([case.mask] if case.mask else [])]
     environment = {**os.environ, **CHILD_ENV, "OMP_NUM_THREADS": str(threads)}
-    done = subprocess.run(
-        [*command, str(threads)], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
-    )
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
     if done.returncode == NO_HIGH_WATER:
         raise Unavailable(done.stderr.strip())
     if done.returncode:
@@ -87,11 +87,12 @@ def main() -> None:
     parser.add_argument("T", type=int, help="iterations; ignored by implementations without any")
     parser.add_argument("L", type=int)
     parser.add_argument("threads", type=int)
+    parser.add_argument("mask", nargs="?", default="")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     T = None if arguments.impl in ("sdpa", "elu") else arguments.T
     try:
-        print(json.dumps({"peak_extra": peak_extra(Entry(arguments.impl, T), arguments.L)}))
+        print(json.dumps({"peak_extra": peak_extra(Entry(arguments.impl, T), arguments.L, arguments.mask)}))
     except Unavailable as reason:
         print(reason, file=sys.stderr)
         sys.exit(NO_HIGH_WATER)

@@ -46,7 +46,7 @@ class Run:
     device: str = "cpu"
     only: str = ""
     log: Callable[[str], None] = print
-    last: dict[tuple[str, Entry], tuple[int, float]] = field(default_factory=dict)
+    last: dict[tuple[str, str, Entry], tuple[int, float]] = field(default_factory=dict)
 
     @property
     def clock(self) -> Clock:
@@ -84,8 +84,8 @@ class Run:
         """Why this entry is not timed at this length, empty if it is."""
         if entry.impl == "compiled" and not self.plan.compile:
             return NO_COMPILE
-        L, seconds = self.last.get((case.mode, entry), (case.L, 0.0))
-        if seconds * (case.L / L) ** GROWTH.get(entry.impl, 1) > self.plan.max_call_s:
+        L, seconds = self.last.get((case.mask, case.mode, entry), (case.L, 0.0))
+        if seconds * (case.L / L) ** (2 if case.mask else GROWTH.get(entry.impl, 1)) > self.plan.max_call_s:
             return f"one call would take more than {self.plan.max_call_s:g} s"
         return ""
 
@@ -98,7 +98,7 @@ class Run:
         for entry in case.entries:
             status, note = SKIPPED, self._refusal(case, entry)
             if not note:
-                run = implementations.attention(entry)
+                run = implementations.attention(entry, case.mask)
                 references = implementations.has_references(entry)
                 call = implementations.attention_call(run, x, case.mode, references=references)
                 status, note = _try(call)
@@ -117,7 +117,7 @@ class Run:
         samples = interleave(timed, case.budget_s, self.clock)
         rows = []
         for entry in calls:
-            self.last[case.mode, entry] = (case.L, quartiles(samples[entry]).median)
+            self.last[case.mask, case.mode, entry] = (case.L, quartiles(samples[entry]).median)
             rows.append(_compared(_attention_row(case, entry, self.device), samples, entry, _baseline(entry)))
         if peaks:
             peak = replace(_attention_row(case, PEAK, self.device), metric="rate", unit=PROBES["fma_peak"])
@@ -148,7 +148,7 @@ class Run:
         ]
 
     def _memory_row(self, case: MemoryCase) -> Row:
-        sized = AttentionCase("memory", case.L, BOTH)
+        sized = AttentionCase(f"memory {case.mask}".strip(), case.L, BOTH, mask=case.mask)
         size = float(sized.qkvo_bytes())
         row = replace(_attention_row(sized, case.entry, self.device), metric="memory", unit="bytes", work=size)
         if case.entry.impl == "compiled" and not self.plan.compile:
@@ -159,7 +159,7 @@ class Run:
             return replace(row, status=UNAVAILABLE, note=str(reason))
         except (RuntimeError, subprocess.TimeoutExpired) as error:
             return replace(row, status=FAILED, note=str(error))
-        self.log(f"memory: {case.entry}, L = {case.L}: {extra / size:.3g} x (q, k, v, o)")
+        self.log(f"{sized.name}: {case.entry}, L = {case.L}: {extra / size:.3g} x (q, k, v, o)")
         return _filled(row, [extra])
 
 
@@ -196,9 +196,11 @@ def _compared(row: Row, samples: dict[Entry, list[float]], entry: Entry, baselin
 
 def _attention_row(case: AttentionCase, entry: Entry, device: str) -> Row:
     """Everything of a row that is known before it is measured."""
-    problem = Problem("attention", device, torch.float32, D=case.D, E=case.E, M=case.M, num_iters=entry.T or 0)
+    scan = case.mask == "causal" and (entry.T or 0) <= 1
+    op = "causal" if scan else "masked" if case.mask else "attention"
+    problem = Problem(op, device, torch.float32, D=case.D, E=case.E, M=case.M, num_iters=entry.T or 0)
     backend = dispatch.select(problem) if entry.impl == "set" else ""
-    work = float(case.matmul_flops())
+    work = 0.0 if case.mask else float(case.matmul_flops())  # under a mask what is done depends on it
     return _row(
         case, entry.impl, T=entry.T, B=case.B, H=case.H, L=case.L, M=case.M, D=case.D, work=work, backend=backend
     )

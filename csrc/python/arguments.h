@@ -238,13 +238,11 @@ inline View mask_view(const MaskedParams& p, const py::object& o, const char* na
   return v;
 }
 
-inline MaskedParams masked_params(const AttentionParams& attention, const py::object& mask, bool causal,
-                                  const py::object& c) {
+inline MaskedParams masked_params(const AttentionParams& attention, const py::object& mask, bool causal) {
   MaskedParams p;
   static_cast<AttentionParams&>(p) = attention;
   need(p.query, kOperands[kQuery]);
   p.mask = mask_view(p, mask, "mask"), p.causal = causal;
-  p.c = view(c, "c", {p.B, p.H, (p.T > 1 ? p.T : 1) * p.L, p.M}, compute_dtype(p.f64));
   return p;
 }
 

@@ -31,8 +31,8 @@ void attention_backward(const py::tuple& x, const py::tuple& scalars, bool dot, 
 }
 
 void masked(const py::tuple& x, const py::tuple& scalars, bool dot, int64_t T, double dropout_p, uint64_t seed,
-            int threads, const py::object& mask, bool causal, const py::object& o, const py::object& c) {
-  MaskedParams p = masked_params(attention_params(x, scalars, dot, T, dropout_p, seed, threads), mask, causal, c);
+            int threads, const py::object& mask, bool causal, const py::object& o) {
+  MaskedParams p = masked_params(attention_params(x, scalars, dot, T, dropout_p, seed, threads), mask, causal);
   p.o = view(o, "o", {p.B, p.H, p.L, p.E}, p.key.dtype);
   need(p.o, "o");
   py::gil_scoped_release nogil;
@@ -40,11 +40,11 @@ void masked(const py::tuple& x, const py::tuple& scalars, bool dot, int64_t T, d
 }
 
 void masked_backward(const py::tuple& x, const py::tuple& scalars, bool dot, int64_t T, double dropout_p, uint64_t seed,
-                     int threads, const py::object& mask, bool causal, const py::object& c, const py::tuple& grads,
+                     int threads, const py::object& mask, bool causal, const py::tuple& grads,
                      const py::object& d_mask) {
-  MaskedParams p = masked_params(attention_params(x, scalars, dot, T, dropout_p, seed, threads), mask, causal, c);
+  MaskedParams p = masked_params(attention_params(x, scalars, dot, T, dropout_p, seed, threads), mask, causal);
   gradients(p, grads, p.B);
-  need(p.c, "c"), need(p.d_o, "d_o");
+  need(p.d_o, "d_o");
   p.d_mask = mask_view(p, d_mask, "d_mask");
   if (p.d_mask && (!p.mask || p.mask.dtype == kBool || p.d_mask.dtype == kBool))
     throw std::invalid_argument("only a float mask has a gradient");

@@ -70,28 +70,26 @@ def causal(x: Operands, opt: Options) -> Tensor:
     return o
 
 
-def masked(x: Operands, mask: Tensor | None, opt: Options, causal: bool, save: bool) -> tuple[Tensor, Tensor]:
-    """o [B, H, L, E], and c [B, H, max(T, 1)·L, M] where it is to be saved; mask [B or 1, H or 1, L, S]."""
+def masked(x: Operands, mask: Tensor | None, opt: Options, causal: bool) -> Tensor:
+    """o [B, H, L, E]; mask [B or 1, H or 1, L, S]."""
     assert x.query is not None
-    b, h, length, _ = x.query.shape
-    o = empty_in_order(x.query, (b, h, length, x.value.shape[-1]))
-    rows = max(opt.num_iters, 1) * length if save else 0
-    c = x.key.new_empty((b, h, rows, x.references.shape[1]), dtype=compute_dtype(x.key.dtype))
-    _C.masked(*_common(x, opt), *views((mask,)), causal, *views((o, c if save else None)))
-    return o, c
+    o = empty_in_order(x.query, (*x.query.shape[:-1], x.value.shape[-1]))
+    given, found = views((mask, o))
+    _C.masked(*_common(x, opt), given, causal, found)
+    return o
 
 
 def masked_backward(
-    x: Operands, mask: Tensor | None, opt: Options, causal: bool, c: Tensor, d_o: Tensor, needs: Sequence[bool]
+    x: Operands, mask: Tensor | None, opt: Options, causal: bool, d_o: Tensor, needs: Sequence[bool]
 ) -> tuple[Tensor | None, ...]:
     """As `attention_backward`, and the gradient of the mask."""
     d_mask = empty_in_order(mask, mask.shape).zero_() if needs[-1] and mask is not None else None
-    given, kept, incoming, found = views((mask, c, d_o, d_mask))
+    given, incoming, found = views((mask, d_o, d_mask))
     grads = _extension.attention_backward(
         x,
         needs[:-1],
         x.key.shape[0],
-        lambda grads: _C.masked_backward(*_common(x, opt), given, causal, kept, (incoming, None, None, *grads), found),
+        lambda grads: _C.masked_backward(*_common(x, opt), given, causal, (incoming, None, None, *grads), found),
     )
     return *grads, d_mask
 

@@ -1,4 +1,5 @@
-// set_attention under a query-dependent mask, backward: exact for the T iterations that ran, from log C^t.
+// set_attention under a query-dependent mask, backward: exact for the T iterations that ran, which run again: nothing
+// but the inputs is saved.
 //
 // By blocks of queries, with D_ij = Σ_s U_is Ex_sj ⟨do_i, v_s⟩/C_ij = ⟨do_i, z_ij⟩:
 // dS = W^q (D − Σ W^q D),  dlog C^T = −W^q D − λ_b dS;  then downwards in t, with dC = dlog C/C,
@@ -49,7 +50,7 @@ class MaskedBackwardWorker {
 
   void block(int64_t row0, int64_t n) {
     it_.begin_block(row0, n);
-    logs_ = !prepare();
+    logs_ = !it_.iterate(true, inverse_);
     if constexpr (!kIsWide<F>)
       if (logs_) return wide().block(row0, n);
     if (logs_) prepare_in_logs();
@@ -82,33 +83,6 @@ class MaskedBackwardWorker {
   }
   F* mean(const KeyTile& at) const { return it_.u_of(at); }
 
-  // C^t, V^t, n and 1/P^t of the block; false where products cannot hold what follows.
-  bool prepare() {
-    if (it_.keys.in_logs) return false;
-    if (p_.f64 == kIsWide<F> ? !load_sums() : !it_.iterate(true)) return false;
-    F least = 1;
-    for (int64_t t = 1; t < steps_; ++t) {
-      it_.potentials.set_v(t - 1, false);
-      for (const KeyTile& at : it_.mask.tiles) {
-        F* p = inverse(t, at);
-        it_.by_keys(at, it_.potentials.v(t - 1), p);
-        least = std::min(least, divide<F>(at.n * kQueries, it_.masses_of(at), F(1), p, u_));
-      }
-    }
-    return least >= floor_of<F>(it_.mask.lowest, true).row;
-  }
-
-  // What the forward left, and n; false where C^t leaves the range of products, or was not formed by them.
-  bool load_sums() {
-    for (const KeyTile& at : it_.mask.tiles) it_.mask.masses(at, it_.masses_of(at));
-    const Floor<F> floor = floor_of<F>(it_.mask.lowest, true);
-    it_.potentials.load_sums(p_.c, p_.L, it_.b, it_.h, it_.row0, it_.n);
-    bool ok = true;
-    for (int64_t t = 0; t < steps_; ++t)
-      ok = settle_sums<F>(p_.M, it_.mask.seen, floor.column, it_.potentials.sums(t)) && ok;
-    return ok;
-  }
-
   void load_d_o() {
     F skip[kQueries];
     for (int64_t i = 0; i < it_.n; ++i) skip[i] = it_.mask.seen[i] == 0 ? -kInf<F> : F(0);
@@ -119,23 +93,19 @@ class MaskedBackwardWorker {
 
   // U^t of a tile.
   void set_u(int64_t t, const KeyTile& at) {
-    const F *masses = it_.masses_of(at), lam = it_.refs.lam_a;
-    if (t == 0) return scale_keys<F>(at.n, masses, it_.keys.first + at.s0, u_);
-    const F* inv = inverse(t, at);
-    for (int64_t k = 0; k < at.n * kQueries; k += kLanes<F>) {
-      const Vec<F> x = load(inv + k);
-      store(u_ + k, load(masses + k) * (lam == 1 ? x : vexp<F>(lam * vlog<F>(x))));
-    }
+    if (t == 0) return scale_keys<F>(at.n, it_.n_of(at), it_.keys.first + at.s0, u_);
+    scale_masses<F>(at.n, it_.n_of(at), it_.refs.lam_a, inverse(t, at), u_);
   }
 
   // D to d_c_; dv, the pooling's part of df^T and of the keys' gradients.
   void pool() {
     const F *c = it_.potentials.sums(steps_ - 1), *keep = it_.potentials.keep, *w = it_.potentials.w;
-    for (int64_t k = 0; k < p_.M * kQueries; k += kLanes<F>) store(y_ + k, load(w + k) * load(keep + k) / load(c + k));
+    for (int64_t k = 0; k < p_.M * kQueries; k += kLanes<F>)
+      store(y_ + k, load(w + k) * load(keep + k) * reciprocal(load(c + k)));
     by_rows(y_, y_rows_);
     fill(d_c_.data(), Mp_ * kQueries, F(0));
     for (const KeyTile& at : it_.mask.tiles) pool_tile(at);
-    for (int64_t k = 0; k < p_.M * kQueries; k += kLanes<F>) store(d_c_ + k, load(d_c_ + k) / load(c + k));
+    for (int64_t k = 0; k < p_.M * kQueries; k += kLanes<F>) store(d_c_ + k, load(d_c_ + k) * reciprocal(load(c + k)));
   }
 
   void pool_tile(const KeyTile& at) {
@@ -156,7 +126,8 @@ class MaskedBackwardWorker {
 
   // ⟨do_i, v_s⟩ of a tile to a_.
   void value_products(const KeyTile& at) {
-    gemm<F>(at.n, kQueries, p_.E, it_.keys.values(at), Ep_, 1, d_o_lanes_, kQueries, a_, kQueries, false);
+    const auto values = it_.keys.values(at);
+    gemm<F>(at.n, kQueries, p_.E, values.rows, values.stride, 1, d_o_lanes_, kQueries, a_, kQueries, false);
   }
   void add_d_value(const KeyTile& at, const F* weights) {
     gemm<F>(at.n, Ep_, kQueries, weights, kQueries, 1, d_o_, Ep_, sums.d_value + at.s0 * Ep_, Ep_, true);
@@ -164,6 +135,18 @@ class MaskedBackwardWorker {
   // Σ_i left_is right_ij; left [n][kQueries], right [kQueries][Mp].
   void add_d_exp(const KeyTile& at, const F* left, const F* right) {
     gemm<F>(at.n, Mp_, kQueries, left, kQueries, 1, right, Mp_, sums.d_exp + at.s0 * Mp_, Mp_, true);
+  }
+  // The same for the first iteration of a full tile, where U is one number a key; right in y_rows_.
+  void add_d_exp_of_full(const KeyTile& at) {
+    F* total = v_rows_;
+    fill(total, Mp_, F(0));
+    for (int64_t i = 0; i < kQueries; ++i)
+      for (int64_t j = 0; j < Mp_; j += kLanes<F>) store(total + j, load(total + j) + load(y_rows_ + i * Mp_ + j));
+    for (int64_t s = 0; s < at.n; ++s)
+      for (int64_t j = 0; j < Mp_; j += kLanes<F>) {
+        F* out = sums.d_exp + (at.s0 + s) * Mp_ + j;
+        store(out, load(out) + u_[s * kQueries] * load(total + j));
+      }
   }
   void by_rows(const F* lanes, F* rows) {
     fill(rows, kQueries * Mp_, F(0));
@@ -218,7 +201,7 @@ class MaskedBackwardWorker {
   // df^t, and with it what the keys get from step t; dlog V^{t−1} to d_v_.
   void iterate(int64_t t) {
     const F *c = it_.potentials.sums(t), *v = t > 0 ? it_.potentials.v(t - 1) : nullptr;
-    for (int64_t k = 0; k < p_.M * kQueries; k += kLanes<F>) store(d_c_ + k, load(d_c_ + k) / load(c + k));
+    for (int64_t k = 0; k < p_.M * kQueries; k += kLanes<F>) store(d_c_ + k, load(d_c_ + k) * reciprocal(load(c + k)));
     by_rows(d_c_, y_rows_);
     fill(d_v_.data(), Mp_ * kQueries, F(0));
     if (v) by_rows(v, v_rows_);
@@ -226,7 +209,10 @@ class MaskedBackwardWorker {
       set_u(t, at);
       it_.by_keys(at, d_c_, a_);
       for (int64_t k = 0; k < at.n * kQueries; k += kLanes<F>) store(a_ + k, load(a_ + k) * load(u_ + k));
-      add_d_exp(at, u_, y_rows_);
+      if (t == 0 && at.full)
+        add_d_exp_of_full(at);
+      else
+        add_d_exp(at, u_, y_rows_);
       collect(t, at);
       if (!v) continue;
       const F* inv = inverse(t, at);
@@ -275,16 +261,18 @@ class MaskedBackwardWorker {
   void center() {
     Buffer<F> total(kQueries), mass(kQueries);
     fill(total.data(), kQueries, F(0)), fill(mass.data(), kQueries, F(0));
-    const auto n = [&](const F* at) { return logs_ ? vexp<F>(load(at)) : load(at); };
+    const auto n = [&](const KeyTile& at, int64_t k) {
+      return logs_ ? vexp<F>(load(it_.masses_of(at) + k)) : it_.n_of(at)(k / kQueries, k % kQueries);
+    };
     for (const KeyTile& at : it_.mask.tiles)
       for (int64_t k = 0; k < at.n * kQueries; k += kLanes<F>) {
         store(total + k % kQueries, load(total + k % kQueries) + load(mean(at) + k));
-        store(mass + k % kQueries, load(mass + k % kQueries) + n(it_.masses_of(at) + k));
+        store(mass + k % kQueries, load(mass + k % kQueries) + n(at, k));
       }
     for (int64_t i = 0; i < kQueries; ++i) total[i] = mass[i] > 0 ? total[i] / mass[i] : F(0);
     for (const KeyTile& at : it_.mask.tiles)
       for (int64_t k = 0; k < at.n * kQueries; k += kLanes<F>)
-        store(mean(at) + k, load(mean(at) + k) - load(total + k % kQueries) * n(it_.masses_of(at) + k));
+        store(mean(at) + k, load(mean(at) + k) - load(total + k % kQueries) * n(at, k));
   }
 
   void store_masses() {

@@ -56,7 +56,7 @@ class BlockPotentials {
       for (int64_t k = i, j = 0; j < refs_.M; ++j, k += kQueries) {
         Vec<F> x;
         if (!logs && lam == 1)
-          x = refs_.b[j] / load(c + k);
+          x = refs_.b[j] * reciprocal(load(c + k));
         else
           x = refs_.log_b[j] - lam * (logs ? load(c + k) : vlog<F>(load(c + k)));
         top = vmax(top, x);
@@ -93,22 +93,6 @@ class BlockPotentials {
       for (int64_t k = i; k < refs_.M * kQueries; k += kQueries) store(w + k, load(w + k) * inverse);
     }
     set_keep(p, b, h, row0, n);
-  }
-
-  // Rows t·L + row0.. of the tensor c; zeros where there are no sums but in the log domain.
-  void store_sums(const View& to, int64_t L, int64_t b, int64_t h, int64_t row0, int64_t n, bool there) {
-    for (int64_t t = 0; to && t < steps; ++t) {
-      if (there) transpose<F>(refs_.M, n, sums(t), kQueries, lanes_, refs_.Mp);
-      if (!there) fill(lanes_.data(), n * refs_.Mp, F(0));
-      for (int64_t i = 0; i < n; ++i) store_row_of<F>(to, b, h, t * L + row0 + i, lanes_ + i * refs_.Mp);
-    }
-  }
-  void load_sums(const View& from, int64_t L, int64_t b, int64_t h, int64_t row0, int64_t n) {
-    for (int64_t t = 0; t < steps; ++t) {
-      for (int64_t i = 0; i < n; ++i) load_row_of<F>(from, b, h, t * L + row0 + i, lanes_ + i * refs_.Mp);
-      fill(sums(t), refs_.M * kQueries, F(1));
-      transpose<F>(n, refs_.M, lanes_, refs_.Mp, sums(t), kQueries);
-    }
   }
 
   int64_t steps;

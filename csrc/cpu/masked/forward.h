@@ -21,7 +21,7 @@ class MaskedWorker {
 
   void block(int64_t row0, int64_t n) {
     it_.begin_block(row0, n);
-    const bool products = it_.iterate(false);
+    const bool products = it_.iterate(false, nullptr);
     if constexpr (!kIsWide<F>)
       if (!products) return wide().block(row0, n);
     if (!products) it_.iterate_in_logs();
@@ -30,7 +30,6 @@ class MaskedWorker {
       store(y_ + k, load(it_.potentials.w + k) * load(it_.potentials.keep + k));
     fill(out_.data(), it_.Ep * kQueries, F(0));
     products ? pool() : pool_in_logs();
-    it_.potentials.store_sums(p_.c, p_.L, it_.b, it_.h, row0, n, products && p_.f64 == kIsWide<F>);
     transpose<F>(p_.E, kQueries, out_, kQueries, rows_, it_.Ep);
     store_rows<F>(p_.o, it_.b, it_.h, row0, n, rows_.data(), it_.Ep, static_cast<const F*>(nullptr));
   }
@@ -38,7 +37,7 @@ class MaskedWorker {
  private:
   void pool() {
     const F* c = it_.potentials.sums(it_.potentials.steps - 1);
-    for (int64_t k = 0; k < p_.M * kQueries; k += kLanes<F>) store(y_ + k, load(y_ + k) / load(c + k));
+    for (int64_t k = 0; k < p_.M * kQueries; k += kLanes<F>) store(y_ + k, load(y_ + k) * reciprocal(load(c + k)));
     for (const KeyTile& at : it_.mask.tiles) {
       F *a = it_.tile, *u = it_.u_of(at);
       it_.by_keys(at, y_, a);
@@ -49,7 +48,8 @@ class MaskedWorker {
 
   // o += A v of a tile.
   void add_values(const KeyTile& at) {
-    gemm<F>(p_.E, kQueries, at.n, it_.keys.values(at), 1, it_.Ep, it_.tile, kQueries, out_, kQueries, true);
+    const auto values = it_.keys.values(at);
+    gemm<F>(p_.E, kQueries, at.n, values.rows, 1, values.stride, it_.tile, kQueries, out_, kQueries, true);
   }
 
   // A = Σ_j e^{ℓ − m + f − log C} W^q.

@@ -146,6 +146,7 @@ class MaskedSums {
         for (int64_t k = 0; k < kLanes<F>; ++k) d_log_b[j + k] += lane<F>(through, k);
       }
       fill(dl_ + i * refs_.Mp + p_.M, refs_.Mp - p_.M, F(0));
+      if (p_.M == 1) dl_[i * refs_.Mp] = totals_[i];  // exactly 0 where λ_a = 1
     }
   }
 

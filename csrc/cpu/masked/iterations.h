@@ -3,6 +3,8 @@
 // Ex = e^{ℓ − m};  U = n, V = b;  T times  P = V Exᵀ, U = n P^{−λ_a}, C = U Ex, V = b C^{−λ_b}.  A factor of a query's
 // n or V cancels in what it reads, so masses are not normalised and V counts from its largest.
 #pragma once
+#include <atomic>
+
 #include "walk.h"
 
 namespace sfk {
@@ -39,6 +41,9 @@ class MaskedIterations {
     queries.load(p, refs, b, h, row0, n, mask.seen);
   }
   F* masses_of(const KeyTile& at) const { return masses + at.s0 * kQueries; }
+  TileMasses<F> n_of(const KeyTile& at) const {
+    return {at.full ? nullptr : masses_of(at), keys.weights.plain + at.s0};
+  }
   F* u_of(const KeyTile& at) const { return u + at.s0 * kQueries; }
 
   // out [n][kQueries] = Ex · right [M][kQueries]
@@ -50,19 +55,23 @@ class MaskedIterations {
     gemm<F>(p.M, kQueries, at.n, keys.tile(at), 1, refs.Mp, left, kQueries, out, kQueries, true);
   }
 
-  // By products; false where a sum leaves their range.
-  bool iterate(bool backward) {
+  // By products; false where a sum leaves their range.  1/P^t to `inverse` [T − 1][S][kQueries] where that is not null.
+  bool iterate(bool backward, F* inverse) {
     if (keys.in_logs) return false;
     for (int64_t t = 0; t < potentials.steps; ++t) {
       F least = 1, *sums = potentials.sums(t);
-      fill(sums, refs.M * kQueries, F(0));
+      begin_sums(t, sums);
       for (const KeyTile& at : mask.tiles) {
         if (t == 0) {
           mask.masses(at, masses_of(at));
-          scale_keys<F>(at.n, masses_of(at), keys.first + at.s0, u_of(at));
+          if (at.full && potentials.steps > 1) continue;
+          scale_keys<F>(at.n, n_of(at), keys.first + at.s0, u_of(at));
+          if (at.full) continue;
         } else {
-          by_keys(at, potentials.v(t - 1), tile);
-          least = std::min(least, divide<F>(at.n * kQueries, masses_of(at), refs.lam_a, tile, u_of(at)));
+          F* inv = inverse ? inverse + ((t - 1) * p.S + at.s0) * kQueries : tile.data();
+          by_keys(at, potentials.v(t - 1), inv);
+          least = std::min(least, invert<F>(at.n * kQueries, inv));
+          scale_masses<F>(at.n, n_of(at), refs.lam_a, inv, u_of(at));
         }
         by_references(at, u_of(at), sums);
       }
@@ -112,6 +121,14 @@ class MaskedIterations {
   Buffer<F> tile;       // [keys][kQueries]
 
  private:
+  // Full tiles come first, and what they add in the first iteration is the same for all their queries.
+  void begin_sums(int64_t t, F* sums) const {
+    int64_t full = 0;
+    for (const KeyTile& at : mask.tiles) full += at.full;
+    const F* before = keys.before + full * refs.Mp;
+    for (int64_t j = 0; j < refs.M; ++j) fill(sums + j * kQueries, kQueries, t == 0 && full ? before[j] : F(0));
+  }
+
   Buffer<F> tops_;  // [Mp][kQueries]
 };
 

@@ -18,6 +18,7 @@ class MaskedKeys {
         log_first(p.S + kLanes<F>),
         lse(p.S + kLanes<F>),
         m(p.S + kLanes<F>),
+        before(p.mask ? 0 : (p.S / tile_rows(refs.Mp) + 2) * refs.Mp),
         p_(p),
         refs_(refs),
         la_(p.S + kLanes<F>),
@@ -31,13 +32,14 @@ class MaskedKeys {
     load_log_mass<F>(p_, b, h, 0, p_.S, la_);
     for (int64_t s = 0; s < p_.S; ++s)
       if (!mask.sees(s)) la_[s] = -kInf<F>;
-    F lowest = 0;
+    Vec<F> low{};
     const int64_t step = tile_rows(refs_.Mp);
-    for (int64_t s0 = 0; s0 < p_.S; s0 += step) load(s0, std::min(step, p_.S - s0), lowest);
-    in_logs = lowest < -range;
+    for (int64_t s0 = 0; s0 < p_.S; s0 += step) load(s0, std::min(step, p_.S - s0), low);
+    in_logs = reduce_min<F>(low) < -range;
     for (int64_t k = 0; !in_logs && k < p_.S * refs_.Mp; k += kLanes<F>)
       store(rows_ + k, vexp<F>(sfk::load(rows_ + k)));
     weigh();
+    if (!p_.mask && !in_logs) add_up();
   }
 
   // e^{ℓ − m} [n][Mp] of a tile; not where `in_logs`.
@@ -49,10 +51,20 @@ class MaskedKeys {
     for (int64_t k = 0; k < t.n * refs_.Mp; k += kLanes<F>) store(logs_ + k, vlog<F>(sfk::load(rows + k)));
     return logs_;
   }
-  // v [n][Ep] of a tile; zeros where the key takes no part.
-  const F* values(const KeyTile& t) {
+  // v of a tile by rows of E numbers; zeros where the key takes no part.  As it lies in memory where that will do.
+  struct Values {
+    const F* rows;
+    int64_t stride;
+  };
+  Values values(const KeyTile& t) {
+    const View& v = p_.value;
+    const Dtype own = sizeof(F) == 8 ? Dtype::f64 : Dtype::f32;
+    if (weights.all && v.dtype == own && v.stride[3] == 1) {
+      const int64_t at = source.b * v.stride[0] + source.h * v.stride[1] + t.s0 * v.stride[2];
+      return {static_cast<const F*>(v.data) + at, v.stride[2]};
+    }
     source.values(t.s0, t.n, values_);
-    return values_;
+    return {values_, source.Ep};
   }
   bool takes_part(int64_t s) const { return la_[s] != -kInf<F>; }
 
@@ -61,17 +73,21 @@ class MaskedKeys {
   Buffer<F> first, log_first;  // [S] what the first iteration multiplies a mass by, and its logarithm
   Buffer<F> lse;               // [S] LSE_j(ℓ − m + log b)
   Buffer<F> m;                 // [S]
+  Buffer<F> before;  // [tiles + 1][Mp] Σ n Ex of the first iteration over the tiles before, where all are full
   bool in_logs = false;
 
  private:
   // ℓ − m and what follows from it for keys s0..s0+n.
-  void load(int64_t s0, int64_t n, F& lowest) {
+  void load(int64_t s0, int64_t n, Vec<F>& low) {
     F* rows = rows_ + s0 * refs_.Mp;
     source.logits(s0, n, rows);
     shift_rows<F>(n, refs_.M, refs_.Mp, rows, la_ + s0, m + s0);
     for (int64_t i = 0; i < n; ++i, rows += refs_.Mp) {
       lse[s0 + i] = row_lse<F>(refs_.Mp, rows, refs_.log_b);
-      for (int64_t j = 0; j < refs_.M; ++j) lowest = std::min(lowest, rows[j]);
+      for (int64_t j = 0; j < refs_.Mp; j += kLanes<F>) {
+        const Vec<F> x = sfk::load(rows + j);
+        low = vmin(x == -kInf<F> ? Vec<F>{} : x, low);
+      }
     }
   }
 
@@ -86,6 +102,18 @@ class MaskedKeys {
     weights.finish(p_.S);
     for (int64_t s = 0; s < p_.S + kLanes<F>; ++s) log_first[s] = s < p_.S && takes_part(s) ? log_first[s] - top : F(0);
     for (int64_t s = 0; s < p_.S; s += kLanes<F>) store(first + s, vexp<F>(sfk::load(log_first + s)));
+  }
+
+  void add_up() {
+    const int64_t step = tile_rows(refs_.Mp), Mp = refs_.Mp;
+    fill(before.data(), Mp, F(0));
+    for (int64_t s0 = 0; s0 < p_.S; s0 += step) {
+      F *last = before + s0 / step * Mp, *next = last + Mp;
+      std::copy(last, last + Mp, next);
+      for (int64_t s = s0; s < std::min(p_.S, s0 + step); ++s)
+        for (int64_t j = 0; j < Mp; j += kLanes<F>)
+          store(next + j, sfk::load(next + j) + weights.plain[s] * first[s] * sfk::load(rows_ + s * Mp + j));
+    }
   }
 
   const MaskedParams& p_;

@@ -1,6 +1,5 @@
 // Steps of a walk over tiles of keys, as products (where the sums stay in range) and in the log domain.
 #pragma once
-#include <atomic>
 
 #include "block.h"
 
@@ -26,38 +25,53 @@ Floor<F> floor_of(F lowest, bool backward) {
   }
 }
 
-// p -> 1/p in place, and u = masses · p^{−λ}.  Returns the smallest p.
+// p -> 1/p in place.  Returns the smallest p.
 template <class F>
-F divide(int64_t count, const F* masses, F lam, F* p, F* u) {
+F invert(int64_t count, F* p) {
   Vec<F> least = splat(kInf<F>);
   for (int64_t k = 0; k < count; k += kLanes<F>) {
-    const Vec<F> x = load(p + k), inverse = F(1) / x;
+    const Vec<F> x = load(p + k);
     least = vmin(x, least);
-    Vec<F> factor = inverse;
-    if (lam != 1) factor = vexp<F>(-lam * vlog<F>(x));
-    store(p + k, inverse);
-    store(u + k, load(masses + k) * factor);
+    store(p + k, reciprocal(x));
   }
   return reduce_min<F>(least);
 }
 
+// The masses of a tile: [n][kQueries], or one a key where it is full.
+template <class F>
+struct TileMasses {
+  const F *all, *of_key;  // all is null where the tile is full
+  Vec<F> operator()(int64_t s, int64_t i) const { return all ? load(all + s * kQueries + i) : splat(of_key[s]); }
+};
+
+// u [n][kQueries] = masses · x^λ.
+template <class F>
+void scale_masses(int64_t n, const TileMasses<F>& masses, F lam, const F* x, F* u) {
+  for (int64_t s = 0; s < n; ++s)
+    for (int64_t i = 0, k = s * kQueries; i < kQueries; i += kLanes<F>, k += kLanes<F>) {
+      const Vec<F> factor = load(x + k);
+      store(u + k, masses(s, i) * (lam == 1 ? factor : vexp<F>(lam * vlog<F>(factor))));
+    }
+}
+
 // out [n][kQueries] = masses times a factor a key.
 template <class F>
-void scale_keys(int64_t n, const F* masses, const F* factor, F* out) {
+void scale_keys(int64_t n, const TileMasses<F>& masses, const F* factor, F* out) {
   for (int64_t s = 0; s < n; ++s)
-    for (int64_t i = 0; i < kQueries; i += kLanes<F>)
-      store(out + s * kQueries + i, load(masses + s * kQueries + i) * factor[s]);
+    for (int64_t i = 0; i < kQueries; i += kLanes<F>) store(out + s * kQueries + i, masses(s, i) * factor[s]);
 }
 
 // Whether every column sum of a query that sees a key lies in range; those of the others become 1.
 template <class F>
 bool settle_sums(int64_t M, const F* seen, F floor, F* sums) {
-  bool ok = true;
-  for (int64_t k = 0; k < M * kQueries; ++k) {
-    if (seen[k % kQueries] == 0) sums[k] = 1;
-    ok = ok && sums[k] >= floor && sums[k] * floor <= 1;
+  Vec<F> least = splat<F>(1), most = splat<F>(1), sane{};
+  for (int64_t k = 0; k < M * kQueries; k += kLanes<F>) {
+    const Vec<F> there = load(seen + k % kQueries), x = there == F(0) ? splat<F>(1) : load(sums + k);
+    least = vmin(x, least), most = vmax(x, most);
+    sane += x - x;  // NaN where x is none, which a minimum may pass over
+    store(sums + k, x);
   }
-  return ok;
+  return reduce_add<F>(sane) == 0 && reduce_min<F>(least) >= floor && reduce_max<F>(most) * floor <= 1;
 }
 
 // LSE_j(logits_sj + g_j) of each key and query [n][kQueries]; logits [n][Mp], g [M][kQueries].
