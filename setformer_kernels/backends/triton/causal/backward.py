@@ -278,6 +278,6 @@ def _part_backward(
     tokens_backward(x, part, "query", work.d_logits, out, slots, arguments)
     scan_back(part, states, later, passed_back, arguments.sizes)
     args = (*arguments.keys, *arguments.output, *strided(out["value"]), *groups, *counts)
-    launch(causal_keys_backward_kernel, programs, args, arguments.constants, arguments.tile)
+    launch(causal_keys_backward_kernel, programs, args, arguments.of_keys, arguments.tile)
     tokens_backward(x, part, "key", work.d_logits, out, slots, arguments)
     return slots

@@ -123,8 +123,13 @@ def chunk_arguments(x: Operands, prepared: References, opt: Options, t: Tile, ou
     threshold, keep_scale = dropout_constants(opt.dropout_p)
     scalars = Scalars(x.seed, keep_scale, log2_uniform(l))
     across = 16 * t.warps <= sizes.MP
-    cut = cut_of(t, sizes, device, step, across)
-    constants = {"rule": rule_of(opt).compiled, "sizes": sizes.compiled, "cut": cut.compiled}
-    return Arguments(
-        tokens, keys, strided(output, step), prepared, scalars, h, l, threshold, sizes, across, constants, t
+    rule = rule_of(opt).compiled
+    # The backward pass on keys has more operands: with warps across the references they take 255 registers and spill,
+    # else 150 to 170; but for the three parts of float32 on Hopper and Blackwell.
+    keys_across = across and x.key.element_size() == 4 and device.family in ("sm_90", "sm_100")
+    constants, of_keys = (
+        {"rule": rule, "sizes": sizes.compiled, "cut": cut_of(t, sizes, device, step, shared).compiled}
+        for shared in (across, keys_across)
     )
+    written = strided(output, step)
+    return Arguments(tokens, keys, written, prepared, scalars, h, l, threshold, sizes, across, constants, of_keys, t)

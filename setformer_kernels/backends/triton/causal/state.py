@@ -195,6 +195,7 @@ class Arguments(NamedTuple):
     sizes: Sizes
     across: bool
     constants: dict[str, Any]
+    of_keys: dict[str, Any]  # those of the backward pass's kernel on keys
     tile: Tile
 
     def counts(self, part: Part) -> tuple[int, ...]:
