@@ -8,14 +8,15 @@ coordinates, T = num_iters.  x̂ = x/‖x‖, and 0 with zero gradient where ‖
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import checks, dispatch, ops, reference
-from .arguments import Hyper, autocast, hyperparameters, normalise, query_mask
+from .arguments import Hyper, autocast, from_options, hyperparameters, normalise, query_mask
 from .ops.operands import attention_problem, logits
-from .problem import compute_dtype
+from .problem import Operands, Options, compute_dtype
 from .tracing import leaf
 
 __all__ = ["nystrom_features", "set_attention", "set_attention_weights", "set_pool", "sinkhorn"]
@@ -119,21 +120,46 @@ def set_attention_weights(
 ) -> Tensor:
     """The dense matrix A = W^q W^kᵀ [B, H, L, S] of `set_attention` (o = A v), for inspection: O(L·S) memory.
 
-    Non-negative, rows sum to 1 (to 0 where a query sees no key).  Arguments as in `set_attention`; computed by the
-    reference on every backend.
+    Non-negative, rows sum to 1 (to 0 where a query sees no key).  Arguments as in `set_attention`; with a
+    query-dependent mask it is computed by the reference on every backend.
     """
     checks.tensor("query", query, "BHLD")
     checks.tensor("key", key, "BHSD")
     x, opt = normalise(
-        query, key, key[..., :0], references,
+        query, key, key[..., :1], references,
         (bandwidth, epsilon, key_relaxation, reference_relaxation, position_scale),
         key_mask, reference_log_mass, query_position, key_position, reference_position,
         kernel=kernel, num_iters=num_iters, dropout_p=dropout_p, seed=seed, backend=backend,
     )  # fmt: skip
-    dispatch.select(attention_problem("weights", x, opt), _dense_backend(backend))
     mask = query_mask(x, key.shape[2], attn_mask, checks.flag("causal", causal), math.inf)
-    a = reference.weights(x, opt) if mask is None else reference.dense(x, opt, mask)[1]
-    return a[..., : key.shape[2]]
+    if mask is not None:
+        dispatch.select(attention_problem("dense", x, opt), _dense_backend(backend))
+        return reference.dense(x, opt, mask)[1][..., : key.shape[2]]
+    return _with_weights(x, opt, key.shape[2], average=False)[1]
+
+
+def attention_and_weights(
+    query: Tensor, key: Tensor, value: Tensor, references: Tensor, *, average: bool, **options: Any
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """(o, A) of `set_attention` and `set_attention_weights` under the same options, from one transport of the keys; A
+    as its mean over heads [B, L, S] where `average`.  With dropout the options hold a seed."""
+    if options.get("attn_mask") is not None or options.get("causal"):
+        a = set_attention_weights(query, key, references, **options)
+        return set_attention(query, key, value, references, **options), a.mean(1) if average else a
+    x, opt = from_options(query, key, value, references, options)
+    return _with_weights(x, opt, key.shape[2], average)
+
+
+def _with_weights(x: Operands, opt: Options, s: int, average: bool) -> tuple[Tensor, Tensor]:
+    """o and A = W^q W^kᵀ [B, H, L, s], or its mean over heads [B, L, s] as one product over heads and references."""
+    if dispatch.choose(attention_problem("attention", x, opt), opt.backend, logits(x)) == dispatch.REFERENCE:
+        o, a = reference.attention(x, opt), reference.weights(x, opt)[..., :s]
+        return o, a.mean(1) if average else a
+    o, _, _, w_q, w_k = ops.weights.set_attention_weights(*x, *opt, average)
+    if not average:
+        return o, w_q @ w_k[:, :, :s].mT
+    heads = w_q.shape[1]
+    return o, (w_q.transpose(1, 2).flatten(2) @ w_k[:, :, :s].transpose(1, 2).flatten(2).mT) / heads
 
 
 @leaf

@@ -246,7 +246,7 @@ def check_a_few(name: str, backend: str) -> None:
     check_vmap(name, backend, 2, "last", "one_problem", (gradient,))
 
 
-NATIVE_OPS = [name for name in OPS if name not in ("dense", "weights")]
+NATIVE_OPS = [name for name in OPS if name != "dense"]
 
 
 @on("eager", "triton")

@@ -1,5 +1,5 @@
 """The native ops: one meaning each; the backend that runs a call is chosen inside, from real integers."""
 
-from . import attention, causal, features, sinkhorn
+from . import attention, causal, features, sinkhorn, weights
 
-__all__ = ["attention", "causal", "features", "sinkhorn"]
+__all__ = ["attention", "causal", "features", "sinkhorn", "weights"]
