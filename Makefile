@@ -2,7 +2,9 @@
 PYTHON ?= python3
 VENV ?= .venv
 PYTEST_FLAGS ?= -q
+GPU_FLAGS ?=
 
+CORES := $(shell getconf _NPROCESSORS_ONLN)
 RUN := $(VENV)/bin/python
 PIP := $(RUN) -m pip
 CSRC := $(shell find csrc -name '*.cpp' -o -name '*.hpp' -o -name '*.h' -o -name '*.inc' -o -name '*.cu' -o -name '*.cuh' 2>/dev/null)
@@ -16,7 +18,7 @@ help:
 	@echo "make test-all  that and the rest: every case on the stand-ins for a GPU, benchmarks, installation, pages"
 	@echo "make test-models  the models in timm and transformers, and the recipes, in .venv-models with the newest torch"
 	@echo "make bench     the side-by-side benchmark table; results in benchmarks/results/"
-	@echo "make gpu       on a machine with a GPU: tests on real kernels, compute-sanitizer, benchmarks (no installation)"
+	@echo "make gpu       on a machine with a GPU: tests on real kernels, benchmarks, profiles, sanitizer (no installation)"
 	@echo "make resources compile every Triton kernel for GPUs that are not there; the table in benchmarks/results/"
 	@echo "make cuda-resources  compile every CUDA kernel with nvcc for GPUs that are not there; the table in benchmarks/results/"
 	@echo "make model     what attention has to cost on a GPU, and what the compiled kernels should take there"
@@ -27,6 +29,7 @@ help:
 	@echo "make sanitize  the C++ tests under AddressSanitizer and UBSan"
 	@echo "make clean     remove what was built and installed"
 	@echo "PYTHON=python3.12 picks the interpreter, VENV=dir the environment, PYTEST_FLAGS='-x -k name' what pytest gets"
+	@echo "GPU_FLAGS='--only canary --only headline' picks steps of make gpu"
 
 demo: $(VENV)/.installed
 	$(RUN) -m demo
@@ -52,7 +55,7 @@ bench: $(VENV)/.installed
 
 # Neither environment nor network: the interpreter that has a torch with CUDA, from the source tree.
 gpu:
-	$(PYTHON) -m benchmarks.gpu
+	$(PYTHON) -m benchmarks.gpu $(GPU_FLAGS)
 
 resources: $(VENV)/.installed
 	$(RUN) -m benchmarks.compiled.resources
@@ -82,8 +85,7 @@ wheel:
 	PYTHON=$(PYTHON) .ci/wheel
 
 sanitize:
-	$(MAKE) -C csrc sanitize
-	$(MAKE) -C csrc cuda-sanitize
+	$(MAKE) -C csrc -j$(CORES) sanitize cuda-sanitize
 
 clean:
 	rm -rf $(VENV)/.installed $(VENV)/.lint $(VENV)/.docs .venv-models/.installed build dist site demo_output *.egg-info setformer_kernels/_C*.so

@@ -62,7 +62,7 @@ def normalise(
     checks.positions(tokens, reference_position, h, m)
     parameters = {"references": references, "reference_position": reference_position}
     others = {"key_mask": key_mask, "reference_log_mass": reference_log_mass, "query": query, "value": value}
-    placed = {"query_position": query_position, "key_position": key_position}
+    placed = {"query_position": query_position, "key_position": key_position, "seed": seed}
     checks.same_device("key", key, **parameters, **others, **placed, **dict(zip(HYPER, hyper, strict=True)))
 
     key, value, *rest = autocast(key, value, *(() if query is None else (query,)))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import warnings
+from collections.abc import Callable
 from types import ModuleType
 
 import torch
@@ -15,6 +16,8 @@ from .problem import Problem
 REFERENCE = "reference"
 # In the order `auto` tries them: cuda keeps on the chip what fits there, triton streams whatever there is.
 NATIVE: dict[str, ModuleType] = {module.NAME: module for module in (cpu, cuda, triton)}
+# Backends that `auto` passes over, where a later one can run the problem too, and when.
+YIELDS: dict[str, Callable[[Problem], bool]] = {cuda.NAME: cuda.leaves_idle}
 LARGE = 2**20  # logits of a call that is worth a word when it runs slowly: some 10 ms on the reference
 EAGER = eager  # behind the ops where no native backend is left: an exported graph on another machine
 
@@ -42,6 +45,8 @@ def select(problem: Problem, requested: str = "auto") -> str:
         return REFERENCE
     if requested == "auto":
         able = [name for name in NATIVE if not NATIVE[name].unsupported_reasons(problem)]
+        while len(able) > 1 and able[0] in YIELDS and YIELDS[able[0]](problem):
+            able = able[1:]
         return able[0] if able else REFERENCE
     reasons = [] if requested == REFERENCE else NATIVE[requested].unsupported_reasons(problem)
     if reasons:

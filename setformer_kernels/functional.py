@@ -32,7 +32,7 @@ def set_attention(
     kernel: str = "rbf",
     bandwidth: Hyper = 1.0,
     epsilon: Hyper = 0.05,
-    num_iters: int = 3,
+    num_iters: int = 1,
     key_mask: Tensor | None = None,
     attn_mask: Tensor | None = None,
     causal: bool = False,
@@ -60,7 +60,9 @@ def set_attention(
             strides.  Under autocast they are cast to its dtype first.
         references: y, [H, M, D], of any floating dtype, as all further tensors.
         bandwidth, epsilon, position_scale: β > 0, ε > 0, τ ≥ 0: floats, or tensors [H] (differentiable, not checked).
-        num_iters: T ≥ 0; gradients are exact for the T iterations that ran.
+        num_iters: T ≥ 0; gradients are exact for the T iterations that ran.  Each costs a pass over the keys.  Those
+            beyond the first bring the plan nearer to the optimum, and measured models nothing (`docs/quality.md`): take
+            more to read plans, at a small ε and with relaxed marginals.
         key_mask: [B, S], bool (True takes part) or float (unnormalised log mass, −inf = not there; differentiable).
         attn_mask: [L, S], [B, L, S] or [B, H, L, S], likewise; query i is answered as if its row were its key mask.
             This is the dense path, O(T·L·S·M) time: the one that is not linear.
@@ -105,7 +107,7 @@ def set_attention_weights(
     kernel: str = "rbf",
     bandwidth: Hyper = 1.0,
     epsilon: Hyper = 0.05,
-    num_iters: int = 3,
+    num_iters: int = 1,
     key_mask: Tensor | None = None,
     reference_log_mass: Tensor | None = None,
     key_relaxation: Hyper = 1.0,

@@ -104,6 +104,9 @@ class Problem:
     dropout: bool = False
     N: int = 0  # keys, or rows (sinkhorn)
     backward: bool = False  # the gradient of the op, from what its forward saves
+    B: int = 0
+    H: int = 0
+    L: int = 0  # queries; 0 where there are none
 
 
 def memory_order(t: Tensor) -> list[int]:

@@ -202,7 +202,7 @@ def test_variants_are_what_their_names_say() -> None:
     by_name = {variant.name: variant for variant in train.VARIANTS}
     assert len(by_name) == len(train.VARIANTS)
     modules = {name: variant.attention(2)(16, 2) for name, variant in by_name.items() if variant.kind == "set"}
-    plain, default = SeTAttention(16, 2), modules["SeT, no positions"]
+    plain, default = SeTAttention(16, 2, num_iters=3), modules["SeT, no positions"]
     assert default.extra_repr().replace("batch_first=True", "batch_first=False") == plain.extra_repr()
     assert default.bandwidth == plain.bandwidth
     changed = {"T = 0": ("num_iters", 0), "T = 1": ("num_iters", 1), "T = 5": ("num_iters", 5)}

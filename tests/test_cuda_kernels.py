@@ -66,6 +66,14 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
             yield "cuda"
 
 
+@pytest.fixture
+def on_shim(shim: ModuleType, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """The CUDA backend on the shim."""
+    for name, value in {"_C": shim, "ABSENT": "", "_DEVICE": "cpu"}.items():
+        monkeypatch.setattr(cuda, name, value)
+    return shim
+
+
 @pytest.mark.parametrize("T", [0, 1, 7])
 @pytest.mark.parametrize("kind", ["plain", "masses", "minus_infinity", "wide", "relaxed", "tolerance"])
 def test_sinkhorn_within_the_error_budget(kind: str, T: int, backend: str, poisoned_memory: None) -> None:

@@ -11,6 +11,7 @@ import torch
 
 import setformer_kernels as sk
 import setformer_kernels.functional as SF
+from setformer_kernels.problem import HYPER
 
 B, H, L, S, M, D, E = 2, 3, 5, 6, 4, 8, 7
 
@@ -103,6 +104,23 @@ def placed(**change: Any) -> dict[str, Any]:
 def test_bad_positions(change: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         SF.set_attention(**placed(**change))
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "query", "value", "references", "key_mask", "attn_mask", "reference_log_mass", "bandwidth", "epsilon",
+        "key_relaxation", "reference_relaxation", "position_scale", "query_position", "key_position",
+        "reference_position", "seed",
+    ],
+)  # fmt: skip
+def test_every_tensor_is_checked_for_its_device(name: str) -> None:
+    """A kernel that is given another device's address reads what is not there."""
+    hyper = {h: torch.ones(H) for h in HYPER}
+    masks = {"key_mask": torch.ones(B, S), "attn_mask": torch.ones(L, S), "reference_log_mass": torch.ones(H, M)}
+    given = placed(**hyper, **masks, dropout_p=0.5, seed=torch.tensor(3))
+    with pytest.raises(ValueError, match=f"{name} must be on the device of key, cpu, got meta"):
+        SF.set_attention(**given | {name: given[name].to("meta")})
 
 
 CALLS: list[tuple[Callable[[], Any], type[Exception], str]] = [

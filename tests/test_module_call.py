@@ -45,7 +45,7 @@ def test_every_constructor_argument_works_by_position():
 
 def test_own_defaults_are_the_documented_ones():
     module = SeTAttention(E, H)
-    assert (module.num_iters, module.epsilon, module.bandwidth, module.kernel) == (3, 0.05, 1.0, "rbf")
+    assert (module.num_iters, module.epsilon, module.bandwidth, module.kernel) == (1, 0.05, 1.0, "rbf")
     assert module.references.shape == (H, 64, E // H)
     assert (module.landmarks, module.log_epsilon, module.reference_log_mass) == (None, None, None)
     assert (module.reference_position, module.position_scale) == (None, None)

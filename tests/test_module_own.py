@@ -99,7 +99,7 @@ def test_positions_are_batch_first_and_slots_have_none(batch_first, slots):
     l = kernel - distance
     n = l.shape[2]
     g = torch.full((M,), -float(torch.tensor(M).log()), dtype=torch.float64)
-    for _ in range(3):
+    for _ in range(module.num_iters):
         f = -float(torch.tensor(n).log()) - torch.logsumexp(l + g, -1, keepdim=True)
         c = torch.logsumexp(l + f, -2, keepdim=True)
         g = -float(torch.tensor(M).log()) - c

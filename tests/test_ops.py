@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch._dynamo.testing
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -131,8 +132,8 @@ def test_the_reference_does_not_specialise_on_the_length(causal: bool) -> None:
     torch._dynamo.reset()
     counter = torch._dynamo.testing.CompileCounter()
     f = torch.compile(
-        lambda q, k, v, y: SF.set_attention(q, k, v, y, backend="reference", causal=causal), fullgraph=True,
-        dynamic=True, backend=counter,
+        lambda q, k, v, y: SF.set_attention(q, k, v, y, backend="reference", causal=causal, num_iters=3),
+        fullgraph=True, dynamic=True, backend=counter,
     )  # fmt: skip
     for n in (11, 16, 33):
         f(*(t.detach() for t in tokens(torch.float32, n, n)))

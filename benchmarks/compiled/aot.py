@@ -82,7 +82,7 @@ class Variant(NamedTuple):
     launch: Any  # setformer_kernels.backends.triton.host.launch.Launch
 
 
-def _warm(launch: Any) -> Any:
+def warm(launch: Any) -> Any:
     return launch.kernel.warmup(
         *launch.args,
         grid=(launch.programs,),
@@ -109,7 +109,7 @@ def variants(launches: Sequence[Any], family: str) -> list[Variant]:
     found: dict[tuple[str, str], Variant] = {}
     with pretending(family, asking=True), _Hook().set(capture):
         for launch in launches:
-            _warm(launch)
+            warm(launch)
             variant = Variant(kernel_name(launch.kernel), keys[-1], launch)
             found.setdefault((variant.name, variant.key), variant)
     return list(found.values())
@@ -118,4 +118,4 @@ def variants(launches: Sequence[Any], family: str) -> list[Variant]:
 def compiled(variant: Variant, family: str) -> Any:
     """The variant compiled for a family (Triton's CompiledKernel, never loaded)."""
     with pretending(family):
-        return _warm(variant.launch)
+        return warm(variant.launch)

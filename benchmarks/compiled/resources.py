@@ -210,7 +210,8 @@ def _compile_nth(index: int, sources: str) -> Row | Failure:
 def sources_hash() -> str:
     """Hash of the code that decides what is compiled: the backend and the calls, without comments and docstrings."""
     digest = hashlib.sha256()
-    kernels = (path for path in sorted(BACKEND.rglob("*.py")) if path.name != "face.py")  # that one only chooses
+    chooses = ("face.py", "direct.py")  # what and whether is compiled, not how
+    kernels = (path for path in sorted(BACKEND.rglob("*.py")) if path.name not in chooses)
     for path in [*kernels, Path(workloads.__file__)]:
         digest.update("".join(_code(path.read_text())).encode())
     return digest.hexdigest()[:12]

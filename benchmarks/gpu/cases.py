@@ -107,6 +107,19 @@ def dry_plan() -> GpuPlan:
     return GpuPlan("cpu", cases, (tiny,), host, check, ((2, 16, 16, 3),), 1e-3)
 
 
+def plan_of(dry: bool) -> GpuPlan:
+    """The run's plan."""
+    return dry_plan() if dry else full_plan()
+
+
+# Step -> the names of its cases, in the order in which they are timed.
+PARTS = {
+    "headline": ("headline",),
+    "sweep": ("sweep", "windows", "many heads"),
+    "compiled": ("compiled", "sweep compiled", "windows compiled", "many heads compiled"),
+}
+
+
 class Inputs(NamedTuple):
     """Tensors of one case."""
 

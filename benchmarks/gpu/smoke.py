@@ -19,6 +19,7 @@ from setformer_kernels.problem import Problem
 
 B, H, L, S, D, E, M, P = 2, 2, 70, 130, 48, 32, 20, 2  # ragged everywhere: tiles have tails in every direction
 USUAL = 64
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 # B, S and ε: a cluster of several blocks; more heads than blocks run at a time; the log domain.
 USUAL_SIZES = ((1, 600, 0.05), (200, 20, 0.05), (1, 70, 0.001))
 
@@ -90,19 +91,26 @@ def ragged_calls(device: str) -> Iterator[tuple[str, torch.dtype, Callable[[str]
 
 def main(argv: list[str] | None = None) -> int:
     """Forward and backward of everything the GPU backends run; 1 where a result is not finite."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    names = [name for name in dispatch.NATIVE if name != "cpu"]
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu.smoke", description=__doc__)
     parser.add_argument("--device", default="cuda")
-    device = parser.parse_args(argv).device
+    parser.add_argument("--backend", choices=names, action="append", help="only this one (repeatable)")
+    parser.add_argument("--dtype", choices=list(DTYPES), help="tokens of this type only")
+    arguments = parser.parse_args(argv)
     ran = 0
-    for name in [name for name in dispatch.NATIVE if name != "cpu"]:
-        for problem, call in calls(device):
+    for name in arguments.backend or names:
+        for problem, call in calls(arguments.device):
             ways = problem, replace(problem, backward=True)
             if any(dispatch.NATIVE[name].unsupported_reasons(way) for way in ways):
                 continue
+            if arguments.dtype and problem.op != "sinkhorn" and problem.dtype != DTYPES[arguments.dtype]:
+                continue
+            what = f"{name} {problem.op} {problem.dtype} D={problem.D} M={problem.M}"
+            print(what, flush=True)  # the last one printed is the one that did not return
             output = call(name)
             output.float().square().sum().backward()
             if not output.isfinite().all():
-                print(f"{name} {problem}: not finite", file=sys.stderr)
+                print(f"{what}: not finite", file=sys.stderr)
                 return 1
             ran += 1
     if not ran:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from benchmarks.common.cases import BOTH, FORWARD
@@ -17,6 +18,12 @@ LONG = (16384, 65536)
 COLOURS = {"triton": "#c1121f", "cuda": "#9d4edd", "sdpa": "#1d3557", "reference": "#588157", "compiled": "#bc6c25",
            "copy": "#8d99ae"}  # fmt: skip
 Measure = Callable[[Sequence[Row]], Measured | None]
+
+
+def beside(rows: Sequence[Row], backend: str) -> list[Row]:
+    """What one process measured beside a backend, and other backends' own rows: no opponent from other rounds."""
+    own = {row.impl for row in rows if row.impl == row.backend}
+    return [row for row in rows if row.backend in ("", backend) or row.impl in own]
 
 
 def timed(rows: Sequence[Row], **columns: object) -> Row | None:
@@ -198,7 +205,7 @@ def targets(backend: str) -> list[Target]:
         ("copy floor, T = 3, forward + backward, L ≥ 16k", 45, of_copy(backend, BOTH, 3)),
         ("copy floor, T = 1, forward + backward, L ≥ 16k", 45, of_copy(backend, BOTH, 1)),
     )
-    return [
+    lines = [
         *(
             Target("GPU", f"forward against the best SDPA, L = {L}", bound, "×", True, against_softmax(L))
             for L, bound in ((4096, 6), (16384, 25), (65536, 100))
@@ -211,18 +218,25 @@ def targets(backend: str) -> list[Target]:
         Target("any", "peak extra memory, forward + backward, × (q, k, v, o)", 0.25, "×", False, memory(backend)),
         *(Target("any", f"`sinkhorn` against {impl}", 10, "×", True, solver(impl)) for impl in solvers),
     ]
+    return [replace(line, measure=_beside(backend, line.measure)) for line in lines]
+
+
+def _beside(backend: str, measure: Measure) -> Measure:
+    return lambda rows: measure(beside(rows, backend))
 
 
 def times(rows: Sequence[Row]) -> str:
     """Every measured time, and why others are missing."""
-    lines = ["| case | mode | B | L | implementation | T | µs (quartiles) | |", "|---|---|---|---|---|---|---|---|"]
+    lines = ["| case | mode | B | L | implementation | T | beside | µs (quartiles) | |"]
+    lines += ["|---|---|---|---|---|---|---|---|---|"]
     for row in rows:
         if row.metric == "time":
             median, q25, q75 = (f"{1e6 * value:.4g}" for value in (row.median, row.q25, row.q75))
             cell = f"{median} ({q25}–{q75})" if row.status == OK else row.status
             T = "–" if row.T is None else row.T
             note = "" if row.note == "graph" else row.note.replace("|", "/")
-            lines.append(f"| {row.case} | {row.mode} | {row.B} | {row.L} | {row.impl} | {T} | {cell} | {note} |")
+            where = f"{row.case} | {row.mode} | {row.B} | {row.L} | {row.impl} | {T} | {row.backend or '–'}"
+            lines.append(f"| {where} | {cell} | {note} |")
     return "\n".join(lines)
 
 
@@ -230,7 +244,8 @@ def render(rows: Sequence[Row], stamp: Mapping[str, str]) -> str:
     """The targets, the measured limits and every time, as markdown."""
     versions = f"torch {stamp['torch']}, commit {stamp['commit']}, {stamp['date']}"
     lines = [f"{stamp['device']}, bfloat16, H16 D64 M64; {versions}."]
-    for backend in dict.fromkeys(row.impl for row in rows if row.case == "check"):
+    lines += [f"\nNot measured: `{row.impl}`, {row.note}." for row in rows if row.case == "check" and row.status != OK]
+    for backend in dict.fromkeys(row.impl for row in rows if row.case == "check" and row.status == OK):
         lines += ["", f"| `{backend}` | what | target | measured (T = 3 unless named) | |", "|---|---|---|---|---|"]
         lines += [target.line(rows) for target in targets(backend)]
     measured = ", ".join(f"{name} {value:.4g} {unit}" for name, value, unit in
@@ -249,7 +264,8 @@ def draw(rows: Sequence[Row], stamp: Mapping[str, str], path: Path) -> None:
     for line, case in zip(axes, ("headline", "sweep"), strict=True):
         for ax, mode in zip(line, (FORWARD, BOTH), strict=True):
             series: dict[str, list[Row]] = {}
-            for row in sorted(find(rows, case=case, mode=mode, metric="time"), key=lambda row: row.L or 0):
+            shown = beside(rows, next((row.backend for row in reversed(rows) if row.impl == row.backend), ""))
+            for row in sorted(find(shown, case=case, mode=mode, metric="time"), key=lambda row: row.L or 0):
                 series.setdefault(row.impl if row.T is None else f"{row.impl}, T = {row.T}", []).append(row)
             for name, found in series.items():
                 colour = COLOURS.get(name.split(",")[0].split()[0])

@@ -17,10 +17,7 @@ SFK_DEVICE bool few_keys(const BackwardShared<T>& shared) {
   present = block_sum(present, shared.scratch);
   if (thread_index() == 0) *shared.sums = present;
   sync_cluster();
-  present = 0;
-#pragma unroll 1
-  for (int r = 0; r < cluster_size(); ++r) present += *map_shared(shared.sums, r);
-  return present < 2;
+  return sum_over_ranks(0, [&](int r) { return *map_shared(shared.sums, r); }) < 2;
 }
 
 // Two passes over the tile of weights that a warp has of its queries.
@@ -157,8 +154,8 @@ SFK_DEVICE void merge_queries(const AttentionParams& p, const Head& head, const 
     for (int e = lane_index(); e < shared.v_length; e += kWarp) {
       const bool inside = j < head.M && e < E;
       float sum = inside && p.d_z.data ? *at(p.d_z, head.b, head.h, j, e) : 0.0f;
-#pragma unroll 1
-      for (int r = 0; r < cluster_size() && inside; ++r) sum += map_shared(shared.d_z, r)[j * shared.values_length + e];
+      if (inside)
+        sum = sum_over_ranks(sum, [&](int r) { return map_shared(shared.d_z, r)[j * shared.values_length + e]; });
       const T operand = rounded<T>(sum);
       shared.zd[j * shared.v_length + e] = operand;
       if (inside) mean += to_float(operand) * *at(p.z, head.b, head.h, j, e);
@@ -166,12 +163,8 @@ SFK_DEVICE void merge_queries(const AttentionParams& p, const Head& head, const 
     mean = warp_sum(mean);
     if (lane_index() == 0) shared.zdz[j] = mean;
   }
-  for (int j = thread_index(); j < head.Mp; j += block_threads()) {
-    float total = 0;
-#pragma unroll 1
-    for (int r = 0; r < cluster_size(); ++r) total += map_shared(shared.parts, r)[j];
-    shared.dg[j] = total;
-  }
+  for (int j = thread_index(); j < head.Mp; j += block_threads())
+    shared.dg[j] = sum_over_ranks(0, [&](int r) { return map_shared(shared.parts, r)[j]; });
   sync_cluster();  // the keys' logits go where dz was
 }
 

@@ -86,16 +86,37 @@ SFK_DEVICE void column_log_sums(const float* l, int stride, int rows, int M, con
   merge_parts(sums, M);
 }
 
+constexpr int kMostRanks = 8;  // blocks of a cluster
+
+// read(rank) of every block of the cluster, or `none`: all reads of the others' memory are on their way together.
+template <class Read>
+SFK_DEVICE void each_rank(float (&found)[kMostRanks], float none, Read read) {
+  const int ranks = cluster_size();
+#pragma unroll
+  for (int r = 0; r < kMostRanks; ++r) found[r] = r < ranks ? read(r) : none;
+}
+
+// start + Σ read(rank) over the blocks of the cluster, in the order of their ranks.
+template <class Read>
+SFK_DEVICE float sum_over_ranks(float start, Read read) {
+  float found[kMostRanks];
+  each_rank(found, 0, read);
+#pragma unroll
+  for (int r = 0; r < kMostRanks; ++r) start += found[r];
+  return start;
+}
+
 // Column j over all blocks of the cluster, in the order of their ranks.
 SFK_DEVICE LogSum column_total(const ColumnSums& sums, int j) {
   LogSum sum = {kNone, 0};
-  const int ranks = cluster_size();
-#pragma unroll 1
-  for (int r = 0; r < ranks; ++r) sum.peak = fmaxf(sum.peak, map_shared(sums.peak, r)[j]);
+  float peak[kMostRanks], total[kMostRanks];
+  each_rank(peak, kNone, [&](int r) { return map_shared(sums.peak, r)[j]; });
+  each_rank(total, 0, [&](int r) { return map_shared(sums.total, r)[j]; });
+#pragma unroll
+  for (int r = 0; r < kMostRanks; ++r) sum.peak = fmaxf(sum.peak, peak[r]);
   const float base = finite_or_zero(sum.peak);
-#pragma unroll 1
-  for (int r = 0; r < ranks; ++r)
-    sum.total += map_shared(sums.total, r)[j] * exp_approx(map_shared(sums.peak, r)[j] - base);
+#pragma unroll
+  for (int r = 0; r < kMostRanks; ++r) sum.total += total[r] * exp_approx(peak[r] - base);
   return sum;
 }
 

@@ -14,12 +14,22 @@ struct Device {
   int processors = 0;        // streaming multiprocessors
   int64_t shared = 0;        // bytes of shared memory that one block may have
   int clusters = 1;          // blocks of a cluster, 1 where there are none
+  int index = 0;
+  // Clusters of 2, 4 and 8 blocks that run at a time, each block with a processor of its own: fewer than the processors
+  // would make, as the blocks of a cluster share a part of the chip.  0 where the driver was not asked, for want of a
+  // context.
+  int at_once[3] = {0, 0, 0};
+
+  int64_t clusters_at_once(int cluster) const {
+    const int told = cluster > 1 ? at_once[cluster / 4] : 0;
+    return told ? told : processors / cluster;
+  }
 };
 
 int device_count();
 Device device(int index);
 
-// Makes a device the current one for as long as it lives.
+// Makes a device the current one for as long as it lives, and no context on any other.
 class OnDevice {
  public:
   explicit OnDevice(int index);
@@ -27,7 +37,7 @@ class OnDevice {
   OnDevice(const OnDevice&) = delete;
 
  private:
-  int before_;
+  int before_ = -1;  // -1: it was the current one already
 };
 
 // Why a device cannot take a problem of N rows and M columns; empty when it can.
@@ -37,6 +47,8 @@ void sinkhorn_backward(const SinkhornParams& p, const Device& device, void* stre
 
 // The same for attention or pooling: p's sizes and the dtype of its keys.
 std::string attention_refusal(const Device& device, const AttentionParams& p, bool backward);
+// Whether a backend that spreads every head over the whole device should be faster, as this one leaves some of it idle.
+bool attention_leaves_idle(const Device& device, const AttentionParams& p, bool backward);
 void attention(const AttentionParams& p, const Device& device, void* stream);
 // How many parts the gradients of the parameters come in: groups of batch elements.
 int64_t gradient_parts(const Device& device, const AttentionParams& p);

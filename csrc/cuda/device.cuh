@@ -55,6 +55,9 @@ SFK_DEVICE T shuffle_xor(T x, int mask) {
 }
 SFK_DEVICE void sync_warp() { shim::sync_warp(); }
 SFK_DEVICE float exp2_approx(float x) { return std::exp2(x); }
+SFK_DEVICE float log2_approx(float x) { return std::log2(x); }
+SFK_DEVICE float root_inverse_approx(float x) { return 1 / std::sqrt(x); }
+SFK_DEVICE float inverse_approx(float x) { return 1 / x; }
 template <class T>
 SFK_DEVICE T* map_shared(T* p, int rank) {
   return static_cast<T*>(shim::map_shared(p, rank));
@@ -68,6 +71,10 @@ SFK_DEVICE uint32_t pack(float low, float high) {
   return a | static_cast<uint32_t>(bf16 ? shim::to_bf16(high) : shim::to_f16(high)) << 16;
 }
 SFK_DEVICE void copy16_async(void* shared, const void* global) { shim::copy16_async(shared, global); }
+SFK_DEVICE void copy16_async(void* shared, const void* global, bool present) {
+  if (present) return shim::copy16_async(shared, global);
+  *static_cast<Bits4*>(shared) = {};
+}
 SFK_DEVICE void copies_commit() { shim::copies_commit(); }
 template <int kPending>
 SFK_DEVICE void copies_wait() {
@@ -101,6 +108,23 @@ SFK_DEVICE void sync_warp() { __syncwarp(); }
 SFK_DEVICE float exp2_approx(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+// The same for 1 ulp of log2 x (2^-22 where that is small), of 1/√x and of 1/x.
+SFK_DEVICE float log2_approx(float x) {
+  float y;
+  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+SFK_DEVICE float root_inverse_approx(float x) {
+  float y;
+  asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+SFK_DEVICE float inverse_approx(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
 
@@ -170,6 +194,12 @@ SFK_DEVICE uint32_t pack(float low, float high) {
 SFK_DEVICE void copy16_async(void* shared, const void* global) {
   const uint32_t to = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(global) : "memory");
+}
+// The same, or zeros where it is absent: nothing is read then.
+SFK_DEVICE void copy16_async(void* shared, const void* global, bool present) {
+  const uint32_t to = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(global), "r"(present ? 16 : 0)
+               : "memory");
 }
 SFK_DEVICE void copies_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int kPending>

@@ -296,9 +296,7 @@ SFK_DEVICE void store_references(const AttentionParams& p, const Head& head, con
   for (int j = cluster_rank() * block_warps() + warp_index(); j < head.M; j += ranks * block_warps()) {
     float square = 0, along = 0;
     for (int d = lane_index(); d < D; d += kWarp) {
-      float sum = 0;
-#pragma unroll 1
-      for (int r = 0; r < ranks; ++r) sum += map_shared(shared.d_y, r)[j * shared.sums_length + d];
+      const float sum = sum_over_ranks(0, [&](int r) { return map_shared(shared.d_y, r)[j * shared.sums_length + d]; });
       const float y = read(p.references, head.h, j, d);
       shared.d_y[j * shared.sums_length + d] = sum;  // no other block reads these rows
       square += y * y, along += y * sum;

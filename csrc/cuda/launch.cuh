@@ -1,10 +1,13 @@
 // The host's side of a launch: cluster, shared memory, stream; every status of the runtime becomes an exception.
 #pragma once
+#include <mutex>
+#include <set>
 #include <stdexcept>
 #include <string>
+#include <utility>
 
-#include "cuda.h"
 #include "device.cuh"
+#include "runtime.h"
 
 #ifndef SFK_SHIM
 #include <cuda_runtime.h>
@@ -29,26 +32,35 @@ struct Grid {
   size_t shared;
 };
 
-#ifdef SFK_SHIM
-
-template <class Params>
-void launch(void (*kernel)(Params), const char*, const Grid& grid, const Params& params, void*) {
-  if (grid.blocks) shim::run({grid.blocks, grid.threads, grid.cluster, grid.shared}, [&] { kernel(params); });
-}
-
-#else
-
+#ifndef SFK_SHIM
 inline void check(cudaError_t status, const char* doing) {
   if (status == cudaSuccess) return;
   cudaGetLastError();  // an error that is not sticky is told once
   throw std::runtime_error(std::string(doing) + ": " + cudaGetErrorString(status));
 }
+#endif
+
+// Lets a kernel have all the shared memory of a block, once on every device: an attribute that each launch set to its
+// own size could be another thread's by the time of the launch.
+inline void allow_all_shared(const void* kernel, const Device& device) {
+  static std::mutex mutex;
+  static std::set<std::pair<const void*, int>> done;
+  const std::lock_guard<std::mutex> lock(mutex);
+  if (done.count({kernel, device.index})) return;
+  runtime::allow_shared(kernel, device.shared);
+  done.insert({kernel, device.index});
+}
 
 template <class Params>
-void launch(void (*kernel)(Params), const char* name, const Grid& grid, const Params& params, void* stream) {
+void launch(void (*kernel)(Params), const char* name, const Grid& grid, const Params& params, const Device& device,
+            void* stream) {
   if (grid.blocks == 0) return;
-  const auto limit = cudaFuncAttributeMaxDynamicSharedMemorySize;
-  check(cudaFuncSetAttribute(kernel, limit, static_cast<int>(grid.shared)), name);
+  allow_all_shared(reinterpret_cast<const void*>(kernel), device);
+#ifdef SFK_SHIM
+  (void)stream;
+  runtime::launched(name);
+  shim::run({grid.blocks, grid.threads, grid.cluster, grid.shared}, [&] { kernel(params); });
+#else
   cudaLaunchAttribute cluster;
   cluster.id = cudaLaunchAttributeClusterDimension;
   cluster.val.clusterDim = {static_cast<unsigned>(grid.cluster), 1, 1};
@@ -57,8 +69,7 @@ void launch(void (*kernel)(Params), const char* name, const Grid& grid, const Pa
   config.dynamicSmemBytes = grid.shared, config.stream = static_cast<cudaStream_t>(stream);
   config.attrs = &cluster, config.numAttrs = grid.cluster > 1 ? 1 : 0;
   check(cudaLaunchKernelEx(&config, kernel, params), name);
-}
-
 #endif
+}
 
 }  // namespace sfk::cuda

@@ -9,7 +9,8 @@ namespace {
 constexpr int kThreads = 256;  // the most of a block
 // Blocks of the forward kernel that a processor's registers hold: two where the number of references is known.
 constexpr int blocks_a_processor(int known) { return known ? 2 : 1; }
-constexpr int kValueRows = 64;  // values in shared memory at a time, twice
+constexpr int kValueRows = 64;         // values in shared memory at a time, twice
+constexpr int kPartRow = kNarrow + 8;  // a row of a part of z: a quarter of the banks further than the one before
 
 // A kernel's parameters.  Where things lie in shared memory comes from the host: read from constant memory where it is
 // used, it takes no registers.
@@ -51,7 +52,7 @@ struct HeadShared {
 template <class T>
 struct AttentionShared : HeadShared<T> {
   Place<T> z;                          // [Mp,v_length]
-  Place<float> part;                   // [warps,16,32] of z; lies where z will
+  Place<float> part;                   // [warps,16,kPartRow] of z; lies where z will
   Place<float> weight, g, G, c;        // [rows] f or u; [Mp]
   Place<float> peaks, factor;          // [Mp] of the columns' sums; what the plan's columns are multiplied by
   Place<float> part_peak, part_total;  // see ColumnSums
@@ -69,7 +70,7 @@ struct AttentionShared : HeadShared<T> {
     const int warps = block.warps, rows_ = block.rows;
     const int M = static_cast<int>(p.M), Mp = padded(M), sharing = Strips(M, warps).sharing;
     const int pooled = Mp * this->v_length,
-              parts = warps * kTile * kNarrow * static_cast<int>(sizeof(float) / sizeof(T));
+              parts = warps * kTile * kPartRow * static_cast<int>(sizeof(float) / sizeof(T));
     z = arena.take<T>(pooled > parts ? pooled : parts);
     part.at = z.at;
     weight = arena.take(rows_), g = arena.take(Mp), G = arena.take(Mp), c = arena.take(Mp);

@@ -35,7 +35,7 @@ Layout layout(const Device& device, int64_t G, int64_t N, int64_t M, bool backwa
   for (int cluster = 1; cluster <= device.clusters; cluster *= 2) {
     const Layout next = with_cluster(cluster, N, M, backward);
     if (next.shared > static_cast<size_t>(device.shared)) continue;
-    const bool worth = N >= int64_t{kRowsABlock} * cluster && G * cluster <= device.processors;
+    const bool worth = N >= int64_t{kRowsABlock} * cluster && G <= device.clusters_at_once(cluster);
     if (best.cluster == 0 || worth) best = next;
   }
   return best;
@@ -46,7 +46,7 @@ void run(void (*kernel)(SinkhornParams), const char* name, const SinkhornParams&
   if (p.G == 0) return;
   const Layout l = layout(device, p.G, p.N, p.M, backward);
   if (l.cluster == 0) throw std::invalid_argument(std::string(name) + ": the problem does not fit on the chip");
-  launch(kernel, name, {p.G * l.cluster, l.threads, l.cluster, l.shared}, p, stream);
+  launch(kernel, name, {p.G * l.cluster, l.threads, l.cluster, l.shared}, p, device, stream);
 }
 
 }  // namespace

@@ -180,6 +180,21 @@ SFK_DEVICE void columns_product(float (&acc)[kNarrow / 8][4], const uint32_t (&a
   }
 }
 
+// acc += (A + A') B, B read once.
+template <class T>
+SFK_DEVICE void columns_products(float (&acc)[kNarrow / 8][4], const uint32_t (&a)[4], const uint32_t (&also)[4],
+                                 const T* b, int ld, int tiles) {
+  const int lane = lane_index();
+#pragma unroll
+  for (int n = 0; n < kNarrow / 8; n += 2) {
+    if (n >= tiles) continue;
+    uint32_t r[4];
+    load_matrices_transposed(r, b + lane % 16 * ld + n * 8 + lane / 16 * 8);
+    multiply_add<T>(acc[n], a, r[0], r[1]), multiply_add<T>(acc[n + 1], a, r[2], r[3]);
+    multiply_add<T>(acc[n], also, r[0], r[1]), multiply_add<T>(acc[n + 1], also, r[2], r[3]);
+  }
+}
+
 // acc += W B of weights W [16,depth], weight(i, k), and 8·tiles columns of rows B [depth,.].
 template <class T, class Weight>
 struct WeightsProduct {

@@ -107,9 +107,10 @@ SFK_DEVICE float iterate(const Head& head, const AttentionShared<T>& shared, con
 
 // The smallest ℓ − m of the cluster; once every block has written its own.
 SFK_DEVICE float cluster_lowest(float* lowest) {
-  float least = 0;
-#pragma unroll 1
-  for (int r = 0; r < cluster_size(); ++r) least = fminf(least, *map_shared(lowest, r));
+  float found[kMostRanks], least = 0;
+  each_rank(found, 0, [&](int r) { return *map_shared(lowest, r); });
+#pragma unroll
+  for (int r = 0; r < kMostRanks; ++r) least = fminf(least, found[r]);
   return least;
 }
 
@@ -213,11 +214,10 @@ struct PlanProduct {
     const int high = half_place(head.Mp, j, false), low = half_place(head.Mp, j, true);
 #pragma unroll 1
     for (int k = 0; k < depth; k += kTile) {
-      uint32_t a[4];
+      uint32_t a[4], rest[4];
       load_matrices_transposed(a, rows + k * pitch + high);
-      columns_product<T>(acc, a, v + k * ld, ld, tiles);
-      load_matrices_transposed(a, rows + k * pitch + low);
-      columns_product<T>(acc, a, v + k * ld, ld, tiles);
+      load_matrices_transposed(rest, rows + k * pitch + low);
+      columns_products<T>(acc, a, rest, v + k * ld, ld, tiles);
     }
   }
 };
@@ -266,18 +266,17 @@ SFK_DEVICE void pool(const AttentionParams& p, const Head& head, const KeyShare&
     float acc[kNarrow / 8][4] = {};
     pool_part(p, head, keys, shared, task / across * kTile, task % across * kNarrow, task < tasks, acc);
     for (int n = 0; n < kNarrow / 8; ++n)
-      for (int e = 0; e < 4; ++e)
-        shared.part[(warp_index() * kTile + g + e / 2 * 8) * kNarrow + n * 8 + 2 * t + e % 2] = acc[n][e];
+      for (int r = 0; r < 2; ++r)
+        *reinterpret_cast<Vec2*>(shared.part + (warp_index() * kTile + g + r * 8) * kPartRow + n * 8 + 2 * t) = {
+            acc[n][2 * r], acc[n][2 * r + 1]};
     sync_cluster();
     for (int k = cluster_rank() * block_threads() + thread_index(); k < block_warps() * kTile * kNarrow;
          k += cluster_size() * block_threads()) {
       const int which = done + k / (kTile * kNarrow);
       const int j = which / across * kTile + k / kNarrow % kTile, e = which % across * kNarrow + k % kNarrow;
       if (which >= tasks || j >= head.M || e >= p.E) continue;
-      float sum = 0;
-#pragma unroll 1
-      for (int r = 0; r < cluster_size(); ++r) sum += map_shared(shared.part, r)[k];
-      *at(p.z, head.b, head.h, j, e) = sum;
+      const int from = k / kNarrow * kPartRow + k % kNarrow;
+      *at(p.z, head.b, head.h, j, e) = sum_over_ranks(0, [&](int r) { return map_shared(shared.part, r)[from]; });
     }
     sync_cluster();
   }

@@ -147,10 +147,11 @@ SFK_DEVICE void KeyPass<T, kLog>::step_rows(int t) {
       lse = m + shift + log_total;
       q = exp_approx((mass + offset) + m * (1 - lam) - lam * log_total);
     }
-    df = octet(df, add) + (t == last ? row_r(t)[i] : 0.0f);  // see pool_rows
+    df = octet(df, add);
+    if (lane_index() % 8) continue;
+    if (t == last) df += row_r(t)[i];  // see pool_rows; by the lane that writes there
     if (!kLog) df *= q;
     if (mass == kNone || lse == kNone) df = 0;
-    if (lane_index() % 8) continue;
     shared.d_log_a[i] += df;
     if (p.T) sums.of[kLambdaA] -= df * (lse == kNone ? 0.0f : lse - center);
     row_q(t)[i] = q;
@@ -183,9 +184,7 @@ SFK_DEVICE void KeyPass<T, kLog>::sum_columns(int t) {
   }
   sync_cluster();
   for (int j = thread_index(); j < head.Mp; j += block_threads()) {
-    float total = 0;
-#pragma unroll 1
-    for (int k = 0; k < cluster_size(); ++k) total += map_shared(parts, k)[j];
+    const float total = sum_over_ranks(0, [&](int k) { return map_shared(parts, k)[j]; });
     shared.dg[j] = kLog ? total : total * G[j];
   }
 }

@@ -1,5 +1,7 @@
 #include "cuda_bindings.h"
 
+#include <pybind11/stl.h>
+
 #include "../cuda/cuda.h"
 #include "arguments.h"
 
@@ -60,25 +62,40 @@ int64_t gradient_parts(const py::tuple& x, const py::tuple& scalars, int64_t T, 
   return cuda::gradient_parts(cuda::device(device), attention_params(x, scalars, false, T, 0, 0, 1));
 }
 
-std::string attention_refusal(int64_t S, int64_t M, int64_t D, int64_t E, int64_t P, int64_t T, int dtype,
-                              bool backward) {
-  AttentionParams p;
-  p.S = S, p.M = M, p.D = D, p.E = E, p.P = P, p.T = T;
-  p.key.dtype = static_cast<Dtype>(dtype);
-  p.ref_pos.data = P ? &p : nullptr;
+std::string attention_refusal(const AttentionSizes& sizes, int dtype, bool backward) {
+  const AttentionParams p = attention_sizes(sizes, dtype);
   return refusal([&](const cuda::Device& d) { return cuda::attention_refusal(d, p, backward); });
+}
+
+bool attention_leaves_idle(const AttentionSizes& sizes, int dtype, bool backward) {
+  const AttentionParams p = attention_sizes(sizes, dtype);
+  for (int i = 0; i < cuda::device_count(); ++i)
+    if (cuda::attention_leaves_idle(cuda::device(i), p, backward)) return true;
+  return false;
 }
 
 py::list devices() {
   py::list found;
   for (int i = 0; i < cuda::device_count(); ++i) {
     const cuda::Device d = cuda::device(i);
-    found.append(py::make_tuple(d.major, d.minor, d.processors, d.shared, d.clusters));
+    py::list at_once;
+    for (int cluster = 1; cluster <= d.clusters; cluster *= 2) at_once.append(d.clusters_at_once(cluster));
+    found.append(py::make_tuple(d.major, d.minor, d.processors, d.shared, d.clusters, py::tuple(at_once)));
   }
   return found;
 }
 
 }  // namespace
+
+AttentionParams attention_sizes(const AttentionSizes& sizes, int dtype) {
+  AttentionParams p;
+  int64_t* const to[] = {&p.B, &p.H, &p.L, &p.S, &p.M, &p.D, &p.E, &p.P, &p.T};
+  for (size_t i = 0; i < sizes.size(); ++i) *to[i] = sizes[i];
+  static char nothing;
+  p.key.dtype = static_cast<Dtype>(dtype);
+  p.ref_pos.data = p.P ? &nothing : nullptr;
+  return p;
+}
 
 void bind_cuda(py::module_& m) {
   m.def("cuda_sinkhorn", &sinkhorn);
@@ -87,8 +104,10 @@ void bind_cuda(py::module_& m) {
   m.def("cuda_attention_backward", &attention_backward);
   m.def("cuda_gradient_parts", &gradient_parts);
   m.def("cuda_attention_refusal", &attention_refusal);
+  m.def("cuda_attention_leaves_idle", &attention_leaves_idle);
   m.def("cuda_devices", &devices,
-        "(major, minor, multiprocessors, bytes of shared memory, blocks of a cluster) of each");
+        "(major, minor, multiprocessors, bytes of shared memory, blocks of a cluster, clusters of 1, 2, .. at once) of "
+        "each");
 }
 
 }  // namespace sfk

@@ -5,9 +5,9 @@
 // without the bar (L = S, dtype as in params.h), every line of the output
 //   cluster warps buffers shared_bytes problems groups
 // and cluster is 0 where the keys do not fit.
-#include <iostream>
+#include "cuda/layout.cuh"
 
-#include "cuda/attention.cu"
+#include <iostream>
 
 int main() {
   using namespace sfk;

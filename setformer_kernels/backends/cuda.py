@@ -45,12 +45,25 @@ def _refusal(p: Problem) -> str:
     """Why the chip does not hold `p`; empty when it does."""
     if p.op == "sinkhorn":
         return _C.cuda_sinkhorn_refusal(p.N, p.M, p.backward)
-    return _C.cuda_attention_refusal(p.N, p.M, p.D, p.E, p.P, p.num_iters, DTYPE_CODES[p.dtype], p.backward)
+    return _C.cuda_attention_refusal(_sizes(p), DTYPE_CODES[p.dtype], p.backward)
+
+
+def _sizes(p: Problem) -> tuple[int, ...]:
+    """All that a layout is made of: the same numbers that the launch has."""
+    return p.B, p.H, p.L, p.N, p.M, p.D, p.E, p.P, p.num_iters
+
+
+def leaves_idle(p: Problem) -> bool:
+    """Whether `p`, which this backend can run, should be faster where every head has the whole device."""
+    if p.op == "sinkhorn" or p.N == 0:
+        return False
+    return bool(_C.cuda_attention_leaves_idle(_sizes(p), DTYPE_CODES[p.dtype], p.backward))
 
 
 def _where(t: Tensor) -> tuple[int, int]:
     """(device, its current stream)."""
-    return (t.device.index, torch.cuda.current_stream(t.device).cuda_stream) if t.is_cuda else (0, 0)
+    index = t.get_device()
+    return (index, torch._C._cuda_getCurrentRawStream(index)) if t.is_cuda else (0, 0)
 
 
 def _common(x: Operands, opt: Options) -> tuple[Any, ...]:

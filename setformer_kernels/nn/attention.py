@@ -74,7 +74,9 @@ class SeTAttention(PythonForward, ReferenceSet, nn.MultiheadAttention):
         embed_dim, num_heads, dropout, bias, add_bias_kv, add_zero_attn, kdim, vdim, batch_first, device, dtype: as in
             `nn.MultiheadAttention`, same order and defaults.  Dropout acts on the reading weights [L, M].
         num_references: M, per head.
-        num_iters: T ≥ 0, Sinkhorn iterations.  T ≤ 1 makes causal calls linear in time.
+        num_iters: T ≥ 0, Sinkhorn iterations, a pass over the keys each.  T ≤ 1 makes causal calls linear in time.
+            More bring the plan nearer to the optimum, for plans that are read, small ε, relaxed marginals; measured
+            models gained nothing by them (`docs/quality.md`).
         epsilon: ε > 0, entropic regularisation, in units of the kernel (whose values lie in (0, 1] for "rbf").
         bandwidth: β > 0 of the "rbf" kernel exp(β(⟨x̂, ŷ⟩ − 1)), without unit; unused by "dot".
         kernel: "rbf" (on directions; lengths are ignored) or "dot" (⟨x, y⟩, for projections that are features).
@@ -104,7 +106,7 @@ class SeTAttention(PythonForward, ReferenceSet, nn.MultiheadAttention):
         self, embed_dim: int, num_heads: int, dropout: float = 0.0, bias: bool = True, add_bias_kv: bool = False,
         add_zero_attn: bool = False, kdim: int | None = None, vdim: int | None = None, batch_first: bool = False,
         device: torch.device | str | None = None, dtype: torch.dtype | None = None, *, num_references: int = 64,
-        num_iters: int = 3, epsilon: float = 0.05, bandwidth: float = 1.0, kernel: str = "rbf",
+        num_iters: int = 1, epsilon: float = 0.05, bandwidth: float = 1.0, kernel: str = "rbf",
         value_map: str = "linear", position_dim: int = 0, learn_epsilon: bool = False, learn_log_mass: bool = False,
         key_relaxation: float = 1.0, reference_relaxation: float = 1.0, backend: str = "auto",
         position_scale: float = 1.0,

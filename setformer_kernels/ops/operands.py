@@ -44,7 +44,9 @@ def split(args: Sequence[Any]) -> tuple[Operands, Options]:
 
 
 def backend_of(op: str, x: Operands, opt: Options, backward: bool = False) -> ModuleType:
-    problem = replace(attention_problem(op, x, opt), N=x.key.shape[-2], backward=backward)
+    b, h, s, _ = x.key.shape
+    length = 0 if x.query is None else x.query.shape[-2]
+    problem = replace(attention_problem(op, x, opt), N=s, backward=backward, B=b, H=h, L=length)
     return dispatch.implementation(problem, opt.backend, logits(x))
 
 

@@ -110,7 +110,7 @@ def _make(case: Case, g: torch.Generator) -> tuple[dict[str, Tensor], dict[str, 
     if case.zeros:
         tokens["query"][:, :, ::3] = 0
         tokens["key"][:, :, ::4] = 0
-    keywords = dict(case.options)
+    keywords = {"num_iters": 3, **case.options}
     if case.mask:
         keywords["key_mask"] = _mask(case, g)
     if case.log_mass:

@@ -50,9 +50,12 @@ def unsupported_reasons(p: Problem) -> list[str]:
     return reasons + beyond(p, DTYPES, MAX_REFERENCES, MAX_HEAD_DIM)
 
 
+_HERE: AbstractContextManager[Any] = nullcontext()
+
+
 def _on_device(t: Tensor) -> AbstractContextManager[Any]:
     """Launches go to the device of the tensors, whatever the current one is."""
-    return torch.cuda.device(t.device) if t.is_cuda else nullcontext()
+    return _HERE if not t.is_cuda or t.get_device() == torch._C._cuda_getDevice() else torch.cuda.device(t.device)
 
 
 def attention(x: Operands, opt: Options) -> tuple[Tensor, Tensor, Tensor]:

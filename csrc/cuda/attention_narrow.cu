@@ -1,0 +1,44 @@
+// The forward of attention and pooling where all logits lie close together, which is known from β and ε.
+#include <cmath>
+
+#include "layout.cuh"
+#include "narrow.cuh"
+
+namespace sfk::cuda {
+namespace {
+
+// Whether a tensor's rows can be read, or written, 16 bytes at a time, and are no further apart than 32 bits tell.
+bool by_16_bytes(const View& v) {
+  const int64_t numbers = v.dtype == Dtype::f32 ? 4 : 8;
+  const int last = v.ndim - 1;
+  bool all = v.stride[last] == 1 && v.size[last] % 8 == 0 && v.stride[last - 1] < (int64_t{1} << 30);
+  for (int i = 0; i < last; ++i) all = all && v.stride[i] % numbers == 0;
+  return all && reinterpret_cast<uintptr_t>(v.data) % 16 == 0;
+}
+
+template <class T>
+bool run_narrow(const AttentionParams& p, const Layout& l, const Device& device, void* stream) {
+  const double beta = p.scalars[kBandwidth], epsilon = p.scalars[kEpsilon];
+  if ((1 - std::exp(-2 * beta)) / epsilon > kNarrowRange<T>) return false;
+  if (shared_bytes<NarrowShared<T>>(p, l) > static_cast<size_t>(device.shared)) return false;
+  run(attention_narrow_kernel<T>, "attention_narrow", p, l, device, stream, [&](NarrowShared<T>& shared) {
+    shared.rate = static_cast<float>(1 / (epsilon * std::log(2.0)));
+    shared.beta = static_cast<float>(beta / std::log(2.0));
+  });
+  return true;
+}
+
+}  // namespace
+
+bool attention_narrow(const AttentionParams& p, const Layout& l, const Device& device, void* stream) {
+  const bool plain =
+      p.kernel == KernelKind::rbf && !p.ref_pos && p.dropout_p <= 0 && !p.hyper[kBandwidth] && !p.hyper[kEpsilon];
+  const bool usual = known(p) == kUsual && p.D <= kDepth;
+  bool aligned = true;
+  for (const View* v : {&p.key, &p.value, &p.references, &p.z}) aligned = aligned && by_16_bytes(*v);
+  if (p.o) aligned = aligned && by_16_bytes(p.query) && by_16_bytes(p.o);
+  if (!plain || !usual || !aligned) return false;
+  return p.key.dtype == Dtype::bf16 ? run_narrow<BF16>(p, l, device, stream) : run_narrow<F16>(p, l, device, stream);
+}
+
+}  // namespace sfk::cuda
