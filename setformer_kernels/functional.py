@@ -158,10 +158,13 @@ def _with_weights(x: Operands, opt: Options, s: int, average: bool) -> tuple[Ten
         o, a = reference.attention(x, opt), reference.weights(x, opt)[..., :s]
         return o, a.mean(1) if average else a
     o, _, _, w_q, w_k = ops.weights.set_attention_weights(*x, *opt, average)
+    w_k, dtype = w_k[:, :, :s], x.key.dtype
+    if not w_q.requires_grad:  # differences of the products' gradients are what counts, which rounding would drown
+        w_q, w_k = w_q.to(dtype), w_k.to(dtype)
     if not average:
-        return o, w_q @ w_k[:, :, :s].mT
+        return o, (w_q @ w_k.mT).to(dtype)
     heads = w_q.shape[1]
-    return o, (w_q.transpose(1, 2).flatten(2) @ w_k[:, :, :s].transpose(1, 2).flatten(2).mT) / heads
+    return o, (w_q.transpose(1, 2).flatten(2) @ w_k.transpose(1, 2).flatten(2).mT / heads).to(dtype)
 
 
 @leaf

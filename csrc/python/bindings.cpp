@@ -24,8 +24,8 @@ void attention_weights(const py::tuple& x, const py::tuple& scalars, bool dot, i
                        const py::object& w_q, const py::object& w_k) {
   AttentionParams p = attention_params(x, scalars, dot, T, dropout_p, seed, threads);
   p.o = view(o, "o", {p.B, p.H, p.L, p.E}, p.key.dtype);
-  p.w_q = view(w_q, "w_q", {p.B, p.H, p.L, p.M}, p.key.dtype);
-  p.w_k = view(w_k, "w_k", {p.B, p.H, p.S, p.M}, p.key.dtype);
+  p.w_q = view(w_q, "w_q", {p.B, p.H, p.L, p.M}, compute_dtype(p.f64));
+  p.w_k = view(w_k, "w_k", {p.B, p.H, p.S, p.M}, compute_dtype(p.f64));
   need(p.query, "query"), need(p.o, "o"), need(p.w_q, "w_q"), need(p.w_k, "w_k");
   state(p, z, c, true);
   py::gil_scoped_release nogil;

@@ -91,10 +91,9 @@ def attention_weights(x: Operands, opt: Options, by_token: bool) -> tuple[Tensor
 
 def weight_factors(x: Operands, opt: Options, c: Tensor, by_token: bool) -> tuple[Tensor, Tensor]:
     """W^q and W^k as `problem.empty_factors` describes them, from the c [B, H, max(T, 1), M] of any backend."""
-    found = [w.to(x.key.dtype) for w in reference.weight_factors(x, opt, c)]
-    if by_token:
-        found = [w.transpose(1, 2) for w in found]
-    w_q, w_k = (w.clone(memory_format=torch.contiguous_format) for w in found)
+    found = reference.weight_factors(x, opt, c)
+    w_q, w_k = (w.transpose(1, 2) if by_token else w for w in found)
+    w_q, w_k = (w.clone(memory_format=torch.contiguous_format) for w in (w_q, w_k))
     return (w_q.transpose(1, 2), w_k.transpose(1, 2)) if by_token else (w_q, w_k)
 
 
@@ -102,12 +101,7 @@ def weight_factors_backward(
     x: Operands, opt: Options, d_w_q: Tensor | None, d_w_k: Tensor | None, needs: Sequence[bool]
 ) -> Gradients:
     """Through the whole transport, which is run again."""
-
-    def factors(*tensors: Tensor | None) -> tuple[Tensor, ...]:
-        w_q, w_k = reference.weight_factors(Operands(*tensors), opt)  # type: ignore[arg-type]
-        return w_q.to(x.key.dtype), w_k.to(x.key.dtype)
-
-    return _vjp(factors, x, needs, [d_w_q, d_w_k])
+    return _vjp(lambda *t: reference.weight_factors(Operands(*t), opt), x, needs, [d_w_q, d_w_k])
 
 
 def causal(x: Operands, opt: Options) -> Tensor:
