@@ -62,6 +62,7 @@ resources: $(VENV)/.installed
 
 cuda-resources: $(VENV)/.installed
 	$(RUN) -m benchmarks.compiled.cuda_resources
+	$(RUN) -m benchmarks.compiled.cuda_instructions
 
 model: $(VENV)/.installed
 	$(RUN) -m benchmarks.compiled.model --resident

@@ -34,7 +34,17 @@ INSTALL_A_COMPILER = "install one (Debian, Ubuntu: apt install g++; Fedora: dnf 
 X86 = platform.machine().lower() in ("x86_64", "amd64")
 PLAIN = ["python/bindings.cpp", "cpu/isa/dispatch.cpp", "cpu/base/scratch.cpp", "cpu/probe_threads.cpp"]
 # Compiled once for each instruction set; those that take longest first.
-UNITS = ["sinkhorn", "attention_backward", "attention", "causal_backward", "causal", "features", "table"]
+UNITS = [
+    "sinkhorn",
+    "attention_backward",
+    "attention",
+    "causal_backward",
+    "masked_backward",
+    "masked",
+    "causal",
+    "features",
+    "table",
+]
 WIDE = ["-mprefer-vector-width=512"]  # gcc and clang prefer 256 bits on some targets
 
 
@@ -56,6 +66,7 @@ ISAS = {  # the widest first
 }
 NVCC_FLAGS = ["-std=c++17", "-O3", "--expt-relaxed-constexpr", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
 NVCC_FLAGS += ["--threads", "0"]  # architectures side by side, as many as there are processors
+SPLIT = "--split-compile=0"  # the kernels of a file side by side, too; CUDA 12.1 and newer
 PTX = "90"  # what GPUs that are newer than the list compile for themselves
 
 
@@ -72,6 +83,12 @@ def cuda_toolkit() -> str:
     told = subprocess.run([nvcc(), "--dryrun", "none.cu"], capture_output=True, text=True, timeout=60).stderr
     tops = [line.partition("TOP=")[2].strip() for line in told.splitlines() if "TOP=" in line]
     return str(Path(tops[0]).resolve()) if tops else ""
+
+
+def nvcc_flags() -> list[str]:
+    """What nvcc is called with for every source."""
+    knows = subprocess.run([nvcc(), SPLIT, "--dryrun", "none.cu"], capture_output=True, timeout=60).returncode == 0
+    return [*NVCC_FLAGS, *([SPLIT] if knows else []), *cuda_architectures()]
 
 
 def cuda_wanted() -> bool:
@@ -173,7 +190,7 @@ class Build(build_ext):
         if cuda_wanted():
             self.add_cuda(ext)
             try:
-                return self.link(ext, [*self.objects(ext), *self.cuda_objects()])
+                return self.link(ext, self.objects_with_cuda(ext))
             except CompileError:
                 if os.environ.get("SETFORMER_KERNELS_CUDA") == "1":
                     sys.exit("SETFORMER_KERNELS_CUDA=1, but the CUDA kernels do not compile")
@@ -208,18 +225,27 @@ class Build(build_ext):
             made_by.write_text(arguments, encoding="utf-8")
         return str(built)
 
-    def cuda_objects(self) -> list[str]:
-        """What nvcc makes of the CUDA kernels, always anew."""
-        made = []
-        for path in sorted(Path("csrc", "cuda").glob("*.cu")):
-            built = Path(self.build_temp, "cuda", path.stem).with_suffix(".o")
-            built.parent.mkdir(parents=True, exist_ok=True)
-            command = [nvcc(), *NVCC_FLAGS, *cuda_architectures(), "-c", str(path), "-o", str(built)]
-            print(shlex.join(command))
+    def objects_with_cuda(self, ext: Extension) -> list[str]:
+        """The compiled sources, those for the GPU too: a file each, beside the others."""
+        sources, flags = sorted(Path("csrc", "cuda").glob("*.cu")), nvcc_flags()
+        with ThreadPoolExecutor(max_workers=len(sources)) as pool:
+            made = [pool.submit(self.cuda_object, path, flags) for path in sources]
+            return [*self.objects(ext), *(one.result() for one in made)]
+
+    def cuda_object(self, path: Path, flags: list[str]) -> str:
+        """What nvcc makes of a source; compiled where it is not up to date."""
+        built = Path(self.build_temp, "cuda", path.stem).with_suffix(".o")
+        built.parent.mkdir(parents=True, exist_ok=True)
+        command = [nvcc(), *flags, "-MMD", "-MF", str(built.with_suffix(".d")), "-c", str(path), "-o", str(built)]
+        arguments = repr((cuda_toolkit(), command))
+        if self.force or not up_to_date(built, arguments):
+            made_by = built.with_suffix(".flags")
+            made_by.unlink(missing_ok=True)
+            print(shlex.join(command), flush=True)
             if subprocess.run(command).returncode != 0:
                 raise CompileError(f"nvcc cannot compile {path}")
-            made.append(str(built))
-        return made
+            made_by.write_text(arguments, encoding="utf-8")
+        return str(built)
 
     def link(self, ext: Extension, objects: list[str]) -> None:
         """The extension, where an object is newer."""

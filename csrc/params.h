@@ -7,6 +7,8 @@
 namespace sfk {
 
 enum class Dtype : int32_t { f32, f64, bf16, f16 };
+// Dtypes that no kernel computes in: of counts, and of masks.
+constexpr Dtype kInt64 = static_cast<Dtype>(4), kBool = static_cast<Dtype>(5);
 enum class KernelKind : int32_t { rbf, dot };
 // The order of problem.HYPER.
 enum Hyper { kBandwidth, kEpsilon, kLambdaA, kLambdaB, kPositionScale, kNumHyper };
@@ -46,6 +48,14 @@ struct AttentionParams {
   View d_log_a;                  // [B,H,S] F
   // [B,H,M,D] [B,H,M] [B,H,5] [B,H,M,P] F: not yet summed over B (cuda: over its groups of batch elements)
   View d_references, d_log_b, d_hyper, d_ref_pos;
+};
+
+// attention under a mask that depends on the query.
+struct MaskedParams : AttentionParams {
+  View mask;            // [B,H,L,S] F or bool (true takes part): added to every query's log masses; strides may be 0
+  bool causal = false;  // query i sees the keys s <= i + S − L
+  // c is [B,H,max(T,1)·L,M] F: log C^t of every query, row t·L + i; relative to factors that cancel
+  View d_mask;  // as mask, added to
 };
 
 // ψ(x) = ‖x‖ W κ(w, x̂) with a given whitening W = (K_ww + δI)^{-1/2}.

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from types import NoneType
 from typing import Any
 
 import torch
@@ -11,7 +13,7 @@ from torch import Tensor
 
 from . import checks
 from .problem import HYPER, Operands, Options, compute_dtype, replaced
-from .reference.dense import normalise_masses
+from .reference.dense import additive, normalise_masses
 
 Hyper = float | Tensor
 
@@ -24,12 +26,14 @@ def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(t if t.dtype == torch.float64 else t.to(dtype) for t in tensors)
 
 
-def hyperparameters(
-    values: tuple[Hyper, ...], heads: int, dtype: torch.dtype
-) -> tuple[list[Tensor | None], list[float]]:
-    """Each hyperparameter as a tensor [H] or as a float: (tensors, scalars), with None or an unused 1.0 elsewhere."""
-    tensors = [v.to(dtype).expand(heads) if isinstance(v, Tensor) else None for v in values]
-    return tensors, [1.0 if isinstance(v, Tensor) else float(v) for v in values]
+def hyper_tensors(values: Sequence[Hyper], heads: int, dtype: torch.dtype) -> list[Tensor | None]:
+    """The hyperparameters that are tensors, as [H]; None for those that are numbers."""
+    return [v.to(dtype).expand(heads) if isinstance(v, Tensor) else None for v in values]
+
+
+def numbers(values: Sequence[Hyper]) -> list[float]:
+    """The hyperparameters that are numbers; an unused 1.0 for those that are tensors."""
+    return [1.0 if isinstance(v, Tensor) else float(v) for v in values]
 
 
 def normalise(
@@ -51,10 +55,80 @@ def normalise(
     backend: str,
 ) -> tuple[Operands, Options]:
     """Check everything, then bring it to the form of `Operands`; `hyper` is in the order of `HYPER`."""
+    constants = (kernel, num_iters, dropout_p, backend, *hyper)
+    tensors = (query, key, value, references, key_mask, reference_log_mass)
+    positions = (query_position, key_position, reference_position)
+    facts = _facts(constants, (*tensors, *positions))
+    opt = None if facts is None else _passed.get(facts)
+    if opt is None:
+        hyper, opt = _checked(constants, tensors, positions)
+        _remember(facts, opt)
+
+    b, h, s, _ = key.shape
+    key, value, *rest = autocast(key, value, *(() if query is None else (query,)))
+    dtype = compute_dtype(key.dtype)
+    beta, epsilon, lam_a, lam_b, tau = hyper_tensors(hyper, h, dtype) if facts is None else [None] * len(HYPER)
+    operands = Operands(
+        query=rest[0] if rest else None,
+        key=key,
+        value=value,
+        references=references.to(dtype),
+        log_a=None if key_mask is None else _log_mass(key_mask, dtype, (b, h, s)),
+        log_b=None if reference_log_mass is None else reference_log_mass.to(dtype).log_softmax(-1),
+        bandwidth=beta,
+        epsilon=epsilon,
+        key_relaxation=lam_a,
+        reference_relaxation=lam_b,
+        position_scale=tau,
+        query_position=None if query_position is None else _token_position(query_position, b, h, dtype),
+        key_position=None if key_position is None else _token_position(key_position, b, h, dtype),
+        reference_position=None if reference_position is None else reference_position.to(dtype),
+        seed=_seed(seed, opt.dropout_p, key),
+    )
+    return (_with_an_absent_key(operands) if s == 0 else operands), opt
+
+
+_passed: dict[tuple[Any, ...], Options] = {}  # the facts of calls that passed every check, and their constants
+MOST_PASSED = 4096
+NUMBERS, TENSORS = frozenset((float, int, str)), frozenset((Tensor, torch.nn.Parameter, NoneType))
+
+
+def _facts(constants: tuple[Any, ...], tensors: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    """All that the checks look at, types included: 1 and True are one number.
+
+    None where they have to look for themselves: at numbers in tensors, at subclasses, or while somebody traces.
+    """
+    if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
+        return None
+    kinds, forms = tuple(map(type, constants)), tuple(map(type, tensors))
+    if torch._C._len_torch_dispatch_stack() or not (NUMBERS.issuperset(kinds) and TENSORS.issuperset(forms)):
+        return None
+    try:
+        seen = [t if t is None else (t.shape, t.dtype, t.device, t.layout, t.requires_grad) for t in tensors]
+    except RuntimeError:  # a nested tensor has no shape
+        return None
+    return (*constants, *kinds, *forms, *seen)
+
+
+def _remember(facts: tuple[Any, ...] | None, opt: Options) -> None:
+    if facts is None:
+        return
+    if len(_passed) >= MOST_PASSED:
+        _passed.clear()
+    _passed[facts] = opt
+
+
+def _checked(
+    constants: tuple[Any, ...], tensors: tuple[Any, ...], positions: tuple[Any, ...]
+) -> tuple[tuple[Hyper, ...], Options]:
+    """The hyperparameters and constants of a call that passes every check; arguments as `normalise` orders them."""
+    kernel, num_iters, dropout_p, backend, *hyper = constants
+    query, key, value, references, key_mask, reference_log_mass = tensors
+    query_position, key_position, reference_position = positions
     _check_tokens(query, key, value, references)
     (b, h, s, _), m = key.shape, references.shape[1]
-    hyper = _checked_hyper(hyper, h)
-    constants = (checks.kernel(kernel), checks.iterations(num_iters), checks.probability("dropout_p", dropout_p))
+    checked = _checked_hyper(tuple(hyper), h)
+    plain = (checks.kernel(kernel), checks.iterations(num_iters), checks.probability("dropout_p", dropout_p))
     _check_masses(key_mask, (b, s), reference_log_mass, (h, m))
     tokens: dict[str, Any] = {"key_position": (key_position, b, s)}
     if query is not None:
@@ -62,28 +136,9 @@ def normalise(
     checks.positions(tokens, reference_position, h, m)
     parameters = {"references": references, "reference_position": reference_position}
     others = {"key_mask": key_mask, "reference_log_mass": reference_log_mass, "query": query, "value": value}
-    placed = {"query_position": query_position, "key_position": key_position, "seed": seed}
-    checks.same_device("key", key, **parameters, **others, **placed, **dict(zip(HYPER, hyper, strict=True)))
-
-    key, value, *rest = autocast(key, value, *(() if query is None else (query,)))
-    dtype = compute_dtype(key.dtype)
-    tensors, scalars = hyperparameters(hyper, h, dtype)
-    operands = Operands(
-        query=rest[0] if rest else None,
-        key=key,
-        value=value,
-        references=references.to(dtype),
-        log_a=_log_mass(key_mask, dtype, (b, h, s)),
-        log_b=None if reference_log_mass is None else reference_log_mass.to(dtype).log_softmax(-1),
-        **dict(zip(HYPER, tensors, strict=True)),
-        query_position=_token_position(query_position, b, h, dtype),
-        key_position=_token_position(key_position, b, h, dtype),
-        reference_position=None if reference_position is None else reference_position.to(dtype),
-        seed=_seed(seed, constants[2], key.device),
-    )
-    if s == 0:
-        operands = _with_an_absent_key(operands)
-    return operands, Options(tuple(scalars), *constants, checks.plain(backend))
+    placed = {"query_position": query_position, "key_position": key_position}
+    checks.same_device("key", key, **parameters, **others, **placed, **dict(zip(HYPER, checked, strict=True)))
+    return checked, Options(tuple(numbers(checked)), *plain, checks.plain(backend))
 
 
 def from_options(
@@ -119,12 +174,15 @@ def _check_masses(
 
 
 def _check_tokens(query: Tensor | None, key: Tensor, value: Tensor, references: Tensor) -> None:
+    if query is not None:
+        checks.tensor("query", query, "BHLD")
     for name, t, letters in (("key", key, "BHSD"), ("value", value, "BHSE"), ("references", references, "HMD")):
         checks.tensor(name, t, letters)
     b, h, s, d = key.shape
     checks.nonempty("key", key, "HD", (h, d))
     checks.nonempty("references", references, "HMD", references.shape)
     checks.shape("value", value, (b, h, s, None), "B, H and S of the key")
+    checks.nonempty("value", value, "E", value.shape[3:])
     checks.shape("references", references, (h, None, d), "H and D of the key")
     checks.same_dtype("key", key, "value", value)
     if query is not None:
@@ -147,58 +205,41 @@ def _checked_hyper(hyper: tuple[Hyper, ...], heads: int) -> tuple[Hyper, ...]:
     )
 
 
-def _log_mass(mask: Tensor | None, dtype: torch.dtype, shape: tuple[int, int, int]) -> Tensor | None:
+def _log_mass(mask: Tensor, dtype: torch.dtype, shape: tuple[int, int, int]) -> Tensor:
     """log a [B, H, S]: the log softmax of the mask over the keys that take part; −inf elsewhere."""
-    if mask is None:
-        return None
-    log_mass, seen = normalise_masses(_additive(mask, dtype))
+    log_mass, seen = normalise_masses(additive(mask, dtype))
     return torch.where(seen, log_mass, -math.inf).unsqueeze(1).expand(shape)
 
 
-def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """A mask as unnormalised log masses."""
-    if mask.dtype != torch.bool:
-        return mask.to(dtype)
-    return torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, -math.inf)
-
-
-def query_mask(x: Operands, s: int, attn_mask: Tensor | None, causal: bool, num_iters: float) -> Tensor | None:
-    """The query-dependent log masses [B or 1, H or 1, L, S] of the dense path; None where a linear path serves."""
+def query_mask(x: Operands, attn_mask: Tensor | None, s: int) -> Tensor | None:
+    """`attn_mask` as a view [B or 1, H or 1, L, S], bool or in the compute dtype; s: the keys the caller gave."""
+    if attn_mask is None:
+        return None
     assert x.query is not None
     b, h, length, _ = x.query.shape
-    if causal and length != s:
-        raise ValueError(f"causal needs as many queries as keys, got L = {length} and S = {s}")
-    if attn_mask is not None:
-        checks.mask("attn_mask", attn_mask, [(length, s), (b, length, s), (b, h, length, s)])
-        checks.same_device("key", x.key, attn_mask=attn_mask)
-    if s == 0 or (attn_mask is None and not (causal and num_iters > 1)):
-        return None
-    dtype = compute_dtype(x.key.dtype)
-    mask = torch.zeros((), dtype=dtype, device=x.key.device).expand(1, 1, length, s)
-    if attn_mask is not None:
-        mask = _additive(attn_mask, dtype)
-        mask = mask[None, None] if mask.ndim == 2 else mask.unsqueeze(1) if mask.ndim == 3 else mask
-    if causal:
-        later = torch.ones(length, s, dtype=torch.bool, device=x.key.device).triu(1)
-        mask = mask.masked_fill(later, -math.inf)
-    return mask
+    checks.mask("attn_mask", attn_mask, [(length, s), (b, length, s), (b, h, length, s)])
+    checks.same_device("key", x.key, attn_mask=attn_mask)
+    if attn_mask.dtype != torch.bool:
+        attn_mask = attn_mask.to(compute_dtype(x.key.dtype))
+    if attn_mask.ndim == 2:
+        return attn_mask[None, None]
+    return attn_mask.unsqueeze(1) if attn_mask.ndim == 3 else attn_mask
 
 
-def _token_position(position: Tensor | None, b: int, h: int, dtype: torch.dtype) -> Tensor | None:
+def _token_position(position: Tensor, b: int, h: int, dtype: torch.dtype) -> Tensor:
     """[N, P] or [B, N, P] -> a view [B, H, N, P]."""
-    if position is None:
-        return None
     position = position.to(dtype)
     position = position[None, None] if position.ndim == 2 else position.unsqueeze(1)
     return position.expand(b, h, -1, -1)
 
 
-def _seed(seed: Tensor | None, dropout_p: float, device: torch.device) -> Tensor | None:
+def _seed(seed: Tensor | None, dropout_p: float, key: Tensor) -> Tensor | None:
     """The dropout seed, an int64 scalar; drawn only when dropout needs one and none is given."""
     if dropout_p == 0.0:
         return None
     if seed is None:
-        return torch.randint(2**62, (), dtype=torch.int64, device=device)
+        return torch.randint(2**62, (), dtype=torch.int64, device=key.device)
     if not isinstance(seed, Tensor) or seed.dtype != torch.int64 or seed.ndim != 0:
         raise TypeError("seed must be an int64 scalar Tensor")
+    checks.same_device("key", key, seed=seed)
     return seed

@@ -37,17 +37,19 @@ def typical_problem(device: str = "cpu") -> Problem:
 
 def select(problem: Problem, requested: str = "auto") -> str:
     """The backend that runs `problem`; ValueError if the requested one is unknown or cannot, with its reasons."""
-    names = [*NATIVE, REFERENCE]
-    if requested not in ("auto", *names):
-        raise ValueError(f"backend must be one of auto, {', '.join(names)}, got {requested!r}")
+    if requested not in ("auto", REFERENCE) and requested not in NATIVE:
+        raise ValueError(f"backend must be one of auto, {', '.join([*NATIVE, REFERENCE])}, got {requested!r}")
     # The TorchScript exporter of ONNX has no decompositions, as the newer one has, and ONNX no such ops.
     if torch.jit.is_tracing() and torch.onnx.is_in_onnx_export():
         return REFERENCE
     if requested == "auto":
-        able = [name for name in NATIVE if not NATIVE[name].unsupported_reasons(problem)]
-        while len(able) > 1 and able[0] in YIELDS and YIELDS[able[0]](problem):
-            able = able[1:]
-        return able[0] if able else REFERENCE
+        chosen = REFERENCE
+        for name, module in NATIVE.items():
+            if not module.unsupported_reasons(problem):
+                chosen = name
+                if name not in YIELDS or not YIELDS[name](problem):
+                    break
+        return chosen
     reasons = [] if requested == REFERENCE else NATIVE[requested].unsupported_reasons(problem)
     if reasons:
         raise ValueError(f"backend {requested!r} cannot run this call: {'; '.join(reasons)}")
@@ -64,9 +66,11 @@ def choose(problem: Problem, requested: str, logits: int) -> str:
     """`select` for a call that forms so many logits ℓ: a large one that goes to the reference only because something
     is not installed says so, once in a process."""
     chosen = select(problem, requested)
+    if chosen != REFERENCE or requested == REFERENCE:
+        return chosen
     # under tracing there is nobody to tell, and sizes are symbols
     eager = not torch.compiler.is_compiling() and isinstance(logits, int)
-    if chosen == REFERENCE != requested and eager and logits >= LARGE and (missing := absent(problem)):
+    if eager and logits >= LARGE and (missing := absent(problem)):
         _tell("; ".join(missing))
     return chosen
 

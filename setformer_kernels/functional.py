@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from . import checks, dispatch, ops, reference
-from .arguments import Hyper, autocast, from_options, hyperparameters, normalise, query_mask
+from .arguments import Hyper, autocast, from_options, hyper_tensors, normalise, numbers, query_mask
 from .ops.operands import attention_problem, logits
-from .problem import Operands, Options, compute_dtype
+from .problem import Operands, Options, compute_dtype, replaced
 from .tracing import leaf
 
 __all__ = ["nystrom_features", "set_attention", "set_attention_weights", "set_pool", "sinkhorn"]
@@ -65,8 +65,8 @@ def set_attention(
             more to read plans, at a small ε and with relaxed marginals.
         key_mask: [B, S], bool (True takes part) or float (unnormalised log mass, −inf = not there; differentiable).
         attn_mask: [L, S], [B, L, S] or [B, H, L, S], likewise; query i is answered as if its row were its key mask.
-            This is the dense path, O(T·L·S·M) time: the one that is not linear.
-        causal: query i sees keys s ≤ i; needs L = S.  A linear scan for T ≤ 1, else the dense path.
+            O(T·L·S·M) time for what the mask leaves: the one path that is not linear.
+        causal: query i sees keys s ≤ i + S − L.  A linear scan for T ≤ 1 and L = S, else the cost of an `attn_mask`.
         reference_log_mass: [H, M] unnormalised log b; uniform when None.
         key_relaxation, reference_relaxation: λ in [0, 1], 1 = balanced; λ = ρ/(ρ + ε) is a KL penalty of strength ρ.
         query_position, key_position: [N, P] or [B, N, P] in any unit, without gradient; a row of NaN has no position
@@ -77,19 +77,19 @@ def set_attention(
     Raises:
         ValueError, TypeError: naming the argument, what it got and what it wants.
     """
-    checks.tensor("query", query, "BHLD")
+    if query is None:  # which stands for no query
+        checks.tensor("query", query, "BHLD")
     x, opt = normalise(
         query, key, value, references, (bandwidth, epsilon, key_relaxation, reference_relaxation, position_scale),
         key_mask, reference_log_mass, query_position, key_position, reference_position,
         kernel=kernel, num_iters=num_iters, dropout_p=dropout_p, seed=seed, backend=backend,
     )  # fmt: skip
-    checks.nonempty("value", value, "E", value.shape[3:])
     causal = checks.flag("causal", causal)
-    mask = query_mask(x, key.shape[2], attn_mask, causal, opt.num_iters)
-    if mask is not None:
-        dispatch.select(attention_problem("dense", x, opt), _dense_backend(backend))
-        return reference.dense(x, opt, mask)[0]
-    causal = causal and key.shape[2] > 0
+    length, s = query.shape[2], key.shape[2]
+    mask = query_mask(x, attn_mask, s)
+    causal = causal and s > 0
+    if s > 0 and (mask is not None or (causal and (opt.num_iters > 1 or length != s))):
+        return _masked(x, opt, mask, causal)
     name = "causal" if causal else "attention"
     if dispatch.choose(attention_problem(name, x, opt), backend, logits(x)) == dispatch.REFERENCE:
         return reference.causal(x, opt) if causal else reference.attention(x, opt)
@@ -125,19 +125,21 @@ def set_attention_weights(
     Non-negative, rows sum to 1 (to 0 where a query sees no key).  Arguments as in `set_attention`; with a
     query-dependent mask it is computed by the reference on every backend.
     """
-    checks.tensor("query", query, "BHLD")
-    checks.tensor("key", key, "BHSD")
+    if query is None:
+        checks.tensor("query", query, "BHLD")
     x, opt = normalise(
-        query, key, key[..., :1], references,
+        query, key, key, references,
         (bandwidth, epsilon, key_relaxation, reference_relaxation, position_scale),
         key_mask, reference_log_mass, query_position, key_position, reference_position,
         kernel=kernel, num_iters=num_iters, dropout_p=dropout_p, seed=seed, backend=backend,
     )  # fmt: skip
-    mask = query_mask(x, key.shape[2], attn_mask, checks.flag("causal", causal), math.inf)
-    if mask is not None:
-        dispatch.select(attention_problem("dense", x, opt), _dense_backend(backend))
-        return reference.dense(x, opt, mask)[1][..., : key.shape[2]]
-    return _with_weights(x, opt, key.shape[2], average=False)[1]
+    x = replaced(x, value=x.value[..., :1])  # what an op reads at least
+    s, causal = key.shape[2], checks.flag("causal", causal)
+    mask = query_mask(x, attn_mask, s)
+    if s > 0 and (mask is not None or causal):
+        dispatch.select(attention_problem("weights", x, opt), _dense_backend(backend))
+        return reference.masked_weights(x, opt, mask, causal)
+    return _with_weights(x, opt, s, average=False)[1]
 
 
 def attention_and_weights(
@@ -196,7 +198,6 @@ def set_pool(
         key_mask, reference_log_mass, None, key_position, reference_position,
         kernel=kernel, num_iters=num_iters, dropout_p=0.0, seed=None, backend=backend,
     )  # fmt: skip
-    checks.nonempty("value", value, "E", value.shape[3:])
     if dispatch.choose(attention_problem("pool", x, opt), backend, logits(x)) == dispatch.REFERENCE:
         return reference.pool(x, opt)
     return ops.attention.set_pool(*x, *opt)[0].to(x.value.dtype)
@@ -221,7 +222,7 @@ def nystrom_features(
     ridge, backend = checks.number("ridge", ridge, 0.0, open_low=True), checks.plain(backend)
     (x,) = autocast(x)
     dtype = compute_dtype(x.dtype)
-    landmarks, (tensors, scalars) = landmarks.to(dtype), hyperparameters((bandwidth,), h, dtype)
+    landmarks, tensors, scalars = landmarks.to(dtype), hyper_tensors((bandwidth,), h, dtype), numbers((bandwidth,))
     size = math.prod(x.shape[:3]) * landmarks.shape[1]
     if dispatch.choose(ops.features.features_problem(x, landmarks), backend, size) != dispatch.REFERENCE:
         return ops.features.nystrom_features(x, landmarks, tensors[0], scalars[0], ridge, backend)
@@ -276,6 +277,16 @@ def sinkhorn(
     return f.reshape(*batch, n).to(log_kernel.dtype), g.reshape(*batch, m).to(log_kernel.dtype)
 
 
+def _masked(x: Operands, opt: Options, mask: Tensor | None, causal: bool) -> Tensor:
+    """Every query with masses of its own; the reference stands for a native backend that has no kernel for this."""
+    problem = attention_problem("masked", x, opt)
+    named = dispatch.NATIVE.get(opt.backend)
+    requested = dispatch.REFERENCE if named is not None and named.unsupported_reasons(problem) else opt.backend
+    if dispatch.choose(problem, requested, logits(x)) == dispatch.REFERENCE:
+        return reference.masked(x, opt, mask, causal)
+    return ops.masked.set_masked(*x, mask, *opt, causal, torch.is_grad_enabled())[0]
+
+
 def _batched(name: str, value: Tensor | None, size: int, batch: torch.Size, dtype: torch.dtype) -> Tensor | None:
     """Log masses broadcast to [G, size] in the compute dtype."""
     if value is None:
@@ -300,5 +311,5 @@ def _broadcast(name: str, value: Tensor, shape: tuple[int, ...], dtype: torch.dt
 
 
 def _dense_backend(backend: str) -> str:
-    """The dense path is PyTorch on every backend: a native backend asked for by name stands for it too."""
+    """Weights are PyTorch on every backend: a native backend asked for by name stands for it too."""
     return "auto" if backend in dispatch.NATIVE else backend

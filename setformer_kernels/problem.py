@@ -92,7 +92,7 @@ class Problem:
     Lengths are 0 where a call is traced with unknown ones; inside the ops they are real integers.
     """
 
-    op: str  # "attention", "pool", "causal", "features", "sinkhorn"
+    op: str  # "attention", "pool", "causal", "masked", "features", "sinkhorn"
     device: str  # device type
     dtype: torch.dtype
     D: int = 0
@@ -111,7 +111,8 @@ class Problem:
 
 def memory_order(t: Tensor) -> list[int]:
     """The dimensions from the outermost in memory to the innermost."""
-    return sorted(range(t.ndim), key=lambda d: -t.stride()[d])
+    strides = t.stride()
+    return sorted(range(len(strides)), key=strides.__getitem__, reverse=True)  # equal ones stay in order
 
 
 def beyond(p: Problem, dtypes: tuple[torch.dtype, ...], references: int, head_dim: int) -> list[str]:

@@ -96,7 +96,8 @@ def device_of(backend: str) -> str:
 def native(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """The name of a backend behind the ops that can run here; "eager" stands in for a native one.
 
-    New tensors are on the backend's device; a test with a parameter `dtype` is skipped where the backend has none.
+    New tensors are on the backend's device; a test with a parameter `dtype` is skipped where the backend has none, and
+    one of a file that names its `OP` where the backend has no such op.
     """
     if request.param == "eager":
         stand_in = ModuleType("eager_stand_in")
@@ -109,7 +110,7 @@ def native(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> I
     if request.param in GPU_BACKENDS and getattr(request.node, "originalname", "") in FLOAT64_TESTS:
         pytest.skip("in float64")
     device, dtype = device_of(request.param), callspec.params.get("dtype", torch.float32) if callspec else torch.float32
-    problem = replace(dispatch.typical_problem(device), dtype=dtype)
+    problem = replace(dispatch.typical_problem(device), dtype=dtype, op=getattr(request.module, "OP", "attention"))
     if reasons := dispatch.available_backends(problem)[request.param]:
         pytest.skip("; ".join(reasons))
     with torch.device(device):

@@ -290,13 +290,15 @@ def install(world: World, patch: pytest.MonkeyPatch) -> None:
         return filled(blank(of.check, backend, T, backend, metric="error", unit="relative"), [1e-3])
 
     patch.setattr(canary, "checked", checked)
+    devices = SimpleNamespace(cuda_devices=lambda: [(9, 0, 132, 232448, 8, (132, 66, 33, 16))])
+    patch.setattr(canary._extension, "MODULE", devices)
     patch.setattr(measure.Measure, "calls", calls_of(world))
     patch.setattr(measure, "host_times", lambda case, backend, device: world.meet(f"host {backend}") or [3e-5])
     patch.setattr(measure, "PROBES", {"matmul": ("FLOP/s", lambda of: (lambda: world.meet("probe"), 1e12))})
-    patch.setattr(warm, "taken", lambda: list(BINARIES))
+    patch.setattr(warm, "taken", lambda device: list(BINARIES))
     variants = [SimpleNamespace(name=name, key=name, launch=name) for name in BINARIES]
     patch.setattr(aot, "variants", lambda launches, family: variants)
-    patch.setattr(aot, "warm", lambda launch: world.meet(f"warm {launch}"))
+    patch.setattr(aot, "compiled_here", lambda variant: world.meet(f"warm {variant.name}"))
     for module in (warm, steps, tests):
         patch.setattr(module, "shares", lambda: 2)
     patch.setattr(implementations, "forget_graphs", lambda: None)
@@ -306,4 +308,4 @@ def install(world: World, patch: pytest.MonkeyPatch) -> None:
     patch.setattr(build, "cuda_variables", lambda: {"SETFORMER_KERNELS_CUDA": "1"})
 
 
-__all__ = ["BACKENDS", "BINARIES", "STICKY", "TESTS", "World", "install"]
+__all__ = ["BACKENDS", "BINARIES", "STICKY", "TESTS", "World", "install", "plan"]

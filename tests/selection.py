@@ -17,9 +17,14 @@ FILES = {
     "test_benchmarks_model.py", "test_benchmarks_quality.py", "test_benchmarks_run.py", "test_cuda_fuzz.py",
     "test_cuda_resources.py", "test_demo_parts.py", "test_docs.py", "test_entry_points.py", "test_gpu_command.py",
     "test_install_build.py", "test_install_rebuild.py", "test_triton_causal.py", "test_triton_features.py",
-    "test_triton_resources.py", "test_triton_sinkhorn.py",
+    "test_triton_memory.py", "test_triton_resources.py", "test_triton_sinkhorn.py",
 }  # fmt: skip
 STAND_INS = {"triton", "shim", "eager"}
+SHIM = {
+    "test_cuda_kernels.py",
+    "test_cuda_narrow.py",
+    "test_cuda_barriers.py",
+}  # on the shim where an id does not say gpu
 # Test -> of its parameters on a stand-in, the sets of which one stays.  A test without a row stays whole.
 KEPT: dict[str, tuple[set[str], ...]] = {
     "test_output_and_every_gradient_within_the_error_budget": (
@@ -31,6 +36,13 @@ KEPT: dict[str, tuple[set[str], ...]] = {
     "test_weights_within_the_error_budget": (
         {"triton", "plain", "torch.float32"}, {"eager", "tensors", "torch.float32"},
     ),
+    "test_masked_output_and_every_gradient_within_the_error_budget": ({"eager", "masked_float", "torch.float32"},),
+    "test_masked_small_gradients_within_the_error_budget": (),
+    "test_masks_in_every_form": (),
+    "test_causal_counts_from_the_last_query_and_key": (),
+    "test_masks_of_any_size_stay_exact": (),
+    "test_empty_masks": (),
+    "test_vmap_with_a_mask": ({"eager", "batched0"},),
     "test_small_gradients_within_the_error_budget": ({"triton", "tensors", "torch.float32"},),
     "test_positions_far_from_every_reference_keep_the_budget": ({"shim"}, {"eager"}),
     "test_pooling_within_the_error_budget": ({"triton", "plain", "torch.float32"}, {"shim", "plain"}),
@@ -41,7 +53,16 @@ KEPT: dict[str, tuple[set[str], ...]] = {
         {"shim", "bool_mask", "torch.float16"}, {"shim", "dropout", "torch.float32"},
     ),
     "test_attention_of_every_layout": (),
+    "test_within_the_error_budget_in_both_orders": (
+        {"shim", "short", "relaxed", "torch.bfloat16"}, {"shim", "short", "plain", "torch.float16"},
+        {"shim", "eight", "plain", "torch.bfloat16"},
+    ),
     "test_sinkhorn_of_every_layout": (),
+    "test_no_race": tuple({name} for name in (
+        "pair of bf16", "cluster of sinkhorn", "narrow", "narrow problems", "rich", "one live key", "again",
+        "again in eight blocks", "problems")),
+    "test_every_schedule_agrees_bit_for_bit": tuple({name} for name in (
+        "block of bf16", "sinkhorn", "tolerance", "narrow problems", "again")),
     "test_empty_batches_queries_and_keys": (),
     "test_output_and_gradients_keep_the_memory_order_of_the_inputs": ({"triton", "order1"}, {"eager", "order1"}),
     "test_extreme_scales_stay_finite": (),
@@ -60,5 +81,5 @@ def is_exhaustive(item: pytest.Item) -> bool:
     kept, callspec = KEPT.get(getattr(item, "originalname", "")), getattr(item, "callspec", None)
     if callspec is None or (kept is None and item.path.name != "test_shapes.py"):
         return False
-    words = set(callspec.id.split("-")) | ({"shim"} if item.path.name == "test_cuda_kernels.py" else set())
+    words = set(callspec.id.split("-")) | ({"shim"} if item.path.name in SHIM else set())
     return bool(words & STAND_INS) and not any(few <= words for few in kept or ())

@@ -52,7 +52,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize(
     ("shape", "options"), [*((name, "plain") for name in SHAPES), *(("short", o) for o in OPTIONS)]
 )
-def test_within_the_error_budget_in_both_orders(
+def test_within_the_error_budget_in_two_schedules(
     shape: str, options: str, dtype: torch.dtype, devices: ModuleType, on_shim: ModuleType, poisoned_memory: None
 ) -> None:
     b, s, *_ = SHAPES[shape]
@@ -65,11 +65,10 @@ def test_within_the_error_budget_in_both_orders(
     cotangent = torch.zeros(*inputs["query"].shape[:3], inputs["value"].shape[3], dtype=torch.float64)
     exact, model = model_inputs(functools.partial(call, backend="reference"), inputs, dtype, cotangent)
     found = []
-    for descending in (False, True):
+    for schedule in ("warp descending", "any ascending"):  # test_cuda_barriers.py has all of them
         on_shim.set_devices([(*H100, (0, 0, 0), False)])
-        on_shim.set_descending(descending)
+        on_shim.set_schedule(schedule)
         found.append(call(**cast(inputs, torch.float32, dtype), backend="cuda"))
-    on_shim.set_descending(False)
     assert names(on_shim) == ["attention_narrow"]
     assert torch.equal(*found)
     assert_within_budget({"output": found[0]}, *({"output": t["output"]} for t in (exact, model)), shape)
@@ -77,7 +76,7 @@ def test_within_the_error_budget_in_both_orders(
 
 CALLS: dict[str, tuple[str, dict[str, Any]]] = {
     "narrow": ("attention_narrow", {}),
-    "wider_in_bfloat16": ("attention_narrow", {"epsilon": 0.02}),
+    "wider_in_bfloat16": ("attention_narrow", {"epsilon": 0.03}),
     "too_wide": ("attention", {"epsilon": 0.01}),
     "unknown_epsilon": ("attention", {"epsilon": torch.tensor([0.05])}),
     "dot": ("attention", {"kernel": "dot"}),

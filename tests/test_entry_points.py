@@ -55,6 +55,7 @@ def test_an_unknown_option_is_refused(name: str, monkeypatch: pytest.MonkeyPatch
     [
         (["demo"], "sklearn, matplotlib, tqdm missing: pip install '.[demo]'"),
         (["benchmarks.compiled.cuda_resources"], "benchmarks.compiled.cuda_resources: needs nvcc and c++filt on PATH"),
+        (["benchmarks.compiled.cuda_instructions"], "benchmarks.compiled.cuda_instructions: needs nvcc on PATH"),
         (["benchmarks.compiled.tune", "attention", "--kind", "row"], "triton is missing: pip install '.[triton]'"),
         (["benchmarks.gpu.smoke"], "no GPU backend can run here"),
         (["benchmarks.quality", "--out", "x.csv"], "is missing: pip install '.[demo]'"),

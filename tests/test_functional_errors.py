@@ -71,7 +71,6 @@ BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         r"attn_mask must have shape \[5, 6\] or \[2, 5, 6\]",
     ),
     "attn_mask_kind": ({"attn_mask": 3}, TypeError, "attn_mask must be a bool or floating-point Tensor, got int"),
-    "causal_lengths": ({"causal": True}, ValueError, "causal needs as many queries as keys, got L = 5 and S = 6"),
     "causal_type": ({"causal": 1}, TypeError, "causal must be a bool, got int"),
     "log_mass": ({"reference_log_mass": torch.ones(M)}, ValueError, r"reference_log_mass must have shape \[H, M\]"),
     "positions_missing": ({"key_position": torch.ones(S, 2)}, ValueError, "go together: .*missing"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -21,7 +22,7 @@ from benchmarks.common.cases import BOTH, FORWARD
 from benchmarks.common.results import Row, read_csv
 from benchmarks.common.targets import MET, NOT_MET, UNMEASURED
 from benchmarks.gpu import __main__ as gpu
-from benchmarks.gpu import build
+from benchmarks.gpu import build, warm
 from benchmarks.gpu import table as gpu_table
 from benchmarks.gpu import tests as gpu_tests
 from benchmarks.gpu.cases import PARTS, GpuCase, copies, dry_plan, full_plan
@@ -266,6 +267,15 @@ def test_the_first_part_has_what_takes_seconds(tmp_path: Path, monkeypatch: Patc
     parts = [item.key for part in PARTS for item in measure.items(part)]
     assert len(parts) == len(set(parts)), "every item has a name of its own"
     assert {item.row.case for part in PARTS for item in measure.items(part)} >= {c.name for c in full_plan().cases}
+
+
+def test_every_kernel_is_compiled_before_the_gpu_waits() -> None:
+    pytest.importorskip("triton")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    source = "\n".join(path.read_text() for path in (ROOT / "setformer_kernels/backends/triton").rglob("*.py"))
+    there = set(re.findall(r"^@kernel\ndef (\w+)", source, re.MULTILINE))
+    assert len(there) > 25
+    assert {launch.kernel.fn.__name__ for launch in warm.taken(device)} == there
 
 
 class Started(System):

@@ -26,6 +26,25 @@ case " $* " in
 esac
 """
 
+# Says where its toolkit is, writes down what it compiles with which flags, and that all includes launch.cuh.
+NVCC = """#!/bin/sh
+case " $* " in
+*" --split-compile=0 "*) test -z "$OLD_NVCC" || exit 1 ;;
+esac
+case " $* " in
+*" --dryrun "*) echo '#$ TOP=toolkit' >&2; exit 0 ;;
+esac
+last= source= object= record=
+for word in "$@"; do
+  case "$last" in -c) source=$word ;; -o) object=$word ;; -MF) record=$word ;; esac
+  last=$word
+done
+echo "$source.nvcc" >> "$COMPILED"
+echo "$*" >> "$COMPILED.flags"
+echo "$object : $source csrc/cuda/launch.cuh" > "$record"
+: > "$object"
+"""
+
 pytestmark = pytest.mark.skipif(
     shutil.which("g++") is None or sys.platform != "linux", reason="stands on g++'s record of what a source includes"
 )
@@ -70,6 +89,38 @@ def test_only_what_includes_an_edited_file_is_compiled_again(tree: Path) -> None
     assert compiled(tree) == ["attention_backward", "sinkhorn"]
     (tree / "csrc" / "cuda" / "launch.cuh").touch()
     assert compiled(tree) == []
+
+
+@pytest.fixture
+def nvcc(tree: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A stand-in for nvcc, which the build finds."""
+    made = tree / "toolkit" / "bin" / "nvcc"
+    made.parent.mkdir(parents=True)
+    made.write_text(NVCC)
+    made.chmod(0o755)
+    monkeypatch.setenv("CUDA_HOME", str(tree / "toolkit"))
+    monkeypatch.setenv("SETFORMER_KERNELS_CUDA_ARCHS", "90")
+    return made
+
+
+def test_of_the_cuda_kernels_too_only_what_includes_an_edited_file(tree: Path, nvcc: Path) -> None:
+    sources = sorted(path.stem for path in (tree / "csrc" / "cuda").glob("*.cu"))
+    first = [Path(name).stem for name in compiled(tree, SETFORMER_KERNELS_CUDA="1") if name.endswith(".cu")]
+    assert first == sources
+    assert compiled(tree, SETFORMER_KERNELS_CUDA="1") == []
+    (tree / "csrc" / "cuda" / f"{sources[0]}.cu").touch()
+    assert compiled(tree, SETFORMER_KERNELS_CUDA="1") == [f"{sources[0]}.cu"]
+    (tree / "csrc" / "cuda" / "launch.cuh").touch()
+    assert [Path(name).stem for name in compiled(tree, SETFORMER_KERNELS_CUDA="1")] == sources
+    assert compiled(tree, SETFORMER_KERNELS_CUDA="1", SETFORMER_KERNELS_CUDA_ARCHS="80") == [f"{s}.cu" for s in sources]
+
+
+@pytest.mark.parametrize("old", ["", "1"])
+def test_the_kernels_of_a_file_are_compiled_side_by_side_where_nvcc_can(tree: Path, nvcc: Path, old: str) -> None:
+    compiled(tree, SETFORMER_KERNELS_CUDA="1", OLD_NVCC=old)
+    calls = (tree / "compiled.txt.flags").read_text().splitlines()
+    assert calls
+    assert all(("--split-compile=0" in call.split()) == (not old) for call in calls)
 
 
 def test_another_choice_of_instruction_sets_compiles_what_is_missing(tree: Path) -> None:

@@ -44,6 +44,14 @@ def operands(causal: bool = False, pool: bool = False) -> list[Any]:
     return [*tensors, seed, *constants]
 
 
+def masked_arguments() -> list[Any]:
+    """A float mask for every head, beside all else that is differentiable."""
+    mask = torch.randn(1, H, L, S, dtype=torch.float64)
+    mask[..., ::3] = -math.inf
+    tensors, constants = operands()[:-5], operands()[-5:]
+    return [*tensors, mask.requires_grad_(), *constants, True, True]
+
+
 def feature_arguments() -> list[Any]:
     x = torch.randn(B, L, H, D, dtype=torch.float64).transpose(1, 2).requires_grad_()
     return [x, torch.randn(H, 6, D, dtype=torch.float64, requires_grad=True), hyper()[0], 1.0, 1e-3, "auto"]
@@ -60,6 +68,7 @@ ARGUMENTS: dict[str, Callable[[], list[Any]]] = {
     "set_attention": operands,
     "set_pool": functools.partial(operands, pool=True),
     "set_causal": functools.partial(operands, causal=True),
+    "set_masked": masked_arguments,
     "set_attention_weights": lambda: [*operands(), True],
     "nystrom_features": feature_arguments,
     "sinkhorn": sinkhorn_arguments,
@@ -91,7 +100,7 @@ def test_gradcheck(name: str, native: str) -> None:
 CALLS: dict[str, dict[str, Any]] = {
     "plain": {},
     "causal": {"causal": True, "num_iters": 1},
-    "dense": {"causal": True, "num_iters": 2},
+    "masked": {"causal": True, "num_iters": 2},
     "dropout": {"dropout_p": 0.2},
     "tensor_epsilon": {"epsilon": torch.full((H,), 0.1)},
 }
@@ -154,10 +163,26 @@ def test_export_with_a_dynamic_length(strict: bool, native: str) -> None:
     torch.testing.assert_close(exported.module()(*other), SF.set_attention(*other))
 
 
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compile_with_a_mask(dynamic: bool, native: str) -> None:
+    torch._dynamo.reset()
+
+    def f(q: Tensor, k: Tensor, v: Tensor, y: Tensor, mask: Tensor) -> Tensor:
+        return SF.set_attention(q, k, v, y, attn_mask=mask, num_iters=2)
+
+    compiled = torch.compile(f, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    for n in (6, 11, 70):
+        inputs = [*tokens(torch.float32, n, n + 1), torch.randn(n, n + 1, requires_grad=True)]
+        found, wanted = compiled(*inputs), f(*inputs)
+        torch.testing.assert_close(found, wanted)
+        grads = [torch.autograd.grad(o.square().sum(), inputs) for o in (found, wanted)]
+        torch.testing.assert_close(*grads)
+
+
 IN_DIMS = [(0, 0, 0, None), (0, 0, 0, 0), (None, 0, None, 0), (None, None, None, 0), (1, 2, 0, None)]
 
 
-@pytest.mark.parametrize("call", ["plain", "causal", "tensor_epsilon"])
+@pytest.mark.parametrize("call", ["plain", "causal", "masked", "tensor_epsilon"])
 @pytest.mark.parametrize("dims", IN_DIMS)
 def test_vmap_and_vmap_of_grad(dims: tuple[int | None, ...], call: str, native: str) -> None:
     n = 7
@@ -192,6 +217,27 @@ def test_vmap_of_pool_features_and_sinkhorn(native: str) -> None:
     l = torch.randn(3, 2, 6, 5, dtype=torch.float64)
     grad = torch.func.grad(lambda l: SF.sinkhorn(l, num_iters=4, backend=native)[0].square().sum())
     torch.testing.assert_close(torch.vmap(grad)(l), torch.stack([grad(x) for x in l]))
+
+
+@pytest.mark.parametrize("batched", [(0, None), (None, 0), (0, 1)])
+def test_vmap_with_a_mask(batched: tuple[int | None, int | None], native: str) -> None:
+    """Masks are not folded into the heads, which those they are shared by would multiply."""
+    q, k, v, y = (t.detach() for t in tokens())
+    mask = torch.randn(L, S, dtype=torch.float64)
+    inputs = [
+        t if d is None else torch.stack([t + i * torch.randn_like(t) for i in range(3)], d)
+        for t, d in zip((q, mask), batched, strict=True)
+    ]
+
+    def loss(q: Tensor, mask: Tensor) -> Tensor:
+        return SF.set_attention(q, k, v, y, attn_mask=mask, num_iters=2, backend=native).square().sum()
+
+    gradient = torch.func.grad(loss, argnums=(0, 1))
+    found = torch.vmap(gradient, in_dims=batched)(*inputs)
+    rows = [
+        gradient(*(t if d is None else t.select(d, i) for t, d in zip(inputs, batched, strict=True))) for i in range(3)
+    ]
+    torch.testing.assert_close(found, tuple(map(torch.stack, zip(*rows, strict=True))))
 
 
 @pytest.mark.parametrize("randomness", ["same", "different"])
@@ -246,6 +292,14 @@ def test_flop_formulas_count_products(native: str) -> None:
         SF.set_attention(*leaves, backend="auto").sum().backward()
     forward, backward = 2 * B * H * M * (L + S) * (D + E), 2 * B * H * M * (L + S) * (3 * D + 2 * E)
     assert counter.get_total_flops() == forward + backward
+
+
+def test_flop_formula_of_masks_counts_pairs(native: str) -> None:
+    leaves = tokens(torch.float32)
+    with FlopCounterMode(display=False) as counter:
+        SF.set_attention(*leaves, attn_mask=torch.rand(L, S) < 0.5, num_iters=3, backend="auto").sum().backward()
+    tokens_, pairs = 2 * B * H * M * (L + S) * D, 2 * B * H * L * S
+    assert counter.get_total_flops() == tokens_ * (1 + 3) + pairs * (6 * M + E + 15 * M + 2 * E)
 
 
 def test_only_what_the_definition_lists_is_saved(native: str) -> None:

@@ -86,14 +86,19 @@ def test_wide_head_dims_in_blocks() -> None:
     check(inputs(70, heads=1, d=80, e=72, m=20))
 
 
-def test_parts_of_the_heads_equal_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+CHUNK = {False: 4 * 16 * (16 + 5), True: 4 * 16 * (16 + 16 + 3 * 64 + 7)}  # bytes of one, of `inputs`, and backward
+
+
+@pytest.mark.parametrize("backward", [False, True])
+def test_parts_of_the_heads_equal_the_whole(backward: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     given = cast({k: v.repeat(2, 1, 1, 1) if v.ndim == 4 else v for k, v in inputs(70, heads=3).items()}, torch.float32)
     cotangent, call = torch.randn(given["value"].shape), functools.partial(causal, backend="triton", dropout_p=0.2)
     call = functools.partial(call, seed=torch.tensor(5))
     whole = gradients(call, given, cotangent)
     monkeypatch.setattr(state, "WORKSPACE_SHARE", 0.0)
+    monkeypatch.setattr(state, "FEW_BYTES", 8 * CHUNK[backward])  # 4 of the 6 heads
     in_parts = gradients(call, given, cotangent)
-    assert all(torch.equal(whole[name], in_parts[name]) for name in whole)
+    assert all(torch.equal(whole[name], in_parts[name]) for name in (whole if backward else ["output"]))
 
 
 @pytest.fixture
@@ -119,9 +124,9 @@ def test_stretches_of_the_length(name: str, stretches: None, poisoned_memory: No
 
 
 def test_stretches_of_several_chunks(monkeypatch: pytest.MonkeyPatch, poisoned_memory: None) -> None:
-    """Of as many as fill the interpreter's device, 4: 5 in 3 and 2."""
+    """5 in 3 and 2, where memory allows 4."""
     monkeypatch.setattr(state, "WORKSPACE_SHARE", 0.0)
-    monkeypatch.setattr(state, "PROGRAMS", 1)
+    monkeypatch.setattr(state, "FEW_BYTES", 4 * CHUNK[True])
     check(inputs(300), torch.bfloat16)
 
 
@@ -146,21 +151,55 @@ class Workspace(TorchDispatchMode):
         self.live -= size
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize(("B", "H", "L"), [(1, 8, 4096), (1, 8, 65536), (1, 16, 16384), (8, 16, 4096)])
-@pytest.mark.parametrize("D", [64, 128])
-def test_workspaces_take_at_most_a_quarter_of_the_tokens(B: int, H: int, L: int, D: int, dtype: torch.dtype) -> None:
+def both(B: int, H: int, L: int, D: int, dtype: torch.dtype) -> tuple[Operands, list[Any]]:
+    """A call of these sizes, D = E = M, on the current device: its tensors, and what runs it in each direction."""
+    q, k, v, d_o = (torch.empty(B, H, L, D, dtype=dtype) for _ in range(4))
+    x = Operands(q, k, v, torch.empty(H, D, D), *[None] * 11)
+    back = functools.partial(face.causal_backward, d_o=d_o, needs=[t is not None for t in x])
+    return x, [functools.partial(call, x, Options(num_iters=1)) for call in (face.causal, back)]
+
+
+def workspaces(B: int, H: int, L: int, D: int, dtype: torch.dtype) -> tuple[list[int], int]:
+    """(The most that forward and backward allocate beside their results, the bytes of q, k, v and o)."""
+    found = []
     with recorded(Device("sm_90", 132, "tf32x3")) as launches, torch.device("meta"):
-        q, k, v, d_o = (torch.empty(B, H, L, D, dtype=dtype) for _ in range(4))
-        x = Operands(q, k, v, torch.empty(H, D, D), *[None] * 11)
-        for call in (face.causal, functools.partial(face.causal_backward, d_o=d_o, needs=[t is not None for t in x])):
+        x, calls = both(B, H, L, D, dtype)
+        for call in calls:
             with Workspace(launches) as workspace:
-                found = call(x, Options(num_iters=1))
-            results = [found] if isinstance(found, Tensor) else [t for t in found if t is not None]
+                result = call()
+            results = [result] if isinstance(result, Tensor) else [t for t in result if t is not None]
             given = sum(t.nbytes for t in results)
             launches.clear()
             assert workspace.live == given
-            assert 0 < workspace.most - given <= 0.25 * sum(t.nbytes for t in (q, k, v, d_o))
+            found.append(workspace.most - given)
+    assert x.query is not None
+    return found, x.query.nbytes + x.key.nbytes + 2 * x.value.nbytes
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("B", "H", "L"), [(1, 8, 16384), (1, 8, 65536), (1, 16, 16384), (8, 16, 4096)])
+@pytest.mark.parametrize("D", [64, 128])
+def test_workspaces_take_at_most_a_quarter_of_the_tokens(B: int, H: int, L: int, D: int, dtype: torch.dtype) -> None:
+    taken, tokens = workspaces(B, H, L, D, dtype)
+    assert min(taken) > 0
+    assert max(taken) <= 0.25 * tokens
+
+
+@pytest.mark.parametrize("D", [64, 128])
+@pytest.mark.parametrize(("H", "L"), [(1, 100), (8, 4096), (16, 8191)])
+def test_workspaces_of_few_tokens_take_megabytes(H: int, L: int, D: int) -> None:
+    assert max(workspaces(1, H, L, D, torch.bfloat16)[0]) <= 104 << 20
+
+
+@pytest.mark.parametrize("family", ["sm_80", "sm_90", "sm_100", "default"])
+@pytest.mark.parametrize(("H", "L"), [(2, 100), (8, 512), (8, 4096)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_short_calls_take_few_launches(H: int, L: int, family: str, dtype: torch.dtype) -> None:
+    with recorded(Device(family, 132, "tf32x3")) as launches, torch.device("meta"):
+        for call, most in zip(both(1, H, L, 64, dtype)[1], (4, 9), strict=True):
+            launches.clear()
+            call()
+            assert len(launches) == most
 
 
 def test_nothing_depends_on_later_keys() -> None:

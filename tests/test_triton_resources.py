@@ -12,7 +12,7 @@ import pytest
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # benchmarks/ is not installed
 
-from benchmarks.compiled import resources
+from benchmarks.compiled import front_end, resources
 from benchmarks.compiled.resources import Row
 
 pytest.importorskip("triton")
@@ -74,13 +74,33 @@ def test_the_forward_pass_in_half_precision_never_spills() -> None:
     assert [fault for row in rows for fault in row.faults()] == []
 
 
+@pytest.mark.slow
+def test_every_kernel_compiles_with_each_operand_absent_and_present() -> None:
+    """And multiplies strides in 64 bits."""
+    done = compiling("-m", "benchmarks.compiled.front_end")
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("line", "narrow"),
+    [
+        ("%a = arith.muli %stride_kb, %c16_i32 : i32 loc(#loc1)", True),
+        ("%a = tt.splat %stride_kn : i32 -> tensor<64xi32>\n%b = arith.muli %r, %a : tensor<64xi32>", True),
+        ("%a = arith.extsi %stride_kb : i32 to i64\n%b = arith.muli %a, %c16_i64 : i64", False),
+        ("%a = arith.muli %program, %c16_i32 : i32", False),
+    ],
+)
+def test_products_of_strides_in_32_bits_are_found(line: str, narrow: bool) -> None:
+    assert bool(front_end.narrow_products(line)) == narrow
+
+
 KEYS = """
 import json, sys
 from benchmarks.compiled import aot, workloads
 from benchmarks.compiled.workloads import Call
 
 shapes = [(1, 16, length) for length in (1, 16, 17, 1000, 1001, 1024, 4096, 65536)] + [(3, 5, 1000), (64, 1, 100)]
-shapes += [(1, 8, 4096)]  # a head in stretches of its length
+shapes += [(1, 8, 65536), (1, 1, 262144)]  # heads in parts, a head in stretches of its length
 found = {}
 for op in ("attention", "pool", "causal", "features"):
     for backward in (False, True):
@@ -100,7 +120,8 @@ def test_a_new_length_or_batch_compiles_nothing_new() -> None:
     done = compiling("-c", KEYS)
     assert done.returncode == 0, done.stderr
     for call, by_shape in json.loads(done.stdout).items():
-        known = [tuple(key) for key in by_shape[4]]
+        # Of one batch element, and of several: in one part, causal parameters' gradients are added with a kernel less.
+        known = [tuple(key) for keys in (by_shape[4], by_shape[8]) for key in keys]
         for keys in by_shape:
             assert [tuple(key) for key in keys if tuple(key) not in known] == [], call
 

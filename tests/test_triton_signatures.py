@@ -84,7 +84,7 @@ def launches() -> Iterator[Any]:
     for op in OPS:
         dtype = torch.float32 if op == "sinkhorn" else torch.bfloat16
         for rich in (False, True):
-            call = Call(op, T=1 if op == "causal" else 3, L=1024, dtype=dtype, rich=rich)
+            call = Call(op, T=1 if op == "causal" else 3, B=2, L=1024, dtype=dtype, rich=rich)
             for one in (call, replace(call, backward=True)):
                 yield from workloads.launches(one, "sm_90")
     for backward in (False, True):  # what stays in registers

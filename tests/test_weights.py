@@ -105,7 +105,7 @@ def test_weights_of_the_module_are_those_of_its_output(call: str, average: bool,
     torch.manual_seed(1)
     mean = module(x, x, x, key_padding_mask=mask, **where)[1]
     torch.testing.assert_close(mean, weights.mean(1))
-    _, k, v = (module._heads(y, True) for y in module._project(x, x, x))
+    _, k, v = module._project(x, x, x)
     _, v, _ = module._append_slots(k, v)
     heads = weights @ module._map_values(v)  # [B, H, L, D]
     order = (0, 2, 1, 3) if module.batch_first else (2, 0, 1, 3)

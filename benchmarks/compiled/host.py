@@ -14,6 +14,8 @@ import argparse
 import csv
 import gc
 import json
+import math
+import os
 import statistics
 import subprocess
 import sys
@@ -27,7 +29,10 @@ from benchmarks.common.hardware import ROOT, commit, cpu_model
 
 Sample = Callable[[], float]  # seconds of one call
 ROUNDS, CALLS, WARM = 31, 100, 20
-COLUMNS = ("step", "checkout", "q25_us", "median_us", "q75_us", "ratio", "rounds", "commit", "cpu", "versions", "date")
+COLUMNS = (
+    *("step", "checkout", "best_us", "q25_us", "median_us", "q75_us", "ratio_of_best", "ratio", "rounds"),
+    *("commit", "cpu", "load", "versions", "date"),
+)
 
 
 class Clock:
@@ -176,12 +181,13 @@ def serve(package: str) -> None:
 class Worker:
     """A checkout's process, and what it answered."""
 
-    def __init__(self, label: str, checkout: Path) -> None:
+    def __init__(self, label: str, checkout: Path, only: str) -> None:
         self.label, self.checkout = label, checkout
         command = [sys.executable, "-m", "benchmarks.compiled.host", "--serve", str(checkout)]
         self.process = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        self.steps: list[str] = self._answer()
+        self.steps: list[str] = [name for name in self._answer() if only in name]
         self.medians: dict[str, list[float]] = {name: [] for name in self.steps}
+        self.best: dict[str, float] = dict.fromkeys(self.steps, math.inf)
 
     def _answer(self) -> Any:
         assert self.process.stdout is not None
@@ -190,10 +196,15 @@ class Worker:
             raise RuntimeError(f"the process of {self.checkout} ended: {self.process.wait()}")
         return json.loads(line)
 
-    def run(self, step: str, calls: int) -> float:
+    def run(self, step: str, calls: int) -> list[float]:
         assert self.process.stdin is not None
         print(json.dumps([step, calls]), file=self.process.stdin, flush=True)
-        return statistics.median(self._answer())
+        return self._answer()
+
+    def round(self, step: str, calls: int) -> None:
+        found = self.run(step, calls)
+        self.medians[step].append(statistics.median(found))
+        self.best[step] = min(self.best[step], *found)
 
     def close(self) -> None:
         assert self.process.stdin is not None
@@ -202,7 +213,8 @@ class Worker:
 
 
 def measure(workers: Sequence[Worker], rounds: int, calls: int) -> None:
-    """Interleaved rounds of every step; a round's number is the median of its calls."""
+    """Interleaved rounds of every step: the median of a round's calls, and the best call of all, which a shared machine
+    disturbs least."""
     for name in workers[-1].steps:
         there = [worker for worker in workers if name in worker.steps]
         for worker in there:
@@ -211,7 +223,7 @@ def measure(workers: Sequence[Worker], rounds: int, calls: int) -> None:
         for name in workers[-1].steps:
             for worker in workers:
                 if name in worker.steps:
-                    worker.medians[name].append(worker.run(name, calls))
+                    worker.round(name, calls)
 
 
 def rows(workers: Sequence[Worker]) -> Iterator[dict[str, Any]]:
@@ -223,6 +235,7 @@ def rows(workers: Sequence[Worker]) -> Iterator[dict[str, Any]]:
         "cpu": cpu_model(),
         "versions": f"Python {sys.version.split()[0]}, torch {torch.__version__}, Triton {triton.__version__}",
         "date": datetime.now(timezone.utc).date().isoformat(),
+        "load": f"{os.getloadavg()[1]:.1f} on {os.cpu_count()}",
     }
     first = workers[0]
     for name in workers[-1].steps:
@@ -235,7 +248,8 @@ def rows(workers: Sequence[Worker]) -> Iterator[dict[str, Any]]:
             ratio = statistics.median([a / b for a, b in pairs]) if first.medians.get(name) else 0.0
             yield {
                 "step": name, "checkout": worker.label, "q25_us": f"{q25:.1f}", "median_us": f"{median:.1f}",
-                "q75_us": f"{q75:.1f}", "ratio": f"{ratio:.2f}", "rounds": len(samples),
+                "q75_us": f"{q75:.1f}", "ratio": f"{ratio:.2f}", "best_us": f"{1e6 * worker.best[name]:.1f}",
+                "ratio_of_best": f"{worker.best[name] / first.best.get(name, math.inf):.2f}", "rounds": len(samples),
                 "commit": _commit_of(worker.checkout), **shared,
             }  # fmt: skip
 
@@ -248,13 +262,14 @@ def _commit_of(checkout: Path) -> str:
 
 
 def table(found: Sequence[dict[str, Any]]) -> str:
-    """A line a step: every checkout's median, and the last ratio."""
+    """A line a step: every checkout's best and median, and the ratios of the last to the first."""
     labels = list(dict.fromkeys(row["checkout"] for row in found))
-    lines = [f"| step, µs | {' | '.join(labels)} | ratio |", "|---|" + "---|" * (len(labels) + 1)]
+    lines = [f"| step, µs, best (median) | {' | '.join(labels)} | ratio |", "|---|" + "---|" * (len(labels) + 1)]
     for step in dict.fromkeys(row["step"] for row in found):
         here = {row["checkout"]: row for row in found if row["step"] == step}
-        cells = [here[label]["median_us"] if label in here else "" for label in labels]
-        lines.append(f"| {step} | {' | '.join(cells)} | {here[labels[-1]]['ratio']} |")
+        cells = [f"{here[label]['best_us']} ({here[label]['median_us']})" if label in here else "" for label in labels]
+        last = here[labels[-1]]
+        lines.append(f"| {step} | {' | '.join(cells)} | {last['ratio_of_best']} ({last['ratio']}) |")
     return "\n".join(lines)
 
 
@@ -263,6 +278,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.compiled.host", description=__doc__)
     parser.add_argument("--against", type=Path, help="another checkout, with its extension built: the first column")
     parser.add_argument("--rounds", type=int, default=ROUNDS)
+    parser.add_argument("--only", default="", help="steps whose names hold this")
     parser.add_argument("--calls", type=int, default=CALLS, help="calls a round and step")
     parser.add_argument("--out", type=Path, help="the CSV")
     parser.add_argument("--serve", help=argparse.SUPPRESS)
@@ -271,7 +287,7 @@ def main() -> None:
         serve(arguments.serve)
         return
     checkouts = [("before", arguments.against)] if arguments.against else []
-    workers = [Worker(label, path) for label, path in (*checkouts, ("now", ROOT))]
+    workers = [Worker(label, path, arguments.only) for label, path in (*checkouts, ("now", ROOT))]
     measure(workers, arguments.rounds, arguments.calls)
     found = list(rows(workers))
     for worker in workers:

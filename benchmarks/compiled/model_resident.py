@@ -6,11 +6,14 @@ What is read again comes from the L2 cache and is counted apart: k and v by the 
 three times by every block of a cluster; the references by every block; the parts of dy.  Without masks, positions and
 gradients of hyperparameters; backward in the scaled form (the log domain reads the keys a third time).
 
+The prediction is from the forward's instructions (`cuda_instructions`), of sm_90 for every GPU.
+
 Layouts are asked of the host's own code (`make -C csrc cuda-layout`), for bfloat16.
 """
 
 from __future__ import annotations
 
+import math
 import shutil
 import subprocess
 from collections.abc import Sequence
@@ -19,13 +22,14 @@ from typing import NamedTuple
 
 import torch
 
+from benchmarks.compiled import cuda_instructions
 from benchmarks.compiled.gpus import FAMILIES, Gpu
 from benchmarks.compiled.workloads import Call
 from setformer_kernels.backends._extension import DTYPE_CODES
 
 ROOT = Path(__file__).resolve().parents[2]
 HALF, FLOAT = 2, 4  # bytes
-SIZES = ((4096, 49), (4096, 196), (128, 256), (128, 512), (128, 1024), (128, 2048), (144, 4096))  # B·H, L
+SIZES = ((16, 4096), (4096, 49), (4096, 196), (128, 256), (128, 512), (128, 1024), (128, 2048), (144, 4096))  # B·H, L
 
 
 class Work(NamedTuple):
@@ -103,22 +107,38 @@ def table(gpu: Gpu, T: int, sizes: Sequence[tuple[int, int]] = SIZES) -> str:
     if shutil.which("make") is None or shutil.which("g++") is None:
         return "No layouts: they need make and g++."
     lines = [
-        "| B·H | L | bytes: forward | both | L2, of both "
+        "| B·H | L | forward predicted, µs | bytes: forward | both | L2, of both "
         "| forward: blocks = clusters × blocks, warps, KiB, problems | backward: the same |",
-        "|---" * 7 + "|",
+        "|---" * 8 + "|",
     ]
     for heads, L in sizes:
         call = Call("attention", L=L, T=T, B=heads // 16)
         backward = Call("attention", L=L, T=T, B=heads // 16, backward=True)
         one, two = layouts((call, backward), gpu)
         if not (one.cluster and two.cluster):
-            lines.append(f"| {heads} | {L} | does not fit ||||| ")
+            lines.append(f"| {heads} | {L} | does not fit |||||| ")
             continue
         unit, forward = heads * HALF * L * call.D, resident(call, one.groups).bytes
         both, again = forward + resident_backward(call, two.groups).bytes, second_reads(call, two)
         shares = f"{forward / unit / 4:.3f} | {both / unit / 11:.3f} | {again / unit / 11:.3f}"
-        lines.append(f"| {heads} | {L} | {shares} | {_brief(call, one)} | {_brief(call, two)} |")
+        predicted = 1e6 * forward_seconds(call, one, gpu)
+        lines.append(f"| {heads} | {L} | {predicted:.1f} | {shares} | {_brief(call, one)} | {_brief(call, two)} |")
     return "\n".join(lines)
+
+
+def forward_seconds(call: Call, layout: Layout, gpu: Gpu) -> float:
+    """What the forward should take where its logits lie close together, from the committed counts of sm_90."""
+    running = max(1, min(FAMILIES[gpu.family].shared_per_sm // (layout.shared + 1024), 16 // layout.warps))
+    blocks, tile = call.H * layout.groups * layout.cluster, cuda_instructions.TILE
+    work = cuda_instructions.Work(
+        tiles=math.ceil(call.L / layout.cluster / tile) * layout.problems,
+        warps=layout.warps,
+        blocks=max(1, min(running, blocks // gpu.multiprocessors)),
+        waves=math.ceil(blocks / (gpu.multiprocessors * running)),
+        cluster=layout.cluster,
+        iterations=max(call.T, 1),
+    )
+    return cuda_instructions.seconds(cuda_instructions.committed(), gpu, work)
 
 
 def _brief(call: Call, l: Layout) -> str:

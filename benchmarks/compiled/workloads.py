@@ -14,9 +14,13 @@ import torch
 from torch import Tensor
 
 from benchmarks.compiled.gpus import GPUS
-from setformer_kernels.problem import Operands, Options, Sinkhorn
+from setformer_kernels.problem import HYPER, Operands, Options, Sinkhorn
 
 MULTIPROCESSORS = {gpu.family: gpu.multiprocessors for gpu in GPUS.values()}
+
+
+# What a call may come with; a position is three operands, and a dropout a seed.
+OPTIONAL = ("log_a", "log_b", *HYPER, "position", "dropout")
 
 
 @dataclass(frozen=True)
@@ -33,15 +37,23 @@ class Call:
     D: int = 64
     E: int = 64
     M: int = 64
-    rich: bool = False  # with a mask, masses, positions, hyperparameters as tensors, dropout and all their gradients
+    rich: bool = False  # with everything of OPTIONAL and all its gradients
     kernel: str = "rbf"
+    given: tuple[str, ...] | None = None  # of OPTIONAL, if neither all nor nothing
+    wanted: str = ""  # the operand whose gradient alone is asked for, if not that of each
 
     def __str__(self) -> str:
         parts = [self.op, "backward" if self.backward else "forward"]
         parts += [f"T={self.T}"] if self.op in ("attention", "pool", "causal") else []
         parts += [] if self.kernel == "rbf" else [self.kernel]
         parts += ["rich"] if self.rich else []
+        parts += [] if self.given is None else ["with", *(self.given or ["nothing"])]
+        parts += ["for", self.wanted] if self.wanted else []
         return " ".join(parts)
+
+    def has(self, name: str) -> bool:
+        """Whether an operand of OPTIONAL is there."""
+        return name in self.given if self.given is not None else self.rich
 
 
 def operands(call: Call) -> Operands:
@@ -53,27 +65,27 @@ def operands(call: Call) -> Operands:
 
     query = None if call.op == "pool" else token(D)
     plain = Operands(query, token(D), token(E), torch.empty(H, M, D), *[None] * 11)
-    if not call.rich:
-        return plain
-    hypers = dict.fromkeys(("bandwidth", "epsilon", "key_relaxation", "reference_relaxation", "position_scale"))
     position = torch.empty(1, 1, L, 2).expand(B, H, L, 2)
-    return plain._replace(
-        log_a=torch.empty(B, 1, L).expand(B, H, L),
-        log_b=torch.empty(H, M),
-        **{name: torch.empty(H) for name in hypers},
-        query_position=None if query is None else position,
-        key_position=position,
-        reference_position=torch.empty(H, M, 2),
-        seed=None if query is None else torch.empty((), dtype=torch.int64),
-    )
+    optional: dict[str, dict[str, Tensor | None]] = {
+        "log_a": {"log_a": torch.empty(B, 1, L).expand(B, H, L)},
+        "log_b": {"log_b": torch.empty(H, M)},
+        **{name: {name: torch.empty(H)} for name in HYPER},
+        "position": {
+            "query_position": None if query is None else position,
+            "key_position": position,
+            "reference_position": torch.empty(H, M, 2),
+        },
+        "dropout": {"seed": None if query is None else torch.empty((), dtype=torch.int64)},
+    }
+    return plain._replace(**{n: t for name in OPTIONAL if call.has(name) for n, t in optional[name].items()})
 
 
 def _run_attention(backend: Any, call: Call) -> None:
     x = operands(call)
-    dropped = 0.1 if call.rich and call.op != "pool" else 0.0
+    dropped = 0.1 if call.has("dropout") and call.op != "pool" else 0.0
     opt = Options(num_iters=call.T, kernel=call.kernel, dropout_p=dropped)
     learned = [
-        t is not None and name not in ("query_position", "key_position", "seed")
+        t is not None and name not in ("query_position", "key_position", "seed") and call.wanted in ("", name)
         for name, t in zip(x._fields, x, strict=True)
     ]
     shape = (call.B, call.H, max(call.T, 1), call.M)
@@ -94,7 +106,8 @@ def _run_features(backend: Any, call: Call) -> None:
     arguments = (x, landmarks, bandwidth, 1.0, 1e-3)
     if call.backward:
         d_psi = torch.empty(call.B, call.H, call.L, call.M, dtype=call.dtype)
-        backend.features_backward(*arguments, d_psi, (True, True, call.rich))
+        needs = [call.wanted in ("", name) for name in ("key", "references", "bandwidth")]
+        backend.features_backward(*arguments, d_psi, (*needs[:2], needs[2] and call.rich))
     else:
         backend.features(*arguments)
 
@@ -102,12 +115,15 @@ def _run_features(backend: Any, call: Call) -> None:
 def _run_sinkhorn(backend: Any, call: Call) -> None:
     problems, rows, columns = call.B * call.H, call.L, call.M
     rich = [torch.empty(problems, n) for n in (rows, columns)] + [torch.empty(problems) for _ in range(2)]
-    masses = rich if call.rich else [None] * 4
+    names = ("log_a", "log_b", "key_relaxation", "reference_relaxation")
+    masses = [t if call.has(name) else None for name, t in zip(names, rich, strict=True)]
     x = Sinkhorn(torch.empty(problems, rows, columns), *masses, num_iters=call.T, tol=1e-3 if call.rich else None)
     if call.backward:
         c, iters = torch.empty(problems, max(call.T, 1), columns), torch.empty(problems, dtype=torch.int64)
         cotangents = torch.empty(problems, rows), torch.empty(problems, columns)
-        backend.sinkhorn_backward(x, c, iters, *cotangents, (True, *[call.rich] * 4))
+        tensors = zip(("key", *names), x.tensors, strict=True)
+        needs = [t is not None and call.wanted in ("", name) for name, t in tensors]
+        backend.sinkhorn_backward(x, c, iters, *cotangents, needs)
     else:
         backend.sinkhorn(x)
 
@@ -163,6 +179,35 @@ def table_calls() -> list[Call]:
         found += _both(Call("sinkhorn", T=20, dtype=torch.float32, L=rows, M=columns))
     found += _both(Call("sinkhorn", T=20, dtype=torch.float32, L=256, M=64, rich=True))
     return found
+
+
+def _every_operand(base: Call) -> Iterator[Call]:
+    """A call with everything, without one thing, with one thing alone, and for one gradient alone."""
+    yield from _both(base)
+    yield from _both(replace(base, rich=True))
+    for name in OPTIONAL:
+        yield from _both(replace(base, given=(name,)))
+        yield from _both(replace(base, given=tuple(other for other in OPTIONAL if other != name)))
+    for name in ("query", "key", "value", "references", "log_a", "log_b", *HYPER, "reference_position"):
+        yield replace(base, backward=True, rich=True, wanted=name)
+    for name in ("query", "key", "value", "references"):
+        yield replace(base, backward=True, wanted=name)
+
+
+def every_operand() -> Iterator[Call]:
+    """Every kernel, with each operand that may be absent absent and present, alone and among the others."""
+    base = Call("attention", B=2, D=16, E=16, M=16, L=1024)
+    for call in (replace(base, op="causal", T=1), base, replace(base, op="pool")):
+        yield from _every_operand(call)
+    for call in (replace(base, T=1), replace(base, T=0), replace(base, op="causal", T=0), replace(base, kernel="dot")):
+        yield from _both(call)
+    features = replace(base, op="features")
+    for call in (features, replace(features, rich=True)):
+        yield from _both(call)
+        for name in ("key", "references", "bandwidth"):
+            yield replace(call, backward=True, wanted=name)
+    for rows in (64, 1024):
+        yield from _every_operand(Call("sinkhorn", dtype=torch.float32, L=rows, M=64))
 
 
 def few_calls(family: str) -> list[Call]:

@@ -8,19 +8,16 @@ from __future__ import annotations
 
 import argparse
 import csv
-import fcntl
-import importlib.util
 import os
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import NamedTuple
 
 import torch
 
-from benchmarks.common import entry_point
+from benchmarks.common import entry_point, shim
 from benchmarks.common.hardware import ROOT
 from setformer_kernels.problem import HYPER
 from setformer_kernels.testing import ALL_CASES, CASES, measure, sizes
@@ -76,28 +73,6 @@ class Row(NamedTuple):
     @property
     def key(self) -> tuple[str, ...]:
         return tuple(map(str, self[:6]))
-
-
-def cuda_shim() -> ModuleType:
-    """The CUDA kernels built for the CPU."""
-    command = ["make", "--silent", "-C", str(ROOT / "csrc"), "cuda-shim", f"PYTHON={sys.executable}"]
-    (ROOT / "build").mkdir(exist_ok=True)
-    with (ROOT / "build" / "shim.lock").open("w") as lock:  # one build for all processes of a parallel run
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        subprocess.run(command, check=True, timeout=600)
-    spec = importlib.util.spec_from_file_location("cuda_shim", ROOT / "build" / "shim" / "cuda_shim.so")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def install_shim() -> None:
-    """The cuda backend runs on CPU tensors from here on."""
-    from setformer_kernels.backends import cuda
-
-    cuda._C, cuda.ABSENT, cuda._DEVICE = cuda_shim(), "", "cpu"
 
 
 def ratios(found: Measured, few: tuple[str, ...] = HYPER) -> Iterator[tuple[str, str, float]]:
@@ -164,7 +139,7 @@ def run(setting: str, arguments: argparse.Namespace) -> None:
     """All tasks of one setting in this process that the table does not have yet."""
     done = {row.key for row in read(arguments.out)}
     if "cuda" in arguments.backends:
-        install_shim()
+        shim.install(shim.cuda_shim())
     for seed in range(arguments.seeds):
         for backend in arguments.backends:
             for dtype in DTYPES[backend]:

@@ -130,7 +130,9 @@ def main(argv: list[str] | None = None) -> int:
         backends = tuple(name for name in dispatch.NATIVE if name != "cpu")
         run = Run(journal, logs, dry=arguments.dry_run, tests=tuple(arguments.tests),
                   prebuilt=arguments.prebuilt, backends=backends)  # fmt: skip
-        done = finished(run, csv, arguments.only or (), total, each)
+        only = arguments.only or []
+        only += ["build"] if only and arguments.prebuilt else []
+        done = finished(run, csv, only, total, each)
     print(f"{csv.with_suffix('.md')}\n{csv.with_suffix('.md').read_text()}")
     return 1 if any(step.status == FAILED for step in done) else 0
 

@@ -12,19 +12,20 @@ import sys
 import traceback
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
 from benchmarks.common import entry_point
 from benchmarks.common.results import OK as MEASURED
 from benchmarks.common.results import Row
-from benchmarks.gpu.cases import GpuPlan, Inputs, inputs, plan_of, set_attention
+from benchmarks.gpu.cases import GpuPlan, Inputs, inputs, plan_of, problems, set_attention
 from benchmarks.gpu.journal import Journal, Log, written
 from benchmarks.gpu.process import child, last_line, module
 from benchmarks.gpu.rows import blank, first_line
 from benchmarks.gpu.steps import FAILED, OK, Run, Step
 from setformer_kernels import dispatch, testing
-from setformer_kernels.problem import Problem
+from setformer_kernels.backends import _extension
 
 LIMIT_S = 60.0  # imports, a dozen compilations and a second of work
 ABSENT = "absent"  # a backend that this machine does not have: no failure
@@ -32,10 +33,15 @@ ABSENT = "absent"  # a backend that this machine does not have: no failure
 
 def reasons(plan: GpuPlan, backend: str) -> list[str]:
     """Why this machine cannot run the canary on a backend."""
-    case = plan.check
-    forward = Problem("attention", plan.device, case.dtype, D=case.D, E=case.D, M=case.M, N=case.L, num_iters=3)
-    problems = (forward, replace(forward, backward=True))
-    return list(dict.fromkeys(r for p in problems for r in dispatch.NATIVE[backend].unsupported_reasons(p)))
+    asked = problems(plan.check, plan.device)
+    return list(dict.fromkeys(r for p in asked for r in dispatch.NATIVE[backend].unsupported_reasons(p)))
+
+
+def chip(extension: Any) -> dict[str, object]:
+    """What the CUDA C++ backend lays problems out for: the driver's word on the first device."""
+    *_, shared, largest, at_once = extension.cuda_devices()[0]
+    clusters = {str(2**i): count for i, count in enumerate(at_once)}
+    return {"shared_bytes": shared, "largest_cluster": largest, "clusters_at_once": clusters}
 
 
 def checked(plan: GpuPlan, backend: str, T: int) -> Row:
@@ -93,8 +99,11 @@ def main(argv: list[str] | None = None) -> int:
     plan = plan_of(arguments.dry_run)
     if found := reasons(plan, arguments.backend):
         raise entry_point.NotHereError("; ".join(found))
-    log = Log(Journal(arguments.journal), f"canary {arguments.backend}")
+    journal = Journal(arguments.journal)
+    log = Log(journal, f"canary {arguments.backend}")
     try:
+        if arguments.backend == "cuda":
+            journal.write(chip=chip(_extension.MODULE))
         for T in (3, 1):
             log.row(checked(plan, arguments.backend, T))
     except AssertionError as error:

@@ -14,6 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import setformer_kernels.functional as SF
 from benchmarks.common.cases import BANDWIDTH, BOTH, EPSILON, FORWARD
+from setformer_kernels.problem import Problem
 
 SDPA = {
     "sdpa flash": SDPBackend.FLASH_ATTENTION,
@@ -55,6 +56,13 @@ class GpuPlan:
     check: GpuCase
     sinkhorn: tuple[tuple[int, int, int, int], ...]  # problems, rows, columns, iterations
     probe_scale: float  # 1: sizes that fill a GPU
+
+
+def problems(case: GpuCase, device: str) -> list[Problem]:
+    """What a backend is asked whether it runs a case: its forward and, where it has one, its backward."""
+    sizes = {"D": case.D, "E": case.D, "M": case.M, "N": case.L, "B": case.B, "H": case.H, "L": case.L}
+    forward = Problem("attention", device, case.dtype, num_iters=max(case.iterations), **sizes)
+    return [forward, replace(forward, backward=True)] if case.mode == BOTH else [forward]
 
 
 MODES = (FORWARD, BOTH)

@@ -5,6 +5,7 @@ that is started again leaves that out, and what was done.  Records:
 
     about                      the machine and the software
     step, canary, profile      what became of a step, of a backend's canary; one metric of one kernel
+    chip                       what the CUDA C++ backend lays problems out for
     worker with plan           what a process is to do: rows that say "out of time" until they are measured, or names
     worker with begin          an item and, within it, an entry; `of` is the row that is FAILED if it does not end
     worker with row, end, lost a measured row; an item that is done; an item or entry that was not survived, and why

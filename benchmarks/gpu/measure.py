@@ -22,7 +22,7 @@ from torch import Tensor
 
 import setformer_kernels.functional as SF
 from benchmarks.common import entry_point, implementations
-from benchmarks.common.cases import BOTH, FORWARD, Entry
+from benchmarks.common.cases import FORWARD, Entry
 from benchmarks.common.measure import interleave
 from benchmarks.common.results import FAILED, OK, SKIPPED, UNAVAILABLE, Row
 from benchmarks.gpu.cases import (
@@ -36,6 +36,7 @@ from benchmarks.gpu.cases import (
     copies,
     inputs,
     plan_of,
+    problems,
     sdpa,
     set_attention,
     timed_call,
@@ -73,10 +74,8 @@ class Measure:
 
     def able(self, case: GpuCase) -> bool:
         """Whether the backend holds the case: another's backward would be timed under its name."""
-        sizes = {"D": case.D, "E": case.D, "M": case.M, "N": case.L}
-        forward = Problem("attention", self.plan.device, case.dtype, num_iters=max(case.iterations), **sizes)
-        problems = [forward, replace(forward, backward=True)] if case.mode == BOTH else [forward]
-        return not any(dispatch.NATIVE[self.backend].unsupported_reasons(problem) for problem in problems)
+        unable = dispatch.NATIVE[self.backend].unsupported_reasons
+        return not any(unable(problem) for problem in problems(case, self.plan.device))
 
     def items(self, part: str) -> list[Item]:
         """What a part measures, in order."""
@@ -107,12 +106,12 @@ class Measure:
     def _solvers(self) -> list[Item]:
         found = []
         for size in self.plan.sinkhorn:
-            problems, n, m, T = size
+            count, n, m, T = size
             problem = Problem("sinkhorn", self.plan.device, torch.float32, M=m, N=n, num_iters=T)
             if not dispatch.NATIVE[self.backend].unsupported_reasons(problem):
-                row = Row("sinkhorn", "set", FORWARD, "time", "s", SKIPPED, OUT_OF_TIME, T, problems, L=n, M=m,
+                row = Row("sinkhorn", "set", FORWARD, "time", "s", SKIPPED, OUT_OF_TIME, T, count, L=n, M=m,
                           backend=self.backend)  # fmt: skip
-                found.append(Item(f"sinkhorn {problems}x{n}x{m}", row, functools.partial(self._sinkhorn_rows, size)))
+                found.append(Item(f"sinkhorn {count}x{n}x{m}", row, functools.partial(self._sinkhorn_rows, size)))
         return found
 
     def run(self, part: str) -> int:
@@ -243,9 +242,9 @@ class Measure:
             yield failed or filled(row, [float(extra)])
 
     def _sinkhorn_rows(self, size: tuple[int, int, int, int], key: str, planned: Row) -> Iterator[Row]:
-        problems, n, m, T = size
+        count, n, m, T = size
         generator = torch.Generator(self.plan.device).manual_seed(0)
-        l = 5 * torch.randn(problems, n, m, generator=generator, device=self.plan.device)
+        l = 5 * torch.randn(count, n, m, generator=generator, device=self.plan.device)
         own = implementations.Sinkhorn(lambda l, T: SF.sinkhorn(l, num_iters=T, backend=self.backend))
         calls, done = {}, []
         for impl in ("set", *OTHER_SOLVERS):
@@ -268,7 +267,7 @@ class Measure:
         for impl, taken in samples.items():
             done.append(against(filled(replace(planned, impl=impl), taken), taken, samples["set"], None))
             yield done[-1]
-        print(f"sinkhorn {problems} x {n} x {m}, {T} iterations: " + brief(done), flush=True)
+        print(f"sinkhorn {count} x {n} x {m}, {T} iterations: " + brief(done), flush=True)
 
     def _checked_solver(self) -> None:
         """An AssertionError where the backend's plans and their gradients are not within the error budget."""

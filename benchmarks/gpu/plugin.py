@@ -22,8 +22,8 @@ SHARE, WORKER, JOURNAL, SINCE, PART, DROPPED = (
 )
 KERNELS, REST = "kernels", "tests"  # parts
 # On the machine with the GPU nothing but the GPU is of interest: these compile for GPUs that are not there, run
-# Triton's interpreter, or this command itself.
-NEVER = {"test_gpu_command", "test_gpu_rehearsal", "test_triton_resources", "test_cuda_resources",
+# Triton's interpreter, or this command itself; so does whatever else is named after CUDA (test_cuda_*).
+NEVER = {"test_gpu_command", "test_gpu_rehearsal", "test_triton_resources",
          "test_triton_signatures", "test_benchmarks_model", "test_benchmarks_budget"}  # fmt: skip
 # Last, if there is time: they test what no GPU changes.
 LAST = ("test_install", "test_demo", "test_benchmarks", "test_cpu", "test_docs", "test_readme", "test_entry_points")
@@ -36,10 +36,10 @@ def rank(nodeid: str, fixtures: Collection[str] = ()) -> int | None:
     """When a test runs: 0 the CUDA kernels', 1 Triton's, 2 the others', 3 what no GPU changes; None: not there."""
     path, _, test = nodeid.partition("::")
     file, words = Path(path).stem, set(re.split(r"[\[\]\-]", test)) | set(fixtures)
-    if file in NEVER or "shim" in words:
-        return None
-    if file in CUDA_FILES:
+    if file in CUDA_FILES and "shim" not in words:
         return 0
+    if file in NEVER or file.startswith("test_cuda") or "shim" in words:
+        return None
     if "triton" in words or file.startswith("test_triton"):
         return 1
     return 3 if words & {"cpu", "eager"} or file.startswith(LAST) else 2

@@ -17,16 +17,15 @@ import torch
 
 from benchmarks.common import entry_point
 from benchmarks.common.cases import BOTH
-from benchmarks.gpu.cases import GpuCase, inputs, set_attention
+from benchmarks.gpu.cases import GpuCase, inputs, problems, set_attention
 from benchmarks.gpu.journal import Record
 from benchmarks.gpu.process import LEAST_S, child, last_line, module
 from benchmarks.gpu.steps import FAILED, OK, SKIPPED, Run, Step
 from setformer_kernels import dispatch
-from setformer_kernels.problem import Problem
 
 LENGTHS = (4096, 16384)
 KERNELS = {
-    "cuda": ("attention_kernel", "attention_backward_kernel"),
+    "cuda": ("attention_kernel", "attention_narrow_kernel", "attention_backward_kernel"),
     "triton": ("transport_kernel", "read_kernel", "read_backward_kernel", "transport_keys_backward_kernel"),
 }
 SECTIONS = ("SpeedOfLight", "LaunchStats", "Occupancy", "SchedulerStats", "WarpStateStats", "MemoryWorkloadAnalysis")
@@ -117,9 +116,8 @@ def main(argv: list[str] | None = None) -> int:
     if not torch.cuda.is_available():
         raise entry_point.NotHereError("no GPU")
     case = GpuCase("headline", arguments.L, BOTH)
-    sizes = {"D": case.D, "E": case.D, "M": case.M, "N": case.L}
-    problem = Problem("attention", "cuda", case.dtype, num_iters=3, backward=True, **sizes)
-    if found := dispatch.NATIVE[arguments.backend].unsupported_reasons(problem):
+    unable = dispatch.NATIVE[arguments.backend].unsupported_reasons
+    if found := [reason for problem in problems(case, "cuda") for reason in unable(problem)]:
         raise entry_point.NotHereError("; ".join(found))
     x = inputs(case, "cuda")
 

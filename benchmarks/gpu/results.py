@@ -76,6 +76,8 @@ def write(csv_path: Path, records: Sequence[Record], plot: bool = True) -> None:
     stamp: Mapping[str, Any] = abouts[-1]["stamp"]
     told = {key: value for key, value in abouts[-1].items() if key != "stamp"}
     steps, found = steps_of(records), rows(records)
+    chips = [record["chip"] for record in records if "chip" in record]
+    told |= {"chip": chips[-1]} if chips else {}
     told |= {"calls": len(abouts), "steps": [asdict(step) for step in steps]}
     csv_path.with_suffix(".json").write_text(json.dumps(told, indent=2) + "\n")
     lines = ["# GPU", "", "| step | | | s |", "|---|---|---|---|"]

@@ -74,7 +74,8 @@ def calls(device: str) -> Iterator[tuple[Problem, Callable[[str], Tensor]]]:
     for op, dtype, call in ragged_calls(device):
         yield Problem(op, device, dtype, D=D, E=E, M=M, num_iters=1 if op == "causal" else 3), call
     for dtype, (heads, keys, epsilon) in itertools.product((torch.bfloat16, torch.float16, torch.float32), USUAL_SIZES):
-        problem = Problem("attention", device, dtype, D=USUAL, E=USUAL, M=USUAL, num_iters=3, N=keys)
+        sizes = {"D": USUAL, "E": USUAL, "M": USUAL, "B": heads, "H": 2, "L": keys, "N": keys}
+        problem = Problem("attention", device, dtype, num_iters=3, **sizes)
         yield problem, partial(usual, device=device, dtype=dtype, heads=heads, keys=keys, epsilon=epsilon)
 
 

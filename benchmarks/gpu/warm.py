@@ -31,8 +31,8 @@ SILENCE_S = 60.0
 BACKEND = "triton"
 
 
-def _attention(case: GpuCase, T: int) -> None:
-    x = inputs(replace(case, mode=BOTH), "cuda")
+def _attention(case: GpuCase, T: int, device: str) -> None:
+    x = inputs(replace(case, mode=BOTH), device)
     torch.autograd.grad(set_attention(x, T, BACKEND), x[:4], x.d_output)
 
 
@@ -40,27 +40,27 @@ def _smoke(call: Callable[[str], torch.Tensor]) -> None:
     call(BACKEND).float().sum().backward()
 
 
-def calls() -> Iterator[Callable[[], object]]:
+def calls(device: str) -> Iterator[Callable[[], object]]:
     """What is going to run, the table first: split among programs and not, as no other length matters."""
     plan = full_plan()
     kinds = {(case.D, case.M, case.dtype): case for case in (plan.check, *plan.cases, *plan.memory)}
     for case in kinds.values():
         for T, (B, L) in itertools.product((3, 1), ((1, 4096), (8, 256))):
-            yield lambda case=case, T=T, B=B, L=L: _attention(replace(case, B=B, L=L), T)
+            yield lambda case=case, T=T, B=B, L=L: _attention(replace(case, B=B, L=L), T, device)
     for problems, n, m, T in plan.sinkhorn:
-        l = torch.zeros(problems, n, m, device="cuda")
+        l = torch.zeros(problems, n, m, device=device)
         yield lambda l=l, T=T: SF.sinkhorn(l, num_iters=T, backend=BACKEND)
-    for problem, call in smoke.calls("cuda"):
+    for problem, call in smoke.calls(device):
         if not dispatch.NATIVE[BACKEND].unsupported_reasons(problem):
             yield lambda call=call: _smoke(call)
 
 
-def taken() -> list[Any]:
+def taken(device: str) -> list[Any]:
     """The launches of all calls."""
     from setformer_kernels.backends.triton.host.launch import device_of, recorded
 
-    with recorded(device_of(torch.empty(0, device="cuda"))) as launches:
-        for call in calls():
+    with recorded(device_of(torch.empty(0, device=device))) as launches:
+        for call in calls(device):
             call()
     return launches
 
@@ -69,7 +69,7 @@ def compile_share(log: Log, share: int, number: int) -> None:
     """Every `number`-th binary, from `share` on; one that does not compile is named, and the next one is tried."""
     from benchmarks.compiled import aot
 
-    found = taken()
+    found = taken("cuda")
     family = "sm_90"  # it is asked for keys alone, which name no target
     for variant in aot.variants(found, family)[share::number]:
         item = f"{variant.name} {hash_of(variant.key)}"
@@ -77,7 +77,7 @@ def compile_share(log: Log, share: int, number: int) -> None:
             continue
         log.begin(item)
         try:
-            aot.warm(variant.launch)
+            aot.compiled_here(variant)
             log.end(item, outcome="ok")
         except Exception as error:
             log.end(item, outcome="failed", text=f"{variant.name}: {type(error).__name__}: {first_line(error)}")

@@ -29,11 +29,15 @@ bool load_log_mass(const AttentionParams& p, int64_t b, int64_t h, int64_t lo, i
     fill(la, hi - lo, -std::log(static_cast<F>(p.S)));
     return p.S > 0;
   }
-  const F* src = static_cast<const F*>(p.log_a.data) + b * p.log_a.stride[0] + h * p.log_a.stride[1];
-  const int64_t stride = p.log_a.stride[2];
+  const int64_t base = b * p.log_a.stride[0] + h * p.log_a.stride[1], stride = p.log_a.stride[2];
+  load_row<F>(p.log_a, base + lo * stride, stride, hi - lo, la);
   bool any = false;
-  for (int64_t s = lo; s < hi; ++s) any |= (la[s - lo] = src[s * stride]) != -kInf<F>;
-  for (int64_t s = 0; !any && s < p.S; ++s) any = src[s * stride] != -kInf<F>;
+  for (int64_t s = lo; s < hi; ++s) any |= la[s - lo] != -kInf<F>;
+  F other = -kInf<F>;
+  for (int64_t s = 0; !any && s < p.S; ++s) {
+    load_row<F>(p.log_a, base + s * stride, 1, 1, &other);
+    any = other != -kInf<F>;
+  }
   return any;
 }
 

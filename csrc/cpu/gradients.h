@@ -90,16 +90,18 @@ void kernel_grads(const Refs<F>& r, int64_t n, const F* x, const F* inv, const F
 // dŷ -> dy, and the sums of logit_grads -> dπ; writes one (b, h) of the outputs that are asked for.
 template <class F>
 void store_ref_grads(const Refs<F>& r, int64_t b, int64_t h, RefGrads<F>& g, const View& d_points, const View& d_pos) {
-  const Block<F> out(d_points, b, h), out_pos(d_pos, b, h);
-  for (int64_t j = 0; out && j < r.M; ++j) {
-    F* row = g.y + j * r.Dp;
-    const F* y = r.y + j * r.Dp;
+  Buffer<F> out(std::max(r.D, r.P));
+  for (int64_t j = 0; d_points && j < r.M; ++j) {
+    const F *row = g.y + j * r.Dp, *y = r.y + j * r.Dp;
     F along = 0;
     for (int64_t d = 0; r.rbf && d < r.D; ++d) along += row[d] * y[d];
-    for (int64_t d = 0; d < r.D; ++d) out(j, d) = r.rbf ? (row[d] - y[d] * along) * r.inv_norm[j] : row[d];
+    for (int64_t d = 0; d < r.D; ++d) out[d] = r.rbf ? (row[d] - y[d] * along) * r.inv_norm[j] : row[d];
+    store_row_of<F>(d_points, b, h, j, out);
   }
-  for (int64_t j = 0; out_pos && j < r.M; ++j)
-    for (int64_t c = 0; c < r.P; ++c) out_pos(j, c) = 2 * r.tau * r.tau * g.pos[c * r.Mp + j];
+  for (int64_t j = 0; d_pos && j < r.M; ++j) {
+    for (int64_t c = 0; c < r.P; ++c) out[c] = 2 * r.tau * r.tau * g.pos[c * r.Mp + j];
+    store_row_of<F>(d_pos, b, h, j, out);
+  }
 }
 
 }  // namespace

@@ -20,7 +20,7 @@ struct Refs {
   Buffer<F> yt;                                     // [D][Mp] ŷ transposed (raw y for "dot")
   Buffer<F> y;                                      // [Mp][Dp] the same by rows
   Buffer<F> inv_norm;                               // [Mp]
-  Buffer<F> log_b;                                  // [Mp] padded with −inf
+  Buffer<F> log_b, b;                               // [Mp] padded with −inf and 0
   Buffer<F> pos_t;                                  // [P][Mp] padded with the last reference's
   int64_t packed_head = -1;
 
@@ -36,14 +36,16 @@ struct Refs {
         y(Mp * Dp),
         inv_norm(Mp),
         log_b(Mp),
+        b(Mp),
         pos_t(P_ * Mp) {}
 
   void pack(const AttentionParams& p, int64_t h) {
     if (h == packed_head) return;
     packed_head = h;
     const auto value = [&](int i) {
-      const View& v = p.hyper[i];
-      return v ? static_cast<const F*>(v.data)[h * v.stride[0]] : static_cast<F>(p.scalars[i]);
+      F given = static_cast<F>(p.scalars[i]);
+      if (p.hyper[i]) load_row(p.hyper[i], h * p.hyper[i].stride[0], 1, 1, &given);
+      return given;
     };
     set_kernel(value(kBandwidth), p.hyper[kEpsilon] ? static_cast<double>(value(kEpsilon)) : p.scalars[kEpsilon]);
     lam_a = value(kLambdaA);
@@ -51,12 +53,14 @@ struct Refs {
     tau = value(kPositionScale);
     pack_points(p.references, h);
     fill(log_b.data(), Mp, -kInf<F>);
-    const F uniform = -std::log(static_cast<F>(M));
-    for (int64_t j = 0; j < M; ++j)
-      log_b[j] = p.log_b ? static_cast<const F*>(p.log_b.data)[h * p.log_b.stride[0] + j * p.log_b.stride[1]] : uniform;
-    const Block<F> pos(p.ref_pos, h);
-    for (int64_t c = 0; c < P; ++c)
-      for (int64_t j = 0; j < Mp; ++j) pos_t[c * Mp + j] = pos(std::min(j, M - 1), c);
+    fill(log_b.data(), M, -std::log(static_cast<F>(M)));
+    if (p.log_b) load_row<F>(p.log_b, h * p.log_b.stride[0], p.log_b.stride[1], M, log_b);
+    for (int64_t j = 0; j < Mp; j += kLanes<F>) store(b + j, vexp<F>(load(log_b + j)));
+    Buffer<F> pos(P);
+    for (int64_t j = 0; P && j < Mp; ++j) {
+      load_row_of<F>(p.ref_pos, 0, h, std::min(j, M - 1), pos);
+      for (int64_t c = 0; c < P; ++c) pos_t[c * Mp + j] = pos[c];
+    }
   }
 
   // ℓ of orthogonal vectors at one place.
@@ -70,10 +74,8 @@ struct Refs {
   }
 
   void pack_points(const View& points, int64_t h) {
-    const Block<F> src(points, h);
     fill(y.data(), Mp * Dp, F(0));
-    for (int64_t j = 0; j < M; ++j)
-      for (int64_t d = 0; d < D; ++d) y[j * Dp + d] = src(j, d);
+    for (int64_t j = 0; j < M; ++j) load_row_of<F>(points, 0, h, j, y + j * Dp);
     for (int64_t j = 0; rbf && j < M; ++j) {  // in double: an error of ŷ's length would be the same for every token
       double sum = 0;
       for (int64_t d = 0; d < D; ++d) sum += static_cast<double>(y[j * Dp + d]) * y[j * Dp + d];

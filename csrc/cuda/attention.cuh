@@ -129,10 +129,7 @@ attention_kernel(const Launch<AttentionShared<T>> p) {
   Head head = first_problem(p, kKnown);
   load_references(p, head, p.shared);
 #pragma unroll 1
-  for (int n = 0; n < p.problems && head.b < p.B; ++n, ++head.b) {
-    attend(p, head, p.shared);
-    sync_block();
-  }
+  for (int n = 0; n < p.problems && head.b < p.B; ++n, ++head.b) attend(p, head, p.shared);
 }
 
 }  // namespace

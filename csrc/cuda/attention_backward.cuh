@@ -92,7 +92,6 @@ SFK_DEVICE void read_backward(const AttentionParams& p, const Head& head, const 
                     true, tile, w, top, sum);
     for (int r = 0; r < 2; ++r) rows.scale[r] = sum[r] > 0 ? 1 / sum[r] : 0.0f;
     if (p.dropout_p > 0) each_dropped(p, head, tile, row, [](float& w) { w = -w; });
-    sync_warp();
     rows.means();
     if (lane_index() % 4 == 0) inverse[g] = rows.scale[0] * rows.keep, inverse[g + 8] = rows.scale[1] * rows.keep;
     sync_block();
@@ -211,7 +210,6 @@ SFK_DEVICE void attend_backward(const AttentionParams& p, const Head& head, cons
                                 HyperSums& sums) {
   const KeyShare keys(p.S);
   load_masses(p, head, keys, shared);
-  sync_block();
   const bool lone = few_keys(shared);
   start_backward(p, head, shared, lone);
   if (p.d_o.data) read_backward(p, head, shared, sums);
@@ -226,7 +224,6 @@ SFK_DEVICE void attend_backward(const AttentionParams& p, const Head& head, cons
     sync_block();
     keys_backward<T, true>(p, head, keys, shared, lone, sums);
   }
-  sync_block();
 }
 
 template <class T, int kKnown>

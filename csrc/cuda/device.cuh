@@ -72,8 +72,7 @@ SFK_DEVICE uint32_t pack(float low, float high) {
 }
 SFK_DEVICE void copy16_async(void* shared, const void* global) { shim::copy16_async(shared, global); }
 SFK_DEVICE void copy16_async(void* shared, const void* global, bool present) {
-  if (present) return shim::copy16_async(shared, global);
-  *static_cast<Bits4*>(shared) = {};
+  shim::copy16_async(shared, present ? global : nullptr);
 }
 SFK_DEVICE void copies_commit() { shim::copies_commit(); }
 template <int kPending>

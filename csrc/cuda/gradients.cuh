@@ -103,7 +103,6 @@ struct Pairs {
       sync_block();
       if (ahead) buffer ^= 1;
     }
-    copies_wait<0>();
   }
 };
 

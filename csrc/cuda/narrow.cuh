@@ -99,7 +99,6 @@ attention_narrow_kernel(const Launch<NarrowShared<T>> p) {
     form_exponentials(p, head, keys, shared);
     solve_narrow(p, head, shared, log_ref);
     form_narrow_plan(shared);
-    sync_block();
     pool_values(p, head, keys, shared);
     if (p.o.data && p.L) answer_queries(p, head, shared);
     sync_block();

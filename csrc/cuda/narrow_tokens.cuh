@@ -13,10 +13,11 @@ constexpr int kDepth = 64;                                // the most numbers of
 constexpr int kDepthRow = kDepth + 8;                     // and of a row of ŷ, of z: eight rows in all banks
 constexpr int kRow = ResidentParams::row_stride(kUsual);  // of K
 constexpr int kSteps = kUsual / kTile;                    // of a product over references, or over kDepth
-// The range of K in units of e, and what weights of queries are multiplied by, as a power of 2: float16 has none to
-// lose.
+// The range of K in units of e, and what weights of queries are multiplied by, as a power of 2: float16 has no
+// exponents to lose.  In float32 a mass or a G that vanishes beside the largest, e^−87 of it, is then still nothing
+// beside their products with the least K: e^{−87 + 60}.
 template <class T>
-constexpr float kNarrowRange = std::is_same<T, F16>::value ? 18.0f : 50.0f;
+constexpr float kNarrowRange = std::is_same<T, F16>::value ? 18.0f : 30.0f;
 template <class T>
 constexpr float kLift = std::is_same<T, F16>::value ? 13.0f : 0.0f;
 

@@ -244,7 +244,6 @@ SFK_DEVICE void pool_piece(const NarrowShared<T>& shared, const ValueRows<T>& va
     }
     sync_block();
   }
-  copies_wait<0>();
   float* part = shared.part + (warp_index() * kNarrow + lane / 4) * kPartRow + lane % 4 * 2;
 #pragma unroll
   for (int i = 0; i < 4; ++i)

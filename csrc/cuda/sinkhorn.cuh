@@ -86,7 +86,6 @@ SFK_KERNEL(kSinkhornThreads, 1) sinkhorn_kernel(const SinkhornParams p) {
   const Share s(p);
   const SinkhornShared shared(arena, (s.N + s.ranks - 1) / s.ranks, s.M, block_warps());
   load_problem(p, s, shared);
-  sync_block();
   for (int j = thread_index(); j < s.M; j += block_threads()) shared.g[j] = shared.log_b[j];
   const int T = static_cast<int>(p.T), passes = T > 0 ? T : 1;
   int ran = T;

@@ -292,7 +292,6 @@ struct Walk {
       sync_warp();
       if (ahead) buffer ^= 1;
     }
-    copies_wait<0>();
   }
 };
 

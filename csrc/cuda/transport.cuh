@@ -100,7 +100,6 @@ SFK_DEVICE float iterate(const Head& head, const AttentionShared<T>& shared, con
   sync_block();
   const float ref =
       scaled_rows(head, rows, shared.l, shared.G, shared.log_a, shared.top, shared.weight, lam, shared.scratch);
-  sync_block();
   scaled_columns(head, rows, shared.l, shared.weight, ref, sums);
   return ref;
 }
@@ -201,7 +200,6 @@ SFK_DEVICE void form_plan(const Head& head, const AttentionShared<T>& shared) {
       if (j < head.Mp) PlanRow<T>::store(row, head.Mp, j, w);
     }
   }
-  sync_block();
 }
 
 // acc += Wᵀ v of 16 references from j0 on, `depth` rows of the plan and 8·tiles columns of v [depth,.].
@@ -252,7 +250,6 @@ SFK_DEVICE void pool_part(const AttentionParams& p, const Head& head, const KeyS
     if (active) PlanProduct<T>::run(acc, head, shared.l + first * head.stride, j0, v, ld, depth, tiles);
     sync_block();
   }
-  copies_wait<0>();
 }
 
 // z_j = Σ_s W^k_sj v_s, summed over the blocks of the cluster in the order of their ranks.

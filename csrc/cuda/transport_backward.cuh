@@ -148,6 +148,7 @@ SFK_DEVICE void KeyPass<T, kLog>::step_rows(int t) {
       q = exp_approx((mass + offset) + m * (1 - lam) - lam * log_total);
     }
     df = octet(df, add);
+    if (kLog) sync_warp();  // all eight have read m: row_top of the last pass lies there
     if (lane_index() % 8) continue;
     if (t == last) df += row_r(t)[i];  // see pool_rows; by the lane that writes there
     if (!kLog) df *= q;
@@ -239,7 +240,10 @@ SFK_DEVICE void KeyPass<T, kLog>::to_logits(int row, int first, int tiles, Chunk
       }
     });
   }
-  if (!kLog) each([&](float& d, int r, int j) { d *= logit(r, j); });
+  if (kLog)
+    sync_warp();  // what comes of dℓ goes where the rows were read as a whole
+  else
+    each([&](float& d, int r, int j) { d *= logit(r, j); });
 }
 
 // dv_s = Σ_j W^k_sj dz_j of a tile.

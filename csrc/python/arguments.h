@@ -103,7 +103,6 @@ struct Tensors {
   }
 };
 
-constexpr Dtype kInt64 = static_cast<Dtype>(4);  // of counts: no kernel's dtype
 inline Dtype compute_dtype(bool f64) { return f64 ? Dtype::f64 : Dtype::f32; }
 
 // The fields of problem.Operands before the seed.  Python compares the names with its own when it loads the extension.
@@ -223,6 +222,30 @@ inline void gradients(AttentionParams& p, const py::tuple& grads, int64_t parts)
   p.d_hyper = x.view(kDHyper, {parts, p.H, int64_t(kNumHyper), 1}, compute);
   p.d_ref_pos = x.view(kDPosition, {parts, p.H, p.M, p.P}, compute);
   if (p.d_o || p.d_query) need(p.query, kOperands[kQuery]), x.need(kDO);
+}
+
+// A mask [B or 1, H or 1, L, S] as a view [B, H, L, S].
+inline View mask_view(const MaskedParams& p, const py::object& o, const char* name) {
+  if (o.is_none()) return {};
+  const char* const names[] = {name};
+  const py::tuple one = py::make_tuple(o);
+  const Tensors x(one, names);
+  const int64_t B = x.size(0, 0) == 1 ? 1 : p.B, H = x.size(0, 1) == 1 ? 1 : p.H;
+  View v = view(o, name, {B, H, p.L, p.S});
+  if (v.dtype != kBool) same_dtype(v, compute_dtype(p.f64), name);
+  if (B == 1) v.stride[0] = 0;
+  if (H == 1) v.stride[1] = 0;
+  return v;
+}
+
+inline MaskedParams masked_params(const AttentionParams& attention, const py::object& mask, bool causal,
+                                  const py::object& c) {
+  MaskedParams p;
+  static_cast<AttentionParams&>(p) = attention;
+  need(p.query, kOperands[kQuery]);
+  p.mask = mask_view(p, mask, "mask"), p.causal = causal;
+  p.c = view(c, "c", {p.B, p.H, (p.T > 1 ? p.T : 1) * p.L, p.M}, compute_dtype(p.f64));
+  return p;
 }
 
 enum SinkhornTensor {

@@ -43,6 +43,28 @@ void attention_backward(const py::tuple& x, const py::tuple& scalars, bool dot, 
   causal ? kernels().causal_backward(p) : kernels().attention_backward(p);
 }
 
+void masked(const py::tuple& x, const py::tuple& scalars, bool dot, int64_t T, double dropout_p, uint64_t seed,
+            int threads, const py::object& mask, bool causal, const py::object& o, const py::object& c) {
+  MaskedParams p = masked_params(attention_params(x, scalars, dot, T, dropout_p, seed, threads), mask, causal, c);
+  p.o = view(o, "o", {p.B, p.H, p.L, p.E}, p.key.dtype);
+  need(p.o, "o");
+  py::gil_scoped_release nogil;
+  kernels().masked(p);
+}
+
+void masked_backward(const py::tuple& x, const py::tuple& scalars, bool dot, int64_t T, double dropout_p, uint64_t seed,
+                     int threads, const py::object& mask, bool causal, const py::object& c, const py::tuple& grads,
+                     const py::object& d_mask) {
+  MaskedParams p = masked_params(attention_params(x, scalars, dot, T, dropout_p, seed, threads), mask, causal, c);
+  gradients(p, grads, p.B);
+  need(p.c, "c"), need(p.d_o, "d_o");
+  p.d_mask = mask_view(p, d_mask, "d_mask");
+  if (p.d_mask && (!p.mask || p.mask.dtype == kBool || p.d_mask.dtype == kBool))
+    throw std::invalid_argument("only a float mask has a gradient");
+  py::gil_scoped_release nogil;
+  kernels().masked_backward(p);
+}
+
 enum FeatureTensor {
   kX,
   kLandmarks,
@@ -98,6 +120,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("attention", &attention);
   m.def("attention_weights", &attention_weights);
   m.def("attention_backward", &attention_backward);
+  m.def("masked", &masked);
+  m.def("masked_backward", &masked_backward);
   m.def("features", &features);
   m.def("sinkhorn", &sinkhorn);
   m.def("cpu_isa", [] { return kernels().isa; }, "the instruction set in use");

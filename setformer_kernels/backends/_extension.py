@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 from types import ModuleType
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..problem import HYPER, Operands, Sinkhorn, compute_dtype, empty_in_order, in_order
 
-DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3, torch.int64: 4}
+DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3, torch.int64: 4, torch.bool: 5}
 View = tuple[int, tuple[int, ...], tuple[int, ...], int]
 
 
@@ -24,6 +24,11 @@ def view(t: Tensor | None) -> View | None:
 
 
 Views = tuple[View | None, ...]
+
+
+def views(tensors: Iterable[Tensor | None]) -> Views:
+    """`view` of each."""
+    return tuple([None if t is None else (t.data_ptr(), t.shape, t.stride(), DTYPE_CODES[t.dtype]) for t in tensors])
 
 
 def attention_backward(x: Operands, needs: Sequence[bool], parts: int, run: Callable[[Views], None]) -> Operands:
@@ -47,7 +52,7 @@ def attention_backward(x: Operands, needs: Sequence[bool], parts: int, run: Call
     d_position = None
     if need["reference_position"] and x.reference_position is not None:
         d_position = in_parts(True, m, x.reference_position.shape[-1])
-    run(tuple([view(t) for t in (*tokens, d_log_a, d_references, d_log_b, d_hyper, d_position)]))
+    run(views((*tokens, d_log_a, d_references, d_log_b, d_hyper, d_position)))
 
     hyper = _added_up(d_hyper)
     d_hypers = [_own(hyper[:, i, 0]) if hyper is not None and n else None for i, n in enumerate(hypers)]
@@ -74,7 +79,7 @@ def sinkhorn(x: Sinkhorn, run: Callable[[Views], None]) -> tuple[Tensor, Tensor,
     (groups, n, m), new = x.log_kernel.shape, x.log_kernel.new_empty
     f, g, c = new((groups, n)), new((groups, m)), new((groups, max(x.num_iters, 1), m))
     iters = new(groups, dtype=torch.int64)
-    run(tuple([view(t) for t in (*x.tensors, f, g, c, iters, *[None] * 6)]))
+    run(views((*x.tensors, f, g, c, iters, *[None] * 6)))
     return f, g, c, iters
 
 
@@ -86,7 +91,7 @@ def sinkhorn_backward(
     grads = [None if t is None else empty_in_order(t, t.shape) for t in wanted[:3]]
     relaxed = any(t is not None for t in wanted[3:])
     d_lam = given[0].new_empty((given[0].shape[0], 2)) if relaxed else None
-    run(tuple([view(t) for t in (*x.tensors, None, None, *given, *grads, d_lam)]))
+    run(views((*x.tensors, None, None, *given, *grads, d_lam)))
     return *grads, *(None if t is None or d_lam is None else _own(d_lam[:, i]) for i, t in enumerate(wanted[3:]))
 
 

@@ -24,8 +24,7 @@ from ..problem import (
     in_order,
 )
 from . import _extension
-from ._extension import MODULE, REASON
-from ._extension import view as _view
+from ._extension import MODULE, REASON, views
 
 NAME = "cpu"
 ABSENT = REASON  # what keeps the whole backend away; empty where it is there
@@ -46,8 +45,8 @@ def unsupported_reasons(p: Problem) -> list[str]:
 def _common(x: Operands, opt: Options) -> tuple[Any, ...]:
     """The arguments every attention kernel begins with."""
     seed = 0 if x.seed is None else int(x.seed) & 0xFFFFFFFFFFFFFFFF
-    views = tuple([_view(t) for t in x[:-1]])
-    return views, tuple(opt.scalars), opt.kernel == "dot", opt.num_iters, opt.dropout_p, seed, torch.get_num_threads()
+    constants = tuple(opt.scalars), opt.kernel == "dot", opt.num_iters, opt.dropout_p
+    return views(x[:-1]), *constants, seed, torch.get_num_threads()
 
 
 def _new_state(x: Operands, opt: Options) -> tuple[Tensor, Tensor]:
@@ -62,7 +61,7 @@ def attention(x: Operands, opt: Options) -> tuple[Tensor, Tensor, Tensor]:
     assert x.query is not None
     o = empty_in_order(x.query, (*x.query.shape[:-1], x.value.shape[-1]))
     z, c = _new_state(x, opt)
-    _C.attention(*_common(x, opt), _view(o), _view(z), _view(c), False)
+    _C.attention(*_common(x, opt), *views((o, z, c)), False)
     return o, z, c
 
 
@@ -71,7 +70,7 @@ def attention_weights(x: Operands, opt: Options, by_token: bool) -> tuple[Tensor
     assert x.query is not None
     o = empty_in_order(x.query, (*x.query.shape[:-1], x.value.shape[-1]))
     outputs = (o, *_new_state(x, opt), *empty_factors(x, by_token))
-    _C.attention_weights(*_common(x, opt), *map(_view, outputs))
+    _C.attention_weights(*_common(x, opt), *views(outputs))
     return outputs
 
 
@@ -79,7 +78,7 @@ def pool(x: Operands, opt: Options) -> tuple[Tensor, Tensor]:
     """z [B, H, M, E], c [B, H, max(T, 1), M]."""
     x = x._replace(query=None, query_position=None)
     z, c = _new_state(x, opt)
-    _C.attention(*_common(x, opt), None, _view(z), _view(c), False)
+    _C.attention(*_common(x, opt), *views((None, z, c)), False)
     return z, c
 
 
@@ -87,8 +86,34 @@ def causal(x: Operands, opt: Options) -> Tensor:
     """o [B, H, L, E], for T <= 1."""
     assert x.query is not None
     o = empty_in_order(x.query, (*x.query.shape[:-1], x.value.shape[-1]))
-    _C.attention(*_common(x, opt), _view(o), None, None, True)
+    _C.attention(*_common(x, opt), *views((o, None, None)), True)
     return o
+
+
+def masked(x: Operands, mask: Tensor | None, opt: Options, causal: bool, save: bool) -> tuple[Tensor, Tensor]:
+    """o [B, H, L, E], and c [B, H, max(T, 1)·L, M] where it is to be saved; mask [B or 1, H or 1, L, S]."""
+    assert x.query is not None
+    b, h, length, _ = x.query.shape
+    o = empty_in_order(x.query, (b, h, length, x.value.shape[-1]))
+    rows = max(opt.num_iters, 1) * length if save else 0
+    c = x.key.new_empty((b, h, rows, x.references.shape[1]), dtype=compute_dtype(x.key.dtype))
+    _C.masked(*_common(x, opt), *views((mask,)), causal, *views((o, c if save else None)))
+    return o, c
+
+
+def masked_backward(
+    x: Operands, mask: Tensor | None, opt: Options, causal: bool, c: Tensor, d_o: Tensor, needs: Sequence[bool]
+) -> tuple[Tensor | None, ...]:
+    """As `attention_backward`, and the gradient of the mask."""
+    d_mask = empty_in_order(mask, mask.shape).zero_() if needs[-1] and mask is not None else None
+    given, kept, incoming, found = views((mask, c, d_o, d_mask))
+    grads = _extension.attention_backward(
+        x,
+        needs[:-1],
+        x.key.shape[0],
+        lambda grads: _C.masked_backward(*_common(x, opt), given, causal, kept, (incoming, None, None, *grads), found),
+    )
+    return *grads, d_mask
 
 
 def attention_backward(x: Operands, opt: Options, z: Tensor, c: Tensor, d_o: Tensor, needs: Sequence[bool]) -> Operands:
@@ -120,9 +145,7 @@ def _backward(
         x,
         needs,
         x.key.shape[0],
-        lambda grads: _C.attention_backward(
-            *_common(x, opt), *map(_view, state), (*map(_view, incoming), *grads), causal
-        ),
+        lambda grads: _C.attention_backward(*_common(x, opt), *views(state), (*views(incoming), *grads), causal),
     )
 
 
@@ -160,7 +183,7 @@ def features(x: Tensor, landmarks: Tensor, bandwidth: Tensor | None, scalar: flo
     whitening = _Whitening(landmarks, bandwidth, scalar, ridge).matrix.to(landmarks.dtype)
     psi = empty_in_order(x, (*x.shape[:-1], landmarks.shape[1]))
     tensors = (x, landmarks, bandwidth, whitening, psi, None, None, None, None, None)
-    _C.features(tuple([_view(t) for t in tensors]), scalar, torch.get_num_threads(), False)
+    _C.features(views(tensors), scalar, torch.get_num_threads(), False)
     return psi
 
 
@@ -184,7 +207,7 @@ def features_backward(
     )
     given = (x, landmarks, bandwidth, whitening.matrix.to(wide), None, d_psi)
     tensors = (*given, d_x, d_w, d_beta, d_whitening)
-    _C.features(tuple([_view(t) for t in tensors]), scalar, torch.get_num_threads(), True)
+    _C.features(views(tensors), scalar, torch.get_num_threads(), True)
     if d_w is None or d_beta is None or d_whitening is None:
         return d_x, None, None
     from_w, from_beta = whitening.backward(d_whitening.double().sum(0))
@@ -199,7 +222,7 @@ def sinkhorn(x: Sinkhorn) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """f [G, N], g [G, M], c [G, max(T, 1), M], iters [G]."""
     limit, threads = -1.0 if x.tol is None else x.tol, torch.get_num_threads()
     return _extension.sinkhorn(
-        x, lambda views: _C.sinkhorn(views, tuple(x.scalars), x.num_iters, limit, threads, False)
+        x, lambda filled: _C.sinkhorn(filled, tuple(x.scalars), x.num_iters, limit, threads, False)
     )
 
 
@@ -212,5 +235,5 @@ def sinkhorn_backward(
         x,
         (c, iters, d_f, d_g),
         needs,
-        lambda views: _C.sinkhorn(views, tuple(x.scalars), c.shape[1], -1.0, threads, True),
+        lambda filled: _C.sinkhorn(filled, tuple(x.scalars), c.shape[1], -1.0, threads, True),
     )

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..problem import Operands, Options, Problem, Sinkhorn, empty_in_order
 from . import _extension
-from ._extension import DTYPE_CODES, MODULE, REASON, view
+from ._extension import DTYPE_CODES, MODULE, REASON, views
 
 NAME = "cuda"
 OPS = ("attention", "pool", "sinkhorn")
@@ -69,8 +69,7 @@ def _where(t: Tensor) -> tuple[int, int]:
 def _common(x: Operands, opt: Options) -> tuple[Any, ...]:
     """The arguments every attention kernel begins with; the seed by its address."""
     seed = 0 if x.seed is None else x.seed.data_ptr()
-    views = tuple([view(t) for t in x[:-1]])
-    return views, tuple(opt.scalars), opt.kernel == "dot", opt.num_iters, opt.dropout_p, seed
+    return views(x[:-1]), tuple(opt.scalars), opt.kernel == "dot", opt.num_iters, opt.dropout_p, seed
 
 
 def _run(x: Operands, opt: Options, o: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -79,7 +78,7 @@ def _run(x: Operands, opt: Options, o: Tensor | None) -> tuple[Tensor, Tensor]:
     m = x.references.shape[1]
     z = x.key.new_empty((b, h, m, e), dtype=torch.float32)
     c = x.key.new_empty((b, h, max(opt.num_iters, 1), m), dtype=torch.float32)
-    _C.cuda_attention(*_common(x, opt), view(o), view(z), view(c), *_where(x.key))
+    _C.cuda_attention(*_common(x, opt), *views((o, z, c)), *_where(x.key))
     return z, c
 
 
@@ -114,13 +113,13 @@ def _backward(
     incoming: tuple[Tensor | None, ...],
     needs: Sequence[bool],
 ) -> Operands:
-    given, common, where = tuple([view(t) for t in incoming]), _common(x, opt), _where(x.key)
+    given, common, where = views(incoming), _common(x, opt), _where(x.key)
     parts = _C.cuda_gradient_parts(common[0], common[1], opt.num_iters, where[0])
     return _extension.attention_backward(
         x,
         needs,
         parts,
-        lambda grads: _C.cuda_attention_backward(*common, view(state[0]), view(state[1]), (*given, *grads), *where),
+        lambda grads: _C.cuda_attention_backward(*common, *views(state), (*given, *grads), *where),
     )
 
 
@@ -128,7 +127,7 @@ def sinkhorn(x: Sinkhorn) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """f [G, N], g [G, M], c [G, max(T, 1), M], iters [G]."""
     limit, where = -1.0 if x.tol is None else x.tol, _where(x.log_kernel)
     return _extension.sinkhorn(
-        x, lambda views: _C.cuda_sinkhorn(views, tuple(x.scalars), x.num_iters, limit, False, *where)
+        x, lambda filled: _C.cuda_sinkhorn(filled, tuple(x.scalars), x.num_iters, limit, False, *where)
     )
 
 
@@ -141,5 +140,5 @@ def sinkhorn_backward(
         x,
         (c, iters, d_f, d_g),
         needs,
-        lambda views: _C.cuda_sinkhorn(views, tuple(x.scalars), c.shape[1], -1.0, True, *where),
+        lambda filled: _C.cuda_sinkhorn(filled, tuple(x.scalars), c.shape[1], -1.0, True, *where),
     )

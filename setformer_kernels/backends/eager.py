@@ -113,6 +113,21 @@ def causal_backward(x: Operands, opt: Options, d_o: Tensor, needs: Sequence[bool
     return _vjp(lambda *t: reference.causal(Operands(*t), opt), x, needs, [d_o])
 
 
+def masked(x: Operands, mask: Tensor | None, opt: Options, causal: bool, save: bool) -> tuple[Tensor, Tensor]:
+    """The backward needs nothing of c, which is zeros."""
+    assert x.query is not None
+    b, h, length, _ = x.query.shape
+    rows = max(opt.num_iters, 1) * length if save else 0
+    c = x.key.new_zeros((b, h, rows, x.references.shape[1]), dtype=compute_dtype(x.key.dtype))
+    return _in_order(x.query, reference.masked(x, opt, mask, causal)), c
+
+
+def masked_backward(
+    x: Operands, mask: Tensor | None, opt: Options, causal: bool, c: Tensor, d_o: Tensor, needs: Sequence[bool]
+) -> Gradients:
+    return _vjp(lambda *t: reference.masked(Operands(*t[:-1]), opt, t[-1], causal), (*x, mask), needs, [d_o])
+
+
 def features(x: Tensor, landmarks: Tensor, bandwidth: Tensor | None, scalar: float, ridge: float) -> Tensor:
     return _in_order(x, _features(x, landmarks, bandwidth, scalar, ridge))
 

@@ -66,9 +66,10 @@ class SeTAttention(PythonForward, ReferenceSet, nn.MultiheadAttention):
         o_i = Σ_j softmax_j(ℓ(q_i, y_j) + g_j) z_j            [L, D]: read back by the queries
         output = concat over heads(o) W_oᵀ + b_o              [L, embed_dim]
 
-    Time O((L + S)·M·embed_dim) and memory linear in L + S, with these exceptions, which take O(L·S) memory: returned
-    weights (`need_weights=True`, the default as in torch: pass False where they are not needed), a query-dependent
-    `attn_mask`, and causal calls with num_iters > 1.
+    Time O((L + S)·M·embed_dim) and memory linear in L + S, with these exceptions: returned weights
+    (`need_weights=True`, the default as in torch: pass False where they are not needed) take O(L·S) memory; a
+    query-dependent `attn_mask`, and causal calls with num_iters > 1, take O(num_iters·L·S·M) time, and O(L·S) memory
+    where the CPU backend does not run.
 
     Args:
         embed_dim, num_heads, dropout, bias, add_bias_kv, add_zero_attn, kdim, vdim, batch_first, device, dtype: as in
@@ -162,7 +163,8 @@ class SeTAttention(PythonForward, ReferenceSet, nn.MultiheadAttention):
         """
         masks = {"key_padding_mask": key_padding_mask, "attn_mask": attn_mask}
         positions = {"query_position": query_position, "key_position": key_position}
-        check_tensors({"query": query, "key": key, "value": value}, {**masks, **positions})
+        optional = {**masks, **positions}
+        check_tensors({"query": query, "key": key, "value": value}, optional)
         if query.is_nested or key.is_nested or value.is_nested:
             nested = query
             (query, key, value), padding = pad_all(
@@ -174,19 +176,24 @@ class SeTAttention(PythonForward, ReferenceSet, nn.MultiheadAttention):
                 key_position=pad_position("key_position", key_position),
             )  # fmt: skip
             return nest_like(output, nested), weights
-        check_dense({**masks, **positions})
+        check_dense(optional)
         batched, B = self._check_call(query, key, value, key_padding_mask, attn_mask)
         if key_padding_mask is not None and key is not query and torch.is_grad_enabled():
             key, value = blank_padding(key, value, key_padding_mask, self.batch_first)
-        q, k, v = (self._heads(x, batched) for x in self._project(query, key, value))
+        q, k, v = self._project(query, key, value)
         if not batched and key_padding_mask is not None:
             key_padding_mask = key_padding_mask.unsqueeze(0)
         S = k.shape[-2]
         k, v, slots = self._append_slots(k, v)
         mask, causal = attention_mask_of(attn_mask, is_causal, slots, B, self.num_heads, q.shape[-2], S, q.device)
-        options = {**self._transport_options(), **self._dropout_options(q.device)}
-        options.update(self._position_options(slots, **positions))
-        options.update(key_mask=key_mask_of(key_padding_mask, slots), attn_mask=mask, causal=causal)
+        options = {
+            **self._transport_options(),
+            **self._dropout_options(q.device),
+            **self._position_options(slots, **positions),
+            "key_mask": key_mask_of(key_padding_mask, slots),
+            "attn_mask": mask,
+            "causal": causal,
+        }
         inputs, weights = (q, k, self._map_values(v), self.references), None
         if need_weights:
             heads, weights = SF.attention_and_weights(*inputs, average=average_attn_weights, **options)
@@ -203,16 +210,19 @@ class SeTAttention(PythonForward, ReferenceSet, nn.MultiheadAttention):
         """(batched, B) of a call whose shapes and mask dtypes fit; AttentionInputError otherwise."""
         batched = check_layout(query, key, value, key_padding_mask, attn_mask)
         check_width("query", query, self.embed_dim)
-        check_pairs(key, value, packed=self._qkv_same_embed_dim)
-        check_width("key", key, self.kdim)
-        check_width("value", value, self.vdim)
-        (B, L), (key_B, S) = self._sizes(query, batched), self._sizes(key, batched)
+        B, L = self._sizes(query, batched)
+        if not self._qkv_same_embed_dim or key is not query or value is not query:
+            check_pairs(key, value, packed=self._qkv_same_embed_dim)
+            check_width("key", key, self.kdim)
+            check_width("value", value, self.vdim)
+        key_B, S = (B, L) if key is query else self._sizes(key, batched)
         if key_B != B:
             raise AttentionInputError(
                 f"query and key must have the same batch size with batch_first={self.batch_first},"
                 f" got query {tuple(query.shape)} and key {tuple(key.shape)}"
             )
-        check_masks(key_padding_mask, attn_mask, B, self.num_heads, L, S, batched)
+        if key_padding_mask is not None or attn_mask is not None:
+            check_masks(key_padding_mask, attn_mask, B, self.num_heads, L, S, batched)
         return batched, B
 
     def _sizes(self, x: Tensor, batched: bool) -> tuple[int, int]:
@@ -222,42 +232,53 @@ class SeTAttention(PythonForward, ReferenceSet, nn.MultiheadAttention):
         return (x.shape[0], x.shape[1]) if self.batch_first else (x.shape[1], x.shape[0])
 
     def _project(self, query: Tensor, key: Tensor, value: Tensor) -> list[Tensor]:
-        """q, k, v [..., embed_dim] by as few matmuls as there are distinct tensors in a row (self-attention: one)."""
+        """q, k, v as views [B, H, N, D], by as few matmuls as there are distinct tensors in a row (self-attention:
+        one)."""
+        if self._qkv_same_embed_dim and key is query and value is key:
+            return self._heads(self._projection(query, 0, 3), 3)
         inputs = (query, key, value)
         cuts = [0, *(i for i in (1, 2) if not self._qkv_same_embed_dim or inputs[i] is not inputs[i - 1]), 3]
         projected: list[Tensor] = []
         for first, last in itertools.pairwise(cuts):
-            projected += self._projection(inputs[first], first, last).chunk(last - first, -1)
+            projected += self._heads(self._projection(inputs[first], first, last), last - first)
         return projected
 
     def _projection(self, x: Tensor, first: int, last: int) -> Tensor:
         """x through the projections first..last-1 of (q, k, v); parameters are read here, at every call, because tools
         replace them (peft, prune, parametrize)."""
-        rows = slice(first * self.embed_dim, last * self.embed_dim)
-        bias = None if self.in_proj_bias is None else self.in_proj_bias[rows]
-        if self._qkv_same_embed_dim:
-            return F.linear(x, self.in_proj_weight[rows], bias)
-        return F.linear(x, (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)[first], bias)
+        weight: Tensor = self.in_proj_weight
+        bias: Tensor | None = self.in_proj_bias
+        if last - first < 3:
+            rows = slice(first * self.embed_dim, last * self.embed_dim)
+            bias = None if bias is None else bias[rows]
+            own = None if self._qkv_same_embed_dim else (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
+            weight = weight[rows] if own is None else own[first]
+        return F.linear(x, weight, bias)
 
-    def _heads(self, x: Tensor, batched: bool) -> Tensor:
-        """Projected tokens in any layout -> a view [B, H, N, D]."""
-        if not batched:
-            x = x.unsqueeze(0)
-        return split_heads(x, self.num_heads, self.batch_first or not batched)
+    def _heads(self, x: Tensor, projections: int) -> list[Tensor]:
+        """Projected tokens [..., projections · H·D] in any layout -> views [B, H, N, D]."""
+        x = x.view(*x.shape[:-1], projections, self.num_heads, self.head_dim)
+        if x.dim() == 4:
+            return [one.transpose(0, 1).unsqueeze(0) for one in x.unbind(1)]
+        if self.batch_first:
+            return [one.transpose(1, 2) for one in x.unbind(2)]
+        return [one.permute(1, 2, 0, 3) for one in x.unbind(2)]
 
     def _append_slots(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, int]:
         """k, v [B, H, S, D] with the rows of add_bias_kv, then of add_zero_attn, appended; and how many these are."""
-        if (self.bias_k is None) != (self.bias_v is None):
+        bias_k, bias_v = self.bias_k, self.bias_v
+        if (bias_k is None) != (bias_v is None):
             raise AttentionInputError("bias_k and bias_v go together: one of them is set and the other is None")
+        if bias_k is None and not self.add_zero_attn:
+            return k, v, 0
         keys, values = [k], [v]
-        if self.bias_k is not None and self.bias_v is not None:
-            for rows, bias in ((keys, self.bias_k), (values, self.bias_v)):
+        if bias_k is not None and bias_v is not None:
+            for rows, bias in ((keys, bias_k), (values, bias_v)):
                 rows.append(bias.view(self.num_heads, 1, -1).to(k.dtype).expand(k.shape[0], -1, -1, -1))
         if self.add_zero_attn:
             for rows in (keys, values):
                 rows.append(k.new_zeros(()).expand(*k.shape[:2], 1, k.shape[-1]))
-        slots = len(keys) - 1
-        return (torch.cat(keys, -2), torch.cat(values, -2), slots) if slots else (k, v, 0)
+        return torch.cat(keys, -2), torch.cat(values, -2), len(keys) - 1
 
     def _dropout_options(self, device: torch.device) -> dict[str, Any]:
         """One seed for output and weights, so that they share the dropout mask; drawn only where dropout acts."""
@@ -308,10 +329,10 @@ class SeTAttention(PythonForward, ReferenceSet, nn.MultiheadAttention):
         check_masks(key_padding_mask, None, B, self.num_heads, S, S, batched)
         if key_padding_mask is not None and not batched:
             key_padding_mask = key_padding_mask.unsqueeze(0)
-        key = self._heads(self._projection(tokens, 1, 2), batched)
+        (key,) = self._heads(self._projection(tokens, 1, 2), 1)
         if value is not None and self.landmarks is not None:
             check_width("value", value, self.vdim)
-            value = self._heads(self._projection(value, 2, 3), batched)
+            (value,) = self._heads(self._projection(value, 2, 3), 1)
         self._place_references(
             key, value, key_padding_mask, key_position, num_iters=num_iters, init=init, generator=generator
         )

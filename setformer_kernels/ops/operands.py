@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from types import ModuleType
 from typing import Any
 
@@ -26,11 +25,12 @@ OPERANDS = {
 OPTIONS = "float[] scalars, str kernel, int num_iters, float dropout_p, str backend"
 
 
-def attention_problem(op: str, x: Operands, opt: Options) -> Problem:
-    """The static facts of a call on `Operands`."""
-    p = 0 if x.reference_position is None else x.reference_position.shape[-1]
-    d, e, m = x.key.shape[-1], x.value.shape[-1], x.references.shape[-2]
-    return Problem(op, x.key.device.type, x.key.dtype, d, e, m, p, opt.num_iters, opt.kernel, opt.dropout_p > 0)
+def attention_problem(op: str, x: Operands, opt: Options, sizes: Sequence[Any] = ()) -> Problem:
+    """The static facts of a call on `Operands`; sizes: N, backward, B, H and L where they are real integers."""
+    key, p = x.key, 0 if x.reference_position is None else x.reference_position.shape[-1]
+    d, e, m = key.shape[-1], x.value.shape[-1], x.references.shape[-2]
+    dropout = opt.dropout_p > 0
+    return Problem(op, key.device.type, key.dtype, d, e, m, p, opt.num_iters, opt.kernel, dropout, *sizes)
 
 
 def logits(x: Operands) -> int:
@@ -46,7 +46,7 @@ def split(args: Sequence[Any]) -> tuple[Operands, Options]:
 def backend_of(op: str, x: Operands, opt: Options, backward: bool = False) -> ModuleType:
     b, h, s, _ = x.key.shape
     length = 0 if x.query is None else x.query.shape[-2]
-    problem = replace(attention_problem(op, x, opt), N=s, backward=backward, B=b, H=h, L=length)
+    problem = attention_problem(op, x, opt, (s, backward, b, h, length))
     return dispatch.implementation(problem, opt.backend, logits(x))
 
 

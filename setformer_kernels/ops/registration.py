@@ -16,16 +16,18 @@ import torch
 from torch import Tensor
 from torch._decomp import register_decomposition
 from torch._functorch.utils import unwrap_dead_wrappers
-from torch.autograd import forward_ad
 
 from ..problem import empty_in_order
+from .direct import differentiated, unwatched
 
 NAMESPACE = "setformer_kernels"
 _library = torch.library.Library(NAMESPACE, "DEF")
 
-# How a tensor batches: TOKEN is [B, H, ...], HEAD is [H, ...] (or any leading group), SEED has neither.
-TOKEN, HEAD, SEED = "token", "head", "seed"
-HEADS_AT = {TOKEN: 1, HEAD: 0}
+# How a tensor batches: TOKEN is [B, H, ...], HEAD is [H, ...] (or any leading group), MASK is [B or 1, H or 1, ...],
+# SEED has neither.  A call with one of the last two is made once an element under vmap.
+TOKEN, HEAD, MASK, SEED = "token", "head", "mask", "seed"
+ALONE = (MASK, SEED)
+HEADS_AT = {TOKEN: 1, HEAD: 0, MASK: 1}
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,15 @@ def _below_autograd(op: Any, args: Sequence[Any]) -> Any:
         return op(*args)
 
 
+def _forward(op: Any, kernel: Callable[..., Any], tensors: int) -> Callable[..., Any]:
+    """The forward of an autograd.Function, whose first so many arguments are tensors: the backend."""
+
+    def forward(*args: Any) -> Any:
+        return kernel(*args) if unwatched(args[:tensors]) else _below_autograd(op, args)
+
+    return forward
+
+
 def _led(t: Tensor | None, dim: int | None, size: int) -> Tensor | None:
     """The tensor with its vmapped dimension first; expanded where it has none."""
     if t is None:
@@ -101,16 +112,23 @@ def _unfold(kind: str | None, t: Tensor, size: int, heads: int) -> tuple[Tensor,
 def _vmap(
     op: Any, tensors: dict[str, str], outputs: Sequence[str | None], info: Any, in_dims: Any, args: Sequence[Any]
 ) -> Any:
-    """One call with V folded into H; one call per element where dropout counts elements."""
+    """One call with V folded into H; one call per element where dropout counts elements or a mask is broadcast."""
     n, size = len(tensors), info.batch_size
-    seeded = SEED in tensors.values() and args[list(tensors.values()).index(SEED)] is not None
-    if seeded and size > 0:
+    alone = any(kind in ALONE and t is not None for kind, t in zip(tensors.values(), args[:n], strict=True))
+    if alone and size > 0:
         return _vmap_loop(op, n, size, in_dims, args)
     led = {name: _led(t, d, size) for name, t, d in zip(tensors, args[:n], in_dims, strict=False)}
     # Not read off the results: 0 of them have any number of heads.
-    heads = next(t.shape[1 + HEADS_AT[k]] for k, t in zip(tensors.values(), led.values(), strict=True) if t is not None)
+    heads: dict[str | None, int] = {
+        kind: t.shape[1 + HEADS_AT[kind]]
+        for kind, t in zip(tensors.values(), led.values(), strict=True)
+        if t is not None and kind != SEED
+    }
     folded = [_fold(kind, led[name]) for name, kind in tensors.items()]
-    results = [_unfold(k, r, size, heads) for k, r in zip(outputs, as_tuple(op(*folded, *args[n:])), strict=True)]
+    results = [
+        _unfold(kind, r, size, heads.get(kind, 0))
+        for kind, r in zip(outputs, as_tuple(op(*folded, *args[n:])), strict=True)
+    ]
     return one_or_tuple([r for r, _ in results]), one_or_tuple([d for _, d in results])
 
 
@@ -161,26 +179,31 @@ def _setup_context(spec: Spec) -> Callable[..., None]:
     return setup_context
 
 
-def _backward(spec: Spec, op_backward: Any) -> Callable[..., tuple[Tensor | None, ...]]:
-    """Calls the backward op on the cotangents and what `_setup_context` saved."""
+def _backward(spec: Spec, call_backward: Callable[..., Any]) -> Callable[..., tuple[Tensor | None, ...]]:
+    """The backward op on the cotangents and what `_setup_context` saved."""
     n, positions = len(spec.tensors), {name: i for i, name in enumerate(spec.outputs)}
+    differentiable = [positions[name] for name in spec.differentiable]
+    graded = [i for i, name in enumerate(spec.tensors) if name in spec.graded]
 
     def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
+        grads: list[Tensor | None] = [None] * (n + len(ctx.constants))
         if all(c is None for c in cotangents):
-            return (None,) * (n + len(ctx.constants))
-        given = [cotangents[positions[name]] for name in spec.differentiable]
+            return tuple(grads)
+        given = [cotangents[i] for i in differentiable]
         given = given if spec.apart else _materialise(given, ctx.shapes)
         kept = ctx.saved_tensors  # read once: non-reentrant checkpointing recomputes at each read
         tensors, saved = kept[:n], kept[n:]
-        needs = [bool(ctx.needs_input_grad[i]) and name in spec.graded for i, name in enumerate(spec.tensors)]
-        found = iter(op_backward(*given, *saved, *tensors, *ctx.constants, needs))
-        grads = [next(found) if name in spec.graded else None for name in spec.tensors]
-        return (*(g if need else None for g, need in zip(grads, needs, strict=True)), *(None,) * len(ctx.constants))
+        needs = [False] * n
+        for i in graded:
+            needs[i] = bool(ctx.needs_input_grad[i])
+        for i, found in zip(graded, call_backward(*given, *saved, *tensors, *ctx.constants, needs), strict=True):
+            grads[i] = found if needs[i] else None
+        return tuple(grads)
 
     return backward
 
 
-def _forward_function(spec: Spec, op: Any, op_backward: Any) -> type:
+def _forward_function(spec: Spec, op: Any, call_backward: Callable[..., Any]) -> type:
     """The autograd.Function of `f`."""
     kinds = {name: kind for name, (kind, _) in spec.tensors.items()}
 
@@ -189,9 +212,9 @@ def _forward_function(spec: Spec, op: Any, op_backward: Any) -> type:
 
     return _function(
         spec.name,
-        forward=lambda *args: _below_autograd(op, args),
+        forward=_forward(op, spec.run, len(spec.tensors)),
         setup_context=_setup_context(spec),
-        backward=_backward(spec, op_backward),
+        backward=_backward(spec, call_backward),
         vmap=vmap,
         jvp=_refuse("forward-mode derivative", spec.name),
     )
@@ -209,7 +232,7 @@ def _backward_function(spec: Spec, op_backward: Any) -> type:
 
     return _function(
         f"{spec.name}_backward",
-        forward=lambda *args: _below_autograd(op_backward, args),
+        forward=_forward(op_backward, _kernel_backward(spec), len(spec.backward_tensors)),
         setup_context=lambda ctx, inputs, output: None,
         backward=_refuse("second derivative", spec.name),
         vmap=vmap,
@@ -217,30 +240,38 @@ def _backward_function(spec: Spec, op_backward: Any) -> type:
     )
 
 
+def _applied(function: type) -> Callable[..., Any]:
+    """`function.apply` without `inspect.signature`, which binds its arguments: 15 of its 20 µs, for 20 arguments."""
+    return super(torch.autograd.Function, function).apply  # type: ignore[misc]
+
+
 def _through(function: type, op: Any) -> Callable[..., Any]:
     """The kernel of the Autograd and FuncTorchBatched keys."""
     front = torch._C.DispatchKey.FuncTorchDynamicLayerFrontMode
-    # Function.apply binds its arguments through inspect.signature at every call: 15 of its 20 µs at 20 arguments.  This
-    # is the entry below it.
-    apply = super(torch.autograd.Function, function).apply  # type: ignore[misc]
+    apply = _applied(function)
 
     def kernel(*args: Any) -> Any:
         if torch._C._are_functorch_transforms_active():
             # The dispatcher has switched functorch's front key off on the way here; apply() needs it to find its level.
             with torch._C._SetExcludeDispatchKeyGuard(front, False), torch._C._IncludeDispatchKeyGuard(front):
                 return function.apply(*args)  # type: ignore[attr-defined]
-        if not _differentiated(args):
-            return _below_autograd(op, args)
+        if not differentiated(args):
+            return function.forward(*args)  # type: ignore[attr-defined]
         return apply(*unwrap_dead_wrappers(args))
 
     return kernel
 
 
-def _differentiated(args: Sequence[Any]) -> bool:
-    """Whether autograd, or a level of forward AD, has to see this call."""
-    if forward_ad._current_level >= 0:
-        return True
-    return torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args)
+def _called(function: type, op: Any, kernel: Callable[..., Any], tensors: int) -> Callable[..., Any]:
+    """The op as this package calls it: through the dispatcher where anybody has to see it."""
+    apply = _applied(function)
+
+    def call(*args: Any) -> Any:
+        if not unwatched(args[:tensors]):
+            return op(*args)
+        return apply(*args) if differentiated(args) else kernel(*args)
+
+    return call
 
 
 def _fake_backward(spec: Spec) -> Callable[..., tuple[Tensor, ...]]:
@@ -271,17 +302,18 @@ def _kernel_backward(spec: Spec) -> Callable[..., tuple[Tensor, ...]]:
     What the forward saved reaches a backend as a forward writes it, contiguous, also where vmap expanded it.
     """
     first, last = len(spec.differentiable), len(spec.differentiable) + len(spec.saved)
+    graded = [i for i, name in enumerate(spec.tensors) if name in spec.graded]
 
     def kernel(*args: Any) -> tuple[Tensor, ...]:
         saved = [t.contiguous() for t in args[first:last]]
-        grads = dict(zip(spec.tensors, spec.run_backward(*args[:first], *saved, *args[last:]), strict=True))
-        return tuple(_first(args).new_empty(0) if (g := grads[name]) is None else g for name in spec.graded)
+        grads: Sequence[Any] = spec.run_backward(*args[:first], *saved, *args[last:])
+        return tuple([_first(args).new_empty(0) if grads[i] is None else grads[i] for i in graded])
 
     return kernel
 
 
-def register(spec: Spec) -> Any:
-    """Define `spec.name` and its backward; returns the op."""
+def register(spec: Spec) -> Callable[..., Any]:
+    """Define `spec.name` and its backward; returns the call of the op."""
     cotangents = ", ".join(
         f"Tensor{'?' if spec.apart and i < len(spec.differentiable) else ''} {name}"
         for i, name in enumerate(list(spec.backward_tensors)[: -len(spec.tensors)])
@@ -292,16 +324,21 @@ def register(spec: Spec) -> Any:
         f"({', '.join(['Tensor'] * len(spec.graded))})"
     )
     op, op_backward = (getattr(getattr(torch.ops, NAMESPACE), spec.name + s).default for s in ("", "_backward"))
-    functions = (_forward_function(spec, op, op_backward), _backward_function(spec, op_backward))
-    kernels = ((spec.run, spec.fake), (_kernel_backward(spec), _fake_backward(spec)))
-    for o, function, (kernel, fake) in zip((op, op_backward), functions, kernels, strict=True):
-        name = o.name().split("::")[1]
-        _library.impl(name, kernel, "CompositeExplicitAutograd")
-        torch.library.register_fake(o.name(), fake, lib=_library)
-        for key in ("Autograd", "FuncTorchBatched"):
-            _library.impl(name, _through(function, o), key)
+    kernel_backward, function_backward = _kernel_backward(spec), _backward_function(spec, op_backward)
+    call_backward = _called(function_backward, op_backward, kernel_backward, len(spec.backward_tensors))
+    function = _forward_function(spec, op, call_backward)
+    _implement(op, function, spec.run, spec.fake)
+    _implement(op_backward, function_backward, kernel_backward, _fake_backward(spec))
     _decompose(op, spec)
-    return op
+    return _called(function, op, spec.run, len(spec.tensors))
+
+
+def _implement(op: Any, function: type, kernel: Callable[..., Any], fake: Callable[..., Any]) -> None:
+    name = op.name().split("::")[1]
+    _library.impl(name, kernel, "CompositeExplicitAutograd")
+    torch.library.register_fake(op.name(), fake, lib=_library)
+    for key in ("Autograd", "FuncTorchBatched"):
+        _library.impl(name, _through(function, op), key)
 
 
 def _decompose(op: Any, spec: Spec) -> None:

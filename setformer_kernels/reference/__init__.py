@@ -1,6 +1,6 @@
 """The specification: SeT attention as plain PyTorch, differentiable by plain autograd to any order."""
 
-from .attention import attention, causal, dense, plan, pool, uniform_mass, weight_factors, weights
+from .attention import attention, causal, masked, masked_weights, plan, pool, uniform_mass, weight_factors, weights
 from .features import inverse_sqrt, nystrom_features
 from .logits import kernel_matrix, logits, normalise, squared_distance
 from .transport import Plan, lse, pool_weights, potential, read_weights, sinkhorn
@@ -12,11 +12,12 @@ __all__ = [
     "Plan",
     "attention",
     "causal",
-    "dense",
     "inverse_sqrt",
     "kernel_matrix",
     "logits",
     "lse",
+    "masked",
+    "masked_weights",
     "normalise",
     "nystrom_features",
     "plan",

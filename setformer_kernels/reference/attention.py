@@ -13,12 +13,12 @@ from torch import Tensor
 
 from ..problem import HYPER, Operands, Options, compute_dtype, replaced
 from .causal import log_weights, scan
-from .dense import DenseProblem, dense_weights, normalise_masses, unknown
+from .dense import DenseProblem, dense_weights, normalise_masses, query_masses, unknown
 from .dropout import dropout
 from .logits import kernel_matrix, logits
 from .transport import INF, Plan, pool_weights, read_weights, resumed, sinkhorn
 
-__all__ = ["attention", "causal", "dense", "plan", "pool", "weight_factors", "weights"]
+__all__ = ["attention", "causal", "masked", "masked_weights", "plan", "pool", "weight_factors", "weights"]
 
 
 def hyper(x: Operands, opt: Options, name: str) -> Tensor:
@@ -120,8 +120,7 @@ def causal(x: Operands, opt: Options) -> Tensor:
     """Causal o [B, H, L, E] for T ≤ 1 by the linear-time scan, or by the dense path where the length is unknown."""
     dtype, length = x.key.dtype, x.key.shape[-2]
     if unknown(length):
-        later = x.references.new_ones((length, length), dtype=torch.bool).triu(1)
-        return dense(x, opt, torch.where(later, -INF, x.references.new_zeros(()))[None, None])[0]
+        return masked(x, opt, None, True)
     x = widen(x)
     assert x.query is not None
     if x.query.shape[-2] == 0:
@@ -138,9 +137,21 @@ def causal(x: Operands, opt: Options) -> Tensor:
     return (w.unsqueeze(-2) @ z).squeeze(-2).to(dtype)
 
 
-def dense(x: Operands, opt: Options, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """(o [B, H, L, E], A [B, H, L, S]) under query-dependent log masses `mask` [B, H, L, S], broadcastable."""
+def masked(x: Operands, opt: Options, mask: Tensor | None, causal: bool) -> Tensor:
+    """o [B, H, L, E] under a mask [B or 1, H or 1, L, S], bool or log masses, and the causal one where asked."""
+    return _dense(x, opt, mask, causal)[0]
+
+
+def masked_weights(x: Operands, opt: Options, mask: Tensor | None, causal: bool) -> Tensor:
+    """A [B, H, L, S] of `masked`."""
+    return _dense(x, opt, mask, causal)[1]
+
+
+def _dense(x: Operands, opt: Options, given: Tensor | None, causal: bool) -> tuple[Tensor, Tensor]:
+    """(o [B, H, L, E], A [B, H, L, S])."""
+    assert x.query is not None
     dtype = x.key.dtype
+    mask = query_masses(x.references, x.query.shape[-2], x.key.shape[-2], given, causal)
     if x.log_a is not None:
         mask = mask + x.log_a.unsqueeze(-2)
     visible = (mask > -INF).any(-2)  # [B, H, S]: a key no query sees is never read

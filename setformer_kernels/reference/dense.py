@@ -39,6 +39,23 @@ def normalise_masses(mask: Tensor) -> tuple[Tensor, Tensor]:
     return torch.where(seen, mask, 0.0).log_softmax(-1), seen
 
 
+def additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """A mask as unnormalised log masses."""
+    if mask.dtype != torch.bool:
+        return mask.to(dtype)
+    return torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, -INF)
+
+
+def query_masses(like: Tensor, length: int, s: int, mask: Tensor | None, causal: bool) -> Tensor:
+    """Log masses [B or 1, H or 1, L, S] of a mask, and of `causal`: query i sees the keys s ≤ i + S − L."""
+    masses = like.new_zeros(()).expand(1, 1, length, s) if mask is None else additive(mask, like.dtype)
+    if not causal:
+        return masses
+    # Counted from the last query and key: no arithmetic on lengths, which a graph may be traced without.
+    later = like.new_ones((length, s), dtype=torch.bool).tril(-1).flip((-2, -1))
+    return masses.masked_fill(later, -INF)
+
+
 def weights_by_products(p: DenseProblem, keep: Tensor | float) -> Tensor:
     """A [B, H, L, S] by matrix products; `keep` is the dropout factor on W^q."""
     ex, n, b = p.l_k.exp(), p.log_n.exp(), p.log_b.exp()

@@ -9,11 +9,12 @@ from .budget import (
     rounding_unit,
     sizes,
 )
-from .cases import ALL_CASES, CASES, Case, make
+from .cases import ALL_CASES, CASES, MASKED_CASES, Case, make
 
 __all__ = [
     "ALL_CASES",
     "CASES",
+    "MASKED_CASES",
     "Case",
     "assert_typically_within_budget",
     "assert_within_budget",

@@ -7,6 +7,7 @@ rounded to the input dtype; u is the rounding unit of the dtype the result is st
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -29,7 +30,8 @@ class _RoundedProducts(TorchFunctionMode):
         self.dtype = dtype
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in (torch.matmul, Tensor.matmul, Tensor.__matmul__):
+        # What the reference widens to float64 is out of the range of a product in any narrower dtype.
+        if func in (torch.matmul, Tensor.matmul, Tensor.__matmul__) and args[0].dtype != torch.float64:
             return _RoundedMatmul.apply(args[0], args[1], self.dtype)
         return func(*args, **(kwargs or {}))
 
@@ -91,7 +93,7 @@ def model_inputs(
         return gradients(function, exact, cotangent), gradients(function, cast(inputs, torch.float32), cotangent)
     rounded = cast(cast(inputs, torch.float32, dtype), torch.float64)
     exact = gradients(function, rounded, cotangent)
-    with _RoundedProducts(dtype):
+    with nullcontext() if dtype == torch.float32 else _RoundedProducts(dtype):
         model = gradients(function, cast(rounded, torch.float32), cotangent)
     return exact, model
 

@@ -27,6 +27,9 @@ class Case:
     D: int = 16
     E: int = 16
     P: int = 0
+    attn: str = (
+        ""  # a mask of every query: "bool", "float", "window", "alibi", "swin", "banned" (most rows see nothing)
+    )
     mask: str = ""  # "", "bool", "float", "one" (one key left), "none" (batch element 0 sees no key)
     layout: str = "bhnd"  # memory order of q, k, v; "expanded": one key for all heads
     scale: float = 1.0  # of q and k
@@ -87,7 +90,49 @@ CASES = (
     Case("causal_dropout", L=100, options={"causal": True, "num_iters": 1, "dropout_p": 0.3}),
 )
 
-ALL_CASES = {case.name: case for case in CASES}
+# Queries with masses of their own: masks [L, S] or [B, H, L, S], and causal calls that no scan answers.
+MASKED_CASES = (
+    Case("masked_causal", L=100, options={"causal": True, "num_iters": 3}),
+    Case("masked_causal_long", B=1, H=2, L=700, S=700, M=64, D=64, E=48, options={"causal": True, "num_iters": 2}),
+    Case("masked_causal_few_queries", L=37, mask="float", options={"causal": True, "num_iters": 3}),
+    Case("masked_causal_few_keys", L=100, S=61, options={"causal": True, "num_iters": 1}),
+    Case("masked_causal_bias", L=100, attn="alibi", options={"causal": True, "num_iters": 3}),
+    Case("masked_bool", attn="bool", options={"num_iters": 3}),
+    Case("masked_float", attn="float", mask="float", options={"num_iters": 3}),
+    Case("masked_t0", attn="float", options={"num_iters": 0}),
+    Case("masked_t1", attn="float", options={"num_iters": 1}),
+    Case("masked_t10", attn="float", options={"num_iters": 10}),
+    Case("masked_window", B=1, L=300, S=300, M=16, attn="window", options={"num_iters": 3}),
+    Case("masked_alibi", L=150, S=150, attn="alibi", options={"num_iters": 2}),
+    Case("masked_swin", B=4, L=49, S=49, M=16, D=32, E=32, attn="swin", options={"num_iters": 1}),
+    Case("masked_banned", attn="banned", options={"num_iters": 3}),
+    Case("masked_many_references", B=1, H=2, M=300, D=32, E=48, attn="bool", options={"num_iters": 2}),
+    Case("masked_odd_sizes", D=19, E=33, M=13, L=31, S=47, attn="float", options={"num_iters": 3}),
+    Case("masked_bhdn", layout="bhdn", D=17, E=33, attn="bool", options={"num_iters": 2}),
+    Case("masked_expanded", layout="expanded", attn="bool", options={"num_iters": 2}),
+    Case("masked_tensors", tensors=True, log_mass=True, mask="float", P=2, attn="float", options={"num_iters": 3}),
+    Case("masked_positions", P=2, attn="window", options={"num_iters": 3}),
+    Case("masked_positionless", P=3, positionless=2, mask="bool", attn="bool", options={"num_iters": 2}),
+    Case("masked_far_positions", P=2, position_spread=30.0, attn="bool", options={"num_iters": 2}),
+    Case(
+        "masked_unbalanced", attn="float",
+        options={"num_iters": 3, "key_relaxation": 0.5, "reference_relaxation": 0.7},
+    ),
+    Case(
+        "masked_no_relaxation", attn="bool",
+        options={"num_iters": 2, "key_relaxation": 0.0, "reference_relaxation": 0.0},
+    ),
+    Case("masked_dot", scale=0.2, attn="float", options={"num_iters": 2, "kernel": "dot"}),
+    Case("masked_dot_wide_range", scale=5.0, attn="bool", options={"num_iters": 2, "kernel": "dot", "epsilon": 0.5}),
+    Case("masked_small_epsilon", attn="float", options={"num_iters": 3, "epsilon": 0.005}),
+    Case("masked_causal_small_epsilon", L=100, options={"causal": True, "num_iters": 2, "epsilon": 0.005}),
+    Case("masked_middle_epsilon", L=100, options={"causal": True, "num_iters": 3, "epsilon": 0.015}),
+    Case("masked_large_scale", scale=1e4, attn="bool", options={"num_iters": 2}),
+    Case("masked_zero_rows", zeros=True, attn="bool", options={"num_iters": 2}),
+    Case("masked_dropout", attn="float", options={"num_iters": 3, "dropout_p": 0.3}),
+)  # fmt: skip
+
+ALL_CASES = {case.name: case for case in (*CASES, *MASKED_CASES)}
 
 
 def make(case: Case, draw: int = 0) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -113,6 +158,8 @@ def _make(case: Case, g: torch.Generator) -> tuple[dict[str, Tensor], dict[str, 
     keywords = {"num_iters": 3, **case.options}
     if case.mask:
         keywords["key_mask"] = _mask(case, g)
+    if case.attn:
+        keywords["attn_mask"] = _query_mask(case, g)
     if case.log_mass:
         keywords["reference_log_mass"] = normal(case.H, case.M)
     if case.P:
@@ -154,6 +201,29 @@ def _mask(case: Case, g: torch.Generator) -> Tensor:
     if case.mask == "none":
         keep[0] = False
     return keep
+
+
+def _query_mask(case: Case, g: torch.Generator) -> Tensor:
+    """[L, S], or [B, H, L, S] with broadcast dimensions expanded."""
+    ahead = torch.arange(case.S) - torch.arange(case.L).unsqueeze(1)  # how far the key stands after the query
+    if case.attn == "window":
+        return ahead.abs() < 8
+    heads = torch.arange(1, case.H + 1, dtype=torch.float64)[:, None, None]
+    if case.attn == "alibi":
+        return (-ahead.abs() * 2**-heads).expand(case.B, -1, -1, -1)
+    if case.attn == "swin":
+        bias = torch.randn(case.H, case.L, case.S, generator=g, dtype=torch.float64)
+        region = torch.randint(2, (case.B, case.S), generator=g)
+        apart = region.unsqueeze(-1) != region[:, torch.arange(case.L) % case.S].unsqueeze(-2)
+        return bias - 100.0 * apart.mT.unsqueeze(1)
+    keep = torch.rand(case.L, case.S, generator=g) < 0.6
+    keep[2::7] = False
+    if case.attn == "banned":
+        keep[: 4 * case.L // 5] = False
+    if case.attn != "float":
+        return keep
+    mask = 2 * torch.randn(case.B, case.H, case.L, case.S, generator=g, dtype=torch.float64)
+    return mask.masked_fill(~keep, -torch.inf)
 
 
 def _positions(case: Case, normal: Any) -> dict[str, Tensor]:

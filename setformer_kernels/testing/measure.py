@@ -14,11 +14,13 @@ from torch import Tensor
 from .. import functional as SF
 from ..problem import HYPER
 from .budget import Tensors, assert_half_of_the_digits, assert_within_budget, cast, gradients, model_inputs
-from .cases import ALL_CASES, Case, make
+from .cases import ALL_CASES, CASES, MASKED_CASES, Case, make
 
 LARGE = 64  # entries
 SMALL = (*HYPER, "reference_log_mass", "reference_position")  # gradients of a few numbers a head
-SMALL_CASES = tuple(case.name for case in ALL_CASES.values() if case.P or case.tensors or case.log_mass)
+SMALL_CASES, MASKED_SMALL_CASES = (
+    tuple(case.name for case in cases if case.P or case.tensors or case.log_mass) for cases in (CASES, MASKED_CASES)
+)
 # Draws of the inputs of 24 heads that make one typical error: its logarithm then has a standard deviation of 0.16.
 DRAWS = 4
 

@@ -139,6 +139,20 @@ void store_row(const View& v, int64_t offset, int64_t stride, int64_t n, const F
   with_element(v.dtype, [&](auto of) { narrow_row<decltype(of)>(v.data, offset, stride, n, src); });
 }
 
+// Row i of one head's [N][C] block of a tensor [H,N,C] or [B,H,N,C] of any dtype.
+inline int64_t row_offset(const View& v, int64_t b, int64_t h, int64_t i) {
+  const int lead = v.ndim - 2;
+  return (lead == 2 ? b * v.stride[0] : 0) + h * v.stride[lead - 1] + i * v.stride[lead];
+}
+template <class F>
+void load_row_of(const View& v, int64_t b, int64_t h, int64_t i, F* dst) {
+  load_row(v, row_offset(v, b, h, i), v.stride[v.ndim - 1], v.size[v.ndim - 1], dst);
+}
+template <class F>
+void store_row_of(const View& v, int64_t b, int64_t h, int64_t i, const F* src) {
+  store_row(v, row_offset(v, b, h, i), v.stride[v.ndim - 1], v.size[v.ndim - 1], src);
+}
+
 // The n rows of v that follow row0..row0+n.
 inline Ahead ahead_of(const View& v, int64_t b, int64_t h, int64_t row0, int64_t n) {
   const int64_t bytes = element_size(v.dtype), rows = std::min(n, v.size[2] - row0 - n);

@@ -9,6 +9,8 @@
   X(attention_backward, AttentionParams) \
   X(causal, AttentionParams)             \
   X(causal_backward, AttentionParams)    \
+  X(masked, MaskedParams)                \
+  X(masked_backward, MaskedParams)       \
   X(features, FeatureParams)             \
   X(features_backward, FeatureParams)    \
   X(sinkhorn, SinkhornParams)            \

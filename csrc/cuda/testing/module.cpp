@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <array>
 #include <optional>
+#include <stdexcept>
 #include <string>
 #include <tuple>
 #include <utility>
@@ -12,22 +13,24 @@
 #include "../../python/arguments.h"
 #include "../../python/cuda_bindings.h"
 #include "../layout.cuh"
+#include "probes.h"
+#include "races.h"
 #include "runtime.h"
 #include "shim.h"
 
 namespace {
 
-// What each of 64 threads reads from its neighbour's place in shared memory, with or without a barrier after writing.
-std::vector<float> neighbours(bool barrier) {
-  constexpr int kThreads = 64;
-  std::vector<float> found(kThreads);
-  sfk::shim::run({1, kThreads, 1, kThreads * sizeof(float)}, [&] {
-    float* shared = static_cast<float*>(sfk::shim::shared_memory());
-    const int i = sfk::shim::thread_index();
-    shared[i] = static_cast<float>(i);
-    if (barrier) sfk::shim::sync_block();
-    found[i] = shared[(i + 1) % kThreads];
-  });
+template <class Named>
+const Named& named(const std::vector<Named>& all, const std::string& name) {
+  for (const Named& one : all)
+    if (name == one.name) return one;
+  throw std::invalid_argument("nothing is called " + name);
+}
+
+template <class Named>
+std::vector<std::string> names(const std::vector<Named>& all) {
+  std::vector<std::string> found;
+  for (const Named& one : all) found.push_back(one.name);
   return found;
 }
 
@@ -71,12 +74,18 @@ std::vector<std::string> visit(int from, int to) {
 }  // namespace
 
 PYBIND11_MODULE(cuda_shim, m) {
+  namespace shim = sfk::shim;
   sfk::bind_cuda(m);
-  m.def("set_descending", &sfk::shim::set_descending);
-  m.def("neighbours", &neighbours);
+  m.attr("SCHEDULES") = names(shim::schedules());
+  m.attr("PROBES") = names(shim::probes());
+  m.def("set_schedule", [](const std::string& name) { shim::set_schedule(named(shim::schedules(), name)); });
+  m.def("watch_races", &shim::races::watch);
+  m.def("found_race", &shim::races::found);
+  m.def("probe",
+        [](const std::string& name, bool barrier) { return shim::found(named(shim::probes(), name), barrier); });
   m.def("set_devices", &set_devices);
   m.def("visit", &visit);
   m.def("layout", &layout);
   m.def("forward_fits", &forward_fits);
-  m.def("done", [] { return sfk::shim::runtime().done; });
+  m.def("done", [] { return shim::runtime().done; });
 }

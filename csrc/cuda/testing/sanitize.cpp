@@ -1,9 +1,10 @@
-// The CUDA kernels' own source on the shim, under sanitizers; every launch in both orders of threads, which must agree
-// bit for bit.
+// The CUDA kernels' own source on the shim, under sanitizers; every launch in the first schedule and, by turns,
+// another, which must agree bit for bit; some on the smallest device that takes them, in large clusters.
 #include <cstring>
 
 #include "../../testing/cases.h"
 #include "../cuda.h"
+#include "runtime.h"
 #include "shim.h"
 
 using namespace sfk;
@@ -25,22 +26,39 @@ std::vector<unsigned char> contents(const View& v) {
   return all;
 }
 
-template <class Params>
-void in_both_orders(const Params& p, void (*kernel)(const Params&, const cuda::Device&, void*),
-                    std::initializer_list<const View*> results) {
-  std::vector<unsigned char> found[2];
-  for (int order = 0; order < 2; ++order) {
-    shim::set_descending(order == 1);
-    kernel(p, cuda::device(0), nullptr);
-    for (const View* v : results)
-      for (unsigned char x : contents(*v)) found[order].push_back(x);
-  }
-  expect(found[0] == found[1], "order of threads", 1, 0);
+// A device whose blocks have little shared memory: refusal(device) is empty where it takes the problem.
+template <class Refusal>
+cuda::Device smallest(Refusal refusal) {
+  cuda::Device d = cuda::device(0);
+  const int64_t most = d.shared;
+  for (d.shared = 8 * 1024; d.shared < most && !refusal(d).empty();) d.shared += 4 * 1024;
+  d.shared = std::min(d.shared, most);
+  return d;
 }
 
-void sinkhorn(const SinkhornParams& p) { in_both_orders(p, cuda::sinkhorn, {&p.f, &p.g, &p.c}); }
+template <class Params>
+void in_two_schedules(const Params& p, void (*kernel)(const Params&, const cuda::Device&, void*),
+                      const cuda::Device& small, std::initializer_list<const View*> results) {
+  static size_t turn = 0;
+  const std::vector<shim::Schedule>& all = shim::schedules();
+  std::vector<unsigned char> found[2];
+  for (int i = 0; i < 2; ++i) {
+    shim::set_schedule(all[i ? 1 + turn % (all.size() - 1) : 0]);
+    kernel(p, turn % 4 ? cuda::device(0) : small, nullptr);
+    for (const View* v : results)
+      for (unsigned char x : contents(*v)) found[i].push_back(x);
+  }
+  expect(found[0] == found[1], "schedules", 1, 0);
+  ++turn;
+}
+
+void run_sinkhorn(const SinkhornParams& p, bool backward, std::initializer_list<const View*> results) {
+  const auto refusal = [&](const cuda::Device& d) { return cuda::sinkhorn_refusal(d, p.N, p.M, backward); };
+  in_two_schedules(p, backward ? cuda::sinkhorn_backward : cuda::sinkhorn, smallest(refusal), results);
+}
+void sinkhorn(const SinkhornParams& p) { run_sinkhorn(p, false, {&p.f, &p.g, &p.c}); }
 void sinkhorn_backward(const SinkhornParams& p) {
-  in_both_orders(p, cuda::sinkhorn_backward, {&p.d_log_kernel, &p.d_log_a, &p.d_log_b, &p.d_lam});
+  run_sinkhorn(p, true, {&p.d_log_kernel, &p.d_log_a, &p.d_log_b, &p.d_lam});
 }
 
 // A contiguous tensor of the same sizes in 16 bits, in a buffer of exactly its size; NaN stays NaN.
@@ -79,16 +97,37 @@ void in_all_dtypes(const AttentionParams& p, Run run) {
   run(p);
 }
 
+void run_attention(const AttentionParams& p, bool backward, std::initializer_list<const View*> results) {
+  const auto refusal = [&](const cuda::Device& d) { return cuda::attention_refusal(d, p, backward); };
+  in_two_schedules(p, backward ? cuda::attention_backward : cuda::attention, smallest(refusal), results);
+}
+
 void attention(const AttentionParams& p) {
-  in_all_dtypes(p, [](const AttentionParams& q) { in_both_orders(q, cuda::attention, {&q.o, &q.z, &q.c}); });
+  in_all_dtypes(p, [](const AttentionParams& q) { run_attention(q, false, {&q.o, &q.z, &q.c}); });
 }
 
 void attention_backward(const AttentionParams& p) {
   in_all_dtypes(p, [](const AttentionParams& q) {
-    in_both_orders(
-        q, cuda::attention_backward,
-        {&q.d_query, &q.d_key, &q.d_value, &q.d_log_a, &q.d_references, &q.d_log_b, &q.d_hyper, &q.d_ref_pos});
+    run_attention(
+        q, true, {&q.d_query, &q.d_key, &q.d_value, &q.d_log_a, &q.d_references, &q.d_log_b, &q.d_hyper, &q.d_ref_pos});
   });
+}
+
+// What the kernel for logits that lie close together takes, in 16 bits; keys that are masked hold NaN.
+void narrow_case() {
+  Case<float> c(false, pick({1, 2}), 2, pick({1, 33, 100}), pick({1, 70, 300}), pick({49, 64}), pick({16, 64}),
+                pick({8, 40, 136}), 0, pick({0, 1, 3}));
+  c.eps = 0.05, c.kind = KernelKind::rbf;
+  Tensor<float> y({c.H, c.M, c.D}, 0), o({c.B, c.H, c.L, c.E}, 0), z({c.B, c.H, c.M, c.E}, 0),
+      sums({c.B, c.H, c.T > 1 ? c.T : 1, c.M}, 0);
+  AttentionParams p = c.params(1);
+  p.references = y.random().view, p.o = o.view, p.z = z.view, p.c = sums.view;
+  for (Dtype dtype : {Dtype::bf16, Dtype::f16}) {
+    const Half half(p, dtype);
+    in_both_orders(half.p, cuda::attention, {&half.p.o, &half.p.z, &half.p.c});
+    expect(shim::runtime().done.back() == "launch attention_narrow", "the kernel of narrow logits", 1, 0);
+    z.each([](int64_t, int64_t, int64_t, int64_t, float& x) { expect(std::isfinite(x), "z", x, 0); });
+  }
 }
 
 }  // namespace
@@ -98,7 +137,7 @@ int main(int argc, char** argv) {
   KernelTable kernels = {};
   kernels.sinkhorn = sinkhorn, kernels.sinkhorn_backward = sinkhorn_backward;
   kernels.attention = attention, kernels.attention_backward = attention_backward;
-  for (int i = 0; i < rounds; ++i) sinkhorn_case<float>(kernels), attention_case<float>(kernels, false);
+  for (int i = 0; i < rounds; ++i) sinkhorn_case<float>(kernels), attention_case<float>(kernels, false), narrow_case();
   std::printf("cuda: %d rounds, %d failures\n", rounds, failures);
   return failures ? 1 : 0;
 }

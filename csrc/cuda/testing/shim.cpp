@@ -10,6 +10,8 @@
 #include <memory>
 #include <vector>
 
+#include "races.h"
+
 #ifdef __SANITIZE_ADDRESS__
 #include <sanitizer/common_interface_defs.h>
 #endif
@@ -19,7 +21,7 @@ namespace {
 
 constexpr int kLanes = 32;
 constexpr size_t kStack = 128 * 1024;
-bool descending = false;
+Schedule schedule;
 
 [[noreturn]] void fail(const char* what, int a, int b) {
   std::fprintf(stderr, "shim: %s (%d, %d)\n", what, a, b);
@@ -40,13 +42,14 @@ union Slot {
 struct Meeting {
   int size = 0, arrived = 0, kind = 0;
   unsigned past = 0;
+  uint32_t over = 0;  // when the last one was
   Slot slots[2][kLanes];
 };
 
 struct Block {
   int64_t index = 0;
   int rank = 0;
-  std::unique_ptr<unsigned char[]> shared;  // gone when the last thread of the block is, as on the device
+  std::unique_ptr<unsigned char[]> shared;
   int left = 0;
   Meeting all;
   std::vector<Meeting> warps;
@@ -65,6 +68,7 @@ struct Fiber {
   std::vector<std::pair<void*, const void*>> copies;
   std::vector<size_t> groups;  // how many copies each committed group has
   size_t uncommitted = 0;
+  races::Thread accesses;
   bool runnable() const { return !done && (!at || at->past != seen); }
 };
 
@@ -113,8 +117,9 @@ void arrived(Fiber&, bool) {}
 
 // From one fiber to another.  Without sanitizers by jumps after the first entry: swapcontext is two system calls.
 void change(Fiber& from, Fiber& to) {
-#ifdef __SANITIZE_ADDRESS__
   const bool home = &to == &now->home;
+  races::run(home ? nullptr : &to.accesses, now->grid.threads);
+#ifdef __SANITIZE_ADDRESS__
   __sanitizer_start_switch_fiber(from.done ? nullptr : &from.fake_stack, home ? home_bottom : to.stack,
                                  home ? home_size : kStack);
   to.started = true;
@@ -128,18 +133,37 @@ void change(Fiber& from, Fiber& to) {
 #endif
 }
 
-// The next fiber after the current one that can run; the caller where none is left.
-Fiber& next() {
-  const size_t n = now->fibers.size();
-  if (now->left == 0) return now->home;
-  for (size_t k = 1; k <= n; ++k) {
-    const size_t i = (now->current + (descending ? n - k : k)) % n;
+// Of the `size` fibers around the current one the first after it that can run; null where none can.
+Fiber* next_of(size_t size) {
+  const size_t first = now->current / size * size, at = now->current - first;
+  for (size_t k = 1; k <= size; ++k) {
+    const size_t i = first + (at + (schedule.descending ? size - k : k)) % size;
     if (!now->fibers[i].runnable()) continue;
     now->current = i;
-    return now->fibers[i];
+    return &now->fibers[i];
   }
+  return nullptr;
+}
+
+// The fiber that goes on; the caller where none is left.
+Fiber& next() {
+  if (now->left == 0) return now->home;
+  Fiber* near = nullptr;
+  if (schedule.first == First::warp) near = next_of(kLanes);
+  if (schedule.first == First::block) near = next_of(now->grid.threads);
+  if (near || (near = next_of(now->fibers.size()))) return *near;
   fail("threads wait for others that never come: thread, block", now->fibers[now->current].thread,
        static_cast<int>(now->fibers[now->current].block->index));
+}
+
+// The memory of a block goes with its last thread, whoever waits, as on the device.
+void leave(Block& block) {
+  races::leave(block.shared.get(), now->grid.shared);
+#ifdef __SANITIZE_ADDRESS__
+  block.shared.reset();
+#else
+  std::memset(block.shared.get(), 0xff, now->grid.shared);
+#endif
 }
 
 void enter() {
@@ -149,7 +173,7 @@ void enter() {
   Fiber& self = now->fibers[now->current];
   self.done = true;
   --now->left;
-  if (--self.block->left == 0) self.block->shared.reset();
+  if (--self.block->left == 0) leave(*self.block);
   change(self, next());
 }
 
@@ -164,6 +188,7 @@ const Slot* meet(Meeting& m, int kind, int slot, const Slot& value) {
   if (++m.arrived == m.size) {
     m.arrived = 0;
     ++m.past;
+    m.over = races::barrier();
     return slots;
   }
   Fiber& me = self();
@@ -173,8 +198,14 @@ const Slot* meet(Meeting& m, int kind, int slot, const Slot& value) {
   return slots;
 }
 
+void wait(Meeting& m, int kind, races::Scope scope) {
+  meet(m, kind, -1, {});
+  races::pass(self().accesses, scope, m.over);
+}
+
 void start(Fiber& f, Block& block, int thread) {
   f.block = &block, f.thread = thread, f.stack = new_stack();
+  races::start(f.accesses, block.rank * now->grid.threads + thread, f.stack, kStack);
   getcontext(&f.context);
   f.context.uc_stack.ss_sp = f.stack, f.context.uc_stack.ss_size = kStack, f.context.uc_link = nullptr;
   makecontext(&f.context, enter, 0);
@@ -185,6 +216,7 @@ void start(Cluster& c, int64_t first_block) {
   c.fibers = std::vector<Fiber>(static_cast<size_t>(c.grid.cluster) * c.grid.threads);
   c.left = c.fibers.size();
   c.all.size = static_cast<int>(c.left);
+  races::barrier();
   for (int r = 0; r < c.grid.cluster; ++r) {
     Block& b = c.blocks[r];
     b.index = first_block + r, b.rank = r, b.all.size = b.left = c.grid.threads;
@@ -198,7 +230,14 @@ void start(Cluster& c, int64_t first_block) {
 
 }  // namespace
 
-void set_descending(bool on) { descending = on; }
+const std::vector<Schedule>& schedules() {
+  static const std::vector<Schedule> all = {
+      {"any ascending", First::any, false},     {"any descending", First::any, true},
+      {"warp ascending", First::warp, false},   {"warp descending", First::warp, true},
+      {"block ascending", First::block, false}, {"block descending", First::block, true}};
+  return all;
+}
+void set_schedule(const Schedule& s) { schedule = s; }
 
 void run(const Grid& grid, const std::function<void()>& kernel) {
   if (grid.threads % kLanes || grid.blocks % grid.cluster)
@@ -208,7 +247,7 @@ void run(const Grid& grid, const std::function<void()>& kernel) {
     cluster.grid = grid, cluster.kernel = &kernel, cluster.home.started = true;
     now = &cluster;
     start(cluster, first);
-    cluster.current = descending ? cluster.fibers.size() - 1 : 0;
+    cluster.current = schedule.descending ? cluster.fibers.size() - 1 : 0;
     change(cluster.home, cluster.fibers[cluster.current]);
     now = nullptr;
     for (Fiber& f : cluster.fibers) stacks().push_back(f.stack);
@@ -223,22 +262,22 @@ int cluster_rank() { return self().block->rank; }
 void* shared_memory() { return self().block->shared.get(); }
 
 void* map_shared(void* p, int rank) {
+  if (now->blocks[rank].left == 0) fail("the memory of a block that has ended: thread, block", self().thread, rank);
   return now->blocks[rank].shared.get() + (static_cast<unsigned char*>(p) - self().block->shared.get());
 }
 
-void sync_block() { meet(self().block->all, 1, -1, {}); }
-void sync_cluster() { meet(now->all, 2, -1, {}); }
+void sync_block() { wait(self().block->all, 1, races::kOfBlock); }
+void sync_cluster() { wait(now->all, 2, races::kOfCluster); }
 
 namespace {
 
-const Slot* meet_warp(int kind, const Slot& value) {
-  Fiber& me = self();
-  return meet(me.block->warps[me.thread / kLanes], kind, me.thread % kLanes, value);
-}
+Meeting& my_warp() { return self().block->warps[self().thread / kLanes]; }
+
+const Slot* meet_warp(int kind, const Slot& value) { return meet(my_warp(), kind, self().thread % kLanes, value); }
 
 }  // namespace
 
-void sync_warp() { meet_warp(3, {}); }
+void sync_warp() { wait(my_warp(), 3, races::kOfWarp); }
 
 float shuffle_xor(float x, int mask) {
   Slot mine;
@@ -279,6 +318,7 @@ uint16_t to_f16(float x) {
 void copy16_async(void* shared, const void* global) {
   if (reinterpret_cast<uintptr_t>(shared) % 16 || reinterpret_cast<uintptr_t>(global) % 16)
     fail("a copy of 16 bytes that is not aligned: thread", self().thread, 0);
+  races::copy_begins(shared, global, 16);
   self().copies.emplace_back(shared, global);
   ++self().uncommitted;
 }
@@ -289,7 +329,11 @@ void copies_commit() {
 void copies_wait(int pending) {
   Fiber& me = self();
   while (me.groups.size() > static_cast<size_t>(pending)) {
-    for (size_t i = 0; i < me.groups.front(); ++i) std::memcpy(me.copies[i].first, me.copies[i].second, 16);
+    for (size_t i = 0; i < me.groups.front(); ++i) {
+      const auto [to, from] = me.copies[i];
+      from ? std::memcpy(to, from, 16) : std::memset(to, 0, 16);
+      races::copy_ends(to, 16);
+    }
     me.copies.erase(me.copies.begin(), me.copies.begin() + me.groups.front());
     me.groups.erase(me.groups.begin());
   }
@@ -297,12 +341,17 @@ void copies_wait(int pending) {
 
 void load_matrices(uint32_t (&r)[4], const void* row, bool transposed) {
   if (reinterpret_cast<uintptr_t>(row) % 16) fail("a matrix row that is not aligned: thread", self().thread, 0);
+  const void* from = __builtin_return_address(0);
   Slot mine;
   mine.row = row;
   const Slot* slots = meet_warp(transposed ? 6 : 5, mine);
   const int lane = self().thread % kLanes, g = lane / 4, t = lane % 4;
   for (int i = 0; i < 4; ++i) {
-    const auto at = [&](int y, int x) { return static_cast<const uint16_t*>(slots[8 * i + y].row)[x]; };
+    const auto at = [&](int y, int x) {
+      const uint16_t* number = static_cast<const uint16_t*>(slots[8 * i + y].row) + x;
+      races::access(number, sizeof *number, false, from);
+      return *number;
+    };
     const uint16_t low = transposed ? at(2 * t, g) : at(g, 2 * t);
     const uint16_t high = transposed ? at(2 * t + 1, g) : at(g, 2 * t + 1);
     r[i] = low | static_cast<uint32_t>(high) << 16;

@@ -1,15 +1,19 @@
 // What device.cuh is on a machine without a GPU: every thread of a block is a fiber, and a collective is a place where
 // a fiber waits until all that take part have arrived.
 //
-// - Fibers run one at a time, each until its next collective, in ascending or descending order of threads.  A kernel
-//   whose barriers suffice gives the same bits in both orders.
-// - Shared memory is a heap buffer of exactly the size asked for, so that AddressSanitizer sees what lies outside, and
-//   is full of NaN when a block starts.
+// - Fibers run one at a time, each until its next collective.  Which goes on then is a schedule's choice: the next of
+//   all, of the same warp while one of it can run (else every collective of a warp would be a barrier of the block), or
+//   of the same block (else every barrier of a block would be one of the cluster); each in ascending and descending
+//   order of threads.  A kernel whose barriers suffice gives the same bits in all of them.
+// - races.h sees what no schedule shows.
+// - Shared memory is a heap buffer of exactly the size asked for, so that AddressSanitizer sees what lies outside.  It
+//   is full of NaN when a block starts, and is taken away with the block's last thread.
 // - A wait that can never end (a barrier that some threads do not reach, two different collectives) ends the program.
 #pragma once
 #include <cstddef>
 #include <cstdint>
 #include <functional>
+#include <vector>
 
 namespace sfk::shim {
 
@@ -19,7 +23,16 @@ struct Grid {
   size_t shared;
 };
 
-void set_descending(bool on);
+// Who goes on where one fiber has to wait: any, or first one of its warp, of its block.
+enum class First { any, warp, block };
+struct Schedule {
+  const char* name = "any ascending";
+  First first = First::any;
+  bool descending = false;
+};
+const std::vector<Schedule>& schedules();
+void set_schedule(const Schedule& schedule);
+
 void run(const Grid& grid, const std::function<void()>& kernel);
 
 int thread_index();
@@ -40,7 +53,7 @@ float from_f16(uint16_t x);
 uint16_t to_bf16(float x);
 uint16_t to_f16(float x);
 
-// Asynchronous copies happen when they are waited for, so that a missing wait shows.
+// Asynchronous copies, of zeros from nowhere, happen when they are waited for, so that a missing wait shows.
 void copy16_async(void* shared, const void* global);
 void copies_commit();
 void copies_wait(int pending);

@@ -128,16 +128,25 @@ class LogitTerms(NamedTuple):
 
 
 @triton.jit
+def _merged_or_newest(state, newest, at, t, sizes):
+    """dg^t [MP]; dg^1 is where it was last left in parts, merged by every program for itself (`newest`)."""
+    j = tl.arange(0, sizes.MP)
+    if state.first_d_g is None:
+        return tl.load(state.d_g + at * sizes.MP + j)
+    else:
+        return tl.where(t == 1, newest, tl.load(state.d_g + at * sizes.MP + j, mask=j < tl.where(t > 1, sizes.MP, 0)))
+
+
+@triton.jit
 def earlier_terms(terms, center, kappa, l, mass, newest, head, state, parts, bh, iterations, rule, sizes):
     """Adds the terms of t = T−1..1."""
     d_l, sent, relaxed, d_g_0 = terms
-    j = tl.arange(0, sizes.MP)
     for step in range(1, iterations):
         t = iterations - step
         at = bh * iterations + t - 1
         column = load_columns(state, at, sizes)
         p, r, lse, first = plan_terms(kappa, l, mass, head, column, rule, sizes)
-        d_g_t = tl.where(t == 1, newest, tl.load(state.d_g + at * sizes.MP + j))
+        d_g_t = _merged_or_newest(state, newest, at, t, sizes)
         term = first * (column.second * column_gradient(d_g_t, state, at, head.lam_b, sizes))[None, :]
         d_f = tl.sum(term, 1)
         sent += d_f
@@ -182,9 +191,7 @@ def _totals(state, newest, bh, iterations, sizes):
     products = tl.zeros([sizes.MP], tl.float32)
     for t in range(1, iterations + 1):
         at = bh * iterations + t - 1
-        d_g_t = tl.load(state.d_g + at * sizes.MP + j)
-        if state.first_d_g is not None:
-            d_g_t = tl.where(t == 1, newest, d_g_t)
+        d_g_t = _merged_or_newest(state, newest, at, t, sizes)
         c_t = tl.load(state.c + at * sizes.M + j, mask=j < sizes.M, other=-INF)
         top = finite_or_zero(tl.max(c_t, 0)) if state.d_c is None else 0.0
         products += d_g_t * tl.where(c_t > -INF, c_t - top, 0.0)

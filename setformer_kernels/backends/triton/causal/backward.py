@@ -205,32 +205,40 @@ class Call(NamedTuple):
 def causal_backward(x: Operands, opt: Options, d_o: Tensor, needs: Sequence[bool]) -> Operands:
     """Gradients in the order of `Operands`, None where not needed, from d_o [B, H, L, E]."""
     out = token_gradients(x, dict(zip(Operands._fields, needs, strict=True)))
-    x, d_o, sizes, device = with_unit_rows(x), unit_rows(d_o), sizes_of(x), device_of(x.key)
+    x, d_o, sizes = with_unit_rows(x), unit_rows(d_o), sizes_of(x)
     prepared = prepare(x, opt)
     whole = new_partials(x, prepared, 1, needs)
-    t = tile("chunk_backward", device.family, max(sizes.MP, sizes.DP, sizes.EP), x.key.element_size())
+    t = tile("chunk_backward", device_of(x.key).family, max(sizes.MP, sizes.DP, sizes.EP), x.key.element_size())
     arguments = chunk_arguments(x, prepared, opt, t, d_o)
     rows = {n: out[n].rows if n in out else None for n in (*TOKENS, "log_a")}
     call = Call(x, arguments, rows, whole)
     numbers = sizes.MP * (max(sizes.DP, sizes.EP) + sizes.EP + 3 * t.rows + sizes.PP + 6)
-    for stretches in parts(x, t.rows, numbers, device.multiprocessors):
-        _heads_backward(call, stretches, wants_parameters(x, needs))
+    work = list(parts(x, t.rows, numbers))
+    if x.key.shape[0] == 1 == len(work) == len(work[0]):  # one part: what adds batch elements adds its slots
+        whole = _heads_backward(call, work[0], wanted=False)
+    else:
+        for stretches in work:
+            _heads_backward(call, stretches, wants_parameters(x, needs))
     found: dict[str, Tensor | None] = {name: gradient.delivered() for name, gradient in out.items()}
     found |= parameter_gradients(x, opt, prepared, whole, needs)
     return Operands._make(found.get(name) for name in Operands._fields)
 
 
-def _heads_backward(call: Call, stretches: list[Part], wanted: bool) -> None:
-    """Some heads: forward for what comes before each stretch, then from the last stretch to the first."""
+def _heads_backward(call: Call, stretches: list[Part], wanted: bool) -> Partials:
+    """Some heads: forward for what comes before each stretch, then from the last stretch to the first.
+
+    Slots of a stretch are folded into those of the whole call where these are `wanted`; those of the first come back.
+    """
     passed = new_passed(stretches[0], call.arguments)
     passed_back = passed[1].new_empty(passed[1][:, 0].shape), passed[0].new_empty(passed[0][:, 0].shape)
     for part in stretches[:-1]:
         scan(part, call.arguments, passed, _room(call, part)[0])
     for part in reversed(stretches):
+        slots = call.whole  # lets go of those of the part before, before this one allocates its own
         slots = _part_backward(call, part, passed, passed_back)
         if wanted:
             fold(part, slots, call.whole, call.arguments.sizes)
-        del slots  # before the next part allocates its own
+    return slots
 
 
 def _room(call: Call, part: Part) -> tuple[Tensor, Tensor]:

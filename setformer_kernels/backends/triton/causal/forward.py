@@ -81,10 +81,10 @@ def causal(x: Operands, opt: Options) -> Tensor:
     """o [B, H, L, E] in the dtype and memory order of the queries, for T ≤ 1."""
     assert x.query is not None
     output = rows_like(x.query, x.value.shape[-1])
-    x, sizes, device = with_unit_rows(x), sizes_of(x), device_of(x.key)
-    t = tile("chunk", device.family, max(sizes.MP, sizes.DP, sizes.EP), x.key.element_size())
+    x, sizes = with_unit_rows(x), sizes_of(x)
+    t = tile("chunk", device_of(x.key).family, max(sizes.MP, sizes.DP, sizes.EP), x.key.element_size())
     arguments = chunk_arguments(x, prepare(x, opt), opt, t, output.rows)
-    for stretches in parts(x, t.rows, sizes.MP * (sizes.EP + 5), device.multiprocessors):
+    for stretches in parts(x, t.rows, sizes.MP * (sizes.EP + 5)):
         _heads(stretches, arguments)
     return output.delivered()
 

@@ -27,8 +27,9 @@ from ..parameters.prepare import References
 from .chunk import chunk_log_weights, place, state_at
 
 WORKSPACE_SHARE = 0.23  # of the bytes of q, k, v and o: what a part may take, so that all workspaces stay within 1/4
-FEW_TOKENS = 8 * 4096  # of all heads: with fewer, a part may fill the device, which takes some megabytes
-PROGRAMS = 2  # on chunks, that a multiprocessor holds at once: the backward kernels' registers, M = D = E = 64
+# With as many tokens of all heads, the share of 64 dims in 16 bits fills a device with chunks.  With fewer, launches
+# take longer than what they launch: a part may take as many bytes as the backward pass at B1 H8 L4096, M = D = E = 64.
+FEW_TOKENS, FEW_BYTES = 32 * 4096, 96 << 20
 SCAN = Tile(rows=0, depth=256, warps=2, stages=4)  # 4 numbers a thread: one wide load; many programs hide the steps
 
 
@@ -239,15 +240,15 @@ def _launch_scan(kernel: Any, args: tuple[Any, ...], z: Tensor, sizes: Sizes, fu
     launch(kernel, programs, args, constants, SCAN)
 
 
-def parts(x: Operands, rows: int, numbers: int, multiprocessors: int) -> Iterator[list[Part]]:
+def parts(x: Operands, rows: int, numbers: int) -> Iterator[list[Part]]:
     """Groups of heads as their stretches, whose workspaces, `numbers` float32 a chunk, stay within WORKSPACE_SHARE.
 
-    With fewer than FEW_TOKENS they may always be as large as fills the device.
+    With fewer than FEW_TOKENS they may always take FEW_BYTES.
     """
     b, h, s, d = x.key.shape
     tokens = b * h * s * 2 * (d + x.value.shape[-1]) * x.key.element_size()
-    least = 1 if b * h * s >= FEW_TOKENS else PROGRAMS * multiprocessors
-    at_once = max(least, int(WORKSPACE_SHARE * tokens) // (4 * numbers))
+    allowed = max(int(WORKSPACE_SHARE * tokens), FEW_BYTES if b * h * s < FEW_TOKENS else 0)
+    at_once = max(1, allowed // (4 * numbers))
     chunks = math.ceil(s / rows)
     stretch = max(1, math.ceil(chunks / max(1, math.ceil(chunks / at_once))))
     firsts = range(0, max(1, chunks), stretch)

@@ -74,6 +74,7 @@ def load_references_t(y, start, M: tl.constexpr, DP: tl.constexpr, DEPTH: tl.con
 @triton.jit
 def head_of(references, h, sizes, cut):
     """Head h of the prepared references (`parameters.prepare.References`)."""
+    h = h.to(tl.int64)
     y = references.y + h * (sizes.MP * sizes.DP)
     y_t = load_references_t(y, 0, sizes.MP, sizes.DP, cut.DEPTH)
     beta, scale, lam_a, lam_b, tau = head_parameters(references.parameters, h)

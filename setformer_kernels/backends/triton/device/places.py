@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 
 from .primitives import INF
+from .rows import wide
 
 
 class Places(NamedTuple):
@@ -19,14 +20,14 @@ class Places(NamedTuple):
 @triton.jit
 def places_of(position, references, b, h, stride_b, stride_h, stride_n, sizes):
     """The positions of one head and of the prepared references."""
-    head = b.to(tl.int64) * stride_b + h.to(tl.int64) * stride_h
-    return Places(position + head, stride_n, references.position + h * (sizes.M * sizes.P))
+    head = b * wide(stride_b) + h * wide(stride_h)
+    return Places(position + head, wide(stride_n), references.position + h.to(tl.int64) * (sizes.M * sizes.P))
 
 
 @triton.jit
 def coordinate(places, rows, axis):
     """Where a coordinate of the given tokens lies."""
-    return places.start + rows.to(tl.int64) * places.stride + axis
+    return places.start + rows * places.stride + axis
 
 
 @triton.jit

@@ -20,16 +20,22 @@ class Rows(NamedTuple):
 
 
 @triton.jit
+def wide(stride, STEP: tl.constexpr = 1):
+    """A stride in units of STEP as one that is counted in 64 bits: its products may be beyond 32 where it is not."""
+    return stride.to(tl.int64) * STEP
+
+
+@triton.jit
 def rows_of(x, b, h, stride_b, stride_h, stride_n, count, STEP: tl.constexpr):
     """The `count` rows of x of one head; strides in units of STEP."""
-    head = b.to(tl.int64) * (stride_b * STEP) + h.to(tl.int64) * (stride_h * STEP)
-    return Rows(x + head, stride_n * STEP, count)
+    head = b * wide(stride_b, STEP) + h * wide(stride_h, STEP)
+    return Rows(x + head, wide(stride_n, STEP), count)
 
 
 @triton.jit
 def row_starts(x, rows):
     """Where the given rows begin."""
-    return x.start + rows.to(tl.int64) * x.stride
+    return x.start + rows * x.stride
 
 
 @triton.jit

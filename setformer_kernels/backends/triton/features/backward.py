@@ -21,7 +21,7 @@ from ....problem import empty_in_order
 from ..device.head import head_parameters, plain_parameters
 from ..device.logits import kernel_value
 from ..device.primitives import dot, rounded
-from ..device.rows import load_rows, rows_of, store_rows
+from ..device.rows import load_rows, rows_of, store_rows, wide
 from ..host.launch import device_of, kernel, launch, split_tokens
 from ..host.rows import rows_like, stride_step, strided, unit_rows
 from ..host.tiles import INTERPRETER, Tile
@@ -131,7 +131,8 @@ def features_landmarks_backward_kernel(
 ):  # fmt: skip
     """d landmarks and dβ of one head, from dA and the summed dŵ and dβ of the tokens."""
     h = tl.program_id(0).to(tl.int64)
-    landmarks += h * stride_h
+    landmarks += h * wide(stride_h)
+    stride_r = wide(stride_r)
     inverse = inverse_norm + h * RP
     d_a += h * RP * RP
     sums += h * SIZE + RP * RP
@@ -159,7 +160,7 @@ def features_landmarks_backward_kernel(
         unit = tl.load(landmarks + i[:, None] * stride_r + d[None, :], mask=inside, other=0.0) * shrink[:, None]
         total = (total - unit * tl.sum(total * unit, 1)[:, None]) * shrink[:, None]
         if d_landmarks is not None:
-            at = d_landmarks + h * stride_oh + i[:, None] * stride_or + d[None, :] * stride_od
+            at = d_landmarks + h * wide(stride_oh) + i[:, None] * wide(stride_or) + d[None, :] * wide(stride_od)
             tl.store(at, total, mask=inside)
     if d_bandwidth is not None:
         tl.store(d_bandwidth + h, d_beta)

@@ -28,6 +28,7 @@ from torch import Tensor
 
 from ..device.head import head_parameters
 from ..device.primitives import dot, rounded
+from ..device.rows import wide
 from ..host.launch import device_of, kernel, launch
 from ..host.tiles import INTERPRETER, Tile, padded
 from .problem import Landmarks
@@ -125,6 +126,7 @@ def features_whitening_kernel(
     side: tl.constexpr = RP // BLOCK
     tangent: tl.constexpr = d_whitening is not None
     h = tl.program_id(0).to(tl.int64)
+    w, stride_r = landmarks + h * wide(stride_h), wide(stride_r)
     v = workspace + h * (10 if tangent else 5) * size
     y, z, next_y, next_z = v + size, v + 2 * size, v + 3 * size, v + 4 * size
     near = tl.arange(0, BLOCK)
@@ -135,9 +137,7 @@ def features_whitening_kernel(
         sums = tl.zeros([BLOCK], tl.float32)
         for column in range(0, RP, DEPTH):
             j = column + tl.arange(0, DEPTH)
-            a = _regularised(
-                landmarks + h * stride_h, inverse_norm + h * RP, i, j, stride_r, log2_beta, ridge, R, D, DP
-            )
+            a = _regularised(w, inverse_norm + h * RP, i, j, stride_r, log2_beta, ridge, R, D, DP)
             sums += tl.sum(a, 1)
             tl.store(next_y + i[:, None] * RP + j[None, :], a)
         largest = tl.maximum(largest, tl.max(sums))

@@ -16,6 +16,7 @@ from ....problem import HYPER, Operands, Options, in_order
 from ..device.gradients import SUMS, sum_at, sum_slots
 from ..device.head import plain_parameters
 from ..device.primitives import inverse_norm
+from ..device.rows import wide
 from ..host.groups import sizes_of
 from ..host.launch import kernel, launch
 from ..host.rows import unit_rows
@@ -82,7 +83,7 @@ def _store_reference(
     d = tl.arange(0, DP)
     inside = (rows < M)[:, None] & (d < D)[None, :]
     if not DOT:
-        at = references + h * stride_rh + rows[:, None] * stride_rm
+        at = references + h * wide(stride_rh) + rows[:, None] * wide(stride_rm)
         raw = tl.load(at + d[None, :], mask=inside, other=0.0)
         inverse = inverse_norm(tl.sum(raw * raw, 1))
         unit = raw * inverse[:, None]
@@ -110,7 +111,7 @@ def parameters_backward_kernel(
 ):  # fmt: skip
     """All parameter gradients of ROWS references of one head; the hyperparameters' in the head's first program."""
     blocks: tl.constexpr = MP // ROWS
-    h = tl.program_id(0) // blocks
+    h = (tl.program_id(0) // blocks).to(tl.int64)
     block = tl.program_id(0) % blocks
     rows = block * ROWS + tl.arange(0, ROWS)
     beta, epsilon, tau = plain_parameters(parameters, h)

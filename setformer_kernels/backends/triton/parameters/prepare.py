@@ -15,6 +15,7 @@ from torch import Tensor
 from ....problem import HYPER, Operands, Options
 from ..device.head import NUMBERS, store_parameters
 from ..device.primitives import INF, LOG2E, inverse_norm, rounded
+from ..device.rows import wide
 from ..host.groups import sizes_of
 from ..host.launch import kernel, launch
 from ..host.rows import stride_step, unit_rows
@@ -64,11 +65,11 @@ def parameters_prepare_kernel(
 ):  # fmt: skip
     """ROWS references of one head; every program of a head writes its hyperparameters alike."""
     blocks: tl.constexpr = MP // ROWS
-    h = tl.program_id(0) // blocks
+    h = (tl.program_id(0) // blocks).to(tl.int64)
     j = tl.program_id(0) % blocks * ROWS + tl.arange(0, ROWS)
     d = tl.arange(0, DP)
     inside = (j < M)[:, None] & (d < D)[None, :]
-    at = references + h * (stride_rh * STEP) + j[:, None] * (stride_rm * STEP)
+    at = references + h * wide(stride_rh, STEP) + j[:, None] * wide(stride_rm, STEP)
     raw = tl.load(at + d[None, :], mask=inside, other=0.0)  # [ROWS, DP]
     inverse = inverse_norm(tl.sum(raw * raw, 1))
     scaled = raw if DOT else raw * inverse[:, None]

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ....problem import Sinkhorn, in_order
 from ..device.primitives import INF, finite_or_zero, potential
+from ..device.rows import wide
 from ..host.launch import device_of, kernel, launch
 from ..host.tiles import Tile
 from .problem import (
@@ -77,8 +78,8 @@ def sinkhorn_resident_backward_kernel(
     for back in range(0, top):
         t = top - back
         now = t <= ran
-        this = tl.load(c + (t - 1) * M, mask=in_columns & now, other=-INF)
-        before = tl.load(c + (t - 2) * M, mask=in_columns & now & (j < tl.where(t > 1, M, 0)), other=-INF)
+        this = tl.load(c + (t - 1) * wide(M), mask=in_columns & now, other=-INF)
+        before = tl.load(c + (t - 2) * wide(M), mask=in_columns & now & (j < tl.where(t > 1, M, 0)), other=-INF)
         g = tl.where(j < tl.where(t > 1, M, 0), potential(b, relax_b, before), b)
         dg_here = tl.where(this > -INF, dg, 0.0)
         db += dg_here
@@ -108,8 +109,8 @@ def sinkhorn_resident_backward_kernel(
 @triton.jit
 def potentials_before(log_b, stride_bm, c, relax_b, uniform_b, j, t, M):
     """g^{t−1} of some columns: log b − λ_b c^{t−1}, log b at t = 1."""
-    b = mass(log_b, j * stride_bm, j < M, uniform_b)
-    before = tl.load(c + (t - 2) * M + j, mask=j < tl.where(t > 1, M, 0), other=-INF)
+    b = mass(log_b, j * wide(stride_bm), j < M, uniform_b)
+    before = tl.load(c + (t - 2) * wide(M) + j, mask=j < tl.where(t > 1, M, 0), other=-INF)
     return tl.where(j < tl.where(t > 1, M, 0), potential(b, relax_b, before), b)
 
 
@@ -117,8 +118,8 @@ def potentials_before(log_b, stride_bm, c, relax_b, uniform_b, j, t, M):
 def column_cotangent(d_g, dg, c, t, ran, j, M):
     """(dg^t where column j was reached, c^t or 0 where not): d_g at the last iteration, else what t + 1 left."""
     value = tl.load(d_g + j, mask=j < tl.where(t == ran, M, 0), other=0.0)
-    value += tl.load(dg + t * M + j, mask=j < tl.where(t < ran, M, 0), other=0.0)
-    this = tl.load(c + (t - 1) * M + j, mask=j < M, other=-INF)
+    value += tl.load(dg + t * wide(M) + j, mask=j < tl.where(t < ran, M, 0), other=0.0)
+    this = tl.load(c + (t - 1) * wide(M) + j, mask=j < M, other=-INF)
     return tl.where(this > -INF, value, 0.0), finite_or_zero(this)
 
 
@@ -139,12 +140,12 @@ def sinkhorn_rows_backward_kernel(
     group = (tl.program_id(0) // splits).to(tl.int64)
     ran = tl.load(iters + group).to(tl.int32)
     relax_a, relax_b = rate(lam_a, numbers.rate_a, group, group >= 0), rate(lam_b, numbers.rate_b, group, group >= 0)
-    log_kernel += group * stride_lg
+    log_kernel += group * wide(stride_lg)
     c += group * T * M
     d_g += group * M
     dg += group * (T + 1) * M
     if log_b is not None:
-        log_b += group * stride_bg
+        log_b += group * wide(stride_bg)
     out = partial + (group * splits + split) * M
     end = tl.where(t <= ran, tl.minimum(N, (split + 1) * stretch), 0)
     total = tl.zeros([BM], tl.float32)
@@ -159,7 +160,7 @@ def sinkhorn_rows_backward_kernel(
             u = load_tile(log_kernel, rows, live, stride_ln, j, M) + g[None, :]
             peak, mass_sum = add_exponentials(peak, mass_sum, u, 1)
         sums = natural_log_sum(peak, mass_sum)
-        a = mass(log_a, group * stride_ag + rows.to(tl.int64) * stride_an, live, numbers.uniform_a)
+        a = mass(log_a, group * wide(stride_ag) + rows * wide(stride_an), live, numbers.uniform_a)
         f = potential(a, relax_a, sums)
         df = tl.load(d_f + group * N + rows, mask=rows < tl.where(t == ran, end, 0), other=0.0)
         for column in range(0, M, BM):
@@ -190,7 +191,7 @@ def sinkhorn_rows_backward_kernel(
     if ONE:
         j = tl.arange(0, BM)
         tl.store(out + j, total, mask=j < M)
-    tl.store(partial_lam + ((t - 1) * G + group) * splits + split, tl.sum(total_lam, 0))
+    tl.store(partial_lam + ((t - 1) * wide(G) + group) * splits + split, tl.sum(total_lam, 0))
 
 
 @kernel
@@ -237,7 +238,7 @@ def sinkhorn_finish_backward_kernel(
             tl.store(d_log_b + group * M + j, total, mask=j < M)
     for t in range(0, ran):
         for split in range(0, splits, BM):
-            at = partial_lam + (t * G + group) * splits + split + near
+            at = partial_lam + (t * wide(G) + group) * splits + split + near
             total_a += tl.load(at, mask=split + near < splits, other=0.0)
     if d_lam is not None:
         tl.store(d_lam + group * 2, tl.sum(total_a, 0))

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from ....problem import Sinkhorn
 from ..device.primitives import INF, finite_or_zero, potential
+from ..device.rows import wide
 from ..host.launch import device_of, kernel, launch
 from .problem import (
     COLUMNS,
@@ -95,7 +96,7 @@ def sinkhorn_resident_kernel(
             done += running
             running = tl.where(moved <= numbers.tol, 0, running)
             some = tl.max(running)
-        tl.store(c + t * M, latest, mask=live & (j < M))
+        tl.store(c + t * wide(M), latest, mask=live & (j < M))
     tl.store(f_out + group * N + i, f, mask=live & (i < N))
     tl.store(g_out + group * M + j, g, mask=live & (j < M))
     problem = tl.program_id(0).to(tl.int64) * PB + tl.arange(0, PB)
@@ -140,7 +141,7 @@ def sinkhorn_rows_kernel(
     """
     split = tl.program_id(0) % splits
     group = (tl.program_id(0) // splits).to(tl.int64)
-    log_kernel += group * stride_lg
+    log_kernel += group * wide(stride_lg)
     f += group * N
     g += group * M
     out = (group * splits + split) * M
@@ -153,7 +154,7 @@ def sinkhorn_rows_kernel(
         rows = start + tl.arange(0, BN)
         live = rows < end
         if UPDATE:
-            a = mass(log_a, group * stride_ag + rows.to(tl.int64) * stride_an, live, numbers.uniform_a)
+            a = mass(log_a, group * wide(stride_ag) + rows * wide(stride_an), live, numbers.uniform_a)
             sums = row_log_sums(log_kernel, rows, live, stride_ln, g, M, BM)
             own = potential(a, rate(lam_a, numbers.rate_a, group, group >= 0), sums)
             tl.store(f + rows, own, mask=live)
@@ -181,7 +182,7 @@ def merged_columns(peaks, totals, j, M, splits, ROWS: tl.constexpr):
     total = tl.zeros([j.shape[0]], tl.float32)
     for start in range(0, splits, ROWS):
         split = start + tl.arange(0, ROWS)
-        index = split.to(tl.int64)[:, None] * M + j[None, :]
+        index = split[:, None] * wide(M) + j[None, :]
         some = (split < splits)[:, None] & (j < M)[None, :]
         part = tl.load(peaks + index, mask=some, other=-INF)
         new = tl.maximum(peak, tl.max(part, 0))
@@ -211,21 +212,21 @@ def sinkhorn_columns_kernel(
     c += group * T * M + j
     if UPDATE:
         old = tl.load(g + group * M + j, mask=inside, other=-INF)
-        b = mass(log_b, group * stride_bg + j * stride_bm, inside, numbers.uniform_b)
+        b = mass(log_b, group * wide(stride_bg) + j * wide(stride_bm), inside, numbers.uniform_b)
         new = potential(b, rate(lam_b, numbers.rate_b, group, group >= 0), new_c)
         if LIMITED:
             running = still_running(moved_before, group, blocks, numbers.tol, step)
             far = tl.max(distance(new, old), 0)
             tl.store(moved + group * blocks + block, tl.where(running, far, -1.0))
             new = tl.where(running, new, old)
-            before = tl.load(c + (step - 2) * M, mask=j < tl.where(step > 1, M, 0), other=-INF)
+            before = tl.load(c + (step - 2) * wide(M), mask=j < tl.where(step > 1, M, 0), other=-INF)
             new_c = tl.where(running, new_c, before)
             if running & (block == 0):
                 tl.store(iters + group, step.to(tl.int64))
         elif block == 0:
             tl.store(iters + group, step.to(tl.int64))
         tl.store(g + group * M + j, new, mask=inside)
-    tl.store(c + (step - 1) * M, new_c, mask=inside)
+    tl.store(c + (step - 1) * wide(M), new_c, mask=inside)
 
 
 def _fill(out: Tensor, given: Tensor | None) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ....problem import Sinkhorn
 from ..device.primitives import INF, LN2, LOG2E, finite_or_zero
+from ..device.rows import wide
 from ..host.launch import Device, Split, split_tokens
 from ..host.rows import unit_rows
 from ..host.tiles import INTERPRETER, MIN_BLOCK, Tile, padded
@@ -150,15 +151,15 @@ def load_problems(
     group = (tl.program_id(0).to(tl.int64) * PB + tl.arange(0, PB))[:, None, None]
     i, j = tl.arange(0, NP)[None, :, None], tl.arange(0, MP)[None, None, :]
     live = group < G
-    at = group * stride_lg + i.to(tl.int64) * stride_ln + j
+    at = group * wide(stride_lg) + i * wide(stride_ln) + j
     l = tl.load(log_kernel + at, mask=live & (i < N) & (j < M), other=-INF)
-    a = mass(log_a, group * stride_ag + i * stride_an, live & (i < N), numbers.uniform_a)
-    b = mass(log_b, group * stride_bg + j * stride_bm, live & (j < M), numbers.uniform_b)
+    a = mass(log_a, group * wide(stride_ag) + i * wide(stride_an), live & (i < N), numbers.uniform_a)
+    b = mass(log_b, group * wide(stride_bg) + j * wide(stride_bm), live & (j < M), numbers.uniform_b)
     return group, i, j, l, a, b, rate(lam_a, numbers.rate_a, group, live), rate(lam_b, numbers.rate_b, group, live)
 
 
 @triton.jit
 def load_tile(log_kernel, rows, live, stride, columns, M):
     """ℓ [BN, BM], −∞ outside."""
-    at = log_kernel + rows.to(tl.int64)[:, None] * stride + columns[None, :]
+    at = log_kernel + rows[:, None] * wide(stride) + columns[None, :]
     return tl.load(at, mask=live[:, None] & (columns < M)[None, :], other=-INF)

@@ -1,0 +1,235 @@
+"""Instructions of the CUDA forward: `python -m benchmarks.compiled.cuda_instructions`.
+
+Compiles csrc/cuda/attention_narrow.cu for sm_90 with lines, and counts what the loops over tokens issue for every 16
+keys and 16 queries at T = 3, M = D = E = 64 in bfloat16, by the function that the kernel calls.  Writes
+benchmarks/results/cuda_instructions.csv; needs nvcc and triton, whose disassembler it uses, and no GPU.
+
+`seconds` is what the model makes of the same loops: one warp alone needs `sass.loop_cycles` for a turn, the schedulers
+issue one instruction a clock each, and every barrier of a cluster costs BARRIER_S.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import functools
+import re
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from benchmarks.common import entry_point
+from benchmarks.compiled import sass
+from benchmarks.compiled.gpus import SCHEDULERS, Gpu
+
+ROOT = Path(__file__).resolve().parents[2]
+SOURCE = ROOT / "csrc" / "cuda" / "attention_narrow.cu"
+TABLE = ROOT / "benchmarks" / "results" / "cuda_instructions.csv"
+KERNEL, DTYPE = "attention_narrow_kernel", "BF16"
+T, E, WARPS, VALUE_ROWS, TILE = 3, 64, 8, 64, 16
+LAUNCH_S, BARRIER_S = 1.5e-6, 1e-6  # from a launch to its first instruction; of a cluster, assumptions
+
+# Called by the kernel, the loop as it is written -> how often it turns for 16 keys and 16 queries, all warps together.
+TURNS = {
+    ("form_exponentials", "for (int row"): 1,
+    ("solve_narrow", "for (int row"): T,
+    ("form_narrow_plan", "for (int row"): 1,
+    ("pool_values", "for (int first"): WARPS * TILE / VALUE_ROWS,
+    ("pool_values", "for (int i"): WARPS * TILE / VALUE_ROWS,  # two rows a turn, which is what a thread has
+    ("pool_values", "for (int k = task"): 2 * E / 32,  # pieces of 32 references and 32 columns
+    ("answer_queries", "for (int row"): 1,
+    ("answer_queries", "for (int e"): E / 32,
+}
+
+
+class Line(NamedTuple):
+    """An instruction's address and the lines it comes from, the innermost function first."""
+
+    address: int
+    text: str
+    frames: tuple[tuple[str, int], ...]
+
+
+class Row(NamedTuple):
+    """A loop: its own instructions, without those of loops inside, and its turns."""
+
+    phase: str
+    loop: str
+    instructions: int
+    turns: float
+    cycles: int  # of one warp alone for one turn, without the loops inside
+
+    @property
+    def issued(self) -> float:
+        return self.instructions * self.turns
+
+
+class Work(NamedTuple):
+    """What a block has to do: times 16 keys and 16 queries, by so many warps; blocks that share a processor; turns that
+    the device takes with all of them."""
+
+    tiles: float
+    warps: int
+    blocks: int
+    waves: int
+    cluster: int
+    iterations: int
+
+
+def available() -> bool:
+    return shutil.which("nvcc") is not None
+
+
+@functools.cache
+def compiled() -> bytes:
+    """The kernel's machine code for sm_90."""
+    options = ["-std=c++17", "-O3", "--expt-relaxed-constexpr", "-gencode=arch=compute_90,code=sm_90", "-lineinfo"]
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder, "kernel.cubin")
+        subprocess.run(["nvcc", *options, "-cubin", str(SOURCE), "-o", str(out)], check=True, timeout=600)
+        return out.read_bytes()
+
+
+def lines(cubin: bytes) -> tuple[list[Line], dict[str, int]]:
+    """The kernel's instructions, and where its labels are."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [sass._tool("nvdisasm"), "-gi", "-c", file.name]
+        text = subprocess.run(command, check=True, capture_output=True, text=True, timeout=120).stdout
+    found: list[Line] = []
+    labels: dict[str, int] = {}
+    frames: list[tuple[str, int]] = []
+    waiting: list[str] = []
+    here = fresh = False
+    for line in text.splitlines():
+        if line.startswith(".text"):
+            here, frames = KERNEL in line and DTYPE in line, []
+        elif match := re.search(r'//## File "([^"]*)", line (\d+)', line):
+            frames = [(match[1], int(match[2]))] if fresh else [*frames, (match[1], int(match[2]))]
+            fresh = False
+        elif here and (match := re.match(r"(\.L_x_\d+):", line.strip())):
+            waiting.append(match[1])
+        elif here and (match := re.match(r"\s+/\*([0-9a-f]{4,})\*/\s+(.*?);", line)):
+            address = int(match[1], 16)
+            labels |= dict.fromkeys(waiting, address)
+            waiting, fresh = [], True
+            found.append(Line(address, match[2], tuple(frames)))
+    return found, labels
+
+
+def machine_code(cubin: bytes, length: int) -> dict[int, sass.Instruction]:
+    """The kernel's instructions by address: of all functions in the file, the one that is so long."""
+    functions: list[list[sass.Instruction]] = []
+    for i in sass.listing(cubin):
+        if not functions or i.address <= functions[-1][-1].address:
+            functions.append([])
+        functions[-1].append(i)
+    return {i.address: i for i in next(f for f in functions if len(f) == length)}
+
+
+def _written(frame: tuple[str, int]) -> str:
+    return _source(Path(frame[0]).name)[frame[1] - 1].strip()
+
+
+@functools.cache
+def _source(name: str) -> list[str]:
+    path = ROOT / "csrc" / "cuda" / name
+    return path.read_text("utf-8").splitlines() if path.exists() else [""] * 10000
+
+
+def rows(cubin: bytes | None = None) -> list[Row]:
+    """The loops of TURNS; of two that are written alike the longer, as only one of them runs."""
+    cubin = cubin or compiled()
+    code, labels = lines(cubin)
+    instructions = machine_code(cubin, len(code))
+    spans = [(low, line) for line in code if (low := _target(line, labels)) is not None and low < line.address]
+    found: dict[tuple[str, str], Row] = {}
+    for low, end in spans:
+        key = _loop(low, end, code)
+        if key is None or (key == ("pool_values", "for (int i") and not _inside(low, end, spans)):
+            continue
+        inner = [(a, b.address) for a, b in spans if (a, b) != (low, end) and low <= a and b.address <= end.address]
+        own = [
+            instructions[line.address]
+            for line in code
+            if low <= line.address <= end.address and not any(a <= line.address <= b for a, b in inner)
+        ]
+        row = Row(*key, sass.count(own)["all"], TURNS[key], sass.loop_cycles(own))
+        if key not in found or found[key].instructions < row.instructions:
+            found[key] = row
+    return [found[key] for key in TURNS]
+
+
+def _loop(low: int, end: Line, code: Sequence[Line]) -> tuple[str, str] | None:
+    """Which of TURNS a loop is, by the line of its branch or else those of what is before it."""
+    called = re.search(r"(\w+)\(", _written(end.frames[-1]))
+    before = [line for line in code if low <= line.address <= end.address]
+    for line in [end] if _written(end.frames[0]).startswith("for (") else reversed(before):
+        for key in TURNS:
+            if called and key[0] == called[1] and _written(line.frames[0]).startswith(key[1]):
+                return key
+    return None
+
+
+def _target(line: Line, labels: dict[str, int]) -> int | None:
+    """Where a branch goes that may fall through: out-of-line code comes back by branches that do not."""
+    branch = re.search(r"^@.*BRA.*(\.L_x_\d+)", line.text)
+    return labels.get(branch[1]) if branch else None
+
+
+def _inside(low: int, end: Line, spans: Sequence[tuple[int, Line]]) -> bool:
+    """Whether a loop is part of the one over the values; there is one more before it, for the first values."""
+    return any(
+        a < low and end.address < b.address and _written(b.frames[0]).startswith("for (int first") for a, b in spans
+    )
+
+
+def seconds(found: Sequence[Row], gpu: Gpu, work: Work) -> float:
+    """A launch, from what a processor has to issue and what a warp alone has to wait for."""
+    turns = [row.turns * work.iterations / T if row.phase == "solve_narrow" else row.turns for row in found]
+    issue = (
+        sum(row.instructions * n for row, n in zip(found, turns, strict=True)) * work.tiles * work.blocks / SCHEDULERS
+    )
+    alone = sum(row.cycles * n for row, n in zip(found, turns, strict=True)) * work.tiles / work.warps
+    barriers = (work.iterations + 2) * BARRIER_S if work.cluster > 1 else 0.0  # one an iteration, two for z
+    return LAUNCH_S + work.waves * (barriers + max(issue, alone) / gpu.clock)
+
+
+def total(found: Sequence[Row]) -> float:
+    return sum(row.issued for row in found)
+
+
+def committed() -> list[Row]:
+    with TABLE.open() as file:
+        return list(_read(csv.DictReader(file)))
+
+
+def _read(table: Iterator[dict[str, str]]) -> Iterator[Row]:
+    for row in table:
+        yield Row(row["phase"], row["loop"], int(row["instructions"]), float(row["turns"]), int(row["cycles"]))
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.compiled.cuda_instructions", description=__doc__)
+    parser.add_argument("--out", type=Path, default=TABLE, help="file to write (default: the committed table)")
+    arguments = parser.parse_args(argv)
+    if not available():
+        raise entry_point.NotHereError("needs nvcc on PATH")
+    found = rows()
+    with arguments.out.open("w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(Row._fields)
+        writer.writerows(found)
+    for row in found:
+        print(f"{row.phase:<20} {row.loop:<20} {row.instructions:>4} x {row.turns:g} = {row.issued:.0f}")
+    print(f"{total(found):.0f} instructions of a warp for 16 keys and 16 queries, T = {T}")
+    return 0
+
+
+if __name__ == "__main__":
+    entry_point.run("benchmarks.compiled.cuda_instructions", main)

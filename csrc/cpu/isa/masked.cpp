@@ -1,0 +1,4 @@
+#include "../masked/forward.h"
+#include "unit.h"
+
+SFK_KERNEL(masked, masked_forward, MaskedParams)

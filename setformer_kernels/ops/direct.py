@@ -1,0 +1,64 @@
+"""The short way from a call to its backend, where PyTorch's dispatcher would add nothing but its time.
+
+A call through the dispatcher packs and unpacks twenty arguments twice.  What it does in between is for others:
+subclasses of tensors, modes, transforms, tracers and profilers.  Without any of them, what is left is autograd.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import NoneType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+PLAIN = frozenset((Tensor, torch.nn.Parameter, NoneType))
+
+
+_ordinary: set[int] = (
+    set()
+)  # the dispatch keys of tensors that nothing was done to, on the devices that calls came from
+
+
+def unwatched(tensors: Sequence[Tensor | None]) -> bool:
+    """Whether nobody but autograd has to see a call on these tensors."""
+    if (
+        torch.compiler.is_compiling()
+        or not PLAIN.issuperset(map(type, tensors))
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._len_torch_function_stack()
+        or torch._C._get_tracing_state() is not None
+        or torch.autograd._profiler_enabled()
+        or forward_ad._current_level >= 0
+    ):
+        return False
+    for t in tensors:
+        if t is not None and torch._C._dispatch_keys(t).raw_repr() not in _ordinary and not _is_ordinary(t):
+            return False
+    return True
+
+
+def _is_ordinary(t: Tensor) -> bool:
+    """Whether `t` has the keys of a fresh tensor of its device; not so negated and zero views, wrappers, no memory."""
+    device = t.device.type
+    if device not in ("cpu", "cuda"):
+        return False
+    fresh = [torch.empty(0, device=device)]
+    with torch.inference_mode():
+        fresh.append(torch.empty(0, device=device))
+    _ordinary.update(torch._C._dispatch_keys(one).raw_repr() for one in fresh)
+    return torch._C._dispatch_keys(t).raw_repr() in _ordinary
+
+
+def differentiated(args: Sequence[Any]) -> bool:
+    """Whether autograd, or a level of forward AD, has to see this call."""
+    if forward_ad._current_level >= 0:
+        return True
+    if torch.is_grad_enabled():
+        for a in args:
+            if isinstance(a, Tensor) and a.requires_grad:
+                return True
+    return False

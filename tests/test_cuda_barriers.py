@@ -1,0 +1,72 @@
+"""Barriers of the CUDA kernels: what the shim sees of a missing one, and that none is missing."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))  # benchmarks/ is not installed
+
+from test_cuda_kernels import shim
+
+from benchmarks.compiled import barriers
+from setformer_kernels.backends import cuda
+
+__all__ = ["shim"]  # a fixture
+
+# By which schedules a probe shows that its barrier is missing; by its race each does.
+SHOWN = {
+    "block": {"any", "warp", "block"},
+    "block behind shuffles": {"warp"},
+    "cluster behind barriers of the block": {"block"},
+    "cluster before the end": {"any", "warp", "block"},
+    "warp behind shuffles": set(),
+    "copy": {"any", "warp", "block"},
+}
+
+
+def found(shim: ModuleType, probe: str, barrier: bool) -> dict[str, str]:
+    """Schedule -> what all threads found, as text: some of it is NaN."""
+    results = {}
+    for schedule in shim.SCHEDULES:
+        shim.set_schedule(schedule)
+        results[schedule] = str(shim.probe(probe, barrier))
+    shim.set_schedule(shim.SCHEDULES[0])
+    return results
+
+
+def race(shim: ModuleType, probe: str, barrier: bool) -> str:
+    shim.watch_races(True)
+    shim.probe(probe, barrier)
+    shim.watch_races(False)
+    return shim.found_race()
+
+
+@pytest.mark.parametrize("probe", SHOWN)
+def test_the_shim_shows_a_missing_barrier(probe: str, shim: ModuleType) -> None:
+    right = found(shim, probe, True)
+    assert len(set(right.values())) == 1
+    assert race(shim, probe, True) == ""
+    wrong = found(shim, probe, False)
+    assert {name.split()[0] for name, result in wrong.items() if result not in right.values()} == SHOWN[probe]
+    assert "with no barrier between" in race(shim, probe, False)
+
+
+def test_every_probe_is_judged(shim: ModuleType) -> None:
+    assert set(SHOWN) == set(shim.PROBES)
+
+
+@pytest.mark.parametrize("name", barriers.CASES)
+def test_no_race(name: str, shim: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda, "_C", shim)
+    assert barriers.race(shim, barriers.CASES[name]) == ""
+
+
+@pytest.mark.parametrize("name", barriers.CASES)
+def test_every_schedule_agrees_bit_for_bit(name: str, shim: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda, "_C", shim)
+    case = barriers.CASES[name]
+    assert barriers.deviating(shim, case, shim.SCHEDULES[1:], barriers.digest(case)) == ""
