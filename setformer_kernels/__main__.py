@@ -10,6 +10,7 @@ from dataclasses import replace
 import torch
 
 from . import __version__
+from .backends.triton.face import TARGETS
 from .dispatch import available_backends, select, typical_problem
 from .problem import Problem
 
@@ -19,7 +20,8 @@ def versions() -> Iterator[str]:
     yield f"torch {torch.__version__}, {torch.get_num_threads()} threads"
     yield f"Python {platform.python_version()}, {platform.system()} {platform.machine()}"
     if torch.cuda.is_available():
-        yield f"CUDA {torch.version.cuda}, {torch.cuda.get_device_name()}"
+        platform_name = f"ROCm {torch.version.hip}" if torch.version.hip else f"CUDA {torch.version.cuda}"
+        yield f"{platform_name}, {torch.cuda.get_device_name()}"
 
 
 def typical_problems() -> Iterator[tuple[str, Problem]]:
@@ -38,6 +40,9 @@ def info() -> Iterator[str]:
     yield "\nbackends (float32 attention, D = E = M = 64):"
     for name, reasons in available_backends(typical_problem()).items():
         yield f"  {name:<10} {'cannot run: ' + '; '.join(reasons) if reasons else 'can run'}"
+    yield "\nkernels of the triton backend:"
+    for target, state in TARGETS.items():
+        yield f"  {target:<28} {state}"
     yield '\nbackend="auto" takes:'
     for title, problem in typical_problems():
         yield f"  {title:<26} {select(problem)}"

@@ -110,3 +110,18 @@ def test_a_failing_memory_child_is_reported():
 
 def test_elu_is_linear_attention():
     assert correctness._check_other(Entry("elu", None), 33) < correctness.SANITY
+
+
+def test_host_command_times_each_launch_beside_another_checkout(tmp_path):
+    pytest.importorskip("triton")
+    path = tmp_path / "host.csv"
+    few = ["--rounds", "2", "--calls", "2", "--only", "launch: transport_kernel", "--out", str(path)]
+    command = [sys.executable, "-m", "benchmarks.compiled.host", "--against", str(ROOT), *few]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    with path.open(newline="") as file:
+        records = list(csv.DictReader(file))
+    assert [(record["checkout"], record["rounds"]) for record in records] == [("before", "2"), ("now", "2")]
+    for record in records:
+        assert 0 < float(record["best_us"]) <= float(record["median_us"])
+    assert records[0]["step"] in done.stdout

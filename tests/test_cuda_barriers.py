@@ -1,4 +1,7 @@
-"""Barriers of the CUDA kernels: what the shim sees of a missing one, and that none is missing."""
+"""Barriers of the CUDA kernels: what the shim sees of a missing one, and that none is missing.
+
+The table of mutants (benchmarks/results/cuda_barriers.csv) says of every barrier what shows that it is needed.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))  # benchmarks/ is not 
 
 from test_cuda_kernels import shim
 
-from benchmarks.compiled import barriers
+from benchmarks.compiled import barriers, mutants
 from setformer_kernels.backends import cuda
 
 __all__ = ["shim"]  # a fixture
@@ -70,3 +73,21 @@ def test_every_schedule_agrees_bit_for_bit(name: str, shim: ModuleType, monkeypa
     monkeypatch.setattr(cuda, "_C", shim)
     case = barriers.CASES[name]
     assert barriers.deviating(shim, case, shim.SCHEDULES[1:], barriers.digest(case)) == ""
+
+
+def test_every_barrier_of_the_kernels_is_needed() -> None:
+    """Renew the table with python -m benchmarks.compiled.mutants after a change of barriers."""
+    table = mutants.committed()
+    assert {row.mutant for row in table} == set(mutants.mutants())
+    unseen = {str(row.mutant) for row in table if not any(row.seen.values())}
+    assert unseen == mutants.UNSEEN.keys()
+
+
+def test_places_of_barriers_are_found_by_their_functions(tmp_path: Path) -> None:
+    (tmp_path / "a.cuh").write_text(
+        "SFK_DEVICE void wait(int t) {\n  t ? copies_wait<kOf<T> - 1>() : copies_wait<0>();  // sync_block()\n"
+        "  sync_block();\n}\nSFK_KERNEL(kThreads, 1)\nsome_kernel(const P p) {\n  sync_block();\n}\n"
+    )
+    assert [site[1:] for site in mutants.sites(tmp_path)] == [
+        ("wait", "copies_wait", 1), ("wait", "copies_wait", 2), ("wait", "sync_block", 1),
+        ("some_kernel", "sync_block", 1)]  # fmt: skip

@@ -38,10 +38,11 @@ def names(shim: ModuleType) -> list[str]:
 
 
 # B, S, L, M, D, E: one block; fewer references, shorter rows; a cluster, some of whose blocks have no keys; more values
-# than a block pools at a time; a block for several problems; queries alone ask for warps.
+# than a block pools at a time; a block for several problems; queries alone ask for warps; one processor, whose block
+# has 16 warps.
 SHAPES = {"block": (1, 60, 33, 64, 64, 64), "short": (1, 70, 20, 50, 40, 24), "eight": (1, 1030, 300, 64, 64, 64),
           "empty_blocks": (1, 129, 2000, 64, 16, 8), "wide": (1, 90, 20, 64, 64, 200), "many": (300, 9, 9, 60, 64, 32),
-          "few_keys": (2, 3, 100, 64, 64, 64)}  # fmt: skip
+          "few_keys": (2, 3, 100, 64, 64, 64), "alone": (1, 300, 270, 64, 64, 64)}  # fmt: skip
 OPTIONS: dict[str, dict[str, Any]] = {
     "plain": {}, "t1": {"num_iters": 1}, "t0": {"num_iters": 0},
     "relaxed": {"key_relaxation": 0.8, "reference_relaxation": 0.9},
@@ -66,7 +67,7 @@ def test_within_the_error_budget_in_two_schedules(
     exact, model = model_inputs(functools.partial(call, backend="reference"), inputs, dtype, cotangent)
     found = []
     for schedule in ("warp descending", "any ascending"):  # test_cuda_barriers.py has all of them
-        on_shim.set_devices([(*H100, (0, 0, 0), False)])
+        on_shim.set_devices([(1 if shape == "alone" else H100[0], H100[1], (0, 0, 0), False)])
         on_shim.set_schedule(schedule)
         found.append(call(**cast(inputs, torch.float32, dtype), backend="cuda"))
     assert names(on_shim) == ["attention_narrow"]

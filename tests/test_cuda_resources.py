@@ -25,7 +25,8 @@ def test_nothing_spills_and_every_architecture_is_there() -> None:
 
 
 MOST = 2500  # instructions of a warp for 16 keys and 16 queries, T = 3, M = D = E = 64 in 16 bits
-LONG = cuda_instructions.Work(tiles=32, warps=8, blocks=1, waves=1, cluster=8, iterations=3)  # of L = 4096, B·H = 16
+# Of L = 4096, B·H = 16.
+LONG = cuda_instructions.Work(tiles=32, warps=16, blocks=1, waves=1, cluster=8, iterations=3, problems=1)
 
 
 def test_the_forward_issues_few_instructions() -> None:

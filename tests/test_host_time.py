@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -17,6 +18,7 @@ import setformer_kernels.functional as SF
 from setformer_kernels import SeTAttention, arguments
 from setformer_kernels.backends.cpu import ABSENT
 from setformer_kernels.ops import direct
+from setformer_kernels.problem import Operands, Options
 
 native_cpu = pytest.mark.skipif(bool(ABSENT), reason=ABSENT)
 
@@ -69,6 +71,34 @@ def test_a_module_call_enters_few_python_functions() -> None:
     module, x = SeTAttention(24, 3, batch_first=True, num_references=4).eval(), torch.randn(1, 5, 24)
     with torch.no_grad():
         assert python_calls(lambda: module(x, x, x, need_weights=False)) <= MOST_MODULE
+
+
+# (op, T, backward) -> (launches, functions in Python of the backend with its launches recorded).  Of attention forward:
+# one launch to prepare, one for each pass over the keys, one that merges the last, one for the queries.
+MOST_LAUNCHES = {
+    ("attention", 1, False): (4, 88), ("attention", 1, True): (5, 196), ("attention", 3, False): (6, 92),
+    ("attention", 3, True): (7, 200), ("causal", 1, False): (4, 94), ("causal", 1, True): (9, 208),
+}  # fmt: skip
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
+@pytest.mark.parametrize(("op", "T", "backward"), MOST_LAUNCHES)
+def test_a_call_on_triton_takes_few_launches_and_few_python_functions(op: str, T: int, backward: bool) -> None:
+    from setformer_kernels.backends.triton import face
+    from setformer_kernels.backends.triton.host.launch import Device, recorded
+
+    q, k, v = (torch.empty(1, 16, 1024, 64, dtype=torch.bfloat16) for _ in range(3))
+    x, opt = Operands(q, k, v, torch.empty(16, 64, 64), *[None] * 11), Options(num_iters=T)
+    state = (torch.empty(1, 16, 64, 64), torch.empty(1, 16, T, 64)) if op == "attention" else ()
+    run: Any = getattr(face, f"{op}_backward" if backward else op)
+    rest = (*state, q, [t is not None for t in x]) if backward else ()
+    with recorded(Device("sm_90", 132, "tf32x3")) as taken:
+        run(x, opt, *rest)
+        count = len(taken)
+        entered = python_calls(lambda: run(x, opt, *rest))
+    launches, functions = MOST_LAUNCHES[op, T, backward]
+    assert count <= launches
+    assert entered <= functions, entered
 
 
 class Dispatched(TorchDispatchMode):

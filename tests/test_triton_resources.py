@@ -13,6 +13,7 @@ import pytest
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # benchmarks/ is not installed
 
 from benchmarks.compiled import front_end, resources
+from benchmarks.compiled.gpus import AMD, FAMILIES
 from benchmarks.compiled.resources import Row
 
 pytest.importorskip("triton")
@@ -41,7 +42,7 @@ def test_no_new_spills_enough_shared_memory_and_tensor_cores_for_every_product(
 ) -> None:
     rows, complaints = compiled
     assert complaints == ""
-    assert {row.family for row in rows} == {"sm_80", "sm_90", "sm_100"}
+    assert {row.family for row in rows} == {*FAMILIES, "gfx942"}
     assert any(row.products for row in rows)
     known = resources.known_spills(resources.read())
     assert [fault for row in rows for fault in row.faults(known.get(resources.kind(row), 0))] == []
@@ -56,7 +57,7 @@ def test_the_committed_table_is_of_these_kernels(compiled: tuple[list[Row], str]
 def test_the_committed_table_has_no_fault_but_the_spills_it_counts() -> None:
     committed = resources.read()
     assert {(row.family, row.dtype) for row in committed} == {
-        (family, dtype) for family in ("sm_80", "sm_90", "sm_100") for dtype in ("bfloat16", "float32")
+        (family, dtype) for family in (*FAMILIES, *AMD) for dtype in ("bfloat16", "float32")
     }
     assert [fault for row in committed for fault in row.faults(known_spill=row.spill_bytes)] == []
 
@@ -66,6 +67,16 @@ FORWARD = (
     *("attention.transport.transport_kernel", "attention.transport.transport_finish_kernel"),
     "attention.read.read_kernel",
 )
+
+
+def test_every_kernel_is_compiled_for_every_gpu_and_spills_on_none_of_amd() -> None:
+    committed = resources.read()
+    kernels = {row.kernel for row in committed}
+    assert len(kernels) > 25
+    for family in (*FAMILIES, *AMD):
+        assert {row.kernel for row in committed if row.family == family} == kernels
+    assert [fault for row in committed if row.family in AMD for fault in row.faults()] == []
+    assert all(row.scalar_registers > 0 for row in committed if row.family in AMD)
 
 
 def test_the_forward_pass_in_half_precision_never_spills() -> None:

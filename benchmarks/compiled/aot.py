@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple
 
-from benchmarks.compiled.gpus import FAMILIES
+from benchmarks.compiled.gpus import AMD, FAMILIES, target
 
 WHY_NOT = "kernels cannot be compiled in a process with TRITON_INTERPRET=1"
 
@@ -20,9 +20,9 @@ class Pretended:
     """What the JIT asks of a driver: a device number and a target."""
 
     def __init__(self, family: str, asking: bool) -> None:
-        self.capability = FAMILIES[family].capability
+        self.family = family
         # Compiled kernels are kept by device: one device per family, and one whose cache stays empty.
-        self.device = 1000 + self.capability if asking else self.capability
+        self.device = 2 * [*FAMILIES, *AMD].index(family) + asking
 
     def get_current_device(self) -> int:
         return self.device
@@ -33,7 +33,7 @@ class Pretended:
     def get_current_target(self) -> Any:
         from triton.backends.compiler import GPUTarget
 
-        return GPUTarget("cuda", self.capability, 32)
+        return GPUTarget(*target(self.family))
 
 
 @contextmanager

@@ -115,10 +115,12 @@ class Solver(NamedTuple):
         l[-1] *= 0.01  # nearly constant: it stops first where there is a tolerance
         if self.N > 5 and self.M > 5:
             l[0, 3], l[0, :, 2], l[0, 4, 5] = -math.inf, -math.inf, -math.inf
-        x = Sinkhorn(l, num_iters=self.num_iters, tol=self.tol, scalars=(0.9, 0.8))
+        masses = [torch.randn(self.G, n, generator=draw).log_softmax(-1) for n in (self.N, self.M)]
+        relaxed = torch.full((self.G,), 0.9), torch.full((self.G,), 0.8)
+        x = Sinkhorn(l, *masses, *relaxed, num_iters=self.num_iters, tol=self.tol)
         f, g, c, iters = cuda.sinkhorn(x)
-        needs = (True, False, False, True, True)
-        grads = cuda.sinkhorn_backward(x, c, iters, torch.cos(f).nan_to_num(), torch.sin(g).nan_to_num(), needs)
+        d_f, d_g = torch.cos(f).nan_to_num(), torch.sin(g).nan_to_num()
+        grads = cuda.sinkhorn_backward(x, c, iters, d_f, d_g, (True,) * 5)
         return [f, g, c, iters, *(t for t in grads if t is not None)]
 
 
@@ -134,6 +136,7 @@ CASES: dict[str, Case] = {
     "narrow, with masses": Attention(1, 260, 40, 50, 40, 24, F16, masses=True),
     "narrow passes": Attention(1, 90, 20, 64, 64, 200, BF16),
     "narrow problems": Attention(7, 120, 20, 64, 16, 16, BF16, processors=1),
+    "narrow alone": Attention(1, 270, 260, 64, 16, 16, BF16, processors=1),  # 16 warps
     "sinkhorn": Solver(2, 20, 37),
     "cluster of sinkhorn": Solver(1, 150, 70),
     "large sinkhorn": Solver(1, 300, 190, num_iters=1),
@@ -141,6 +144,7 @@ CASES: dict[str, Case] = {
     "strips": Solver(1, 9, 700, num_iters=2),
     "one row": Solver(1, 1, 40),
     "one column": Solver(1, 40, 1),
+    "steps": Attention(1, 400, 400, 16, 16, 16, BF16, processors=1),
     "rich": Attention(1, 260, 40, 20, 16, 16, BF16, masses=True, positions=True),
     "dropout": Attention(1, 260, 40, 20, 16, 16, BF16, dropout_p=0.3),
     "pooling": Attention(1, 260, 1, 20, 16, 16, pool=True),

@@ -4,8 +4,8 @@ Compiles csrc/cuda/attention_narrow.cu for sm_90 with lines, and counts what the
 keys and 16 queries at T = 3, M = D = E = 64 in bfloat16, by the function that the kernel calls.  Writes
 benchmarks/results/cuda_instructions.csv; needs nvcc and triton, whose disassembler it uses, and no GPU.
 
-`seconds` is what the model makes of the same loops: one warp alone needs `sass.loop_cycles` for a turn, the schedulers
-issue one instruction a clock each, and every barrier of a cluster costs BARRIER_S.
+`seconds` is what the model makes of the loops and of what is around them: one warp alone needs `sass.loop_cycles` for a
+turn, the schedulers issue one instruction a clock each, and every barrier of a cluster costs BARRIER_S.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ ROOT = Path(__file__).resolve().parents[2]
 SOURCE = ROOT / "csrc" / "cuda" / "attention_narrow.cu"
 TABLE = ROOT / "benchmarks" / "results" / "cuda_instructions.csv"
 KERNEL, DTYPE = "attention_narrow_kernel", "BF16"
-T, E, WARPS, VALUE_ROWS, TILE = 3, 64, 8, 64, 16
+T, E, WARPS, VALUE_ROWS, TILE = 3, 64, 16, 128, 16
 LAUNCH_S, BARRIER_S = 1.5e-6, 1e-6  # from a launch to its first instruction; of a cluster, assumptions
 
 # Called by the kernel, the loop as it is written -> how often it turns for 16 keys and 16 queries, all warps together.
@@ -45,6 +45,9 @@ TURNS = {
 }
 
 
+ITERATION, PROBLEM = "once an iteration", "once a problem"
+
+
 class Line(NamedTuple):
     """An instruction's address and the lines it comes from, the innermost function first."""
 
@@ -54,7 +57,7 @@ class Line(NamedTuple):
 
 
 class Row(NamedTuple):
-    """A loop: its own instructions, without those of loops inside, and its turns."""
+    """A loop: its own instructions, without those of loops inside, and its turns (0: it is none, see `_around`)."""
 
     phase: str
     loop: str
@@ -69,7 +72,7 @@ class Row(NamedTuple):
 
 class Work(NamedTuple):
     """What a block has to do: times 16 keys and 16 queries, by so many warps; blocks that share a processor; turns that
-    the device takes with all of them."""
+    the device takes with all of them; problems that it solves one after another."""
 
     tiles: float
     warps: int
@@ -77,6 +80,7 @@ class Work(NamedTuple):
     waves: int
     cluster: int
     iterations: int
+    problems: int
 
 
 def available() -> bool:
@@ -117,7 +121,7 @@ def lines(cubin: bytes) -> tuple[list[Line], dict[str, int]]:
             address = int(match[1], 16)
             labels |= dict.fromkeys(waiting, address)
             waiting, fresh = [], True
-            found.append(Line(address, match[2], tuple(frames)))
+            found.append(Line(address, match[2].strip(), tuple(frames)))
     return found, labels
 
 
@@ -161,16 +165,34 @@ def rows(cubin: bytes | None = None) -> list[Row]:
         row = Row(*key, sass.count(own)["all"], TURNS[key], sass.loop_cycles(own))
         if key not in found or found[key].instructions < row.instructions:
             found[key] = row
-    return [found[key] for key in TURNS]
+    return [*(found[key] for key in TURNS), *_around(code, instructions, spans)]
+
+
+def _around(
+    code: Sequence[Line], instructions: dict[int, sass.Instruction], spans: Sequence[tuple[int, Line]]
+) -> Iterator[Row]:
+    """What is around the loops, each once: of an iteration, and of a problem."""
+    end = next(line.address for line in code if line.text == "EXIT")
+    inside = [(low, last.address) for low, last in spans if _loop(low, last, code)]
+    rest = [line for line in code if line.address <= end and not any(a <= line.address <= b for a, b in inside)]
+    for name, wanted in ((ITERATION, True), (PROBLEM, False)):
+        own = [instructions[line.address] for line in rest if (_called(line) == "solve_narrow") == wanted]
+        yield Row("around the loops", name, sass.count(own)["all"], 0, sass.loop_cycles(own))
+
+
+def _called(line: Line) -> str:
+    """The function that the kernel's own line calls."""
+    found = re.search(r"(\w+)\(", _written(line.frames[-1])) if line.frames else None
+    return found[1] if found else ""
 
 
 def _loop(low: int, end: Line, code: Sequence[Line]) -> tuple[str, str] | None:
     """Which of TURNS a loop is, by the line of its branch or else those of what is before it."""
-    called = re.search(r"(\w+)\(", _written(end.frames[-1]))
+    called = _called(end)
     before = [line for line in code if low <= line.address <= end.address]
     for line in [end] if _written(end.frames[0]).startswith("for (") else reversed(before):
         for key in TURNS:
-            if called and key[0] == called[1] and _written(line.frames[0]).startswith(key[1]):
+            if key[0] == called and _written(line.frames[0]).startswith(key[1]):
                 return key
     return None
 
@@ -190,11 +212,14 @@ def _inside(low: int, end: Line, spans: Sequence[tuple[int, Line]]) -> bool:
 
 def seconds(found: Sequence[Row], gpu: Gpu, work: Work) -> float:
     """A launch, from what a processor has to issue and what a warp alone has to wait for."""
-    turns = [row.turns * work.iterations / T if row.phase == "solve_narrow" else row.turns for row in found]
-    issue = (
-        sum(row.instructions * n for row, n in zip(found, turns, strict=True)) * work.tiles * work.blocks / SCHEDULERS
-    )
-    alone = sum(row.cycles * n for row, n in zip(found, turns, strict=True)) * work.tiles / work.warps
+    issue = alone = 0.0
+    for row in found:
+        if row.turns:
+            turns = row.turns * (work.iterations / T if row.phase == "solve_narrow" else 1) * work.tiles / work.warps
+        else:
+            turns = work.problems * (work.iterations if row.loop == ITERATION else 1)
+        issue += row.instructions * turns * work.warps * work.blocks / SCHEDULERS
+        alone += row.cycles * turns
     barriers = (work.iterations + 2) * BARRIER_S if work.cluster > 1 else 0.0  # one an iteration, two for z
     return LAUNCH_S + work.waves * (barriers + max(issue, alone) / gpu.clock)
 

@@ -25,6 +25,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+from benchmarks.common import entry_point
 from benchmarks.common.hardware import ROOT, commit, cpu_model
 
 Sample = Callable[[], float]  # seconds of one call
@@ -96,10 +97,10 @@ def functional_steps(clock: Clock) -> dict[str, Sample]:
     return steps
 
 
-def _operands(q: Any, k: Any, v: Any, y: Any) -> Any:
+def _operands(q: Any, k: Any, v: Any, y: Any, T: int = 3) -> Any:
     from setformer_kernels.arguments import normalise
 
-    options = {"kernel": "rbf", "num_iters": 3, "dropout_p": 0.0, "seed": None, "backend": "cuda"}
+    options = {"kernel": "rbf", "num_iters": T, "dropout_p": 0.0, "seed": None, "backend": "cuda"}
     return normalise(q, k, v, y, (1.0, 0.05, 1.0, 1.0, 1.0), *[None] * 5, **options)
 
 
@@ -140,7 +141,24 @@ def module_steps() -> dict[str, Sample]:
                 made.load_state_dict(module.state_dict())
                 step = f"module, width {width}, length {length}, {mode}: {name}"
                 steps[step] = whole(_call(made, x, mode == "train"))
+        steps[f"module, width {width}, length {length}: the C++ kernel of SeTAttention"] = _kernel(
+            width // 6, length, t
+        )
     return steps
+
+
+def _kernel(width: int, length: int, T: int) -> Sample:
+    """The arithmetic of one such call, which is not Python."""
+    import torch
+
+    from setformer_kernels.backends import cpu
+    from setformer_kernels.backends._extension import view
+
+    q, k, v = (torch.randn(1, length, 6, width).transpose(1, 2) for _ in range(3))
+    x, opt = _operands(q, k, v, torch.randn(6, 64, width), T)
+    outputs = cpu.attention(x, opt)
+    kept, given = (x, outputs), (*cpu._common(x, opt), *[view(t) for t in outputs], False)
+    return whole(lambda kept=kept: cpu._C.attention(*given))  # views do not keep their tensors
 
 
 def _call(module: Any, x: Any, train: bool) -> Callable[[], Any]:
@@ -174,7 +192,6 @@ def serve(package: str) -> None:
     gc.disable()
     for line in sys.stdin:
         name, calls = json.loads(line)
-        gc.collect()
         print(json.dumps([steps[name]() for _ in range(calls)]), flush=True)
 
 
@@ -183,8 +200,10 @@ class Worker:
 
     def __init__(self, label: str, checkout: Path, only: str) -> None:
         self.label, self.checkout = label, checkout
-        command = [sys.executable, "-m", "benchmarks.compiled.host", "--serve", str(checkout)]
-        self.process = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        command = [sys.executable, "-m", "benchmarks.compiled.host", "--serve", str(checkout.resolve())]
+        pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+        compiled = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+        self.process = subprocess.Popen(command, cwd=ROOT, env=compiled, **pipes)
         self.steps: list[str] = [name for name in self._answer() if only in name]
         self.medians: dict[str, list[float]] = {name: [] for name in self.steps}
         self.best: dict[str, float] = dict.fromkeys(self.steps, math.inf)
@@ -273,19 +292,32 @@ def table(found: Sequence[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
-    """Measure, print the table, write the CSV."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.compiled.host", description=__doc__)
+def _parsed(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.compiled.host", description="Host time of calls, launches and modules, in µs."
+    )
     parser.add_argument("--against", type=Path, help="another checkout, with its extension built: the first column")
-    parser.add_argument("--rounds", type=int, default=ROUNDS)
     parser.add_argument("--only", default="", help="steps whose names hold this")
+    parser.add_argument("--rounds", type=int, default=ROUNDS, help="at least 2")
     parser.add_argument("--calls", type=int, default=CALLS, help="calls a round and step")
     parser.add_argument("--out", type=Path, help="the CSV")
     parser.add_argument("--serve", help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
+    a = parser.parse_args(argv)
+    if a.rounds < 2 or a.calls < 1:
+        parser.error(f"--rounds must be at least 2 and --calls at least 1, got {a.rounds} and {a.calls}")
+    if a.against and not (a.against / "setformer_kernels" / "__init__.py").exists():
+        parser.error(f"--against must be a checkout of this repository, got {a.against}")
+    return a
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure, print the table, write the CSV."""
+    arguments = _parsed(argv)
+    import triton  # noqa: F401  (missing, it is named before any process starts)
+
     if arguments.serve:
         serve(arguments.serve)
-        return
+        return 0
     checkouts = [("before", arguments.against)] if arguments.against else []
     workers = [Worker(label, path, arguments.only) for label, path in (*checkouts, ("now", ROOT))]
     measure(workers, arguments.rounds, arguments.calls)
@@ -297,8 +329,9 @@ def main() -> None:
             writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
             writer.writeheader()
             writer.writerows(found)
-    print(table(found))
+    print(table(found) if found else f"no step has {arguments.only!r} in its name")
+    return 0 if found else 1
 
 
 if __name__ == "__main__":
-    main()
+    entry_point.run("benchmarks.compiled.host", main)

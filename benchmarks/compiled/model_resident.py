@@ -43,7 +43,7 @@ class Work(NamedTuple):
 
 class Layout(NamedTuple):
     """How a launch is laid out: blocks of a cluster, warps, steps of tokens and bytes in shared memory of a block,
-    batch elements a cluster takes, and clusters of a head."""
+    batch elements a cluster takes, clusters of a head, and warps where the logits lie close together."""
 
     cluster: int
     warps: int
@@ -51,6 +51,7 @@ class Layout(NamedTuple):
     shared: int
     problems: int
     groups: int
+    narrow_warps: int
 
 
 def resident(call: Call, groups: int | None = None) -> Work:
@@ -128,15 +129,16 @@ def table(gpu: Gpu, T: int, sizes: Sequence[tuple[int, int]] = SIZES) -> str:
 
 def forward_seconds(call: Call, layout: Layout, gpu: Gpu) -> float:
     """What the forward should take where its logits lie close together, from the committed counts of sm_90."""
-    running = max(1, min(FAMILIES[gpu.family].shared_per_sm // (layout.shared + 1024), 16 // layout.warps))
+    running = max(1, min(FAMILIES[gpu.family].shared_per_sm // (layout.shared + 1024), 16 // layout.narrow_warps))
     blocks, tile = call.H * layout.groups * layout.cluster, cuda_instructions.TILE
     work = cuda_instructions.Work(
         tiles=math.ceil(call.L / layout.cluster / tile) * layout.problems,
-        warps=layout.warps,
+        warps=layout.narrow_warps,
         blocks=max(1, min(running, blocks // gpu.multiprocessors)),
         waves=math.ceil(blocks / (gpu.multiprocessors * running)),
         cluster=layout.cluster,
         iterations=max(call.T, 1),
+        problems=layout.problems,
     )
     return cuda_instructions.seconds(cuda_instructions.committed(), gpu, work)
 

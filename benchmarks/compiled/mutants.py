@@ -234,6 +234,9 @@ def committed() -> list[Row]:
 
 
 def save(path: Path, found: list[Row]) -> None:
+    """In the order of the sources."""
+    places = {mutant: place for place, mutant in enumerate(mutants())}
+    found = sorted(found, key=lambda row: places[row.mutant])
     with path.open("w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow([*Site._fields, "mutant", *JUDGES, "why"])
@@ -245,20 +248,21 @@ def main(argv: list[str] | None = None) -> int:
     """Entry point."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.compiled.mutants", description=__doc__)
     parser.add_argument("--out", type=Path, default=TABLE, help="file to write (default: the committed table)")
-    parser.add_argument("--only", default="", help="a regular expression: mutants to judge, without writing a file")
+    parser.add_argument("--only", default="", help="a regular expression: mutants to judge; the other rows stay")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes at a time (default: all cores)")
     arguments = parser.parse_args(argv)
     for tool in ("g++", "make"):
         if shutil.which(tool) is None:
             raise entry_point.NotHereError(f"needs {tool} on PATH")
     torch.set_num_threads(1)
-    found = []
-    for row in rows([m for m in mutants() if re.search(arguments.only, str(m))], arguments.jobs):
+    chosen = [m for m in mutants() if re.search(arguments.only, str(m))]
+    found: list[Row] = []
+    for row in rows(chosen, arguments.jobs):
         found.append(row)
         seen = ", ".join(f"{judge} in {case!r}" for judge, case in row.seen.items() if case)
         print(f"{row.mutant}: {seen or UNSEEN.get(str(row.mutant), 'NOT SEEN')}", flush=True)
-    if not arguments.only:
-        save(arguments.out, found)
+    rest = set(mutants()) - set(chosen)
+    save(arguments.out, found + [row for row in (committed() if rest else []) if row.mutant in rest])
     unseen = [row for row in found if not any(row.seen.values())]
     print(f"{len(found)} mutants, {len(found) - len(unseen)} seen")
     return int(any(str(row.mutant) not in UNSEEN for row in unseen))

@@ -2,8 +2,9 @@
 
 Needs triton and no GPU.  For every call of `workloads.table_calls` the backend's launches are recorded, each distinct
 binary is compiled for sm_80, sm_90 and sm_100, and registers, spills, shared memory, tensor-core use and the
-instructions of the loop over tokens are read from the machine code.  Exit status 1 where a kernel spills, exceeds the
-device's shared memory, or computes a product without tensor cores.
+instructions of the loop over tokens are read from the machine code; for gfx90a and gfx942 (AMD) the same, but for the
+loop, from the assembly.  Exit status 1 where a kernel spills, exceeds the device's shared memory, or computes a product
+without tensor cores.
 """
 
 from __future__ import annotations
@@ -17,30 +18,36 @@ import os
 import re
 import sys
 import tokenize
-from collections.abc import Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 from benchmarks.common import entry_point
 from benchmarks.common.hardware import ROOT
-from benchmarks.compiled import aot, sass, workloads
-from benchmarks.compiled.gpus import FAMILIES, resident_blocks
+from benchmarks.compiled import aot, gcn, sass, workloads
+from benchmarks.compiled.gpus import AMD, FAMILIES, resident_blocks, shared_limit
 from benchmarks.compiled.workloads import Call
 
 TABLE = ROOT / "benchmarks" / "results" / "triton_resources.csv"
 BACKEND = ROOT / "setformer_kernels" / "backends" / "triton"
+ORDER = (*FAMILIES, *AMD)
+TENSOR = (*sass.TENSOR, gcn.PRODUCT)
 MEASURED = ("registers", "spill_bytes", "shared_bytes", "instructions", "tensor_instructions")
 REGENERATE = "regenerate it with `python -m benchmarks.compiled.resources`"
 
 
 @dataclass(frozen=True)
 class Row:
-    """One binary.  `loop_*`: one iteration of the loop over tokens on its hot path, per warp, inner loops once."""
+    """One binary.  `loop_*`: one iteration of the loop over tokens on its hot path, per warp, inner loops once.
+
+    On AMD GPUs the loop is not read: 0.
+    """
 
     family: str
     kernel: str
@@ -53,7 +60,8 @@ class Row:
     depth: int
     warps: int
     stages: int
-    registers: int
+    registers: int  # AMD: vector registers
+    scalar_registers: int  # AMD alone
     spill_bytes: int  # per thread, stack and local memory
     shared_bytes: int
     shared_limit: int
@@ -142,16 +150,36 @@ def _names(calls: Sequence[Call]) -> str:
     return "; ".join(dict.fromkeys(str(call) for call in calls))
 
 
+class Code(NamedTuple):
+    """What a binary's code says of it."""
+
+    registers: int
+    scalar_registers: int
+    spill_bytes: int
+    inside: Counter[str]  # the loop over tokens
+    everywhere: Counter[str]
+    cycles: int
+
+
+def _machine_code(asm: Mapping[str, Any], family: str) -> Code:
+    if family in AMD:
+        text = asm["amdgcn"]
+        registers, scalar, scratch = gcn.usage(text)
+        return Code(registers, scalar, scratch, Counter(), gcn.count(text), 0)
+    used, code = sass.usage(asm["cubin"]), sass.listing(asm["cubin"])
+    body = sass.main_loop(code)
+    counts = sass.count(body), sass.count(code)
+    return Code(used.registers, 0, used.stack + used.local, *counts, sass.loop_cycles(body))
+
+
 def compile_row(job: Job, sources: str = "") -> Row:
     """Compile one binary and read its machine code."""
     import triton
 
     variant, family, calls = job
     kernel = aot.compiled(variant, family)
-    cubin, tile, call = kernel.asm["cubin"], variant.launch.tile, calls[0]
-    used, code = sass.usage(cubin), sass.listing(cubin)
-    body = sass.main_loop(code)
-    inside, everywhere = sass.count(body), sass.count(code)
+    tile, call, code = variant.launch.tile, calls[0], _machine_code(kernel.asm, family)
+    inside, everywhere = code.inside, code.everywhere
     products, fma = _dots(kernel.asm["ttir"], kernel.asm["ttgir"])
     loop = {name: inside[name] for name in ("tensor", "ex2", "mufu", "fp32", "ffma", "shfl")}
     return Row(
@@ -166,14 +194,15 @@ def compile_row(job: Job, sources: str = "") -> Row:
         depth=tile.depth,
         warps=tile.warps,
         stages=tile.stages,
-        registers=used.registers,
-        spill_bytes=used.stack + used.local,
+        registers=code.registers,
+        scalar_registers=code.scalar_registers,
+        spill_bytes=code.spill_bytes,
         shared_bytes=kernel.metadata.shared,
-        shared_limit=FAMILIES[family].shared_per_block,
-        blocks_per_sm=resident_blocks(family, used.registers, kernel.metadata.shared, tile.warps),
+        shared_limit=shared_limit(family),
+        blocks_per_sm=resident_blocks(family, code.registers, kernel.metadata.shared, tile.warps),
         products=products,
         fma_products=fma,
-        tensor_instructions=" ".join(f"{name}:{everywhere[name]}" for name in sass.TENSOR if everywhere[name]),
+        tensor_instructions=" ".join(f"{name}:{everywhere[name]}" for name in TENSOR if everywhere[name]),
         instructions=everywhere["all"],
         loop_instructions=inside["all"],
         **{f"loop_{name}": number for name, number in loop.items()},
@@ -181,7 +210,7 @@ def compile_row(job: Job, sources: str = "") -> Row:
         loop_ldg_128=inside["LDG.128"] + inside["LDGSTS.128"],
         loop_shared=sum(inside[name] for name in ("LDS", "STS", "LDSM", "STSM")),
         loop_barriers=inside["barrier"],
-        loop_cycles=sass.loop_cycles(body),
+        loop_cycles=code.cycles,
         key=hashlib.sha256(variant.key.encode()).hexdigest()[:12],
         sources=sources,
         triton=triton.__version__,
@@ -297,7 +326,7 @@ def markdown(rows: Sequence[Row]) -> str:
 
 
 def _order(row: Row) -> tuple[str | int, ...]:
-    return row.kernel, FAMILIES[row.family].capability, row.dtype, row.D, row.M, row.calls, row.key
+    return row.kernel, ORDER.index(row.family), row.dtype, row.D, row.M, row.calls, row.key
 
 
 def _brief(found: Row | Failure) -> str:
@@ -318,7 +347,7 @@ def _range(numbers: Iterable[int]) -> str:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.compiled.resources", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="the few calls that the tests compile; writes nothing")
-    parser.add_argument("--family", choices=sorted(FAMILIES), action="append", help="only this one (repeatable)")
+    parser.add_argument("--family", choices=ORDER, action="append", help="only this one (repeatable)")
     parser.add_argument("--op", choices=sorted(workloads.RUN), action="append", help="only this one (repeatable)")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), help="only this one")
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes that compile")
@@ -328,7 +357,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _wanted(arguments: argparse.Namespace, family: str) -> list[Call]:
-    calls = workloads.few_calls(family) if arguments.quick else workloads.table_calls()
+    calls = workloads.few_calls(family) if arguments.quick else workloads.table_calls(family)
     calls = [call for call in calls if not arguments.op or call.op in arguments.op]
     return [call for call in calls if not arguments.dtype or str(call.dtype) == f"torch.{arguments.dtype}"]
 
@@ -340,7 +369,7 @@ def main(argv: list[str] | None = None) -> int:
         print(markdown(read()))
         return 0
     torch.set_num_threads(1)
-    families = arguments.family or sorted(FAMILIES, key=lambda f: FAMILIES[f].capability)
+    families = arguments.family or ORDER
     todo = [job for family in families for job in jobs(_wanted(arguments, family), family)]
     done = []
     for found in build(todo, arguments.workers, sources_hash()):

@@ -82,6 +82,7 @@ def silent_cuda(started: Callable[..., Any]) -> None:
         cuda_attention_backward=started,
         cuda_gradient_parts=lambda *_: 1,
         cuda_attention_refusal=lambda *_: "",
+        cuda_attention_leaves_idle=lambda *_: False,
         cuda_sinkhorn=started,
         cuda_sinkhorn_refusal=lambda *_: "",
     )

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.compiled.gpus import GPUS
+from benchmarks.compiled.gpus import AMD, GPUS
 from setformer_kernels.problem import HYPER, Operands, Options, Sinkhorn
 
 MULTIPROCESSORS = {gpu.family: gpu.multiprocessors for gpu in GPUS.values()}
@@ -142,8 +142,11 @@ def launches(call: Call, family: str, multiprocessors: int | None = None) -> lis
     from setformer_kernels.backends.triton import face
     from setformer_kernels.backends.triton.host.launch import Device, recorded
 
-    count = multiprocessors or MULTIPROCESSORS[family]
-    with recorded(Device(family, count, "tf32x3")) as taken:
+    if family in AMD:
+        device = Device("amd", AMD[family].compute_units, "ieee")
+    else:
+        device = Device(family, multiprocessors or MULTIPROCESSORS[family], "tf32x3")
+    with recorded(device) as taken:
         RUN[call.op](face, call)
     return taken
 
@@ -172,13 +175,25 @@ def _options(dtype: torch.dtype) -> Iterator[Call]:
         yield from _both(call)
 
 
-def table_calls() -> list[Call]:
-    """What the committed resource table covers."""
+def table_calls(family: str) -> list[Call]:
+    """What the committed resource table covers: of AMD GPUs every kernel, without the options."""
+    if family in AMD:
+        return list(_amd_calls(family))
     found = [call for dtype in (torch.bfloat16, torch.float32) for part in (_sizes, _options) for call in part(dtype)]
     for rows, columns in ((64, 64), (256, 256), (4096, 64), (4096, 1024)):
         found += _both(Call("sinkhorn", T=20, dtype=torch.float32, L=rows, M=columns))
     found += _both(Call("sinkhorn", T=20, dtype=torch.float32, L=256, M=64, rich=True))
     return found
+
+
+def _amd_calls(family: str) -> Iterator[Call]:
+    """Every kernel; on the newer architecture in float32 and at the larger size too."""
+    half, single = Call("attention"), Call("attention", dtype=torch.float32)
+    for base in (half, single, replace(half, D=128, E=128, M=128)) if family == "gfx942" else (half,):
+        for call in (base, replace(base, op="causal", T=1), replace(base, op="features")):
+            yield from _both(call)
+    for rows in (64, 4096):
+        yield from _both(Call("sinkhorn", T=20, dtype=torch.float32, L=rows))
 
 
 def _every_operand(base: Call) -> Iterator[Call]:
@@ -217,6 +232,6 @@ def few_calls(family: str) -> list[Call]:
         found.append(Call("attention", dtype=torch.float32))
     if family == "sm_90":
         found += _both(Call("causal", T=1))
-    else:  # each op compiles somewhere
+    elif family not in AMD:  # each op compiles somewhere
         found += _both(Call("features") if family == "sm_80" else Call("sinkhorn", T=20, dtype=torch.float32, L=64))
-    return found
+    return found if family != "gfx90a" else []

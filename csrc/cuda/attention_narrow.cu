@@ -16,9 +16,22 @@ bool by_16_bytes(const View& v) {
   return all && reinterpret_cast<uintptr_t>(v.data) % 16 == 0;
 }
 
+// The layout of this kernel: where a block has a processor to itself, and tokens enough, twice the warps.
 template <class T>
-bool run_narrow(const AttentionParams& p, const Layout& l, const Device& device, void* stream) {
+Layout narrow_layout(const AttentionParams& p, const Layout& l, const Device& device) {
+  Layout wide = l;
+  wide.warps = kNarrowThreads / kWarp, wide.shared = shared_bytes<NarrowShared<T>>(p, wide);
+  const int64_t tokens = std::max<int64_t>(KeyShare::each(p.S, l.cluster), KeyShare::each(p.L, l.cluster));
+  const bool alone = p.H * l.groups * l.cluster <= device.processors ||
+                     2 * static_cast<int64_t>(wide.shared) + kReserved > device.shared;
+  const bool fits = wide.shared <= static_cast<size_t>(device.shared) && tokens >= int64_t{kTile} * wide.warps;
+  return l.warps == kMostWarps && alone && fits ? wide : l;
+}
+
+template <class T>
+bool run_narrow(const AttentionParams& p, const Layout& usual, const Device& device, void* stream) {
   const double beta = p.scalars[kBandwidth], epsilon = p.scalars[kEpsilon];
+  const Layout l = narrow_layout<T>(p, usual, device);
   if ((1 - std::exp(-2 * beta)) / epsilon > kNarrowRange<T>) return false;
   if (shared_bytes<NarrowShared<T>>(p, l) > static_cast<size_t>(device.shared)) return false;
   run(attention_narrow_kernel<T>, "attention_narrow", p, l, device, stream, [&](NarrowShared<T>& shared) {

@@ -86,7 +86,7 @@ SFK_DEVICE void answer_queries(const AttentionParams& p, const NarrowHead& head,
 }
 
 template <class T>
-SFK_KERNEL(kThreads, 2)
+SFK_KERNEL(kNarrowThreads, 1)
 attention_narrow_kernel(const Launch<NarrowShared<T>> p) {
   const NarrowShared<T>& shared = p.shared;
   const int cluster = static_cast<int>(block_index()) / cluster_size();
@@ -101,7 +101,6 @@ attention_narrow_kernel(const Launch<NarrowShared<T>> p) {
     form_narrow_plan(shared);
     pool_values(p, head, keys, shared);
     if (p.o.data && p.L) answer_queries(p, head, shared);
-    sync_block();
   } while (++head.b % p.problems && head.b < p.B);
 }
 

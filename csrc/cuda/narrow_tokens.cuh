@@ -9,6 +9,7 @@
 namespace sfk {
 namespace {
 
+constexpr int kNarrowThreads = 2 * kThreads;              // the most of a block
 constexpr int kDepth = 64;                                // the most numbers of a token's key
 constexpr int kDepthRow = kDepth + 8;                     // and of a row of ŷ, of z: eight rows in all banks
 constexpr int kRow = ResidentParams::row_stride(kUsual);  // of K
@@ -31,8 +32,9 @@ template <class T>
 struct NarrowShared {
   float rate, beta;          // log2(e)/ε, β·log2(e)
   int rows, v_length;        // numbers of a row of values and of z
+  int value_rows;            // values in shared memory at a time, twice: two for every eight threads
   Place<float> l, part;      // [rows,kRow] K, then the plan; [warps,32,kPartRow] of z, where the plan was if it is done
-  Place<T> y, staged, z;     // [64,kDepthRow]; [2,kValueRows,v_length] values; [64,v_length]
+  Place<T> y, staged, z;     // [64,kDepthRow]; [2,value_rows,v_length] values; [64,v_length]
   Place<float> mass, u;      // [rows] a_s/ref and u_s/ref
   Place<float> log_b, g;     // [64] in base 2
   Place<float> factor;       // [64] 1/Σ_s K u
@@ -41,12 +43,14 @@ struct NarrowShared {
 
   NarrowShared() = default;
   NarrowShared(Arena& arena, const AttentionParams& p, const BlockShape& block)
-      : rows(block.rows), v_length((padded(p.E) + kNarrow - 1) / kNarrow * kNarrow + kShift<T>) {
+      : rows(block.rows),
+        v_length((padded(p.E) + kNarrow - 1) / kNarrow * kNarrow + kShift<T>),
+        value_rows(block.warps > 8 ? 2 * kValueRows : kValueRows) {
     const int64_t plan = int64_t{rows} * kRow, parts = int64_t{block.warps} * kNarrow * kPartRow;
     const bool at_once = kUsual / kNarrow * (v_length / kNarrow) <= block.warps;  // see PoolTask
     l = arena.take(plan > parts || !at_once ? plan : parts);
     part = at_once ? l : arena.take(parts);
-    y = arena.take<T>(kUsual * kDepthRow), staged = arena.take<T>(2 * kValueRows * v_length);
+    y = arena.take<T>(kUsual * kDepthRow), staged = arena.take<T>(2 * value_rows * v_length);
     z = arena.take<T>(kUsual * v_length);
     mass = arena.take(rows), u = arena.take(rows);
     log_b = arena.take(kUsual), g = arena.take(kUsual), factor = arena.take(kUsual);

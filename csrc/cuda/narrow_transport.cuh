@@ -189,9 +189,9 @@ struct ValueRows {
            keys.first * p.value.stride[2] + e;
     to = shared.staged + e;
   }
-  SFK_DEVICE void fetch(int first) const {
-    const int left = shared.rows - first, rows = left < kValueRows ? left : kValueRows;
-    T* buffer = to + first / kValueRows % 2 * kValueRows * shared.v_length;
+  SFK_DEVICE void fetch(int first, int which) const {
+    const int left = shared.rows - first, rows = left < shared.value_rows ? left : shared.value_rows;
+    T* buffer = to + which * shared.value_rows * shared.v_length;
 #pragma unroll 2
     for (int i = start; i < rows; i += down) {
       const bool present = wide && shared.mass[first + i] > 0;
@@ -222,15 +222,16 @@ SFK_DEVICE void pool_piece(const NarrowShared<T>& shared, const ValueRows<T>& va
   const int plan = (lane / 16 * 8 + lane % 8) * kRow * 2 + task.reference(task.piece) + lane / 8 % 2 * 8;
   const int value = lane % 16 * ld + task.column(task.piece) + lane / 16 * 8;
   float acc[2][kNarrow / 8][4] = {};
-  values.fetch(0);
+  int buffer = 0;
+  values.fetch(0, 0);
 #pragma unroll 1
-  for (int first = 0; first < shared.rows; first += kValueRows) {
-    values.fetch(first + kValueRows);
+  for (int first = 0; first < shared.rows; first += shared.value_rows, buffer ^= 1) {
+    values.fetch(first + shared.value_rows, buffer ^ 1);
     copies_wait<1>();
     sync_block();
-    const int left = shared.rows - first, depth = left < kValueRows ? left : kValueRows;
+    const int left = shared.rows - first, depth = left < shared.value_rows ? left : shared.value_rows;
     const T* rows = reinterpret_cast<const T*>(shared.l + first * kRow) + plan;
-    const T* v = shared.staged + first / kValueRows % 2 * kValueRows * ld + value;
+    const T* v = shared.staged + buffer * shared.value_rows * ld + value;
 #pragma unroll 1
     for (int k = task.share * kTile; task.share < task.sharing && k < depth; k += task.sharing * kTile) {
       uint32_t b[2][4], a[4];

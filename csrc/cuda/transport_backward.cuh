@@ -302,7 +302,7 @@ SFK_DEVICE void KeyPass<T, kLog>::finish() const {
 }
 
 // g^{t−1} and −c^t of all iterations, as the factors of R and Q.  False where the scaled form cannot hold them: then
-// they are logarithms.
+// they are logarithms.  The next barrier is the caller's.
 template <class T>
 SFK_DEVICE bool load_columns(const AttentionParams& p, const Head& head, const BackwardShared<T>& shared,
                              float lowest) {
@@ -328,7 +328,6 @@ SFK_DEVICE bool load_columns(const AttentionParams& p, const Head& head, const B
     if (holds) shared.col_r[k] = exp_approx(shared.col_r[k] - shift);
     shared.col_q[k] = c == kNone ? (holds ? 0.0f : kNone) : holds ? exp_approx(level - c) : -c;
   }
-  sync_block();
   return holds;
 }
 

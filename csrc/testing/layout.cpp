@@ -3,11 +3,11 @@
 // Every line of the input is
 //   major processors shared_bytes has_clusters | backward B H S M D E T dtype
 // without the bar (L = S, dtype as in params.h), every line of the output
-//   cluster warps buffers shared_bytes problems groups
-// and cluster is 0 where the keys do not fit.
-#include "cuda/layout.cuh"
-
+//   cluster warps buffers shared_bytes problems groups narrow_warps
+// and cluster is 0 where the keys do not fit; narrow_warps: of the forward for logits that lie close together.
 #include <iostream>
+
+#include "cuda/attention_narrow.cu"
 
 int main() {
   using namespace sfk;
@@ -20,6 +20,6 @@ int main() {
     p.L = p.S, p.key.dtype = static_cast<Dtype>(dtype);
     const cuda::Layout l = cuda::layout(device, p, backward != 0);
     std::cout << l.cluster << ' ' << l.warps << ' ' << l.buffers << ' ' << l.shared << ' ' << l.problems << ' '
-              << l.groups << '\n';
+              << l.groups << ' ' << (l.cluster ? cuda::narrow_layout<BF16>(p, l, device).warps : 0) << '\n';
   }
 }

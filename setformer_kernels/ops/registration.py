@@ -167,14 +167,16 @@ def _refuse(what: str, name: str) -> Callable[..., Any]:
 def _setup_context(spec: Spec) -> Callable[..., None]:
     """Saves the op's tensors, then those of its outputs that the backward reads."""
     n, positions = len(spec.tensors), {name: i for i, name in enumerate(spec.outputs)}
+    saved, differentiable = [positions[o] for o in spec.saved], [positions[o] for o in spec.differentiable]
+    others = [i for i in positions.values() if i not in differentiable]
 
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
         outputs = as_tuple(output)
-        ctx.save_for_backward(*inputs[:n], *(outputs[positions[name]] for name in spec.saved))
+        ctx.save_for_backward(*inputs[:n], *[outputs[i] for i in saved])
         ctx.constants = inputs[n:]
-        ctx.shapes = [outputs[positions[name]].shape for name in spec.differentiable]
+        ctx.shapes = [outputs[i].shape for i in differentiable]
         ctx.set_materialize_grads(False)  # made by autograd, zero tangents trip functorch before jvp can refuse
-        ctx.mark_non_differentiable(*(outputs[i] for o, i in positions.items() if o not in spec.differentiable))
+        ctx.mark_non_differentiable(*[outputs[i] for i in others])
 
     return setup_context
 
@@ -203,7 +205,7 @@ def _backward(spec: Spec, call_backward: Callable[..., Any]) -> Callable[..., tu
     return backward
 
 
-def _forward_function(spec: Spec, op: Any, call_backward: Callable[..., Any]) -> type:
+def _forward_function(spec: Spec, op: Any, forward: Callable[..., Any], call_backward: Callable[..., Any]) -> type:
     """The autograd.Function of `f`."""
     kinds = {name: kind for name, (kind, _) in spec.tensors.items()}
 
@@ -212,7 +214,7 @@ def _forward_function(spec: Spec, op: Any, call_backward: Callable[..., Any]) ->
 
     return _function(
         spec.name,
-        forward=_forward(op, spec.run, len(spec.tensors)),
+        forward=forward,
         setup_context=_setup_context(spec),
         backward=_backward(spec, call_backward),
         vmap=vmap,
@@ -326,11 +328,12 @@ def register(spec: Spec) -> Callable[..., Any]:
     op, op_backward = (getattr(getattr(torch.ops, NAMESPACE), spec.name + s).default for s in ("", "_backward"))
     kernel_backward, function_backward = _kernel_backward(spec), _backward_function(spec, op_backward)
     call_backward = _called(function_backward, op_backward, kernel_backward, len(spec.backward_tensors))
-    function = _forward_function(spec, op, call_backward)
+    n = len(spec.tensors)
+    function = _forward_function(spec, op, _forward(op, spec.run, n), call_backward)
     _implement(op, function, spec.run, spec.fake)
     _implement(op_backward, function_backward, kernel_backward, _fake_backward(spec))
     _decompose(op, spec)
-    return _called(function, op, spec.run, len(spec.tensors))
+    return _called(_forward_function(spec, op, spec.run, call_backward), op, spec.run, n)
 
 
 def _implement(op: Any, function: type, kernel: Callable[..., Any], fake: Callable[..., Any]) -> None:

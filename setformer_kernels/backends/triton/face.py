@@ -21,6 +21,11 @@ from .host.tiles import INTERPRETED, MAX_HEAD_DIM, MAX_REFERENCES
 NAME = "triton"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 OLDEST = (3, 6)  # the oldest release that the tests run with
+# What the kernels are compiled for ahead of time, and where they ran: as `info` says it.
+TARGETS = {
+    "NVIDIA sm_80, sm_90, sm_100": "compiled, never run",
+    "AMD gfx90a, gfx942 (ROCm)": "compiled, never run",
+}
 
 Gradients = Sequence[Tensor | None]
 

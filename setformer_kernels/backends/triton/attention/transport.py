@@ -224,23 +224,24 @@ def column_sums(x: Operands, opt: Options, prepared: References, sizes: Sizes, c
     b, h, s, _ = key.shape
     device, known = device_of(key), _range(x, opt)
     across = warps_across(sizes.MP, known, key.element_size())
-    kind = "column" if known == "always" and not across else "across"
-    t = tile(kind, device.family, max(sizes.MP, sizes.DP, sizes.EP), key.element_size())
+    kinds = ("column", "pooling") if known == "always" and not across else ("across", "across")
+    widest = max(sizes.MP, sizes.DP, sizes.EP)
+    t, pooling = (tile(kind, device.family, widest, key.element_size()) for kind in kinds)
     split = split_tokens(s, t.rows, b * h, device.multiprocessors)
     new = x.references.new_empty
     shape = (b * h, split.programs, sizes.MP)
     before, after = Sums(new(shape), new(shape)), Sums(new(shape), new(shape))
     pooled = new((*shape, sizes.EP))
     step = stride_step(key, value)
-    cut = cut_of(t, sizes, device, step, across)
+    cuts = [cut_of(own, sizes, device, step, across) for own in (t, pooling)]
     tokens = (*strided(key, step), *strided(value, step), *strided(x.log_a), *strided(position), prepared)
-    constants: dict[str, Any] = {"rule": rule_of(opt, known).compiled, "sizes": sizes.compiled, "cut": cut.compiled}
+    constants: dict[str, Any] = {"rule": rule_of(opt, known).compiled, "sizes": sizes.compiled}
     iterations, uniform = c.shape[2], log2_uniform(s)
     for iteration in range(1, iterations + 1):
         last = iteration == iterations
-        blocks = sizes.EP // cut.VDEPTH if last else 1
+        blocks = sizes.EP // cuts[last].VDEPTH if last else 1
         args = (*tokens, before, after, pooled, c, h, s, *split, iteration, iterations, uniform)
-        variant = constants | {"FIRST": iteration == 1, "LAST": last}
-        launch(transport_kernel, b * h * split.programs * blocks, args, variant, t)
+        variant = constants | {"FIRST": iteration == 1, "LAST": last, "cut": cuts[last].compiled}
+        launch(transport_kernel, b * h * split.programs * blocks, args, variant, pooling if last else t)
         before, after = after, before
     return split, before, pooled

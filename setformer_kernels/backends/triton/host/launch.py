@@ -16,14 +16,16 @@ from typing import Any, NamedTuple
 import torch
 import triton
 
-from . import direct
 from .tiles import INTERPRETED, Tile
+
+if not INTERPRETED:
+    from . import direct
 
 
 class Device(NamedTuple):
     """What launches need to know of a device."""
 
-    family: str  # a column of the tile table: "sm_80", "sm_90", "sm_100", "default" or "interpreter"
+    family: str  # a column of the tile table: "sm_80", "sm_90", "sm_100", "amd", "default" or "interpreter"
     multiprocessors: int
     precision: str  # of float32 products: "tf32x3" on NVIDIA's tensor cores, "ieee" elsewhere
 
@@ -56,8 +58,9 @@ def device_of(t: torch.Tensor) -> Device:
 @functools.cache
 def _query(index: int) -> Device:
     properties = torch.cuda.get_device_properties(index)
-    if torch.version.hip:
-        return Device("default", properties.multi_processor_count, "ieee")
+    if torch.version.hip:  # with wavefronts of 64 lanes, or of 32
+        family = "amd" if getattr(properties, "warp_size", 64) == 64 else "default"
+        return Device(family, properties.multi_processor_count, "ieee")
     # Only these three have the shared memory of a data-centre GPU; sm_86, sm_89 and sm_120 have 99 KiB.
     family = {(8, 0): "sm_80", (9, 0): "sm_90", (10, 0): "sm_100"}.get((properties.major, properties.minor), "default")
     return Device(family, properties.multi_processor_count, "tf32x3")

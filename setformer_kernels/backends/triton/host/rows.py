@@ -54,7 +54,12 @@ def stride_step(*tensors: Tensor | None) -> int:
 
     Kernels take strides in this unit and multiply: so the compiler sees wide loads, whatever the lengths.
     """
-    return 16 if all(s % 16 == 0 for t in tensors if t is not None for s in t.stride()[:-1]) else 1
+    for t in tensors:
+        if t is not None:
+            for stride in t.stride()[:-1]:
+                if stride % 16:
+                    return 1
+    return 16
 
 
 def strided(t: Tensor | None, step: int = 1) -> tuple[Any, ...]:

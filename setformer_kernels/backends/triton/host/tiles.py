@@ -35,6 +35,7 @@ def power_of_two(n: int) -> int:
 
 # Kinds of kernel, by what a program holds across its loop: "row" kernels hold no accumulator (read, features),
 # "column" kernels hold [M] or [M, depth] sums (transport), "gradient" kernels hold [M, depth] sums beside two tiles.
+# "pooling" is the last pass of the column kernels, which sums values beside the column sums.
 # "across" and "gradient_log" are those in the log domain or with warps across the references: peaks beside every sum.
 # Sizes: "small" M, D, E ≤ 64; "medium" ≤ 128; "large" beyond.  "half" and "single" are the token's bytes.
 DEFAULT: dict[tuple[str, str, str], Tile] = {
@@ -89,12 +90,15 @@ DEFAULT: dict[tuple[str, str, str], Tile] = {
     ("features_backward", "large", "single"): Tile(16, 32, 8, 1),
 }
 # Kinds that are cut as another where the tables say nothing of their own.
-LIKE = {"across": "column", "gradient_log": "gradient"}
+LIKE = {"across": "column", "pooling": "column", "gradient_log": "gradient"}
 # With 227 KiB of shared memory, 128 head dims stay in one product: nothing of the references is loaded twice.
 HOPPER: dict[tuple[str, str, str], Tile] = {
     ("row", "medium", "half"): Tile(64, 128, 4, 2),
     # wgmma wants 128 rows of eight warps; values in two products with their weights leave half the columns at a time.
     ("column", "medium", "half"): Tile(128, 32, 8, 2),
+    # 128 rows beside the values' sums are 255 registers, and 120 bytes more with Triton 3.9; values in two products
+    # form the weights half as often as in four.
+    ("pooling", "medium", "half"): Tile(32, 64, 8, 2),
     # Four warps and 16 rows: two blocks share a multiprocessor without spilling, and issue fewer instructions a row.
     ("gradient", "small", "half"): Tile(16, 64, 4, 2),
     ("gradient_log", "small", "half"): Tile(16, 32, 4, 2),
@@ -116,10 +120,13 @@ AMPERE: dict[tuple[str, str, str], Tile] = {
     ("gradient_log", "small", "single"): Tile(16, 16, 8, 1),
     ("chunk", "medium", "single"): Tile(16, 16, 8, 1),
 }
+# A wavefront has 64 lanes: half as many hold a tile.
+AMD = {key: t._replace(warps=max(1, t.warps // 2)) for key, t in (DEFAULT | AMPERE).items()}
 OVERRIDES: dict[str, dict[tuple[str, str, str], Tile]] = {
     "sm_80": AMPERE,
     "sm_90": HOPPER,
     "sm_100": BLACKWELL,
+    "amd": AMD,
     "default": AMPERE,
 }
 INTERPRETER = Tile(64, 64, 4, 1)  # a step costs the same at any size: few steps, yet several at the lengths tested

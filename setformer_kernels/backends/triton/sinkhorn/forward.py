@@ -84,19 +84,22 @@ def sinkhorn_resident_kernel(
     if T == 0:
         tl.store(c, log_sum_exp(l + a, 1), mask=live & (j < M))
     some = tl.max(running)
-    for t in range(0, T):
-        if some > 0:
-            now = running > 0
-            new_f = potential(a, relax_a, log_sum_exp(l + g, 2))
-            new_c = log_sum_exp(l + new_f, 1)
-            new_g = potential(b, relax_b, new_c)
-            moved = tl.max(distance(new_g, g), 2, keep_dims=True)
-            f, g = tl.where(now, new_f, f), tl.where(now, new_g, g)
-            latest = tl.where(now, new_c, latest)
-            done += running
-            running = tl.where(moved <= numbers.tol, 0, running)
-            some = tl.max(running)
+    t = T * 0
+    while (t < T) & (some > 0):
+        now = running > 0
+        new_f = potential(a, relax_a, log_sum_exp(l + g, 2))
+        new_c = log_sum_exp(l + new_f, 1)
+        new_g = potential(b, relax_b, new_c)
+        moved = tl.max(distance(new_g, g), 2, keep_dims=True)
+        f, g = tl.where(now, new_f, f), tl.where(now, new_g, g)
+        latest = tl.where(now, new_c, latest)
+        done += running
+        running = tl.where(moved <= numbers.tol, 0, running)
+        some = tl.max(running)
         tl.store(c + t * wide(M), latest, mask=live & (j < M))
+        t += 1
+    for rest in range(t, T):  # all have converged
+        tl.store(c + rest * wide(M), latest, mask=live & (j < M))
     tl.store(f_out + group * N + i, f, mask=live & (i < N))
     tl.store(g_out + group * M + j, g, mask=live & (j < M))
     problem = tl.program_id(0).to(tl.int64) * PB + tl.arange(0, PB)
