@@ -41,6 +41,7 @@ struct AttentionParams {
   View query_pos, key_pos, ref_pos;  // [B,H,L,P] [B,H,S,P] [H,M,P] F
   View o;                            // [B,H,L,E] in the dtype of the query
   View z, c;                         // [B,H,M,E] [B,H,max(T,1),M] F
+  View w_q, w_k;                     // [B,H,L,M] [B,H,S,M] F
 
   View d_o, d_z, d_c;            // incoming gradients, shaped as o, z, c
   View d_query, d_key, d_value;  // outgoing, in the dtype of q, k, v

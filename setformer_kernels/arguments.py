@@ -141,6 +141,16 @@ def _checked(
     return checked, Options(tuple(numbers(checked)), *plain, checks.plain(backend))
 
 
+def from_options(
+    query: Tensor, key: Tensor, value: Tensor, references: Tensor, options: dict[str, Any]
+) -> tuple[Operands, Options]:
+    """`normalise` of keyword arguments of `set_attention`, of which the tensors and hyperparameters may be missing."""
+    hyper = tuple(options.get(name, scalar) for name, scalar in zip(HYPER, Options().scalars, strict=True))
+    tensors = ("key_mask", "reference_log_mass", "query_position", "key_position", "reference_position")
+    constants = {name: options[name] for name in ("kernel", "num_iters", "dropout_p", "seed", "backend")}
+    return normalise(query, key, value, references, hyper, *(options.get(name) for name in tensors), **constants)
+
+
 def _with_an_absent_key(x: Operands) -> Operands:
     """No key at all is one key without mass: zeros out, and zero gradients for everything."""
     position = x.key_position

@@ -8,12 +8,13 @@ coordinates, T = num_iters.  x̂ = x/‖x‖, and 0 with zero gradient where ‖
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import checks, dispatch, ops, reference
-from .arguments import Hyper, autocast, hyper_tensors, normalise, numbers, query_mask
+from .arguments import Hyper, autocast, from_options, hyper_tensors, normalise, numbers, query_mask
 from .ops.operands import attention_problem, logits
 from .problem import Operands, Options, compute_dtype, replaced
 from .tracing import leaf
@@ -121,8 +122,8 @@ def set_attention_weights(
 ) -> Tensor:
     """The dense matrix A = W^q W^kᵀ [B, H, L, S] of `set_attention` (o = A v), for inspection: O(L·S) memory.
 
-    Non-negative, rows sum to 1 (to 0 where a query sees no key).  Arguments as in `set_attention`; computed by the
-    reference on every backend.
+    Non-negative, rows sum to 1 (to 0 where a query sees no key).  Arguments as in `set_attention`; with a
+    query-dependent mask it is computed by the reference on every backend.
     """
     if query is None:
         checks.tensor("query", query, "BHLD")
@@ -132,13 +133,40 @@ def set_attention_weights(
         key_mask, reference_log_mass, query_position, key_position, reference_position,
         kernel=kernel, num_iters=num_iters, dropout_p=dropout_p, seed=seed, backend=backend,
     )  # fmt: skip
-    x = replaced(x, value=x.value[..., :0])
-    dispatch.select(attention_problem("weights", x, opt), _dense_backend(backend))
+    x = replaced(x, value=x.value[..., :1])  # what an op reads at least
     s, causal = key.shape[2], checks.flag("causal", causal)
     mask = query_mask(x, attn_mask, s)
     if s > 0 and (mask is not None or causal):
+        dispatch.select(attention_problem("weights", x, opt), _dense_backend(backend))
         return reference.masked_weights(x, opt, mask, causal)
-    return reference.weights(x, opt)[..., :s]
+    return _with_weights(x, opt, s, average=False)[1]
+
+
+def attention_and_weights(
+    query: Tensor, key: Tensor, value: Tensor, references: Tensor, *, average: bool, **options: Any
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """(o, A) of `set_attention` and `set_attention_weights` under the same options, from one transport of the keys; A
+    as its mean over heads [B, L, S] where `average`.  With dropout the options hold a seed."""
+    if options.get("attn_mask") is not None or options.get("causal"):
+        a = set_attention_weights(query, key, references, **options)
+        return set_attention(query, key, value, references, **options), a.mean(1) if average else a
+    x, opt = from_options(query, key, value, references, options)
+    return _with_weights(x, opt, key.shape[2], average)
+
+
+def _with_weights(x: Operands, opt: Options, s: int, average: bool) -> tuple[Tensor, Tensor]:
+    """o and A = W^q W^kᵀ [B, H, L, s], or its mean over heads [B, L, s] as one product over heads and references."""
+    if dispatch.choose(attention_problem("attention", x, opt), opt.backend, logits(x)) == dispatch.REFERENCE:
+        o, a = reference.attention(x, opt), reference.weights(x, opt)[..., :s]
+        return o, a.mean(1) if average else a
+    o, _, _, w_q, w_k = ops.weights.set_attention_weights(*x, *opt, average)
+    w_k, dtype = w_k[:, :, :s], x.key.dtype
+    if not w_q.requires_grad:  # differences of the products' gradients are what counts, which rounding would drown
+        w_q, w_k = w_q.to(dtype), w_k.to(dtype)
+    if not average:
+        return o, (w_q @ w_k.mT).to(dtype)
+    heads = w_q.shape[1]
+    return o, (w_q.transpose(1, 2).flatten(2) @ w_k.transpose(1, 2).flatten(2).mT / heads).to(dtype)
 
 
 @leaf

@@ -132,6 +132,15 @@ def empty_in_order(like: Tensor, shape: tuple[int, ...] | torch.Size) -> Tensor:
     return torch.empty_permuted(tuple(shape), memory_order(like), dtype=like.dtype, device=like.device)
 
 
+def empty_factors(x: Operands, by_token: bool) -> tuple[Tensor, Tensor]:
+    """Empty W^q [B, H, L, M] and W^k [B, H, S, M] in the compute dtype; in memory [B, N, H, M] if `by_token`."""
+    assert x.query is not None
+    layout, dtype = (0, 2, 1, 3) if by_token else (0, 1, 2, 3), compute_dtype(x.key.dtype)
+    shapes = [(*t.shape[:-1], x.references.shape[1]) for t in (x.query, x.key)]
+    w_q, w_k = (torch.empty_permuted(s, layout, dtype=dtype, device=x.key.device) for s in shapes)
+    return w_q, w_k
+
+
 def in_order(like: Tensor | None, t: Tensor | None) -> Tensor | None:
     """`t`, dense, in the memory order of `like`; None where either is."""
     if t is None or like is None:

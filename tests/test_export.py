@@ -13,7 +13,8 @@ import setformer_kernels.functional as SF
 from setformer_kernels.backends import eager
 
 LENGTHS = {"set_attention": (0, 1, 2, 4, 11, 12), "set_pool": (1, 2, 4, 12), "set_causal": (0, 1, 2, 4, 11, 12)}
-LENGTHS |= {"set_masked": LENGTHS["set_causal"], "nystrom_features": (0,), "sinkhorn": (0, 1)}
+LENGTHS |= {"set_masked": LENGTHS["set_causal"], "set_attention_weights": LENGTHS["set_attention"]}
+LENGTHS |= {"nystrom_features": (0,), "sinkhorn": (0, 1)}
 
 
 class OpModule(nn.Module):

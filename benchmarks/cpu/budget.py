@@ -100,6 +100,8 @@ def tasks(setting: str, backend: str, dtype: str, seed: int) -> Iterator[tuple[s
             yield "small", name
         if not causal and backend != "triton":
             yield "pooling", name
+        if not causal and backend == "cpu":
+            yield "weights", name
     if dtype == "float32":
         kinds = measure.SINKHORN if backend == "cpu" else ("relaxed", "wide")
         yield from (("sinkhorn", f"{kind} {T}") for kind in kinds for T in (1, 7))
@@ -117,6 +119,8 @@ def measured(op: str, case: str, dtype: str, backend: str, seed: int) -> Iterato
         yield from ratios(measure.small_gradients(ALL_CASES[case], kind, backend, seed, draws), measure.SMALL)
     elif op == "pooling":
         yield from ratios(measure.pooling(ALL_CASES[case], kind, backend, seed), ())
+    elif op == "weights":
+        yield from ratios(measure.weights(ALL_CASES[case], kind, backend, seed), ())
     elif op == "sinkhorn":
         name, T = case.split()
         yield from ratios(measure.sinkhorn(name, int(T), kind, backend, seed))

@@ -120,7 +120,7 @@ class ForwardWorker {
       : p_(p),
         refs_(p),
         source_(p, refs_),
-        transport_(p.S, cache_rows<F>(p, threads), tile_rows(refs_.Mp), refs_.Mp, pad<F>(p.E), p.T),
+        transport_(p.S, cache_rows<F>(p, threads), tile_rows(refs_.Mp), refs_.Mp, pad<F>(p.E), p.T, bool(p.w_k)),
         weights_(tile_rows(refs_.Mp) * refs_.Mp),
         out_(tile_rows(refs_.Mp) * pad<F>(p.E)),
         scale_(tile_rows(refs_.Mp)) {}
@@ -139,6 +139,7 @@ class ForwardWorker {
       fill(transport_.c.data(), std::max<int64_t>(p_.T, 1) * refs_.Mp, -kInf<F>);
       fill(transport_.z.data(), refs_.Mp * pad<F>(p_.E), F(0));
     }
+    if (p_.w_k) store_pooling(b, h, lo, hi, marg, any);
     if (team.rank == 0) store_state(b, h);
     if (p_.o) read(b, h, team, any);
   }
@@ -150,6 +151,17 @@ class ForwardWorker {
       for (int64_t j = 0; j < p_.M; ++j) c(t, j) = transport_.c[t * refs_.Mp + j];
     for (int64_t j = 0; j < p_.M; ++j)
       for (int64_t e = 0; e < p_.E; ++e) z(j, e) = transport_.z[j * pad<F>(p_.E) + e];
+  }
+
+  // Rows lo..hi of W^k.
+  void store_pooling(int64_t b, int64_t h, int64_t lo, int64_t hi, const Marginals<F>& marg, bool any) {
+    const int64_t rows = tile_rows(refs_.Mp), Mp = refs_.Mp;
+    for (int64_t row0 = lo; row0 < hi; row0 += rows) {
+      const int64_t n = std::min(rows, hi - row0);
+      if (!any) fill(weights_.data(), n * Mp, F(0));
+      F* const w = any ? transport_.pooled(source_, marg, row0 - lo, n) : weights_.data();
+      store_rows<F>(p_.w_k, b, h, row0, n, w, Mp, nullptr);
+    }
   }
 
   void read(int64_t b, int64_t h, const Team& team, bool any) {
@@ -168,8 +180,11 @@ class ForwardWorker {
         gemm<F>(n, Ep, p_.M, weights_, Mp, 1, transport_.z, Ep, out_, Ep, false, &ahead_o);
       } else {
         fill(out_.data(), n * Ep, F(0));
+        fill(weights_.data(), n * Mp, F(0));
       }
-      store_rows<F>(p_.o, b, h, row0, n, out_.data(), Ep, any ? scale_.data() : nullptr);
+      const F* const scale = any ? scale_.data() : nullptr;
+      store_rows<F>(p_.o, b, h, row0, n, out_.data(), Ep, scale);
+      if (p_.w_q) store_rows<F>(p_.w_q, b, h, row0, n, weights_.data(), Mp, scale);
     }
   }
 

@@ -126,11 +126,14 @@ struct ColumnState {
 template <class F, class Source>
 class Transport {
  public:
-  Transport(int64_t max_rows, int64_t cache_rows, int64_t block_rows, int64_t Mp, int64_t Ep, int64_t T)
+  // keep: what `pooled` will ask for is cached, as what a second iteration asks for.
+  Transport(int64_t max_rows, int64_t cache_rows, int64_t block_rows, int64_t Mp, int64_t Ep, int64_t T,
+            bool keep = false)
       : la(max_rows + kLanes<F>),
         g(Mp),
         c(std::max<int64_t>(T, 1) * Mp),
         z(Mp * Ep),
+        keep_(keep),
         block_(block_rows),
         cache_rows_(std::min(cache_rows, max_rows + block_rows)),
         Mp_(Mp),
@@ -140,7 +143,9 @@ class Transport {
         tile_(block_ * Mp),
         values_(block_ * std::max<int64_t>(Ep, 1) + kLanes<F>),
         u_(block_ + kLanes<F>),
-        G_(Mp) {
+        G_(Mp),
+        ref_(Mp),
+        inv_(Mp) {
     state.ref.reset(Mp);
     state.sum.reset(Mp);
     state.z.reset(Mp * Ep);
@@ -153,8 +158,12 @@ class Transport {
     for (int64_t i = rows; i < rows + kLanes<F>; ++i) la[i] = -kInf<F>, m_[i] = 0;
     state.lone = is_lone<F>(la, rows, team);
     const int64_t iters = solve<false>(src, marg, tol, team);
-    return iters >= 0 ? iters : solve<true>(src, marg, tol, team);
+    log_ = iters < 0;
+    return log_ ? solve<true>(src, marg, tol, team) : iters;
   }
+
+  // After `run` of all T iterations: rows row0.. of W^k = e^{ℓ + f − c} [n][Mp], by the numbers that z was pooled with.
+  F* pooled(Source& src, const Marginals<F>& marg, int64_t row0, int64_t n);
 
   Buffer<F> la;  // [rows] log masses
   Buffer<F> g;   // [Mp]
@@ -167,11 +176,14 @@ class Transport {
   int64_t solve(Source& src, const Marginals<F>& marg, double tol, const Team& team);
   template <bool kLog>
   F* rows_tile(Source& src, int64_t row0, int64_t n, bool first, int64_t M);
+  void scaled_rows(Source& src, int64_t row0, int64_t n, const F* K, F lam, F shift);
+  void log_rows(Source& src, int64_t row0, int64_t n, const F* logits, const F* potential, F lam);
   void scaled_block(Source& src, int64_t row0, int64_t n, F* K, F lam, F shift, bool pool);
   void log_block(Source& src, int64_t row0, int64_t n, const F* logits, F lam, bool pool);
   void pool_lone(int64_t n, const F* present);
   bool merge(const Marginals<F>& marg, F shift, bool pool, bool check, F* c_t, const Team& team);
 
+  bool keep_, log_ = false;
   int64_t block_, cache_rows_, Mp_, Ep_, rows_ = 0, passes_ = 1;
   Buffer<F> m_;       // [rows] row maxima
   Buffer<F> cache_;   // [cache rows][Mp] K of the first rows (log mode: ℓ − m)
@@ -179,6 +191,8 @@ class Transport {
   Buffer<F> values_;  // [block][Ep] values; f
   Buffer<F> u_;       // [block] weights of rows, and their logarithms
   Buffer<F> G_;       // [Mp] e^{g − max g}
+  Buffer<F> ref_;     // [Mp] what the sums of the whole team were taken relative to
+  Buffer<F> inv_;     // [Mp] and their inverses
 };
 
 template <class F, class Source>
@@ -227,7 +241,7 @@ int64_t Transport<F, Source>::solve(Source& src, const Marginals<F>& marg, doubl
 template <class F, class Source>
 template <bool kLog>
 F* Transport<F, Source>::rows_tile(Source& src, int64_t row0, int64_t n, bool first, int64_t M) {
-  const bool cached = passes_ > 1 && row0 + n <= cache_rows_;
+  const bool cached = (passes_ > 1 || keep_) && row0 + n <= cache_rows_;
   F* tile = cached ? cache_ + row0 * Mp_ : tile_.data();
   if (cached && !first) return tile;
   src.logits(row0, n, tile);
@@ -238,21 +252,27 @@ F* Transport<F, Source>::rows_tile(Source& src, int64_t row0, int64_t n, bool fi
   return tile;
 }
 
-// f_s + m_s − shift = log a_s + (1 − λ_a) m_s − λ_a log (K G)_s, then the column sums with u = e^{that − ref}.
+// u = f_s + m_s − shift = log a_s + (1 − λ_a) m_s − λ_a log (K G)_s; −inf beyond the rows.
 template <class F, class Source>
-void Transport<F, Source>::scaled_block(Source& src, int64_t row0, int64_t n, F* K, F lam, F shift, bool pool) {
+void Transport<F, Source>::scaled_rows(Source& src, int64_t row0, int64_t n, const F* K, F lam, F shift) {
   const F *la_s = la + row0, *m = m_ + row0;
   row_dots<F>(n, Mp_, K, G_, u_);
   for (int64_t i = n; i < pad<F>(n); ++i) u_[i] = 1;
-  Vec<F> top = splat(-kInf<F>);
   for (int64_t i = 0; i < n; i += kLanes<F>) {
     const Vec<F> mass = load(la_s + i), top_i = load(m + i), log_dot = vlog<F>(load(u_ + i));
     store(u_ + i, mass + top_i * (1 - lam) - lam * log_dot);
     if (src.wants_f()) store(values_ + i, mass - lam * (top_i + log_dot) + shift);
   }
   for (int64_t i = n; i < pad<F>(n); ++i) u_[i] = -kInf<F>;
-  for (int64_t i = 0; i < n; i += kLanes<F>) top = vmax(top, load(u_ + i));
   if (src.wants_f()) src.store_f(row0, n, values_);
+}
+
+// The column sums with e^{u − ref}.
+template <class F, class Source>
+void Transport<F, Source>::scaled_block(Source& src, int64_t row0, int64_t n, F* K, F lam, F shift, bool pool) {
+  scaled_rows(src, row0, n, K, lam, shift);
+  Vec<F> top = splat(-kInf<F>);
+  for (int64_t i = 0; i < n; i += kLanes<F>) top = vmax(top, load(u_ + i));
   const F ref = std::max(state.ref[0], reduce_max<F>(top));
   if (ref == -kInf<F>) return;
   if (ref > state.ref[0]) {
@@ -272,15 +292,21 @@ void Transport<F, Source>::scaled_block(Source& src, int64_t row0, int64_t n, F*
   gemm<F>(Mp_, Ep_, n, K, 1, Mp_, values_, Ep_, state.z, Ep_, true, &ahead);
 }
 
+// u = f_s + m_s from the potential of the columns.
 template <class F, class Source>
-void Transport<F, Source>::log_block(Source& src, int64_t row0, int64_t n, const F* logits, F lam, bool pool) {
+void Transport<F, Source>::log_rows(Source& src, int64_t row0, int64_t n, const F* logits, const F* potential, F lam) {
   for (int64_t i = 0; i < n; ++i) {
     const F mass = la[row0 + i], m = m_[row0 + i];
-    const F lse = lam == 0 || mass == -kInf<F> ? F(0) : row_lse<F>(Mp_, logits + i * Mp_, g);
+    const F lse = lam == 0 || mass == -kInf<F> ? F(0) : row_lse<F>(Mp_, logits + i * Mp_, potential);
     values_[i] = lse == -kInf<F> ? lse : mass - lam * (m + lse);  // f
     u_[i] = lse == -kInf<F> ? lse : shifted_potential<F>(src.wants_f(), mass, m, lam, lse);
   }
   if (src.wants_f()) src.store_f(row0, n, values_);
+}
+
+template <class F, class Source>
+void Transport<F, Source>::log_block(Source& src, int64_t row0, int64_t n, const F* logits, F lam, bool pool) {
+  log_rows(src, row0, n, logits, g, lam);
   for (int64_t j = 0; j < Mp_; j += kLanes<F>) {
     const Vec<F> old = load(state.ref + j);
     Vec<F> top = old, sum{};
@@ -333,9 +359,38 @@ bool Transport<F, Source>::merge(const Marginals<F>& marg, F shift, bool pool, b
     if (check && j < marg.M && !(sum > Limits<F>::kColumn)) ok = false;
     c_t[j] = sum > 0 && j < marg.M ? static_cast<F>(std::log(static_cast<double>(sum)) + ref + shift) : -kInf<F>;
     const F inv = state.lone ? F(sum > 0) : sum > 0 ? 1 / sum : F(0);
+    ref_[j] = ref == -kInf<F> ? F(0) : ref, inv_[j] = inv;
     for (int64_t e = 0; pool && e < Ep_; ++e) z[j * Ep_ + e] *= inv;
   }
   return ok;
+}
+
+template <class F, class Source>
+F* Transport<F, Source>::pooled(Source& src, const Marginals<F>& marg, int64_t row0, int64_t n) {
+  const F lam = marg.T ? marg.lam_a : F(0);
+  F* tile = log_ ? rows_tile<true>(src, row0, n, false, marg.M) : rows_tile<false>(src, row0, n, false, marg.M);
+  if (log_) {
+    // g^{T−1}, whose place G_ is: g has gone on to g^T.
+    const F* before = marg.T > 1 ? c + (marg.T - 2) * Mp_ : nullptr;
+    for (int64_t j = 0; j < Mp_; ++j)
+      G_[j] = !before ? marg.log_b[j] : before[j] == -kInf<F> ? -kInf<F> : marg.log_b[j] - marg.lam_b * before[j];
+    log_rows(src, row0, n, tile, G_, lam);
+  } else {
+    scaled_rows(src, row0, n, tile, lam, F(0));
+    for (int64_t i = 0; i < n; i += kLanes<F>) store(u_ + i, vexp<F>(load(u_ + i) - ref_[0]));
+  }
+  for (int64_t i = 0; i < n; ++i) {
+    F* row = tile + i * Mp_;
+    if (state.lone) {
+      fill(row, Mp_, F(la[row0 + i] != -kInf<F>));
+      continue;
+    }
+    for (int64_t j = 0; j < Mp_; j += kLanes<F>) {
+      const Vec<F> x = load(row + j);
+      store(row + j, (log_ ? vexp<F>(x + (u_[i] - load(ref_ + j))) : x * u_[i]) * load(inv_ + j));
+    }
+  }
+  return tile;
 }
 
 }  // namespace

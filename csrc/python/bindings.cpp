@@ -19,6 +19,19 @@ void attention(const py::tuple& x, const py::tuple& scalars, bool dot, int64_t T
   causal ? kernels().causal(p) : kernels().attention(p);
 }
 
+void attention_weights(const py::tuple& x, const py::tuple& scalars, bool dot, int64_t T, double dropout_p,
+                       uint64_t seed, int threads, const py::object& o, const py::object& z, const py::object& c,
+                       const py::object& w_q, const py::object& w_k) {
+  AttentionParams p = attention_params(x, scalars, dot, T, dropout_p, seed, threads);
+  p.o = view(o, "o", {p.B, p.H, p.L, p.E}, p.key.dtype);
+  p.w_q = view(w_q, "w_q", {p.B, p.H, p.L, p.M}, compute_dtype(p.f64));
+  p.w_k = view(w_k, "w_k", {p.B, p.H, p.S, p.M}, compute_dtype(p.f64));
+  need(p.query, "query"), need(p.o, "o"), need(p.w_q, "w_q"), need(p.w_k, "w_k");
+  state(p, z, c, true);
+  py::gil_scoped_release nogil;
+  kernels().attention(p);
+}
+
 void attention_backward(const py::tuple& x, const py::tuple& scalars, bool dot, int64_t T, double dropout_p,
                         uint64_t seed, int threads, const py::object& z, const py::object& c, const py::tuple& grads,
                         bool causal) {
@@ -105,6 +118,7 @@ void sinkhorn(const py::tuple& t, const py::tuple& scalars, int64_t T, double to
 PYBIND11_MODULE(_C, m) {
   m.attr("OPERANDS") = operand_names();
   m.def("attention", &attention);
+  m.def("attention_weights", &attention_weights);
   m.def("attention_backward", &attention_backward);
   m.def("masked", &masked);
   m.def("masked_backward", &masked_backward);

@@ -130,8 +130,22 @@ struct Case {
   }
 };
 
+// W^q W^kᵀ v = o, of a backend that writes the factors.
 template <class F>
-void attention_case(const KernelTable& kernels, bool causal) {
+void check_factors(Case<F>& c, Tensor<F>& w_q, Tensor<F>& w_k, Tensor<F>& o, double allowed) {
+  double error = 0;
+  o.each([&](int64_t b, int64_t h, int64_t i, int64_t e, F& want) {
+    double got = 0;
+    for (int64_t s = 0; s < c.S; ++s)
+      for (int64_t j = 0; j < c.M && c.log_a(b, h, s) != -kInf; ++j)
+        got += static_cast<double>(w_q(b, h, i, j)) * w_k(b, h, s, j) * c.v(b, h, s, e);
+    error += std::pow(got - want, 2);
+  });
+  expect(std::sqrt(error) <= allowed, "factors", error, allowed);
+}
+
+template <class F>
+void attention_case(const KernelTable& kernels, bool causal, bool factors = false) {
   const int64_t L = pick({1, 5, 60, 100}), S = causal ? L : pick({1, 7, 97});
   Case<F> c(causal, pick({1, 2}), pick({1, 3}), L, S, pick({1, 7, 18, 33}), pick({1, 5, 18}), pick({1, 3, 17}),
             pick({0, 2}), causal ? pick({0, 1}) : pick({0, 1, 3}));
@@ -140,6 +154,8 @@ void attention_case(const KernelTable& kernels, bool causal) {
   Tensor<F> o({c.B, c.H, c.L, c.E}, Case<F>::layout()), z({c.B, c.H, c.M, c.E}, 0),
       state({c.B, c.H, c.T > 1 ? c.T : 1, c.M}, 0);
   p.o = o.view, p.z = z.view, p.c = state.view;
+  Tensor<F> w_q({c.B, c.H, c.L, c.M}, Case<F>::layout()), w_k({c.B, c.H, c.S, c.M}, Case<F>::layout());
+  if (factors) p.w_q = w_q.view, p.w_k = w_k.view;
   (causal ? kernels.causal : kernels.attention)(p);
   std::vector<double> want;
   double error = 0, norm = 0;
@@ -154,6 +170,8 @@ void attention_case(const KernelTable& kernels, bool causal) {
       }
   const double tolerance = sizeof(F) == 8 ? 1e-10 : 2e-3;
   expect(std::sqrt(error) <= tolerance * (std::sqrt(norm) + 1e-3), causal ? "causal" : "attention", error, norm);
+  if (factors) check_factors(c, w_q, w_k, o, tolerance * (std::sqrt(norm) + 1e-3));
+  p.w_q = p.w_k = View{};
   p.o = View{};
   p.d_o = c.w.view;
   Tensor<F> d_q({c.B, c.H, c.L, c.D}, Case<F>::layout()), d_k({c.B, c.H, c.S, c.D}, Case<F>::layout()),

@@ -11,7 +11,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..problem import DTYPES, Operands, Options, Problem, Sinkhorn, beyond, compute_dtype, empty_in_order, in_order
+from ..problem import (
+    DTYPES,
+    Operands,
+    Options,
+    Problem,
+    Sinkhorn,
+    beyond,
+    compute_dtype,
+    empty_factors,
+    empty_in_order,
+    in_order,
+)
 from . import _extension
 from ._extension import MODULE, REASON, views
 
@@ -52,6 +63,15 @@ def attention(x: Operands, opt: Options) -> tuple[Tensor, Tensor, Tensor]:
     z, c = _new_state(x, opt)
     _C.attention(*_common(x, opt), *views((o, z, c)), False)
     return o, z, c
+
+
+def attention_weights(x: Operands, opt: Options, by_token: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """o, z and c of `attention`, and the factors of A of `empty_factors`: W^q [B, H, L, M], W^k [B, H, S, M]."""
+    assert x.query is not None
+    o = empty_in_order(x.query, (*x.query.shape[:-1], x.value.shape[-1]))
+    outputs = (o, *_new_state(x, opt), *empty_factors(x, by_token))
+    _C.attention_weights(*_common(x, opt), *views(outputs))
+    return outputs
 
 
 def pool(x: Operands, opt: Options) -> tuple[Tensor, Tensor]:

@@ -44,9 +44,11 @@ def _vjp(
         results = outputs if isinstance(outputs, tuple) else (outputs,)
         pairs = [(o, g) for o, g in zip(results, cotangents, strict=True) if g is not None and o.requires_grad]
         wanted = [t for t, n in zip(leaves, needs, strict=True) if n and t is not None]
-        found = torch.autograd.grad(
-            [o for o, _ in pairs], wanted, [g for _, g in pairs], allow_unused=True, materialize_grads=True
-        )
+        found: Sequence[Tensor] = [torch.zeros_like(t) for t in wanted]
+        if pairs:
+            found = torch.autograd.grad(
+                [o for o, _ in pairs], wanted, [g for _, g in pairs], allow_unused=True, materialize_grads=True
+            )
     grads = iter(found)
     return [
         empty_in_order(t, t.shape).copy_(next(grads)) if n and t is not None else None
@@ -80,6 +82,26 @@ def pool_backward(
     x: Operands, opt: Options, z: Tensor, c: Tensor, d_z: Tensor, d_c: Tensor | None, needs: Sequence[bool]
 ) -> Gradients:
     return _vjp(lambda *t: pool_with_state(Operands(*t), opt), x, needs, [d_z, d_c])
+
+
+def attention_weights(x: Operands, opt: Options, by_token: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    o, z, c = attention(x, opt)
+    return o, z, c, *weight_factors(x, opt, c, by_token)
+
+
+def weight_factors(x: Operands, opt: Options, c: Tensor, by_token: bool) -> tuple[Tensor, Tensor]:
+    """W^q and W^k as `problem.empty_factors` describes them, from the c [B, H, max(T, 1), M] of any backend."""
+    found = reference.weight_factors(x, opt, c)
+    w_q, w_k = (w.transpose(1, 2) if by_token else w for w in found)
+    w_q, w_k = (w.clone(memory_format=torch.contiguous_format) for w in (w_q, w_k))
+    return (w_q.transpose(1, 2), w_k.transpose(1, 2)) if by_token else (w_q, w_k)
+
+
+def weight_factors_backward(
+    x: Operands, opt: Options, d_w_q: Tensor | None, d_w_k: Tensor | None, needs: Sequence[bool]
+) -> Gradients:
+    """Through the whole transport, which is run again."""
+    return _vjp(lambda *t: reference.weight_factors(Operands(*t), opt), x, needs, [d_w_q, d_w_k])
 
 
 def causal(x: Operands, opt: Options) -> Tensor:

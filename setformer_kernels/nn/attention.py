@@ -194,9 +194,12 @@ class SeTAttention(PythonForward, ReferenceSet, nn.MultiheadAttention):
             "attn_mask": mask,
             "causal": causal,
         }
-        heads = SF.set_attention(q, k, self._map_values(v), self.references, **options)
+        inputs, weights = (q, k, self._map_values(v), self.references), None
+        if need_weights:
+            heads, weights = SF.attention_and_weights(*inputs, average=average_attn_weights, **options)
+        else:
+            heads = SF.set_attention(*inputs, **options)
         output = self.out_proj(merge_heads(heads, self.batch_first or not batched))
-        weights = self._weights(q, k, options, average_attn_weights) if need_weights else None
         if batched:
             return output, weights
         return output.squeeze(0), None if weights is None else weights.squeeze(0)
@@ -282,11 +285,6 @@ class SeTAttention(PythonForward, ReferenceSet, nn.MultiheadAttention):
         p = self.dropout if self.training else 0.0
         seed = torch.randint(2**63 - 1, (), device=device) if p > 0.0 else None
         return {"dropout_p": p, "seed": seed}
-
-    def _weights(self, q: Tensor, k: Tensor, options: dict[str, Any], average: bool) -> Tensor:
-        """[B, L, S + slots] if average, else [B, H, L, S + slots]."""
-        weights = SF.set_attention_weights(q, k, self.references, **options)
-        return weights.mean(1) if average else weights
 
     def initialize_references(
         self, tokens: Tensor, key_padding_mask: Tensor | None = None, *, value: Tensor | None = None,

@@ -45,6 +45,7 @@ class Spec:
     run_backward: Callable[..., Sequence[Tensor | None]]
     fake: Callable[..., Any]
     decomposition: Callable[..., Any]  # the op as PyTorch operations
+    apart: bool = False  # whether the backward gets None, not zeros, for an output that no gradient reached
 
     @property
     def schema(self) -> str:
@@ -140,7 +141,7 @@ def _vmap_loop(op: Any, n: int, size: int, in_dims: Any, args: Sequence[Any]) ->
     return one_or_tuple(stacked), one_or_tuple((0,) * len(stacked))
 
 
-def _materialise(cotangents: Sequence[Tensor | None], shapes: Sequence[torch.Size]) -> list[Tensor]:
+def _materialise(cotangents: Sequence[Tensor | None], shapes: Sequence[torch.Size]) -> list[Tensor | None]:
     """Zeros for the outputs that no gradient reached; at least one was."""
     some = next(c for c in cotangents if c is not None)
     return [some.new_zeros(shape) if c is None else c for c, shape in zip(cotangents, shapes, strict=True)]
@@ -190,7 +191,8 @@ def _backward(spec: Spec, call_backward: Callable[..., Any]) -> Callable[..., tu
         grads: list[Tensor | None] = [None] * (n + len(ctx.constants))
         if all(c is None for c in cotangents):
             return tuple(grads)
-        given = _materialise([cotangents[i] for i in differentiable], ctx.shapes)
+        given = [cotangents[i] for i in differentiable]
+        given = given if spec.apart else _materialise(given, ctx.shapes)
         kept = ctx.saved_tensors  # read once: non-reentrant checkpointing recomputes at each read
         tensors, saved = kept[:n], kept[n:]
         needs = [False] * n
@@ -280,9 +282,14 @@ def _fake_backward(spec: Spec) -> Callable[..., tuple[Tensor, ...]]:
     def fake(*args: Any) -> tuple[Tensor, ...]:
         tensors, needs = args[skip : skip + len(spec.tensors)], args[-1]
         by_name = dict(zip(spec.tensors, zip(tensors, needs, strict=True), strict=True))
-        return tuple(_gradient_like(*by_name[name], args[0]) for name in spec.graded)
+        return tuple(_gradient_like(*by_name[name], _first(args)) for name in spec.graded)
 
     return fake
+
+
+def _first(args: Sequence[Any]) -> Tensor:
+    """Of the arguments of a backward, a tensor that says where all of them are."""
+    return next(a for a in args if isinstance(a, Tensor))
 
 
 def _gradient_like(t: Tensor | None, need: bool, device_of: Tensor) -> Tensor:
@@ -302,14 +309,17 @@ def _kernel_backward(spec: Spec) -> Callable[..., tuple[Tensor, ...]]:
     def kernel(*args: Any) -> tuple[Tensor, ...]:
         saved = [t.contiguous() for t in args[first:last]]
         grads: Sequence[Any] = spec.run_backward(*args[:first], *saved, *args[last:])
-        return tuple([args[0].new_empty(0) if grads[i] is None else grads[i] for i in graded])
+        return tuple([_first(args).new_empty(0) if grads[i] is None else grads[i] for i in graded])
 
     return kernel
 
 
 def register(spec: Spec) -> Callable[..., Any]:
     """Define `spec.name` and its backward; returns the call of the op."""
-    cotangents = ", ".join(f"Tensor {name}" for name in list(spec.backward_tensors)[: -len(spec.tensors)])
+    cotangents = ", ".join(
+        f"Tensor{'?' if spec.apart and i < len(spec.differentiable) else ''} {name}"
+        for i, name in enumerate(list(spec.backward_tensors)[: -len(spec.tensors)])
+    )
     _library.define(f"{spec.name}({spec.schema}) -> ({', '.join(['Tensor'] * len(spec.outputs))})")
     _library.define(
         f"{spec.name}_backward({cotangents}, {spec.schema}, bool[] needs) -> "

@@ -1,6 +1,6 @@
 """The specification: SeT attention as plain PyTorch, differentiable by plain autograd to any order."""
 
-from .attention import attention, causal, masked, masked_weights, plan, pool, uniform_mass, weights
+from .attention import attention, causal, masked, masked_weights, plan, pool, uniform_mass, weight_factors, weights
 from .features import inverse_sqrt, nystrom_features
 from .logits import kernel_matrix, logits, normalise, squared_distance
 from .transport import Plan, lse, pool_weights, potential, read_weights, sinkhorn
@@ -28,5 +28,6 @@ __all__ = [
     "sinkhorn",
     "squared_distance",
     "uniform_mass",
+    "weight_factors",
     "weights",
 ]

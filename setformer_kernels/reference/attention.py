@@ -16,9 +16,9 @@ from .causal import log_weights, scan
 from .dense import DenseProblem, dense_weights, normalise_masses, query_masses, unknown
 from .dropout import dropout
 from .logits import kernel_matrix, logits
-from .transport import INF, Plan, pool_weights, read_weights, sinkhorn
+from .transport import INF, Plan, pool_weights, read_weights, resumed, sinkhorn
 
-__all__ = ["attention", "causal", "masked", "masked_weights", "plan", "pool", "weights"]
+__all__ = ["attention", "causal", "masked", "masked_weights", "plan", "pool", "weight_factors", "weights"]
 
 
 def hyper(x: Operands, opt: Options, name: str) -> Tensor:
@@ -63,11 +63,13 @@ def widen(x: Operands) -> Operands:
     return replaced(x, query=query, key=key, value=value)
 
 
-def plan(x: Operands, opt: Options) -> tuple[Tensor, Plan]:
-    """Logits ℓ [B, H, S, M] of the keys and their transport onto the references."""
+def plan(x: Operands, opt: Options, c: Tensor | None = None) -> tuple[Tensor, Plan]:
+    """Logits ℓ [B, H, S, M] of the keys and their transport onto the references; found again from the c it left, where
+    that is given."""
     l = token_logits(x, opt, x.key, x.key_position)
     lam_a, lam_b = (hyper(x, opt, name).squeeze(-1) for name in ("key_relaxation", "reference_relaxation"))
-    return l, sinkhorn(l, key_mass(x), reference_mass(x), opt.num_iters, lam_a, lam_b)
+    known = (l, key_mass(x), reference_mass(x), opt.num_iters, lam_a, lam_b)
+    return l, sinkhorn(*known) if c is None else resumed(*known, c)
 
 
 def _query_weights(x: Operands, opt: Options, c: Tensor) -> Tensor:
@@ -101,12 +103,17 @@ def attention(x: Operands, opt: Options) -> Tensor:
     return attention_with_state(x, opt)[0]
 
 
+def weight_factors(x: Operands, opt: Options, c: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """W^q [B, H, L, M], with dropout, and W^k [B, H, S, M] in the compute dtype; `c` as in `plan`."""
+    x = widen(x)
+    l, p = plan(x, opt, c)
+    return _query_weights(x, opt, p.c), pool_weights(l, p)
+
+
 def weights(x: Operands, opt: Options) -> Tensor:
     """A = W^q W^kᵀ [B, H, L, S]."""
-    dtype = x.key.dtype
-    x = widen(x)
-    l, p = plan(x, opt)
-    return (_query_weights(x, opt, p.c) @ pool_weights(l, p).transpose(-1, -2)).to(dtype)
+    w_q, w_k = weight_factors(x, opt)
+    return (w_q @ w_k.transpose(-1, -2)).to(x.key.dtype)
 
 
 def causal(x: Operands, opt: Options) -> Tensor:

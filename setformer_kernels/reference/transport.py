@@ -59,6 +59,18 @@ def sinkhorn(
     return Plan(f, g, torch.stack(c, -2), iters.squeeze(-1))
 
 
+def resumed(
+    l: Tensor, log_a: Tensor, log_b: Tensor, num_iters: int, lam_a: Tensor, lam_b: Tensor, c: Tensor
+) -> Plan:  # fmt: skip
+    """The plan of `sinkhorn` from the c [..., max(T, 1), M] that it left: its last iteration alone."""
+    g = potential(log_b, lam_b, c[..., -2, :]) if num_iters > 1 else log_b.expand(c[..., -1, :].shape)
+    f = potential(log_a, lam_a, lse(l + g.unsqueeze(-2), -1)) if num_iters else log_a.expand(l.shape[:-1])
+    last = lse(l + f.unsqueeze(-1), -2)
+    g = potential(log_b, lam_b, last) if num_iters else g
+    iters = torch.full_like(g[..., 0], num_iters, dtype=torch.int64)
+    return Plan(f, g, torch.cat([c[..., :-1, :], last.unsqueeze(-2)], -2), iters)
+
+
 def pool_weights(l: Tensor, plan: Plan) -> Tensor:
     """W^k_sj = exp(ℓ_sj + f_s − c_j): [..., S, M], columns summing to 1, or 0 where no key takes part."""
     c = plan.c[..., -1:, :]

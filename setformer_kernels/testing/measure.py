@@ -125,6 +125,17 @@ def pooling(case: Case, dtype: torch.dtype, backend: str, draw: int = 0) -> Meas
     return beside(_pool, inputs, dtype, cotangent, backend)
 
 
+def _weights(value: Tensor | None = None, **keywords: Any) -> Tensor:
+    return SF.set_attention_weights(**keywords)
+
+
+def weights(case: Case, dtype: torch.dtype, backend: str, draw: int = 0) -> Measured:
+    """set_attention_weights and every gradient."""
+    tokens, keywords = make(case, draw)
+    inputs = {name: t for name, t in (tokens | keywords).items() if name != "value"}
+    return beside(_weights, inputs, dtype, _normal((case.B, case.H, case.L, case.S), draw), backend)
+
+
 FEATURES = {"plain": (100, 7, 16), "square": (65, 64, 64), "one": (1, 1, 5), "wide": (33, 16, 256)}  # N, R, D
 
 
