@@ -74,9 +74,10 @@ def test_a_module_call_enters_few_python_functions() -> None:
 
 
 # (op, T, backward) -> (launches, functions in Python of the backend with its launches recorded).  Of attention forward:
-# one launch to prepare, one for each pass over the keys, one that merges the last, one for the queries.
+# one launch to prepare, one for each pass over the keys, one that merges the last (whose tile is looked up apart: seven
+# functions), one for the queries.
 MOST_LAUNCHES = {
-    ("attention", 1, False): (4, 88), ("attention", 1, True): (5, 196), ("attention", 3, False): (6, 92),
+    ("attention", 1, False): (4, 95), ("attention", 1, True): (5, 196), ("attention", 3, False): (6, 99),
     ("attention", 3, True): (7, 200), ("causal", 1, False): (4, 94), ("causal", 1, True): (9, 208),
 }  # fmt: skip
 

@@ -309,7 +309,8 @@ def _kernel_backward(spec: Spec) -> Callable[..., tuple[Tensor, ...]]:
     def kernel(*args: Any) -> tuple[Tensor, ...]:
         saved = [t.contiguous() for t in args[first:last]]
         grads: Sequence[Any] = spec.run_backward(*args[:first], *saved, *args[last:])
-        return tuple([_first(args).new_empty(0) if grads[i] is None else grads[i] for i in graded])
+        place = _first(args)
+        return tuple([place.new_empty(0) if grads[i] is None else grads[i] for i in graded])
 
     return kernel
 

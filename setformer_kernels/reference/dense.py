@@ -98,7 +98,7 @@ def unknown(length: int) -> bool:
 
 def _by_chunks(p: DenseProblem, keep: Tensor | float) -> Tensor:
     b, h, length, m = p.l_q.shape
-    if unknown(length):
+    if unknown(length) or length == 0:
         return weights_by_logs(p, keep)
     rows = max(1, CHUNK_ELEMENTS // max(1, b * h * p.l_k.shape[-2] * m))
     chunks = []
@@ -106,7 +106,7 @@ def _by_chunks(p: DenseProblem, keep: Tensor | float) -> Tensor:
         part = replaced(p, l_q=p.l_q[:, :, start : start + rows], log_n=p.log_n[:, :, start : start + rows])
         kept = keep[:, :, start : start + rows] if isinstance(keep, Tensor) else keep
         chunks.append(_recomputed(part, kept))
-    return torch.cat(chunks, -2) if chunks else p.log_n
+    return torch.cat(chunks, -2)
 
 
 def _recomputed(p: DenseProblem, keep: Tensor | float) -> Tensor:
