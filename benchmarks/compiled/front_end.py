@@ -6,6 +6,7 @@ compile, and each product of a stride that is formed in 32 bits; exit status 1 w
 
 from __future__ import annotations
 
+import argparse
 import re
 import sys
 from collections.abc import Iterator
@@ -43,8 +44,9 @@ def variants() -> Iterator[tuple[workloads.Call, aot.Variant]]:
                 yield call, variant
 
 
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
     """Entry point; 1 where a kernel has a fault."""
+    argparse.ArgumentParser(prog="python -m benchmarks.compiled.front_end", description=__doc__).parse_args(argv)
     import triton
 
     faults, names = [], []
