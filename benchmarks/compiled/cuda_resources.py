@@ -74,11 +74,16 @@ def compiled(source: Path, arch: str) -> list[Row]:
     return found
 
 
+def architectures() -> tuple[str, ...]:
+    """Those of the variable that the build reads, else all that the package is built for."""
+    return tuple(re.findall(r"\d+", os.environ.get("SETFORMER_KERNELS_CUDA_ARCHS", ""))) or ARCHITECTURES
+
+
 def rows() -> list[Row]:
-    """The rows of all files and architectures, as many at a time as there are processors."""
+    """The rows of all files and `architectures`, as many at a time as there are processors."""
     sources = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
     with ThreadPoolExecutor(max_workers=os.cpu_count() or 1) as pool:
-        jobs = [pool.submit(compiled, source, arch) for source in sources for arch in ARCHITECTURES]
+        jobs = [pool.submit(compiled, source, arch) for source in sources for arch in architectures()]
         return sorted(row for job in jobs for row in job.result())
 
 
