@@ -15,11 +15,8 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 PLAIN = frozenset((Tensor, torch.nn.Parameter, NoneType))
-
-
-_ordinary: set[int] = (
-    set()
-)  # the dispatch keys of tensors that nothing was done to, on the devices that calls came from
+# The dispatch keys of tensors that nothing was done to, on the devices that calls came from.
+_ordinary: set[int] = set()
 
 
 def unwatched(tensors: Sequence[Tensor | None]) -> bool:
