@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import checks, dispatch, ops, reference
+from . import advice, checks, dispatch, ops, reference
 from .arguments import Hyper, autocast, from_options, hyper_tensors, normalise, numbers, query_mask
 from .ops.operands import attention_problem, logits
 from .problem import Operands, Options, compute_dtype, replaced
@@ -65,8 +65,10 @@ def set_attention(
             more to read plans, at a small ε and with relaxed marginals.
         key_mask: [B, S], bool (True takes part) or float (unnormalised log mass, −inf = not there; differentiable).
         attn_mask: [L, S], [B, L, S] or [B, H, L, S], likewise; query i is answered as if its row were its key mask.
-            O(T·L·S·M) time for what the mask leaves: the one path that is not linear.
+            O(T·L·S·M) time for what the mask leaves: the one path that is not linear.  For the causal mask, without
+            a gradient, give `causal=True` instead: `set_attention(q, k, v, y, causal=True)` is linear.
         causal: query i sees keys s ≤ i + S − L.  A linear scan for T ≤ 1 and L = S, else the cost of an `attn_mask`.
+            A call that could be a scan but for these arguments warns once (`setformer_kernels.advice.enabled`).
         reference_log_mass: [H, M] unnormalised log b; uniform when None.
         key_relaxation, reference_relaxation: λ in [0, 1], 1 = balanced; λ = ρ/(ρ + ε) is a KL penalty of strength ρ.
         query_position, key_position: [N, P] or [B, N, P] in any unit, without gradient; a row of NaN has no position
@@ -89,6 +91,7 @@ def set_attention(
     mask = query_mask(x, attn_mask, s)
     causal = causal and s > 0
     if s > 0 and (mask is not None or (causal and (opt.num_iters > 1 or length != s))):
+        advice.slower_than_linear(mask, causal, opt.num_iters, square=length == s)
         return _masked(x, opt, mask, causal)
     name = "causal" if causal else "attention"
     if dispatch.choose(attention_problem(name, x, opt), backend, logits(x)) == dispatch.REFERENCE:

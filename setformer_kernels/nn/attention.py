@@ -157,7 +157,8 @@ class SeTAttention(PythonForward, ReferenceSet, nn.MultiheadAttention):
             need_weights: whether to return the weights; the output does not depend on it.
             attn_mask: [L, S], [B·H, L, S] or, unbatched, [H, L, S]; bool True = forbid, or float, added to log masses.
             average_attn_weights: mean over heads.
-            is_causal: beside a square attn_mask, the promise that it is the causal mask; alone, causal attention.
+            is_causal: beside a square attn_mask, the promise that it is the causal mask; alone, causal attention:
+                linear for num_iters ≤ 1, which the mask without this promise is not, and a warning says so once.
             query_position, key_position: [L, P] and [S, P], or [B, L, P] and [B, S, P] (batch first in both layouts),
                 exactly when position_dim > 0.
         """
