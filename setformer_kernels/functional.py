@@ -13,13 +13,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import advice, checks, dispatch, ops, reference
+from . import advice, checks, dispatch, ops, reference, streaming
 from .arguments import Hyper, autocast, from_options, hyper_tensors, normalise, numbers, query_mask
 from .ops.operands import attention_problem, logits
 from .problem import Operands, Options, compute_dtype, replaced
+from .streaming import empty_state, merge_states, set_causal, set_step
 from .tracing import leaf
 
-__all__ = ["nystrom_features", "set_attention", "set_attention_weights", "set_pool", "sinkhorn"]
+__all__ = [
+    "empty_state",
+    "merge_states",
+    "nystrom_features",
+    "set_attention",
+    "set_attention_weights",
+    "set_causal",
+    "set_pool",
+    "set_step",
+    "sinkhorn",
+]
 
 
 @leaf
@@ -63,7 +74,8 @@ def set_attention(
         num_iters: T ≥ 0; gradients are exact for the T iterations that ran.  Each costs a pass over the keys.  Those
             beyond the first bring the plan nearer to the optimum, and measured models nothing (`docs/quality.md`): take
             more to read plans, at a small ε and with relaxed marginals.
-        key_mask: [B, S], bool (True takes part) or float (unnormalised log mass, −inf = not there; differentiable).
+        key_mask: [B, S] or [B, H, S], bool (True takes part) or float (unnormalised log mass, −inf = not there;
+            differentiable).
         attn_mask: [L, S], [B, L, S] or [B, H, L, S], likewise; query i is answered as if its row were its key mask.
             O(T·L·S·M) time for what the mask leaves: the one path that is not linear.  For the causal mask, without
             a gradient, give `causal=True` instead: `set_attention(q, k, v, y, causal=True)` is linear.
@@ -93,10 +105,11 @@ def set_attention(
     if s > 0 and (mask is not None or (causal and (opt.num_iters > 1 or length != s))):
         advice.slower_than_linear(mask, causal, opt.num_iters, square=length == s)
         return _masked(x, opt, mask, causal)
-    name = "causal" if causal else "attention"
-    if dispatch.choose(attention_problem(name, x, opt), backend, logits(x)) == dispatch.REFERENCE:
-        return reference.causal(x, opt) if causal else reference.attention(x, opt)
-    return ops.causal.set_causal(*x, *opt) if causal else ops.attention.set_attention(*x, *opt)[0]
+    if causal:
+        return streaming.scan(x, opt)[0]
+    if dispatch.choose(attention_problem("attention", x, opt), backend, logits(x)) == dispatch.REFERENCE:
+        return reference.attention(x, opt)
+    return ops.attention.set_attention(*x, *opt)[0]
 
 
 @leaf
