@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.compiled.gpus import AMD, GPUS
-from setformer_kernels.problem import HYPER, Operands, Options, Sinkhorn
+from setformer_kernels.problem import HYPER, SCALARS, Operands, Options, Sinkhorn
 
 MULTIPROCESSORS = {gpu.family: gpu.multiprocessors for gpu in GPUS.values()}
 
@@ -83,7 +83,7 @@ def operands(call: Call) -> Operands:
 def _run_attention(backend: Any, call: Call) -> None:
     x = operands(call)
     dropped = 0.1 if call.has("dropout") and call.op != "pool" else 0.0
-    opt = Options(num_iters=call.T, kernel=call.kernel, dropout_p=dropped)
+    opt = Options(SCALARS, call.kernel, call.T, dropped)
     learned = [
         t is not None and name not in ("query_position", "key_position", "seed") and call.wanted in ("", name)
         for name, t in zip(x._fields, x, strict=True)

@@ -31,7 +31,7 @@ def prepared_landmarks(x: Tensor, landmarks: Tensor, bandwidth: Tensor | None, s
     """The landmarks of one call on tokens x."""
     absent = (None,) * 11
     x_ = Operands(None, x, x, landmarks, *absent)._replace(bandwidth=bandwidth)
-    found, inverse_norm = prepared_with_norms(x_, Options(scalars=(scalar, 1.0, 1.0, 1.0, 1.0)))
+    found, inverse_norm = prepared_with_norms(x_, Options((scalar, 1.0, 1.0, 1.0, 1.0), "rbf", num_iters=1))
     return Landmarks(found.y, inverse_norm, found.parameters)
 
 
