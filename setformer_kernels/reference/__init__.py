@@ -3,6 +3,7 @@
 from .attention import attention, causal, masked, masked_weights, plan, pool, uniform_mass, weight_factors, weights
 from .features import inverse_sqrt, nystrom_features
 from .logits import kernel_matrix, logits, normalise, squared_distance
+from .memory import read, transport
 from .transport import Plan, lse, pool_weights, potential, read_weights, sinkhorn
 
 NAME = "reference"
@@ -24,9 +25,11 @@ __all__ = [
     "pool",
     "pool_weights",
     "potential",
+    "read",
     "read_weights",
     "sinkhorn",
     "squared_distance",
+    "transport",
     "uniform_mass",
     "weight_factors",
     "weights",
