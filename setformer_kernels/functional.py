@@ -13,21 +13,26 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import checks, dispatch, ops, reference
+from . import checks, dispatch, ops, reference, streaming
 from .arguments import Hyper, autocast, from_options, hyper_tensors, normalise, numbers, query_mask
 from .grouping import folded, repeated, unfolded
 from .memory import SetMemory, set_read, set_transport
 from .ops.operands import attention_problem, logits
 from .problem import Operands, Options, compute_dtype, replaced
+from .streaming import empty_state, merge_states, set_causal, set_step
 from .tracing import leaf
 
 __all__ = [
     "SetMemory",
+    "empty_state",
+    "merge_states",
     "nystrom_features",
     "set_attention",
     "set_attention_weights",
+    "set_causal",
     "set_pool",
     "set_read",
+    "set_step",
     "set_transport",
     "sinkhorn",
 ]
@@ -77,7 +82,8 @@ def set_attention(
         num_iters: T ≥ 0; gradients are exact for the T iterations that ran.  Each costs a pass over the keys.  Those
             beyond the first bring the plan nearer to the optimum, and measured models nothing (`docs/quality.md`): take
             more to read plans, at a small ε and with relaxed marginals.
-        key_mask: [B, S], bool (True takes part) or float (unnormalised log mass, −inf = not there; differentiable).
+        key_mask: [B, S] or [B, H, S], bool (True takes part) or float (unnormalised log mass, −inf = not there;
+            differentiable).
         attn_mask: [L, S], [B, L, S] or [B, H, L, S], likewise; query i is answered as if its row were its key mask.
             O(T·L·S·M) time for what the mask leaves: the one path that is not linear.
         causal: query i sees keys s ≤ i + S − L.  A linear scan for T ≤ 1 and L = S, else the cost of an `attn_mask`.
@@ -109,17 +115,16 @@ def set_attention(
         x = repeated(x) if dense or causal else folded(x)
     if dense:
         return _masked(x, opt, mask, causal)
-    if grouped and not causal:
-        return unfolded(_attention(x, opt, causal), heads)
-    return _attention(x, opt, causal)
+    if causal:
+        return streaming.scan(x, opt)[0]
+    return unfolded(_attention(x, opt), heads) if grouped else _attention(x, opt)
 
 
-def _attention(x: Operands, opt: Options, causal: bool) -> Tensor:
-    """o [B, H, L, E] in time linear in L and S, of as many query heads as key heads."""
-    name = "causal" if causal else "attention"
-    if dispatch.choose(attention_problem(name, x, opt), opt.backend, logits(x)) == dispatch.REFERENCE:
-        return reference.causal(x, opt) if causal else reference.attention(x, opt)
-    return ops.causal.set_causal(*x, *opt) if causal else ops.attention.set_attention(*x, *opt)[0]
+def _attention(x: Operands, opt: Options) -> Tensor:
+    """o [B, H, L, E] of queries that all see the same keys, of as many heads as there are key heads."""
+    if dispatch.choose(attention_problem("attention", x, opt), opt.backend, logits(x)) == dispatch.REFERENCE:
+        return reference.attention(x, opt)
+    return ops.attention.set_attention(*x, *opt)[0]
 
 
 @leaf

@@ -34,10 +34,10 @@ def repeated(x: Operands) -> Operands:
     at = dict.fromkeys(("key", "value", "log_a", "key_position", "query_position"), 1)
     at |= dict.fromkeys(("references", "log_b", "reference_position", *HYPER), 0)
     given = {name: t for name in at if (t := getattr(x, name)) is not None}
-    return replaced(x, **{name: _repeated(t, at[name], groups) for name, t in given.items()})
+    return replaced(x, **{name: repeated_heads(t, at[name], groups) for name, t in given.items()})
 
 
-def _repeated(t: Tensor, dim: int, groups: int) -> Tensor:
-    """`repeat_interleave`, which exports as two views and a copy."""
+def repeated_heads(t: Tensor, dim: int, groups: int) -> Tensor:
+    """`t.repeat_interleave(groups, dim)`, which exports as two views and a copy."""
     expanded = t.unsqueeze(dim + 1).expand(*t.shape[: dim + 1], groups, *t.shape[dim + 1 :])
     return expanded.flatten(dim, dim + 1)

@@ -105,6 +105,37 @@ def test_a_memory_is_read_by_groups(native: str) -> None:
     assert torch.equal(o, SF.set_attention(query, key, value, references, backend=native))
 
 
+def test_states_of_groups(native: str) -> None:
+    """A state a key head: a scan in two pieces, and the last token as a step."""
+    q, k, v, y, n = (
+        torch.randn(B, G * H, L, D),
+        torch.randn(B, H, L, D),
+        torch.randn(B, H, L, E),
+        torch.randn(H, M, D),
+        7,
+    )
+    gates = -torch.rand(B, H, L)
+    whole, last = SF.set_causal(q, k, v, y, log_decay=gates, output_final_state=True, backend=native)
+    wide = SF.set_causal(
+        q, *(t.repeat_interleave(G, 1) for t in (k, v)), y.repeat_interleave(G, 0), backend=native,
+        log_decay=gates.repeat_interleave(G, 1), output_final_state=True,
+    )  # fmt: skip
+    torch.testing.assert_close((whole, last), (wide[0], wide[1][:, ::G]))
+    assert last.shape[1] == H
+    cuts = [(t[:, :, :n], t[:, :, n:-1], t[:, :, -1]) for t in (q, k, v, gates)]
+    state, found = None, []
+    for piece in (0, 1):
+        query, key, value, decay = (cut[piece] for cut in cuts)
+        o, state = SF.set_causal(
+            query, key, value, y, initial_state=state, log_decay=decay, output_final_state=True, backend=native
+        )
+        found.append(o)
+    state = state.contiguous()
+    query, key, value, decay = (cut[2] for cut in cuts)
+    found.append(SF.set_step(state, query, key, value, y, log_decay=decay, backend=native).unsqueeze(2))
+    torch.testing.assert_close((torch.cat(found, 2), state), (whole, last))
+
+
 @pytest.mark.parametrize("empty", ["B", "L", "S"])
 def test_empty_groups(empty: str, native: str) -> None:
     b, length, s = (0 if name == empty else size for name, size in (("B", B), ("L", L), ("S", S)))
