@@ -41,9 +41,12 @@ struct AttentionParams {
   View query_pos, key_pos, ref_pos;  // [B,H,L,P] [B,H,S,P] [H,M,P] F
   View o;                            // [B,H,L,E] in the dtype of the query
   View z, c;                         // [B,H,M,E] [B,H,max(T,1),M] F
+  View g;                            // [B,H,M] F: g^T, −inf where no key takes part
   View w_q, w_k;                     // [B,H,L,M] [B,H,S,M] F
+  bool reading = false;              // z and g are given, there are no keys: the read alone
 
-  View d_o, d_z, d_c;            // incoming gradients, shaped as o, z, c
+  View d_o, d_z, d_c;            // incoming gradients, shaped as o, z, c; reading, dz is outgoing, as is
+  View d_g;                      // [B,H,M] F
   View d_query, d_key, d_value;  // outgoing, in the dtype of q, k, v
   View d_log_a;                  // [B,H,S] F
   // [B,H,M,D] [B,H,M] [B,H,5] [B,H,M,P] F: not yet summed over B (cuda: over its groups of batch elements)

@@ -15,12 +15,15 @@ from torch import Tensor
 
 from . import advice, checks, dispatch, ops, reference, streaming
 from .arguments import Hyper, autocast, from_options, hyper_tensors, normalise, numbers, query_mask
+from .grouping import folded, repeated, unfolded
+from .memory import SetMemory, set_read, set_transport
 from .ops.operands import attention_problem, logits
 from .problem import Operands, Options, compute_dtype, replaced
 from .streaming import empty_state, merge_states, set_causal, set_step
 from .tracing import leaf
 
 __all__ = [
+    "SetMemory",
     "empty_state",
     "merge_states",
     "nystrom_features",
@@ -28,7 +31,9 @@ __all__ = [
     "set_attention_weights",
     "set_causal",
     "set_pool",
+    "set_read",
     "set_step",
+    "set_transport",
     "sinkhorn",
 ]
 
@@ -58,7 +63,10 @@ def set_attention(
     seed: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """Self-optimal transport attention, linear in L and S: [B,H,L,D], [B,H,S,D], [B,H,S,E], [H,M,D] -> [B,H,L,E].
+    """Self-optimal transport attention, linear in L and S: [B,H,L,D], [B,Hk,S,D], [B,Hk,S,E], [Hk,M,D] -> [B,H,L,E].
+
+    H is Hk or a multiple of it: queries of head h read the keys and references of head h // (H / Hk), and whatever is
+    [H] below is [Hk].
 
     Logits ℓ_ij = (κ(x_i, y_j) − 1)/ε − τ²‖p_i − π_j‖² with κ = exp(β(⟨x̂, ŷ⟩ − 1)) (`rbf`) or ⟨x, y⟩ (`dot`).  The
     keys, with masses a, are transported onto the references, with masses b, by T log-domain Sinkhorn iterations:
@@ -102,12 +110,22 @@ def set_attention(
     length, s = query.shape[2], key.shape[2]
     mask = query_mask(x, attn_mask, s)
     causal = causal and s > 0
-    if s > 0 and (mask is not None or (causal and (opt.num_iters > 1 or length != s))):
+    dense = s > 0 and (mask is not None or (causal and (opt.num_iters > 1 or length != s)))
+    heads = query.shape[1]
+    grouped = heads != key.shape[1]
+    if grouped:
+        x = repeated(x) if dense or causal else folded(x)
+    if dense:
         advice.slower_than_linear(mask, causal, opt.num_iters, square=length == s)
         return _masked(x, opt, mask, causal)
     if causal:
         return streaming.scan(x, opt)[0]
-    if dispatch.choose(attention_problem("attention", x, opt), backend, logits(x)) == dispatch.REFERENCE:
+    return unfolded(_attention(x, opt), heads) if grouped else _attention(x, opt)
+
+
+def _attention(x: Operands, opt: Options) -> Tensor:
+    """o [B, H, L, E] of queries that all see the same keys, of as many heads as there are key heads."""
+    if dispatch.choose(attention_problem("attention", x, opt), opt.backend, logits(x)) == dispatch.REFERENCE:
         return reference.attention(x, opt)
     return ops.attention.set_attention(*x, *opt)[0]
 
@@ -154,6 +172,7 @@ def set_attention_weights(
     mask = query_mask(x, attn_mask, s)
     if s > 0 and (mask is not None or causal):
         dispatch.select(attention_problem("weights", x, opt), _dense_backend(backend))
+        x = repeated(x) if query.shape[1] != key.shape[1] else x
         return reference.masked_weights(x, opt, mask, causal)
     return _with_weights(x, opt, s, average=False)[1]
 
@@ -172,6 +191,12 @@ def attention_and_weights(
 
 def _with_weights(x: Operands, opt: Options, s: int, average: bool) -> tuple[Tensor, Tensor]:
     """o and A = W^q W^kᵀ [B, H, L, s], or its mean over heads [B, L, s] as one product over heads and references."""
+    assert x.query is not None
+    heads = x.query.shape[1]
+    if heads != x.key.shape[1]:
+        o, a = _with_weights(folded(x), opt, s, False)
+        o, a = unfolded(o, heads), unfolded(a, heads)
+        return o, a.mean(1) if average else a
     if dispatch.choose(attention_problem("attention", x, opt), opt.backend, logits(x)) == dispatch.REFERENCE:
         o, a = reference.attention(x, opt), reference.weights(x, opt)[..., :s]
         return o, a.mean(1) if average else a

@@ -102,7 +102,7 @@ class Problem:
     Lengths are 0 where a call is traced with unknown ones; inside the ops they are real integers.
     """
 
-    op: str  # "attention", "pool", "causal", "masked", "features", "sinkhorn"
+    op: str  # "attention", "pool", "transport", "read", "causal", "masked", "features", "sinkhorn"
     device: str  # device type
     dtype: torch.dtype
     D: int = 0

@@ -82,6 +82,43 @@ def pool(x: Operands, opt: Options) -> tuple[Tensor, Tensor]:
     return z, c
 
 
+def transport(x: Operands, opt: Options) -> tuple[Tensor, Tensor, Tensor]:
+    """z [B, H, M, E], g [B, H, M], c [B, H, max(T, 1), M]."""
+    z, c = _new_state(x, opt)
+    g = z.new_empty(z.shape[:3])
+    _C.transport(*_common(x, opt), *views((z, c, g)))
+    return z, g, c
+
+
+def _reading(x: Operands, opt: Options) -> tuple[Any, ...]:
+    """`_common` without T: a memory is read as it is."""
+    operands, scalars, dot, _, *rest = _common(x, opt)
+    return operands, scalars, dot, *rest
+
+
+def read(x: Operands, opt: Options, z: Tensor, g: Tensor) -> Tensor:
+    """o [B, H, L, E]."""
+    assert x.query is not None
+    o = empty_in_order(x.query, (*x.query.shape[:-1], x.value.shape[-1]))
+    _C.read(*_reading(x, opt), *views((z, g, o)))
+    return o
+
+
+def read_backward(
+    x: Operands, opt: Options, z: Tensor, g: Tensor, d_o: Tensor, needs: Sequence[bool]
+) -> tuple[Operands, Tensor, Tensor]:
+    """Gradients in the order of `Operands`, None where not needed; dz and dg."""
+    d_z, d_g = z.new_empty(z.shape), g.new_empty(g.shape)
+    incoming, memory, (of_g,) = views((d_o, d_z, None)), views((z, g)), views((d_g,))
+    grads = _extension.attention_backward(
+        x,
+        needs,
+        x.key.shape[0],
+        lambda grads: _C.read_backward(*_reading(x, opt), *memory, (*incoming, *grads), of_g),
+    )
+    return grads, d_z, d_g
+
+
 def causal(x: Operands, opt: Options) -> Tensor:
     """o [B, H, L, E], for T <= 1."""
     assert x.query is not None

@@ -84,6 +84,27 @@ def pool_backward(
     return _vjp(lambda *t: pool_with_state(Operands(*t), opt), x, needs, [d_z, d_c])
 
 
+def transport(x: Operands, opt: Options) -> tuple[Tensor, Tensor, Tensor]:
+    # Without an iteration g may be log b itself, which no output of an op may be.
+    z, g, c = (t.clone(memory_format=torch.contiguous_format) for t in reference.transport(x, opt))
+    return z, g, c
+
+
+def read(x: Operands, opt: Options, z: Tensor, g: Tensor) -> Tensor:
+    assert x.query is not None
+    return _in_order(x.query, reference.read(x, opt, z, g))
+
+
+def read_backward(
+    x: Operands, opt: Options, z: Tensor, g: Tensor, d_o: Tensor, needs: Sequence[bool]
+) -> tuple[Gradients, Tensor | None, Tensor | None]:
+    *grads, d_z, d_g = _vjp(
+        lambda *t: reference.read(Operands(*t[:-2]), opt, t[-2], t[-1]),
+        (*x, z, g), (*needs, True, True), [d_o],
+    )  # fmt: skip
+    return grads, d_z, d_g
+
+
 def attention_weights(x: Operands, opt: Options, by_token: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     o, z, c = attention(x, opt)
     return o, z, c, *weight_factors(x, opt, c, by_token)

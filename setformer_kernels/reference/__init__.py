@@ -15,6 +15,7 @@ from .attention import (
 )
 from .features import inverse_sqrt, nystrom_features
 from .logits import kernel_matrix, logits, normalise, squared_distance
+from .memory import read, transport
 from .transport import Plan, lse, pool_weights, potential, read_weights, sinkhorn
 
 NAME = "reference"
@@ -37,10 +38,12 @@ __all__ = [
     "pool",
     "pool_weights",
     "potential",
+    "read",
     "read_weights",
     "sinkhorn",
     "squared_distance",
     "step",
+    "transport",
     "uniform_mass",
     "weight_factors",
     "weights",

@@ -99,6 +99,32 @@ def pool_backward(
         return backward.pool_backward(x, opt, z, c, d_z, d_c, needs)
 
 
+def transport(x: Operands, opt: Options) -> tuple[Tensor, Tensor, Tensor]:
+    """z [B, H, M, E], g [B, H, M], c [B, H, max(T, 1), M]."""
+    from .attention import forward
+
+    with _on_device(x.key):
+        return forward.transport(x, opt)
+
+
+def read(x: Operands, opt: Options, z: Tensor, g: Tensor) -> Tensor:
+    """o [B, H, L, E]."""
+    from .attention import forward
+
+    with _on_device(x.key):
+        return forward.read(x, opt, z, g)
+
+
+def read_backward(
+    x: Operands, opt: Options, z: Tensor, g: Tensor, d_o: Tensor, needs: Sequence[bool]
+) -> tuple[Operands, Tensor, Tensor]:
+    """Gradients in the order of `Operands`, None where not needed; dz and dg."""
+    from .attention import backward
+
+    with _on_device(x.key):
+        return backward.read_backward(x, opt, z, g, d_o, needs)
+
+
 def causal(x: Operands, opt: Options) -> Tensor:
     """o [B, H, L, E], for T <= 1."""
     from .causal import forward
