@@ -16,10 +16,19 @@ from torch import Tensor
 from . import checks, dispatch, ops, reference
 from .arguments import Hyper, autocast, from_options, hyper_tensors, normalise, numbers, query_mask
 from .ops.operands import attention_problem, logits
+from .packed import set_attention_varlen, set_pool_varlen
 from .problem import Operands, Options, compute_dtype, replaced
 from .tracing import leaf
 
-__all__ = ["nystrom_features", "set_attention", "set_attention_weights", "set_pool", "sinkhorn"]
+__all__ = [
+    "nystrom_features",
+    "set_attention",
+    "set_attention_varlen",
+    "set_attention_weights",
+    "set_pool",
+    "set_pool_varlen",
+    "sinkhorn",
+]
 
 
 @leaf

@@ -3,6 +3,7 @@
 from .attention import attention, causal, masked, masked_weights, plan, pool, uniform_mass, weight_factors, weights
 from .features import inverse_sqrt, nystrom_features
 from .logits import kernel_matrix, logits, normalise, squared_distance
+from .packed import packed, packed_causal, packed_pool
 from .transport import Plan, lse, pool_weights, potential, read_weights, sinkhorn
 
 NAME = "reference"
@@ -20,6 +21,9 @@ __all__ = [
     "masked_weights",
     "normalise",
     "nystrom_features",
+    "packed",
+    "packed_causal",
+    "packed_pool",
     "plan",
     "pool",
     "pool_weights",
