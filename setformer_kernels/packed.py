@@ -128,6 +128,60 @@ def set_pool_varlen(
     return ops.packed.set_pool_varlen(*x, cu, *opt)[0].to(x.value.dtype)
 
 
+def is_jagged(*tensors: Any) -> bool:
+    """Whether any of them is a nested tensor of the layout torch.jagged."""
+    return any(isinstance(t, Tensor) and t.is_nested and t.layout == torch.jagged for t in tensors)
+
+
+def jagged_attention(
+    query: Any, key: Any, value: Any, references: Tensor, *, attn_mask: Tensor | None, key_mask: Any,
+    query_position: Any, key_position: Any, **options: Any,
+) -> Tensor:  # fmt: skip
+    """`set_attention` of jagged [N, H, *, D]; what comes with the tokens is jagged too, [N, *] and [N, *, P]."""
+    if attn_mask is not None:
+        raise ValueError("attn_mask must be None where the tokens are nested, got a mask")
+    (q, cu_q), (k, cu_k) = _rows("query", query, 2), _rows("key", key, 2)
+    at = {
+        "key_mask": _beside("key_mask", key_mask, "key", key),
+        "query_position": _beside("query_position", query_position, "query", query),
+        "key_position": _beside("key_position", key_position, "key", key),
+    }
+    v = _beside("value", value, "key", key, 2)
+    o = set_attention_varlen(q.transpose(0, 1), k.transpose(0, 1), v.transpose(0, 1), references, cu_q, cu_k,
+                             **at, **options)  # fmt: skip
+    return torch.nested.nested_tensor_from_jagged(o.transpose(0, 1), query.offsets(), jagged_dim=2)
+
+
+def jagged_pool(
+    key: Any, value: Any, references: Tensor, *, key_mask: Any, key_position: Any, **options: Any
+) -> Tensor:
+    """`set_pool` of jagged [N, H, *, D] -> [N, H, M, E]."""
+    k, cu = _rows("key", key, 2)
+    at = {name: _beside(name, t, "key", key) for name, t in (("key_mask", key_mask), ("key_position", key_position))}
+    v = _beside("value", value, "key", key, 2)
+    return set_pool_varlen(k.transpose(0, 1), v.transpose(0, 1), references, cu, **at, **options)
+
+
+def _rows(name: str, x: Any, dim: int) -> tuple[Tensor, Tensor]:
+    """(values, offsets) of a jagged tensor whose lengths vary along `dim`, without gaps."""
+    wants = f"{name} must be a jagged NestedTensor whose dimension {dim} has the lengths, without gaps"
+    if not is_jagged(x):
+        raise TypeError(f"{wants}, where others are, got {type(x).__name__}")
+    if x._ragged_idx != dim or x.lengths() is not None:
+        raise ValueError(f"{wants}, got {'gaps' if x.lengths() is not None else f'dimension {x._ragged_idx}'}")
+    return x.values(), x.offsets()
+
+
+def _beside(name: str, x: Any, other: str, y: Any, dim: int = 1) -> Any:
+    """The values of x, which has the lengths of y; None stays None."""
+    if x is None:
+        return None
+    values, offsets = _rows(name, x, dim)
+    if offsets is not y.offsets() and not torch.equal(offsets, y.offsets()):
+        raise ValueError(f"{name} must have the lengths of the {other}, got others")
+    return values
+
+
 def _causal(x: Operands, opt: Options, query: Tensor, key: Tensor, cu_q: Tensor, cu_k: Tensor) -> Tensor:
     if opt.num_iters > 1:
         raise ValueError(f"num_iters must be at most 1 for a causal packed batch, got {opt.num_iters}")
