@@ -89,7 +89,7 @@ def set_attention(
     """
     if query is None:  # which stands for no query
         checks.tensor("query", query, "BHLD")
-    if packed.is_jagged(query, key, value):
+    if type(query) is not Tensor and packed.is_jagged(query, key, value):
         return packed.jagged_attention(
             query, key, value, references, attn_mask=attn_mask, key_mask=key_mask, query_position=query_position,
             key_position=key_position, kernel=kernel, bandwidth=bandwidth, epsilon=epsilon, num_iters=num_iters,
@@ -211,7 +211,7 @@ def set_pool(
     z_j = Σ_s W^k_sj v_s, in the dtype of the values.
     The columns of W^k = exp(ℓ + f^T − c^T) sum to 1; z = 0 where no key takes part.  Arguments as in `set_attention`.
     """
-    if packed.is_jagged(key, value):
+    if type(key) is not Tensor and packed.is_jagged(key, value):
         return packed.jagged_pool(
             key, value, references, key_mask=key_mask, key_position=key_position, kernel=kernel, bandwidth=bandwidth,
             epsilon=epsilon, num_iters=num_iters, reference_log_mass=reference_log_mass, backend=backend,
