@@ -235,7 +235,8 @@ class SeTAttention(PythonForward, ReferenceSet, nn.MultiheadAttention):
         places = {name: None if at is None else at.values() for name, at in positions.items()}
         heads = SF.set_attention_varlen(
             tokens_first(q), tokens_first(k), tokens_first(self._map_values(v)), self.references, query.offsets(),
-            key.offsets(), causal=is_causal, **self._transport_options(), **self._dropout_options(q.device), **self._position_options(0, **places),
+            key.offsets(), causal=is_causal, **self._transport_options(), **self._dropout_options(q.device),
+            **self._position_options(0, **places),
         )  # fmt: skip
         return from_rows(self.out_proj(heads.flatten(-2)), query)
 
