@@ -13,11 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import advice, checks, dispatch, ops, reference, streaming
+from . import advice, checks, dispatch, ops, packed, reference, streaming
 from .arguments import Hyper, autocast, from_options, hyper_tensors, normalise, numbers, query_mask
 from .grouping import folded, repeated, unfolded
 from .memory import SetMemory, set_read, set_transport
 from .ops.operands import attention_problem, logits
+from .packed import set_attention_varlen, set_pool_varlen
 from .problem import Operands, Options, compute_dtype, replaced
 from .streaming import empty_state, merge_states, set_causal, set_step
 from .tracing import leaf
@@ -28,9 +29,11 @@ __all__ = [
     "merge_states",
     "nystrom_features",
     "set_attention",
+    "set_attention_varlen",
     "set_attention_weights",
     "set_causal",
     "set_pool",
+    "set_pool_varlen",
     "set_read",
     "set_step",
     "set_transport",
@@ -76,7 +79,8 @@ def set_attention(
 
     Args:
         query, key, value: one dtype (float32, bfloat16, float16; float64 on the reference and CPU backends), any
-            strides.  Under autocast they are cast to its dtype first.
+            strides.  Under autocast they are cast to its dtype first.  Nested tensors of the layout torch.jagged,
+            [B,H,*,D], are a packed batch (`set_attention_varlen`): not padded, and o has the lengths of the query.
         references: y, [H, M, D], of any floating dtype, as all further tensors.
         bandwidth, epsilon, position_scale: β > 0, ε > 0, τ ≥ 0: floats, or tensors [H] (differentiable, not checked).
         num_iters: T ≥ 0; gradients are exact for the T iterations that ran.  Each costs a pass over the keys.  Those
@@ -101,6 +105,14 @@ def set_attention(
     """
     if query is None:  # which stands for no query
         checks.tensor("query", query, "BHLD")
+    if type(query) is not Tensor and packed.is_jagged(query, key, value):
+        return packed.jagged_attention(
+            query, key, value, references, attn_mask=attn_mask, key_mask=key_mask, query_position=query_position,
+            key_position=key_position, kernel=kernel, bandwidth=bandwidth, epsilon=epsilon, num_iters=num_iters,
+            causal=causal, reference_log_mass=reference_log_mass, key_relaxation=key_relaxation,
+            reference_relaxation=reference_relaxation, reference_position=reference_position,
+            position_scale=position_scale, dropout_p=dropout_p, seed=seed, backend=backend,
+        )  # fmt: skip
     x, opt = normalise(
         query, key, value, references, (bandwidth, epsilon, key_relaxation, reference_relaxation, position_scale),
         key_mask, reference_log_mass, query_position, key_position, reference_position,
@@ -234,6 +246,13 @@ def set_pool(
     z_j = Σ_s W^k_sj v_s, in the dtype of the values.
     The columns of W^k = exp(ℓ + f^T − c^T) sum to 1; z = 0 where no key takes part.  Arguments as in `set_attention`.
     """
+    if type(key) is not Tensor and packed.is_jagged(key, value):
+        return packed.jagged_pool(
+            key, value, references, key_mask=key_mask, key_position=key_position, kernel=kernel, bandwidth=bandwidth,
+            epsilon=epsilon, num_iters=num_iters, reference_log_mass=reference_log_mass, backend=backend,
+            key_relaxation=key_relaxation, reference_relaxation=reference_relaxation,
+            reference_position=reference_position, position_scale=position_scale,
+        )  # fmt: skip
     x, opt = normalise(
         None, key, value, references, (bandwidth, epsilon, key_relaxation, reference_relaxation, position_scale),
         key_mask, reference_log_mass, None, key_position, reference_position,

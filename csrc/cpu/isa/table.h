@@ -11,6 +11,8 @@
   X(causal_backward, AttentionParams)    \
   X(masked, MaskedParams)                \
   X(masked_backward, MaskedParams)       \
+  X(packed, PackedParams)                \
+  X(packed_backward, PackedParams)       \
   X(features, FeatureParams)             \
   X(features_backward, FeatureParams)    \
   X(sinkhorn, SinkhornParams)            \
