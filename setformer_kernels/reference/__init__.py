@@ -15,6 +15,8 @@ from .attention import (
 )
 from .features import inverse_sqrt, nystrom_features
 from .logits import kernel_matrix, logits, normalise, squared_distance
+from .memory import read, transport
+from .packed import packed, packed_causal, packed_pool
 from .transport import Plan, lse, pool_weights, potential, read_weights, sinkhorn
 
 NAME = "reference"
@@ -33,14 +35,19 @@ __all__ = [
     "masked_weights",
     "normalise",
     "nystrom_features",
+    "packed",
+    "packed_causal",
+    "packed_pool",
     "plan",
     "pool",
     "pool_weights",
     "potential",
+    "read",
     "read_weights",
     "sinkhorn",
     "squared_distance",
     "step",
+    "transport",
     "uniform_mass",
     "weight_factors",
     "weights",
