@@ -2,7 +2,9 @@
 
 The extension needs neither torch nor its headers.  One build holds the kernels for every instruction set of the
 architecture and chooses at run time.  What is built stays in build/, and only what changed, or includes what changed,
-is compiled again.  Without a compiler the package still installs, on the reference: the build says
+is compiled again, by the records that ninja would keep: the compiler's of what a source includes, and the arguments'
+beside each object.  A pool of threads runs the compilers; ninja would do no more with these few files, whose longest
+ends the build.  Without a compiler the package still installs, on the reference: the build says
 what was missing, and leaves it beside the package for `python -m setformer_kernels info`.
 
 SETFORMER_KERNELS_CPU_BUILD=all|native: the kernels of every instruction set, or of this machine's widest alone, for a
@@ -152,10 +154,10 @@ class Build(build_ext):
         notes = [Path(self.get_ext_fullpath(ext.name)).with_name(MISSING)]
         if getattr(self, "editable_mode", False):  # built elsewhere, then copied to the sources if it could be
             notes.append(Path("setformer_kernels", MISSING))
+            self.build_temp = str(Path("build", f"temp.{self.plat_name}-{sys.implementation.cache_tag}"))
         for note in notes:
             note.unlink(missing_ok=True)
         try:
-            self.add_pybind11(ext)
             self.compile_extension(ext)
         except (BaseError, CCompilerError):
             for note in notes:
@@ -176,15 +178,14 @@ class Build(build_ext):
             return f"no C++ compiler was found when it was installed ({compiler[0]!r} does not run): {again}"
         return f"the C++ compiler {compiler[0]!r} could not compile it; pip install -v shows its messages"
 
-    def add_pybind11(self, ext: Extension) -> None:
+    def compile_extension(self, ext: Extension) -> None:
         try:
             import pybind11
         except ImportError as error:
             raise CompileError("pybind11 is missing") from error
-        ext.include_dirs = [*ext.include_dirs, pybind11.get_include()]
-
-    def compile_extension(self, ext: Extension) -> None:
+        self.binding = [pybind11.get_include()]
         if self.compiler.compiler_type != "unix":
+            ext.include_dirs = [*ext.include_dirs, *self.binding]
             return super().build_extension(ext)
         self.set_unix_flags(ext)
         plain = list(ext.define_macros)
@@ -217,11 +218,13 @@ class Build(build_ext):
             macros += [(f"SFK_{name.upper()}", "1") for name in chosen]
         folder = Path(self.build_temp, isa or "plain")
         built = folder / Path("csrc", source).with_suffix(".o")
-        arguments = repr((self.compiler.compiler_cxx, flags, macros, ext.include_dirs))
+        # Of the bindings alone: pip has a folder of its own for pybind11 each time.
+        folders = [*ext.include_dirs, *(self.binding if source.startswith("python/") else [])]
+        arguments = repr((self.compiler.compiler_cxx, flags, macros, folders))
         if self.force or not up_to_date(built, arguments):
             made_by = built.with_suffix(".flags")
             made_by.unlink(missing_ok=True)
-            options = {"macros": macros, "include_dirs": ext.include_dirs, "extra_postargs": flags}
+            options = {"macros": macros, "include_dirs": folders, "extra_postargs": flags}
             self.compiler.compile([f"csrc/{source}"], output_dir=str(folder), **options)
             made_by.write_text(arguments, encoding="utf-8")
         return str(built)

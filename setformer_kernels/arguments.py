@@ -52,8 +52,13 @@ def normalise(
     dropout_p: float,
     seed: Tensor | None,
     backend: str,
+    normalised: bool = True,
 ) -> tuple[Operands, Options]:
-    """Check everything, then bring it to the form of `Operands`; `hyper` is in the order of `HYPER`."""
+    """Check everything, then bring it to the form of `Operands`; `hyper` is in the order of `HYPER`.
+
+    Masses are those of `key_mask` over their sum if `normalised`; a causal scan does not see a factor of all masses,
+    and the pieces of a sequence do not know their sum.
+    """
     constants = (kernel, num_iters, dropout_p, backend, *hyper)
     tensors = (query, key, value, references, key_mask, reference_log_mass)
     positions = (query_position, key_position, reference_position)
@@ -72,7 +77,7 @@ def normalise(
         key=key,
         value=value,
         references=references.to(dtype),
-        log_a=None if key_mask is None else _log_mass(key_mask, dtype, (b, h, s)),
+        log_a=None if key_mask is None else _log_mass(key_mask, dtype, (b, h, s), normalised),
         log_b=None if reference_log_mass is None else reference_log_mass.to(dtype).log_softmax(-1),
         bandwidth=beta,
         epsilon=epsilon,
@@ -128,7 +133,7 @@ def _checked(
     (b, h, s, _), m = key.shape, references.shape[1]
     checked = _checked_hyper(tuple(hyper), h)
     plain = (checks.kernel(kernel), checks.iterations(num_iters), checks.probability("dropout_p", dropout_p))
-    _check_masses(key_mask, (b, s), reference_log_mass, (h, m))
+    _check_masses(key_mask, (b, h, s), reference_log_mass, (h, m))
     tokens: dict[str, Any] = {"key_position": (key_position, b, s)}
     if query is not None:
         tokens["query_position"] = (query_position, b, query.shape[2])
@@ -151,10 +156,10 @@ def from_options(
 
 
 def _check_masses(
-    key_mask: Tensor | None, keys: tuple[int, int], reference_log_mass: Tensor | None, references: tuple[int, int]
+    key_mask: Tensor | None, keys: tuple[int, int, int], reference_log_mass: Tensor | None, references: tuple[int, int]
 ) -> None:
     if key_mask is not None:
-        checks.mask("key_mask", key_mask, [keys])
+        checks.mask("key_mask", key_mask, [(keys[0], keys[2]), keys])
     if reference_log_mass is not None:
         checks.tensor("reference_log_mass", reference_log_mass, "HM")
         checks.shape("reference_log_mass", reference_log_mass, references, "H and M of the references")
@@ -192,10 +197,13 @@ def _checked_hyper(hyper: tuple[Hyper, ...], heads: int) -> tuple[Hyper, ...]:
     )
 
 
-def _log_mass(mask: Tensor, dtype: torch.dtype, shape: tuple[int, int, int]) -> Tensor:
-    """log a [B, H, S]: the log softmax of the mask over the keys that take part; −inf elsewhere."""
-    log_mass, seen = normalise_masses(additive(mask, dtype))
-    return torch.where(seen, log_mass, -math.inf).unsqueeze(1).expand(shape)
+def _log_mass(mask: Tensor, dtype: torch.dtype, shape: tuple[int, int, int], normalised: bool) -> Tensor:
+    """log a [B, H, S] of a mask [B, S] or [B, H, S]: its log softmax over the keys that take part; −inf elsewhere."""
+    log_mass = additive(mask, dtype)
+    if normalised:
+        log_mass, seen = normalise_masses(log_mass)
+        log_mass = torch.where(seen, log_mass, -math.inf)
+    return (log_mass.unsqueeze(1) if mask.ndim == 2 else log_mass).expand(shape)
 
 
 def query_mask(x: Operands, attn_mask: Tensor | None, s: int) -> Tensor | None:

@@ -13,20 +13,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import checks, dispatch, ops, packed, reference
+from . import checks, dispatch, ops, packed, reference, streaming
 from .arguments import Hyper, autocast, from_options, hyper_tensors, normalise, numbers, query_mask
 from .ops.operands import attention_problem, logits
 from .packed import set_attention_varlen, set_pool_varlen
 from .problem import Operands, Options, compute_dtype, replaced
+from .streaming import empty_state, merge_states, set_causal, set_step
 from .tracing import leaf
 
 __all__ = [
+    "empty_state",
+    "merge_states",
     "nystrom_features",
     "set_attention",
     "set_attention_varlen",
     "set_attention_weights",
+    "set_causal",
     "set_pool",
     "set_pool_varlen",
+    "set_step",
     "sinkhorn",
 ]
 
@@ -73,7 +78,8 @@ def set_attention(
         num_iters: T ≥ 0; gradients are exact for the T iterations that ran.  Each costs a pass over the keys.  Those
             beyond the first bring the plan nearer to the optimum, and measured models nothing (`docs/quality.md`): take
             more to read plans, at a small ε and with relaxed marginals.
-        key_mask: [B, S], bool (True takes part) or float (unnormalised log mass, −inf = not there; differentiable).
+        key_mask: [B, S] or [B, H, S], bool (True takes part) or float (unnormalised log mass, −inf = not there;
+            differentiable).
         attn_mask: [L, S], [B, L, S] or [B, H, L, S], likewise; query i is answered as if its row were its key mask.
             O(T·L·S·M) time for what the mask leaves: the one path that is not linear.
         causal: query i sees keys s ≤ i + S − L.  A linear scan for T ≤ 1 and L = S, else the cost of an `attn_mask`.
@@ -108,10 +114,11 @@ def set_attention(
     causal = causal and s > 0
     if s > 0 and (mask is not None or (causal and (opt.num_iters > 1 or length != s))):
         return _masked(x, opt, mask, causal)
-    name = "causal" if causal else "attention"
-    if dispatch.choose(attention_problem(name, x, opt), backend, logits(x)) == dispatch.REFERENCE:
-        return reference.causal(x, opt) if causal else reference.attention(x, opt)
-    return ops.causal.set_causal(*x, *opt) if causal else ops.attention.set_attention(*x, *opt)[0]
+    if causal:
+        return streaming.scan(x, opt)[0]
+    if dispatch.choose(attention_problem("attention", x, opt), backend, logits(x)) == dispatch.REFERENCE:
+        return reference.attention(x, opt)
+    return ops.attention.set_attention(*x, *opt)[0]
 
 
 @leaf

@@ -58,6 +58,16 @@ class Options(NamedTuple):
     backend: str = "auto"
 
 
+class Stream(NamedTuple):
+    """What a causal scan takes beside `Operands`; `None` stands for: keys that lose nothing, no key seen before."""
+
+    log_decay: Tensor | None = None  # [B, H, S] ≤ 0, what earlier keys lose at each key; 0 where that takes no part
+    initial_state: Tensor | None = None  # [B, H, M, 2E + 3], as reference/state.py lays it out
+
+
+NO_STREAM = Stream()
+
+
 class Sinkhorn(NamedTuple):
     """One call of log-domain Sinkhorn on G problems; `None` stands for uniform masses, or for a number of `scalars`."""
 

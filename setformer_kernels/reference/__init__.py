@@ -1,6 +1,18 @@
 """The specification: SeT attention as plain PyTorch, differentiable by plain autograd to any order."""
 
-from .attention import attention, causal, masked, masked_weights, plan, pool, uniform_mass, weight_factors, weights
+from .attention import (
+    attention,
+    causal,
+    causal_with_state,
+    masked,
+    masked_weights,
+    plan,
+    pool,
+    step,
+    uniform_mass,
+    weight_factors,
+    weights,
+)
 from .features import inverse_sqrt, nystrom_features
 from .logits import kernel_matrix, logits, normalise, squared_distance
 from .packed import packed, packed_causal, packed_pool
@@ -13,6 +25,7 @@ __all__ = [
     "Plan",
     "attention",
     "causal",
+    "causal_with_state",
     "inverse_sqrt",
     "kernel_matrix",
     "logits",
@@ -31,6 +44,7 @@ __all__ = [
     "read_weights",
     "sinkhorn",
     "squared_distance",
+    "step",
     "uniform_mass",
     "weight_factors",
     "weights",
