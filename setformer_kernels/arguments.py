@@ -8,11 +8,10 @@ from types import NoneType
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from . import checks
-from .problem import HYPER, Operands, Options, compute_dtype, replaced
+from .problem import HYPER, Operands, Options, compute_dtype, with_an_absent_key
 from .reference.dense import additive, normalise_masses
 
 Hyper = float | Tensor
@@ -53,8 +52,13 @@ def normalise(
     dropout_p: float,
     seed: Tensor | None,
     backend: str,
+    normalised: bool = True,
 ) -> tuple[Operands, Options]:
-    """Check everything, then bring it to the form of `Operands`; `hyper` is in the order of `HYPER`."""
+    """Check everything, then bring it to the form of `Operands`; `hyper` is in the order of `HYPER`.
+
+    Masses are those of `key_mask` over their sum if `normalised`; a causal scan does not see a factor of all masses,
+    and the pieces of a sequence do not know their sum.
+    """
     constants = (kernel, num_iters, dropout_p, backend, *hyper)
     tensors = (query, key, value, references, key_mask, reference_log_mass)
     positions = (query_position, key_position, reference_position)
@@ -73,19 +77,19 @@ def normalise(
         key=key,
         value=value,
         references=references.to(dtype),
-        log_a=None if key_mask is None else _log_mass(key_mask, dtype, (b, h, s)),
+        log_a=None if key_mask is None else _log_mass(key_mask, dtype, (b, h, s), normalised),
         log_b=None if reference_log_mass is None else reference_log_mass.to(dtype).log_softmax(-1),
         bandwidth=beta,
         epsilon=epsilon,
         key_relaxation=lam_a,
         reference_relaxation=lam_b,
         position_scale=tau,
-        query_position=None if query_position is None else _token_position(query_position, b, h, dtype),
-        key_position=None if key_position is None else _token_position(key_position, b, h, dtype),
+        query_position=None if query_position is None else token_position(query_position, b, h, dtype),
+        key_position=None if key_position is None else token_position(key_position, b, h, dtype),
         reference_position=None if reference_position is None else reference_position.to(dtype),
-        seed=_seed(seed, opt.dropout_p, key),
+        seed=seed_of(seed, opt.dropout_p, key),
     )
-    return (_with_an_absent_key(operands) if s == 0 else operands), opt
+    return (with_an_absent_key(operands) if s == 0 else operands), opt
 
 
 _passed: dict[tuple[Any, ...], Options] = {}  # the facts of calls that passed every check, and their constants
@@ -127,9 +131,9 @@ def _checked(
     query_position, key_position, reference_position = positions
     _check_tokens(query, key, value, references)
     (b, h, s, _), m = key.shape, references.shape[1]
-    checked = _checked_hyper(tuple(hyper), h)
+    checked = checked_hyper(tuple(hyper), h)
     plain = (checks.kernel(kernel), checks.iterations(num_iters), checks.probability("dropout_p", dropout_p))
-    _check_masses(key_mask, (b, s), reference_log_mass, (h, m))
+    _check_masses(key_mask, (b, h, s), reference_log_mass, (h, m))
     tokens: dict[str, Any] = {"key_position": (key_position, b, s)}
     if query is not None:
         tokens["query_position"] = (query_position, b, query.shape[2])
@@ -151,23 +155,11 @@ def from_options(
     return normalise(query, key, value, references, hyper, *(options.get(name) for name in tensors), **constants)
 
 
-def _with_an_absent_key(x: Operands) -> Operands:
-    """No key at all is one key without mass: zeros out, and zero gradients for everything."""
-    position = x.key_position
-    return replaced(
-        x,
-        key=F.pad(x.key, (0, 0, 0, 1)),
-        value=F.pad(x.value, (0, 0, 0, 1)),
-        log_a=x.references.new_full((*x.key.shape[:2], 1), -math.inf),
-        key_position=None if position is None else F.pad(position, (0, 0, 0, 1), value=math.nan),
-    )
-
-
 def _check_masses(
-    key_mask: Tensor | None, keys: tuple[int, int], reference_log_mass: Tensor | None, references: tuple[int, int]
+    key_mask: Tensor | None, keys: tuple[int, int, int], reference_log_mass: Tensor | None, references: tuple[int, int]
 ) -> None:
     if key_mask is not None:
-        checks.mask("key_mask", key_mask, [keys])
+        checks.mask("key_mask", key_mask, [(keys[0], keys[2]), keys])
     if reference_log_mass is not None:
         checks.tensor("reference_log_mass", reference_log_mass, "HM")
         checks.shape("reference_log_mass", reference_log_mass, references, "H and M of the references")
@@ -183,14 +175,16 @@ def _check_tokens(query: Tensor | None, key: Tensor, value: Tensor, references: 
     checks.nonempty("references", references, "HMD", references.shape)
     checks.shape("value", value, (b, h, s, None), "B, H and S of the key")
     checks.nonempty("value", value, "E", value.shape[3:])
-    checks.shape("references", references, (h, None, d), "H and D of the key")
+    grouped = query is not None and query.shape[1] != h
+    checks.shape("references", references, (h, None, d), f"H and D of the key{', not of the query' if grouped else ''}")
     checks.same_dtype("key", key, "value", value)
     if query is not None:
-        checks.shape("query", query, (b, h, None, d), "B, H and D of the key")
+        checks.heads("query", query, "key", h)
+        checks.shape("query", query, (b, query.shape[1], None, d), "B and D of the key")
         checks.same_dtype("key", key, "query", query)
 
 
-def _checked_hyper(hyper: tuple[Hyper, ...], heads: int) -> tuple[Hyper, ...]:
+def checked_hyper(hyper: tuple[Hyper, ...], heads: int) -> tuple[Hyper, ...]:
     """The hyperparameters, numbers among them as floats; in the order of `HYPER`."""
     bounds = (
         (0.0, math.inf, True),
@@ -205,10 +199,13 @@ def _checked_hyper(hyper: tuple[Hyper, ...], heads: int) -> tuple[Hyper, ...]:
     )
 
 
-def _log_mass(mask: Tensor, dtype: torch.dtype, shape: tuple[int, int, int]) -> Tensor:
-    """log a [B, H, S]: the log softmax of the mask over the keys that take part; −inf elsewhere."""
-    log_mass, seen = normalise_masses(additive(mask, dtype))
-    return torch.where(seen, log_mass, -math.inf).unsqueeze(1).expand(shape)
+def _log_mass(mask: Tensor, dtype: torch.dtype, shape: tuple[int, int, int], normalised: bool) -> Tensor:
+    """log a [B, H, S] of a mask [B, S] or [B, H, S]: its log softmax over the keys that take part; −inf elsewhere."""
+    log_mass = additive(mask, dtype)
+    if normalised:
+        log_mass, seen = normalise_masses(log_mass)
+        log_mass = torch.where(seen, log_mass, -math.inf)
+    return (log_mass.unsqueeze(1) if mask.ndim == 2 else log_mass).expand(shape)
 
 
 def query_mask(x: Operands, attn_mask: Tensor | None, s: int) -> Tensor | None:
@@ -216,7 +213,7 @@ def query_mask(x: Operands, attn_mask: Tensor | None, s: int) -> Tensor | None:
     if attn_mask is None:
         return None
     assert x.query is not None
-    b, h, length, _ = x.query.shape
+    b, h, length, _ = x.query.shape  # H of the query
     checks.mask("attn_mask", attn_mask, [(length, s), (b, length, s), (b, h, length, s)])
     checks.same_device("key", x.key, attn_mask=attn_mask)
     if attn_mask.dtype != torch.bool:
@@ -226,14 +223,14 @@ def query_mask(x: Operands, attn_mask: Tensor | None, s: int) -> Tensor | None:
     return attn_mask.unsqueeze(1) if attn_mask.ndim == 3 else attn_mask
 
 
-def _token_position(position: Tensor, b: int, h: int, dtype: torch.dtype) -> Tensor:
+def token_position(position: Tensor, b: int, h: int, dtype: torch.dtype) -> Tensor:
     """[N, P] or [B, N, P] -> a view [B, H, N, P]."""
     position = position.to(dtype)
     position = position[None, None] if position.ndim == 2 else position.unsqueeze(1)
     return position.expand(b, h, -1, -1)
 
 
-def _seed(seed: Tensor | None, dropout_p: float, key: Tensor) -> Tensor | None:
+def seed_of(seed: Tensor | None, dropout_p: float, key: Tensor) -> Tensor | None:
     """The dropout seed, an int64 scalar; drawn only when dropout needs one and none is given."""
     if dropout_p == 0.0:
         return None

@@ -1,9 +1,23 @@
 """The specification: SeT attention as plain PyTorch, differentiable by plain autograd to any order."""
 
-from .attention import attention, causal, masked, masked_weights, plan, pool, uniform_mass, weight_factors, weights
+from .attention import (
+    attention,
+    causal,
+    causal_with_state,
+    masked,
+    masked_weights,
+    plan,
+    pool,
+    step,
+    uniform_mass,
+    weight_factors,
+    weights,
+)
 from .centring import LARGEST, Centring, centring, limit, log_bound
 from .features import inverse_sqrt, nystrom_features
 from .logits import kernel_matrix, logits, normalise, squared_distance
+from .memory import read, transport
+from .packed import packed, packed_causal, packed_pool
 from .transport import Plan, lse, pool_weights, potential, read_weights, sinkhorn
 
 NAME = "reference"
@@ -15,6 +29,7 @@ __all__ = [
     "Plan",
     "attention",
     "causal",
+    "causal_with_state",
     "centring",
     "inverse_sqrt",
     "kernel_matrix",
@@ -26,13 +41,19 @@ __all__ = [
     "masked_weights",
     "normalise",
     "nystrom_features",
+    "packed",
+    "packed_causal",
+    "packed_pool",
     "plan",
     "pool",
     "pool_weights",
     "potential",
+    "read",
     "read_weights",
     "sinkhorn",
     "squared_distance",
+    "step",
+    "transport",
     "uniform_mass",
     "weight_factors",
     "weights",

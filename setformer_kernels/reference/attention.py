@@ -11,14 +11,26 @@ import math
 import torch
 from torch import Tensor
 
-from ..problem import HYPER, Operands, Options, compute_dtype, replaced
+from ..problem import HYPER, NO_STREAM, Operands, Options, Stream, compute_dtype, replaced
 from .causal import log_weights, scan
 from .dense import DenseProblem, dense_weights, normalise_masses, query_masses, unknown
 from .dropout import dropout
 from .logits import kernel_matrix, logits
+from .state import width
 from .transport import INF, Plan, pool_weights, read_weights, resumed, sinkhorn
 
-__all__ = ["attention", "causal", "masked", "masked_weights", "plan", "pool", "weight_factors", "weights"]
+__all__ = [
+    "attention",
+    "causal",
+    "causal_with_state",
+    "masked",
+    "masked_weights",
+    "plan",
+    "pool",
+    "step",
+    "weight_factors",
+    "weights",
+]
 
 
 def hyper(x: Operands, opt: Options, name: str) -> Tensor:
@@ -118,23 +130,48 @@ def weights(x: Operands, opt: Options) -> Tensor:
 
 def causal(x: Operands, opt: Options) -> Tensor:
     """Causal o [B, H, L, E] for T ≤ 1 by the linear-time scan, or by the dense path where the length is unknown."""
-    dtype, length = x.key.dtype, x.key.shape[-2]
-    if unknown(length):
+    if unknown(x.key.shape[-2]):
         return masked(x, opt, None, True)
+    return causal_with_state(x, opt, NO_STREAM)[0]
+
+
+def causal_with_state(x: Operands, opt: Options, stream: Stream) -> tuple[Tensor, Tensor]:
+    """(causal o [B, H, L, E] for T ≤ 1, the state after the last key), as state.py lays it out."""
+    dtype, before = x.key.dtype, stream.initial_state
     x = widen(x)
     assert x.query is not None
-    if x.query.shape[-2] == 0:
-        return x.query.new_zeros(x.query.shape[:-1] + x.value.shape[-1:], dtype=dtype)
+    if x.key.shape[-2] == 0:
+        (b, h, _, e), m = x.value.shape, x.references.shape[1]
+        state = x.value.new_zeros((b, h, m, width(e))) if before is None else before.clone()
+        return x.query.new_zeros((*x.query.shape[:-1], e), dtype=dtype), state
     log_b, lam_a, lam_b = (
         reference_mass(x),
         *(hyper(x, opt, n).squeeze(-1) for n in ("key_relaxation", "reference_relaxation")),
     )
     l_k, l_q = (token_logits(x, opt, t, p) for t, p in ((x.key, x.key_position), (x.query, x.query_position)))
-    omega = log_weights(l_k, key_mass(x), log_b, opt.num_iters, lam_a)
-    c, z = scan(omega, x.value)  # [B, H, L, M], [B, H, L, M, E]
+    log_a = l_k.new_zeros(l_k.shape[:-1]) if x.log_a is None else x.log_a
+    gates = torch.zeros_like(log_a) if stream.log_decay is None else stream.log_decay
+    omega = log_weights(l_k, log_a, log_b, opt.num_iters, lam_a)
+    c, z, state = scan(omega, x.value, gates, before)  # [B, H, L, M], [B, H, L, M, E]
     g = log_b.unsqueeze(-2) - opt.num_iters * lam_b.unsqueeze(-1) * torch.where(c > -INF, c, 0.0)
     w = dropout((l_q + g).softmax(-1), opt.dropout_p, x.seed)
-    return (w.unsqueeze(-2) @ z).squeeze(-2).to(dtype)
+    return (w.unsqueeze(-2) @ z).squeeze(-2).to(dtype), state
+
+
+def step(x: Operands, opt: Options, pool: Tensor, log_decay: Tensor | None, rows: Tensor | None) -> Tensor:
+    """o [B, H, 1, E] of one token each; in place on the states pool [N, H, M, 2E + 3], of which `rows` [B] says whose
+    turn it is (−1: nobody's, o = 0), or all in their order."""
+    if rows is None:
+        o, after = causal_with_state(x, opt, Stream(log_decay, pool))
+        pool.copy_(after)
+        return o
+    at = rows.clamp_min(0).long()
+    o, after = causal_with_state(x, opt, Stream(log_decay, pool[at]))
+    # Found from the pool's side: two rows of −1 and of 0 would write the same state.
+    turn = rows == torch.arange(pool.shape[0], device=rows.device).unsqueeze(-1)  # [N, B]
+    if rows.shape[0] > 0:
+        pool.copy_(torch.where(turn.any(-1)[:, None, None, None], after[turn.byte().argmax(-1)], pool))
+    return torch.where((rows >= 0)[:, None, None, None], o, 0.0)
 
 
 def masked(x: Operands, opt: Options, mask: Tensor | None, causal: bool) -> Tensor:

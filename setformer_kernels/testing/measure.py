@@ -88,10 +88,12 @@ def expected(
     return (tokens | keywords, cotangent, *model_inputs(reference, tokens | keywords, dtype, cotangent))
 
 
-def attention(case: Case, dtype: torch.dtype, backend: str, draw: int = 0) -> Measured:
-    """Output and every gradient."""
+def attention(
+    case: Case, dtype: torch.dtype, backend: str, draw: int = 0, function: Callable[..., Tensor] = SF.set_attention
+) -> Measured:
+    """Output and every gradient, of `set_attention` or of a function that is to be the same."""
     inputs, cotangent, exact, model = expected(case.name, dtype, torch.get_default_device(), draw)
-    return Measured(_fast(SF.set_attention, inputs, dtype, cotangent, backend), exact, model)
+    return Measured(_fast(function, inputs, dtype, cotangent, backend), exact, model)
 
 
 def many_heads(case: Case) -> Case:
@@ -99,18 +101,32 @@ def many_heads(case: Case) -> Case:
     return replace(case, B=1, H=24, L=32, S=32)
 
 
-def small_gradients(case: Case, dtype: torch.dtype, backend: str, draw: int = 0, draws: int = DRAWS) -> Measured:
+def small_gradients(
+    case: Case, dtype: torch.dtype, backend: str, draw: int = 0, draws: int = DRAWS,
+    function: Callable[..., Tensor] = SF.set_attention,
+) -> Measured:  # fmt: skip
     """The gradients SMALL of many heads, [draws, H, ..]."""
     short, found = many_heads(case), []
     for i in range(draws):
         tokens, keywords = make(short, draw * draws + i)
         cotangent = _normal((short.B, short.H, short.L, short.E), draw * draws + i)
-        found.append(beside(SF.set_attention, tokens | keywords, dtype, cotangent, backend))
+        found.append(beside(function, tokens | keywords, dtype, cotangent, backend))
     names = [name for name in SMALL if name in found[0].fast]
     fast, exact, model = (
         {n: torch.stack([r[n] for r in results]) for n in names} for results in zip(*found, strict=True)
     )
     return Measured(fast, exact, model)
+
+
+READ = (*("kernel", "bandwidth", "epsilon", "reference_position", "position_scale", "backend"),
+        *("query_position", "dropout_p", "seed"))  # fmt: skip
+
+
+def halves(query: Tensor, key: Tensor, value: Tensor, references: Tensor, **options: Any) -> Tensor:
+    """`set_attention` as `set_read` of `set_transport`."""
+    carried = {name: option for name, option in options.items() if name not in READ[-3:]}
+    memory = SF.set_transport(key, value, references, **carried)
+    return SF.set_read(query, memory, references, **{name: options[name] for name in READ if name in options})
 
 
 def _pool(query: Tensor | None = None, query_position: Tensor | None = None, **keywords: Any) -> Tensor:

@@ -1,0 +1,234 @@
+"""Causal attention whose past is a state of constant size: prefill in pieces, and decoding token by token.
+
+Letters as in `functional`; Hk heads of keys, of which queries have a multiple.  What a state holds:
+`reference/state.py`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import checks, dispatch, ops, reference
+from .arguments import Hyper, normalise
+from .grouping import repeated, repeated_heads
+from .ops.direct import unwatched
+from .ops.operands import attention_problem, logits
+from .problem import NO_STREAM, Operands, Options, Stream, compute_dtype
+from .reference import state as layout
+from .tracing import leaf
+
+__all__ = ["empty_state", "merge_states", "set_causal", "set_step"]
+
+FORGOTTEN = -1000.0  # e^−1000 of a key is nothing beside any other, and sums of this keep a float32's digits
+
+
+@leaf
+def set_causal(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    references: Tensor,
+    *,
+    initial_state: Tensor | None = None,
+    output_final_state: bool = False,
+    log_decay: Tensor | None = None,
+    kernel: str = "rbf",
+    bandwidth: Hyper = 1.0,
+    epsilon: Hyper = 0.05,
+    num_iters: int = 1,
+    key_mask: Tensor | None = None,
+    reference_log_mass: Tensor | None = None,
+    key_relaxation: Hyper = 1.0,
+    reference_relaxation: Hyper = 1.0,
+    query_position: Tensor | None = None,
+    key_position: Tensor | None = None,
+    reference_position: Tensor | None = None,
+    position_scale: Hyper = 1.0,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor | None]:
+    """Causal attention of a piece of a sequence: [B,H,L,D], [B,Hk,L,D], [B,Hk,L,E], [Hk,M,D] -> (o [B,H,L,E], state).
+
+    `set_attention(causal=True)` of the whole sequence, piece by piece: query i sees the keys s ≤ i of this piece, and
+    those whose sums `initial_state` holds.  The masses of query i are a_s e^{Γ_i − Γ_s}, Γ_i = Σ_{r≤i} `log_decay`_r: a
+    gate fades all earlier keys, and its own key not at all.  Linear in L.  Pieces of any length give what one call
+    gives, to rounding; bit for bit on one backend where all but the last are multiples of 192 tokens.
+
+    Args:
+        initial_state: [B, Hk, M, 2E + 3], what an earlier call left (`empty_state`, or None, where there was none);
+            float32, or float64 for float64 inputs; differentiable.
+        output_final_state: whether to return the state after the last key, differentiable; else None stands for it.
+        log_decay: [B, Hk, L], log gates ≤ 0, differentiable; 0 keeps everything.  Values > 0 are a ValueError on the
+            CPU and count as 0 elsewhere, where looking would stall the device; below −1000 they count as that.
+        num_iters: T = 0 or 1, as a state is what one iteration needs.
+        key_mask: [B, L] or [B, Hk, L], bool (True takes part) or float (log mass, −inf = not there; differentiable).  A
+            key that takes no part leaves the state as it was, and its gate is skipped.
+        dropout_p: as in `set_attention`; the weights that are dropped depend on places in this piece.
+        others: as in `set_attention`.
+
+    Raises:
+        ValueError, TypeError: naming the argument, what it got and what it wants.
+    """
+    if query is None:  # which stands for no query
+        checks.tensor("query", query, "BHLD")
+    x, opt = normalise(
+        query, key, value, references, (bandwidth, epsilon, key_relaxation, reference_relaxation, position_scale),
+        key_mask, reference_log_mass, query_position, key_position, reference_position, kernel=kernel,
+        num_iters=num_iters, dropout_p=dropout_p, seed=seed, backend=backend, normalised=False,
+    )  # fmt: skip
+    wanted = checks.flag("output_final_state", output_final_state)
+    _check_iterations("set_causal", opt)
+    checks.shape("query", query, (None, None, key.shape[2], None), "L = S: a query for every key")
+    stream = _stream(x, key.shape[:3], initial_state, log_decay)
+    groups = query.shape[1] // key.shape[1]
+    if groups > 1:
+        x, stream = repeated(x), Stream(*(t if t is None else repeated_heads(t, 1, groups) for t in stream))
+    if key.shape[2] == 0:
+        x = x._replace(key=x.key[:, :, :0], value=x.value[:, :, :0])
+        o, state = reference.causal_with_state(x, opt, stream)
+    else:
+        o, state = scan(x, opt, stream, wanted)
+    return o, state[:, ::groups] if wanted else None
+
+
+def scan(x: Operands, opt: Options, stream: Stream = NO_STREAM, with_state: bool = False) -> tuple[Tensor, Tensor]:
+    """o [B, H, L, E] and, `with_state`, the state after the last key, of a checked call with L = S > 0."""
+    plain = not with_state and stream.log_decay is None and stream.initial_state is None
+    if not plain:
+        return reference.causal_with_state(x, opt, stream)
+    if dispatch.choose(attention_problem("causal", x, opt), opt.backend, logits(x)) == dispatch.REFERENCE:
+        return reference.causal(x, opt), x.value
+    return ops.causal.set_causal(*x, *opt), x.value
+
+
+@leaf
+def set_step(
+    state: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    references: Tensor,
+    *,
+    state_indices: Tensor | None = None,
+    log_decay: Tensor | None = None,
+    kernel: str = "rbf",
+    bandwidth: Hyper = 1.0,
+    epsilon: Hyper = 0.05,
+    num_iters: int = 1,
+    key_mask: Tensor | None = None,
+    reference_log_mass: Tensor | None = None,
+    key_relaxation: Hyper = 1.0,
+    reference_relaxation: Hyper = 1.0,
+    query_position: Tensor | None = None,
+    key_position: Tensor | None = None,
+    reference_position: Tensor | None = None,
+    position_scale: Hyper = 1.0,
+    backend: str = "auto",
+) -> Tensor:
+    """One token of each sequence: [B,H,D], [B,Hk,D], [B,Hk,E], [Hk,M,D] -> o [B,H,E]; `state` is updated in place.
+
+    `set_causal` of one token.  Time and memory do not depend on how many tokens came before.
+
+    Args:
+        state: [N, Hk, M, 2E + 3], contiguous, float32, or float64 for float64 inputs; N = B without `state_indices`.
+        state_indices: int32 [B], which of the N states each token continues, all different; −1: none, and o = 0.
+        log_decay: [B, Hk];  key_mask: [B] or [B, Hk];  query_position, key_position: [P] or [B, P].
+        others: as in `set_causal`, without dropout.
+
+    Raises:
+        ValueError, TypeError: naming the argument, what it got and what it wants.
+        ValueError: where an input requires a gradient, which a state that is written over cannot give.
+    """
+    for name, t, letters in (("query", query, "BHD"), ("key", key, "BHD"), ("value", value, "BHE")):
+        checks.tensor(name, t, letters)
+    asking, place = (None if p is None else p.unsqueeze(-2) for p in (query_position, key_position))
+    x, opt = normalise(
+        query.unsqueeze(2), key.unsqueeze(2), value.unsqueeze(2), references,
+        (bandwidth, epsilon, key_relaxation, reference_relaxation, position_scale),
+        None if key_mask is None else key_mask.unsqueeze(-1), reference_log_mass, asking, place, reference_position,
+        kernel=kernel, num_iters=num_iters, dropout_p=0.0, seed=None, backend=backend, normalised=False,
+    )  # fmt: skip
+    _check_iterations("set_step", opt)
+    b, h = key.shape[:2]
+    _check_pool(state, x, b, state_indices)
+    decay = None if log_decay is None else log_decay.unsqueeze(-1)
+    gates = _stream(x, (b, h, 1), None, decay).log_decay
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (state, *x, gates)):
+        raise ValueError("set_step has no gradient: call it under torch.no_grad(), or set_causal with initial_state")
+    groups = query.shape[1] // h
+    if groups == 1:
+        return reference.step(x, opt, state, gates, state_indices).squeeze(2)
+    wide, gates = repeated_heads(state, 1, groups), None if gates is None else repeated_heads(gates, 1, groups)
+    o = reference.step(repeated(x), opt, wide, gates, state_indices).squeeze(2)
+    state.copy_(wide[:, ::groups])
+    return o
+
+
+def merge_states(a: Tensor, b: Tensor) -> Tensor:
+    """The state [..., M, 2E + 3] of the keys of two states together, none of which fades; differentiable in both."""
+    _check_state("a", a, (None,) * (a.ndim - 1) + (a.shape[-1],), a.dtype)
+    _check_state("b", b, tuple(a.shape), a.dtype)
+    checks.same_device("a", a, b=b)
+    return layout.merge(a, b)
+
+
+def empty_state(
+    B: int, Hk: int, M: int, E: int, device: torch.device | str | None = None, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """The state [B, Hk, M, 2E + 3] of no keys: zeros."""
+    sizes = [checks.integer(name, n, 0) for name, n in zip(("B", "Hk", "M", "E"), (B, Hk, M, E), strict=True)]
+    return torch.zeros((*sizes[:3], layout.width(sizes[3])), device=device, dtype=dtype)
+
+
+def _check_iterations(name: str, opt: Options) -> None:
+    if opt.num_iters > 1:
+        raise ValueError(
+            f"num_iters must be 0 or 1 in {name}, got {opt.num_iters}: a state holds what one iteration needs; "
+            "set_attention(causal=True) takes any"
+        )
+
+
+def _check_state(name: str, state: Tensor, sizes: tuple[int | None, ...], dtype: torch.dtype) -> None:
+    checks.tensor(name, state, "BHMC" if len(sizes) == 4 else "." * len(sizes))
+    checks.shape(name, state, sizes, "[B, Hk, M, 2E + 3]")
+    if state.dtype != dtype or dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"{name} must be {dtype}, got {state.dtype}: sums in fewer digits drift")
+
+
+def _check_pool(state: Tensor, x: Operands, b: int, indices: Tensor | None) -> None:
+    """The states that a step writes, and which of them."""
+    rows = b if indices is None else None
+    sizes = (rows, x.key.shape[1], x.references.shape[1], layout.width(x.value.shape[-1]))
+    _check_state("state", state, sizes, compute_dtype(x.key.dtype))
+    checks.same_device("key", x.key, state=state, state_indices=indices)
+    if not state.is_contiguous():
+        raise ValueError(f"state must be contiguous, got strides {list(state.stride())}")
+    if indices is None:
+        return
+    if not isinstance(indices, Tensor) or indices.dtype != torch.int32:
+        raise TypeError(f"state_indices must be an int32 Tensor [B], got {getattr(indices, 'dtype', type(indices))}")
+    checks.shape("state_indices", indices, (b,), "B of the key")
+
+
+def _stream(
+    x: Operands, tokens: tuple[int, ...] | torch.Size, initial_state: Tensor | None, log_decay: Tensor | None
+) -> Stream:
+    """The checked state and gates of keys [B, H, S]."""
+    b, h, _ = tokens
+    dtype = compute_dtype(x.key.dtype)
+    if initial_state is not None:
+        sizes = (b, h, x.references.shape[1], layout.width(x.value.shape[-1]))
+        _check_state("initial_state", initial_state, sizes, dtype)
+    checks.same_device("key", x.key, initial_state=initial_state, log_decay=log_decay)
+    if log_decay is None:
+        return Stream(None, initial_state)
+    checks.tensor("log_decay", log_decay, "BHS")
+    checks.shape("log_decay", log_decay, tuple(tokens), "B, H and S of the key")
+    if log_decay.device.type == "cpu" and unwatched((log_decay,)) and bool((log_decay > 0).any()):
+        raise ValueError(f"log_decay must be ≤ 0, got {log_decay.max().item()}: a gate fades what came before")
+    gates = log_decay.to(dtype).clamp(FORGOTTEN, 0.0)
+    if x.log_a is not None:
+        gates = torch.where(x.log_a > -torch.inf, gates, 0.0)
+    return Stream(gates, initial_state)
