@@ -55,8 +55,8 @@ class SeTAttention(PythonForward, ReferenceSet, Projections):
         epsilon: ε > 0, entropic regularisation, in units of the kernel (whose values lie in (0, 1] for "rbf").
         bandwidth: β > 0 of the "rbf" kernel exp(β(⟨x̂, ŷ⟩ − 1)), without unit; unused by "dot".
         kernel: "rbf" (on directions; lengths are ignored) or "dot" (⟨x, y⟩, for projections that are features).
-        value_map: "linear" pools v itself; "rkhs" pools its Nyström features on head_dim learned landmarks (the form of
-            the SeTformer paper).
+        value_map: "linear" pools v itself; "rkhs" pools its centred Nyström features (`functional.
+            nystrom_features`) on head_dim learned landmarks: the form of the SeTformer paper, without its constant.
         position_dim: P > 0 adds −τ²‖p − π‖² to the logits, p the token positions that forward must then be given, π
             learned `reference_position` [H, M, P], τ learned `position_scale` [H].  Positions come in any unit;
             references start in the unit cube, so use positions in [0, 1] or call `initialize_references`.
