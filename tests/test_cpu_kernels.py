@@ -267,15 +267,16 @@ def test_wrong_sizes_are_refused_before_any_kernel_runs() -> None:
             cpu.attention(bad, Options(SCALARS, "rbf", 3))
 
 
-def test_features_gradients_in_float64(isa: str) -> None:
+@pytest.mark.parametrize("center", [False, True])
+def test_features_gradients_in_float64(isa: str, center: bool) -> None:
     x, w = torch.randn(2, 3, 70, 19, dtype=torch.float64), torch.randn(3, 13, 19, dtype=torch.float64)
     beta: Any = torch.rand(3, dtype=torch.float64) + 0.5
-    psi, expected = cpu.features(x, w, beta, 1.0, 1e-3), eager.features(x, w, beta, 1.0, 1e-3)
+    psi, expected = (backend.features(x, w, beta, 1.0, 1e-3, center) for backend in (cpu, eager))
     assert torch.allclose(psi, expected, rtol=1e-9, atol=1e-10)
     d_psi, needs = torch.randn_like(psi), (True, True, True)
     pairs = zip(
-        cpu.features_backward(x, w, beta, 1.0, 1e-3, d_psi, needs),
-        eager.features_backward(x, w, beta, 1.0, 1e-3, d_psi, needs),
+        cpu.features_backward(x, w, beta, 1.0, 1e-3, center, d_psi, needs),
+        eager.features_backward(x, w, beta, 1.0, 1e-3, center, d_psi, needs),
         strict=True,
     )
     assert all(torch.allclose(a, b, rtol=1e-7, atol=1e-8) for a, b in pairs)

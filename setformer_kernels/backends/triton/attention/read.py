@@ -59,6 +59,16 @@ def dual_potential(head, pooled, bh, iterations, UPDATE_ROWS: tl.constexpr, size
 
 
 @triton.jit
+def store_zeros(output, start, end, WIDTH: tl.constexpr, DEPTH: tl.constexpr, PADDED: tl.constexpr, cut):
+    """Rows start..end of a head in which no key takes part."""
+    zeros = tl.zeros([cut.ROWS, DEPTH], tl.float32)
+    for first in range(start, end, cut.ROWS):
+        rows = first + tl.arange(0, cut.ROWS)
+        for column in range(0, PADDED, DEPTH):
+            store_rows(output, rows, rows < end, column + tl.arange(0, DEPTH), WIDTH, zeros)
+
+
+@triton.jit
 def load_pooled(z, bh, start, sizes, DEPTH: tl.constexpr):
     """Columns start.. of z of one head: [MP, DEPTH] in float32."""
     j, e = tl.arange(0, sizes.MP), start + tl.arange(0, DEPTH)
@@ -83,18 +93,20 @@ def read_kernel(
     outputs = rows_of(output, b, h, stride_ob, stride_oh, stride_on, L, cut.STEP)
     places = places_of(position, references, b, h, stride_pb, stride_ph, stride_pn, sizes) if sizes.P > 0 else None
     head = head_of(references, h, sizes, cut)
-    z_first = rounded(load_pooled(pooled.z, bh, 0, sizes, cut.VDEPTH), output.dtype.element_ty)
     g, seen = given_potential(pooled.g, bh, sizes)
+    z_first = rounded(load_pooled(pooled.z, bh, 0, sizes, cut.VDEPTH), output.dtype.element_ty)
     shift = below_top(g, head.scale)
     columns = tl.arange(0, cut.VDEPTH)
     end = tl.minimum(L, (split + 1) * stretch)
+    if not seen:
+        store_zeros(outputs, split * stretch, end, sizes.E, cut.VDEPTH, sizes.EP, cut)
+        end = split * stretch
     for start in range(split * stretch, end, cut.ROWS):
         rows = start + tl.arange(0, cut.ROWS)
         live = rows < end
         l, kappa, cosine, inverse, first_columns = token_logits(queries, rows, live, places, head, rule.DOT, sizes, cut)
         w = numerators(l, kappa, g, shift, head.scale, rule.RANGE)
         w, normaliser = kept_weights(w, dropout, bh, L, rows, threshold, sizes)
-        normaliser = tl.where(seen, normaliser, 0.0)
         w = rounded(w, z_first.dtype)
         if sizes.EP == cut.VDEPTH:
             o = dot(w, z_first, cut.PRECISION) * normaliser[:, None]

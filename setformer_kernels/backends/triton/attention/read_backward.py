@@ -25,7 +25,7 @@ from ..host.launch import Split, device_of, kernel, launch
 from ..host.rows import stride_step, strided, unit_rows
 from ..parameters.gradients import Partials
 from ..parameters.prepare import References
-from .read import Pooled, dual_potential, load_pooled, read_range
+from .read import Pooled, dual_potential, given_potential, load_pooled, read_range, store_zeros
 
 
 @triton.jit
@@ -83,6 +83,12 @@ def read_backward_kernel(
     d_g = tl.zeros([MP], tl.float32)
     sums = no_sums(sizes, cut)
     end = tl.minimum(L, (split + 1) * stretch)
+    if pooled.g is not None:
+        given, seen = given_potential(pooled.g, bh, sizes)
+        if not seen:
+            if out is not None:
+                store_zeros(out, split * stretch, end, sizes.D, cut.DEPTH, sizes.DP, cut)
+            end = split * stretch
     for start in range(split * stretch, end, cut.ROWS):
         rows = start + tl.arange(0, cut.ROWS)
         live = rows < end
