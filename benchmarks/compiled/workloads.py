@@ -107,7 +107,7 @@ def _run_read(backend: Any, call: Call) -> None:
     x, none = operands(call), dict.fromkeys(("log_a", "log_b", "key_relaxation", "reference_relaxation"))
     places = None if x.key_position is None else x.key_position[:, :, :0]
     x = x._replace(key=x.key[:, :, :0], value=x.value[:, :, :0], key_position=places, **none)
-    opt = Options(kernel=call.kernel, dropout_p=0.1 if call.has("dropout") else 0.0)
+    opt = Options(SCALARS, call.kernel, 1, 0.1 if call.has("dropout") else 0.0)
     z, g = torch.empty(call.B, call.H, call.M, call.E), torch.empty(call.B, call.H, call.M)
     if not call.backward:
         backend.read(x, opt, z, g)
