@@ -60,6 +60,19 @@ struct MaskedParams : AttentionParams {
   View d_mask;          // as mask, added to
 };
 
+// attention, pool and causal of N segments, whose rows lie one after another; B = 1, L and S are rows of all.  z, c,
+// their gradients and the parameters' have an element a segment where B is written above.
+struct PackedParams : AttentionParams {
+  int64_t N = 0;
+  const int64_t *cu_q = nullptr,
+                *cu_k = nullptr;  // [N + 1] from 0 on, not decreasing, at most L and S; cu_q null: pool
+  bool causal = false;
+
+  int64_t first_query(int64_t n) const { return cu_q ? cu_q[n] : 0; }
+  int64_t queries(int64_t n) const { return first_query(n + 1) - first_query(n); }
+  int64_t keys(int64_t n) const { return cu_k[n + 1] - cu_k[n]; }
+};
+
 // ψ(x) = ‖x‖ W κ(w, x̂) with a given whitening W = (K_ww + δI)^{-1/2}.
 struct FeatureParams {
   int64_t B = 0, H = 0, N = 0, D = 0, R = 0;

@@ -8,11 +8,10 @@ from types import NoneType
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from . import checks
-from .problem import HYPER, Operands, Options, compute_dtype, replaced
+from .problem import HYPER, Operands, Options, compute_dtype, with_an_absent_key
 from .reference.dense import additive, normalise_masses
 
 Hyper = float | Tensor
@@ -90,7 +89,7 @@ def normalise(
         reference_position=None if reference_position is None else reference_position.to(dtype),
         seed=seed_of(seed, opt.dropout_p, key),
     )
-    return (_with_an_absent_key(operands) if s == 0 else operands), opt
+    return (with_an_absent_key(operands) if s == 0 else operands), opt
 
 
 _passed: dict[tuple[Any, ...], Options] = {}  # the facts of calls that passed every check, and their constants
@@ -154,18 +153,6 @@ def from_options(
     tensors = ("key_mask", "reference_log_mass", "query_position", "key_position", "reference_position")
     constants = {name: options[name] for name in ("kernel", "num_iters", "dropout_p", "seed", "backend")}
     return normalise(query, key, value, references, hyper, *(options.get(name) for name in tensors), **constants)
-
-
-def _with_an_absent_key(x: Operands) -> Operands:
-    """No key at all is one key without mass: zeros out, and zero gradients for everything."""
-    position = x.key_position
-    return replaced(
-        x,
-        key=F.pad(x.key, (0, 0, 0, 1)),
-        value=F.pad(x.value, (0, 0, 0, 1)),
-        log_a=x.references.new_full((*x.key.shape[:2], 1), -math.inf),
-        key_position=None if position is None else F.pad(position, (0, 0, 0, 1), value=math.nan),
-    )
 
 
 def _check_masses(

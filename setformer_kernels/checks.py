@@ -169,6 +169,29 @@ def mask(name: str, value: Any, allowed: Sequence[Sequence[int]]) -> None:
         raise ValueError(f"{name} must have shape {' or '.join(_show(s) for s in allowed)}, got {list(value.shape)}")
 
 
+def offsets(name: str, value: Any) -> Tensor:
+    """Offsets [N + 1], int32 or int64."""
+    if not isinstance(value, Tensor) or value.dtype not in (torch.int32, torch.int64):
+        got = value.dtype if isinstance(value, Tensor) else type(value).__name__
+        raise TypeError(f"{name} must be an int32 or int64 Tensor [N + 1], got {got}")
+    if value.ndim != 1 or value.shape[0] == 0:
+        raise ValueError(f"{name} must have shape [N + 1], got {list(value.shape)}")
+    return value
+
+
+def offsets_within(name: str, value: Tensor, total: int, what: str) -> None:
+    """On the CPU, where reading them waits for nobody: offsets count up from 0 to at most `total`."""
+    if value.device.type != "cpu":
+        return
+    first, last = int(value[0]), int(value[-1])
+    if first != 0:
+        raise ValueError(f"{name} must begin with 0, got {first}")
+    if bool((value[1:] < value[:-1]).any()):
+        raise ValueError(f"{name} must not decrease, got {value.tolist() if value.numel() <= 32 else 'a lower offset'}")
+    if last > total:
+        raise ValueError(f"{name} must end at most at the {total} {what}, got {last}")
+
+
 def positions(tokens: dict[str, tuple[Any, int, int]], reference: Any, heads: int, m: int) -> None:
     """`tokens`: name -> (value, B, N), each [N, P] or [B, N, P]; `reference` [H, M, P]; all given or none."""
     given = {**{name: value for name, (value, _, _) in tokens.items()}, "reference_position": reference}

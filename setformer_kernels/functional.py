@@ -13,11 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import checks, dispatch, ops, reference, streaming
+from . import advice, checks, dispatch, ops, packed, reference, streaming
 from .arguments import Hyper, autocast, from_options, hyper_tensors, normalise, numbers, query_mask
 from .grouping import folded, repeated, unfolded
 from .memory import SetMemory, set_read, set_transport
 from .ops.operands import attention_problem, logits
+from .packed import set_attention_varlen, set_pool_varlen
 from .problem import Operands, Options, compute_dtype, replaced
 from .streaming import empty_state, merge_states, set_causal, set_step
 from .tracing import leaf
@@ -28,9 +29,11 @@ __all__ = [
     "merge_states",
     "nystrom_features",
     "set_attention",
+    "set_attention_varlen",
     "set_attention_weights",
     "set_causal",
     "set_pool",
+    "set_pool_varlen",
     "set_read",
     "set_step",
     "set_transport",
@@ -76,7 +79,8 @@ def set_attention(
 
     Args:
         query, key, value: one dtype (float32, bfloat16, float16; float64 on the reference and CPU backends), any
-            strides.  Under autocast they are cast to its dtype first.
+            strides.  Under autocast they are cast to its dtype first.  Nested tensors of the layout torch.jagged,
+            [B,H,*,D], are a packed batch (`set_attention_varlen`): not padded, and o has the lengths of the query.
         references: y, [H, M, D], of any floating dtype, as all further tensors.
         bandwidth, epsilon, position_scale: β > 0, ε > 0, τ ≥ 0: floats, or tensors [H] (differentiable, not checked).
         num_iters: T ≥ 0; gradients are exact for the T iterations that ran.  Each costs a pass over the keys.  Those
@@ -85,8 +89,10 @@ def set_attention(
         key_mask: [B, S] or [B, H, S], bool (True takes part) or float (unnormalised log mass, −inf = not there;
             differentiable).
         attn_mask: [L, S], [B, L, S] or [B, H, L, S], likewise; query i is answered as if its row were its key mask.
-            O(T·L·S·M) time for what the mask leaves: the one path that is not linear.
+            O(T·L·S·M) time for what the mask leaves: the one path that is not linear.  For the causal mask, without
+            a gradient, give `causal=True` instead: `set_attention(q, k, v, y, causal=True)` is linear.
         causal: query i sees keys s ≤ i + S − L.  A linear scan for T ≤ 1 and L = S, else the cost of an `attn_mask`.
+            A call that could be a scan but for these arguments warns once (`setformer_kernels.advice.enabled`).
         reference_log_mass: [H, M] unnormalised log b; uniform when None.
         key_relaxation, reference_relaxation: λ in [0, 1], 1 = balanced; λ = ρ/(ρ + ε) is a KL penalty of strength ρ.
         query_position, key_position: [N, P] or [B, N, P] in any unit, without gradient; a row of NaN has no position
@@ -99,6 +105,14 @@ def set_attention(
     """
     if query is None:  # which stands for no query
         checks.tensor("query", query, "BHLD")
+    if type(query) is not Tensor and packed.is_jagged(query, key, value):
+        return packed.jagged_attention(
+            query, key, value, references, attn_mask=attn_mask, key_mask=key_mask, query_position=query_position,
+            key_position=key_position, kernel=kernel, bandwidth=bandwidth, epsilon=epsilon, num_iters=num_iters,
+            causal=causal, reference_log_mass=reference_log_mass, key_relaxation=key_relaxation,
+            reference_relaxation=reference_relaxation, reference_position=reference_position,
+            position_scale=position_scale, dropout_p=dropout_p, seed=seed, backend=backend,
+        )  # fmt: skip
     x, opt = normalise(
         query, key, value, references, (bandwidth, epsilon, key_relaxation, reference_relaxation, position_scale),
         key_mask, reference_log_mass, query_position, key_position, reference_position,
@@ -113,6 +127,7 @@ def set_attention(
     if grouped:
         x = repeated(x) if dense or causal else folded(x)
     if dense:
+        advice.slower_than_linear(mask, causal, opt.num_iters, square=length == s)
         return _masked(x, opt, mask, causal)
     if causal:
         return streaming.scan(x, opt)[0]
@@ -228,6 +243,13 @@ def set_pool(
     z_j = Σ_s W^k_sj v_s, in the dtype of the values.
     The columns of W^k = exp(ℓ + f^T − c^T) sum to 1; z = 0 where no key takes part.  Arguments as in `set_attention`.
     """
+    if type(key) is not Tensor and packed.is_jagged(key, value):
+        return packed.jagged_pool(
+            key, value, references, key_mask=key_mask, key_position=key_position, kernel=kernel, bandwidth=bandwidth,
+            epsilon=epsilon, num_iters=num_iters, reference_log_mass=reference_log_mass, backend=backend,
+            key_relaxation=key_relaxation, reference_relaxation=reference_relaxation,
+            reference_position=reference_position, position_scale=position_scale,
+        )  # fmt: skip
     x, opt = normalise(
         None, key, value, references, (bandwidth, epsilon, key_relaxation, reference_relaxation, position_scale),
         key_mask, reference_log_mass, None, key_position, reference_position,

@@ -29,7 +29,7 @@ from setformer_kernels.testing import (
 from setformer_kernels.testing.budget import cast
 
 pytestmark = pytest.mark.skipif(MODULE is None, reason=REASON or "extension loaded")
-ISAS = ("generic", "avx2", "avx512")
+ISAS = ("generic", "avx2", "avx512", "amx")
 reference = functools.partial(SF.set_attention, backend="reference")
 native = functools.partial(SF.set_attention, backend="cpu")
 
@@ -277,3 +277,27 @@ def test_features_gradients_in_float64(isa: str) -> None:
         strict=True,
     )
     assert all(torch.allclose(a, b, rtol=1e-7, atol=1e-8) for a, b in pairs)
+
+
+def test_bfloat16_tokens_as_large_as_they_get(isa: str) -> None:
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1, 2, n, 48).bfloat16() for n in (70, 100, 100))
+    y = torch.randn(2, 20, 48)
+    expected = native(q, k, v, y)
+    for far_q, far_k in ((2.0**100, 1.0), (1.0, 2.0**100), (2.0**-30, 2.0**-30)):
+        found = native(q * far_q, k * far_k, v, y)
+        assert (found - expected).float().norm() <= 8e-3 * expected.float().norm()
+
+
+def test_bfloat16_heads_in_and_out_of_range_share_a_call(isa: str, threads: None) -> None:
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, 3, 130, 40).bfloat16() for _ in range(3))
+    y, epsilon = torch.randn(3, 33, 40), torch.tensor([0.05, 0.004, 0.1])
+    mask = torch.rand(2, 130) < 0.7
+    mask[1, 1:] = False  # a lone key, whose value is everyone's output
+    expected = reference(q.float(), k.float(), v.float(), y, epsilon=epsilon, key_mask=mask, num_iters=2)
+    for count in (1, 4):
+        torch.set_num_threads(count)
+        found = native(q, k, v, y, epsilon=epsilon, key_mask=mask, num_iters=2).float()
+        assert (found - expected).norm() <= 1e-2 * expected.norm()
+        assert torch.equal(found[1], v[1, :, :1].float().expand_as(found[1]))

@@ -109,6 +109,28 @@ void masked_backward(const py::tuple& x, const py::tuple& scalars, bool dot, int
   kernels().masked_backward(p);
 }
 
+void packed(const py::tuple& x, const py::tuple& scalars, bool dot, int64_t T, double dropout_p, uint64_t seed,
+            int threads, const py::object& cu_q, const py::tuple& cu_k, const py::object& o, const py::object& z,
+            const py::object& c, bool causal) {
+  PackedParams p = packed_params(attention_params(x, scalars, dot, T, dropout_p, seed, threads), cu_q, cu_k, causal);
+  p.o = view(o, "o", {p.B, p.H, p.L, p.E}, p.key.dtype);
+  if (p.o || causal) need(p.query, "query"), need(p.o, "o");
+  state(p, z, c, !causal, p.N);
+  py::gil_scoped_release nogil;
+  kernels().packed(p);
+}
+
+void packed_backward(const py::tuple& x, const py::tuple& scalars, bool dot, int64_t T, double dropout_p, uint64_t seed,
+                     int threads, const py::object& cu_q, const py::tuple& cu_k, const py::object& z,
+                     const py::object& c, const py::tuple& grads, bool causal) {
+  PackedParams p = packed_params(attention_params(x, scalars, dot, T, dropout_p, seed, threads), cu_q, cu_k, causal);
+  state(p, z, c, !causal, p.N);
+  gradients(p, grads, p.N, p.N);
+  if (causal) need(p.d_o, "d_o");
+  py::gil_scoped_release nogil;
+  kernels().packed_backward(p);
+}
+
 enum FeatureTensor {
   kX,
   kLandmarks,
@@ -169,6 +191,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("attention_backward", &attention_backward);
   m.def("masked", &masked);
   m.def("masked_backward", &masked_backward);
+  m.def("packed", &packed);
+  m.def("packed_backward", &packed_backward);
   m.def("features", &features);
   m.def("sinkhorn", &sinkhorn);
   m.def("cpu_isa", [] { return kernels().isa; }, "the instruction set in use");

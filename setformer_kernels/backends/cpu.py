@@ -5,6 +5,7 @@ Called below autograd on real CPU tensors; any strides.  The kernels are in csrc
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -23,6 +24,7 @@ from ..problem import (
     empty_in_order,
     in_order,
 )
+from ..reference.packed import masses, segments
 from . import _extension
 from ._extension import MODULE, REASON, views
 
@@ -149,6 +151,99 @@ def masked_backward(
         lambda grads: _C.masked_backward(*_common(x, opt), given, causal, (incoming, None, None, *grads), found),
     )
     return *grads, d_mask
+
+
+def _unpacked_masses(x: Operands, cu: Tensor) -> Operands:
+    """With log masses normalised segment by segment, as those of one alone are, bit for bit."""
+    if x.log_a is None:
+        return x
+    given = x.log_a[:, :1] if x.log_a.stride(1) == 0 else x.log_a
+    log_a = torch.full_like(given, -math.inf)
+    for first, last in segments(cu, given.shape[2]):
+        if first < last:
+            log_a[:, :, first:last] = masses(given[:, :, first:last])
+    return x._replace(log_a=log_a.expand(x.log_a.shape))
+
+
+def _clear_slack(t: Tensor | None, cu: Tensor) -> None:
+    """0 for the tokens behind the last segment, which no kernel goes to."""
+    if t is not None:
+        t[:, :, int(cu[-1]) :].zero_()
+
+
+def _packed(x: Operands, opt: Options, cu_q: Tensor | None, cu_k: Tensor, causal: bool) -> tuple[Tensor, ...]:
+    """(o where there are queries, z [N, H, M, E] and c [N, H, max(T, 1), M] where not causal)."""
+    x = _unpacked_masses(x, cu_k)
+    o = None if x.query is None else empty_in_order(x.query, (*x.query.shape[:-1], x.value.shape[-1]))
+    state: tuple[Tensor | None, ...] = (None, None)
+    if not causal:
+        (h, m, _), n, wide = x.references.shape, cu_k.shape[0] - 1, compute_dtype(x.key.dtype)
+        shapes = ((n, h, m, x.value.shape[3]), (n, h, max(opt.num_iters, 1), m))
+        state = tuple(x.key.new_empty(shape, dtype=wide) for shape in shapes)
+    _C.packed(*_common(x, opt), *views((cu_q, cu_k, o, *state)), causal)
+    if cu_q is not None:
+        _clear_slack(o, cu_q)
+    return tuple(t for t in (o, *state) if t is not None)
+
+
+def _packed_backward(
+    x: Operands,
+    opt: Options,
+    offsets: tuple[Tensor | None, Tensor],
+    state: tuple[Tensor | None, Tensor | None],
+    incoming: tuple[Tensor | None, ...],
+    needs: Sequence[bool],
+    causal: bool,
+) -> Operands:
+    normalised, (cu_q, cu_k) = _unpacked_masses(x, offsets[1]), offsets
+    given = (*_common(normalised, opt), *views((*offsets, *state)))
+    # No gradient passes through the masses' normaliser: shifting them all by one number changes nothing.
+    grads = _extension.attention_backward(
+        normalised,
+        needs,
+        cu_k.shape[0] - 1,
+        lambda grads: _C.packed_backward(*given, (*views(incoming), *grads), causal),
+    )
+    for t in (grads.key, grads.value, grads.log_a):
+        _clear_slack(t, cu_k)
+    if cu_q is not None:
+        _clear_slack(grads.query, cu_q)
+    return grads
+
+
+def packed(x: Operands, opt: Options, cu_q: Tensor, cu_k: Tensor) -> tuple[Tensor, ...]:
+    """o [1, H, L, E], z [N, H, M, E], c [N, H, max(T, 1), M] of a packed batch; x.log_a: unnormalised log masses."""
+    return _packed(x, opt, cu_q, cu_k, False)
+
+
+def packed_pool(x: Operands, opt: Options, cu: Tensor) -> tuple[Tensor, ...]:
+    """z [N, H, M, E], c [N, H, max(T, 1), M]."""
+    return _packed(x._replace(query=None, query_position=None), opt, None, cu, False)
+
+
+def packed_causal(x: Operands, opt: Options, cu: Tensor) -> Tensor:
+    """o [1, H, L, E], for T <= 1."""
+    return _packed(x, opt, cu, cu, True)[0]
+
+
+def packed_backward(
+    x: Operands, opt: Options, cu_q: Tensor, cu_k: Tensor, z: Tensor, c: Tensor, d_o: Tensor, needs: Sequence[bool]
+) -> Operands:
+    """As `attention_backward`, of a packed batch."""
+    return _packed_backward(x, opt, (cu_q, cu_k), (z, c), (d_o, None, None), needs, False)
+
+
+def packed_pool_backward(
+    x: Operands, opt: Options, cu: Tensor, z: Tensor, c: Tensor, d_z: Tensor, needs: Sequence[bool]
+) -> Operands:
+    """As `pool_backward`, of a packed batch."""
+    x = x._replace(query=None, query_position=None)
+    return _packed_backward(x, opt, (None, cu), (z, c), (None, d_z, None), needs, False)
+
+
+def packed_causal_backward(x: Operands, opt: Options, cu: Tensor, d_o: Tensor, needs: Sequence[bool]) -> Operands:
+    """As `causal_backward`, of a packed batch."""
+    return _packed_backward(x, opt, (cu, cu), (None, None), (d_o, None, None), needs, True)
 
 
 def attention_backward(x: Operands, opt: Options, z: Tensor, c: Tensor, d_o: Tensor, needs: Sequence[bool]) -> Operands:

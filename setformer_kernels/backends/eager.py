@@ -15,6 +15,7 @@ from torch import Tensor
 from .. import reference
 from ..problem import Operands, Options, Sinkhorn, compute_dtype, empty_in_order, memory_order
 from ..reference.attention import attention_with_state, pool_with_state
+from ..reference.packed import packed_pool_with_state, packed_with_state
 
 NAME = "eager"
 Gradients = Sequence[Tensor | None]  # in the order of the op's tensors, None where none is needed
@@ -132,6 +133,37 @@ def causal(x: Operands, opt: Options) -> Tensor:
 
 def causal_backward(x: Operands, opt: Options, d_o: Tensor, needs: Sequence[bool]) -> Gradients:
     return _vjp(lambda *t: reference.causal(Operands(*t), opt), x, needs, [d_o])
+
+
+def packed(x: Operands, opt: Options, cu_q: Tensor, cu_k: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    assert x.query is not None
+    o, z, c = packed_with_state(x, opt, cu_q, cu_k)
+    return _in_order(x.query, o), z, c
+
+
+def packed_backward(
+    x: Operands, opt: Options, cu_q: Tensor, cu_k: Tensor, z: Tensor, c: Tensor, d_o: Tensor, needs: Sequence[bool]
+) -> Gradients:
+    return _vjp(lambda *t: reference.packed(Operands(*t), opt, cu_q, cu_k), x, needs, [d_o])
+
+
+def packed_pool(x: Operands, opt: Options, cu: Tensor) -> tuple[Tensor, Tensor]:
+    return packed_pool_with_state(x, opt, cu)
+
+
+def packed_pool_backward(
+    x: Operands, opt: Options, cu: Tensor, z: Tensor, c: Tensor, d_z: Tensor, needs: Sequence[bool]
+) -> Gradients:
+    return _vjp(lambda *t: packed_pool_with_state(Operands(*t), opt, cu), x, needs, [d_z, None])
+
+
+def packed_causal(x: Operands, opt: Options, cu: Tensor) -> Tensor:
+    assert x.query is not None
+    return _in_order(x.query, reference.packed_causal(x, opt, cu))
+
+
+def packed_causal_backward(x: Operands, opt: Options, cu: Tensor, d_o: Tensor, needs: Sequence[bool]) -> Gradients:
+    return _vjp(lambda *t: reference.packed_causal(Operands(*t), opt, cu), x, needs, [d_o])
 
 
 def masked(x: Operands, mask: Tensor | None, opt: Options, causal: bool) -> Tensor:

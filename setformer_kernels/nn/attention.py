@@ -22,7 +22,7 @@ from .contract import (
 )  # fmt: skip
 from .fastpath import PythonForward, keep_python_forward  # noqa: F401  (pickles of earlier versions name it here)
 from .masks import attention_mask_of, blank_padding, key_mask_of
-from .nested import nest_like, pad, pad_all, pad_position
+from .nested import from_rows, nest_like, packs, pad, pad_all, pad_position, same_lengths, tokens_first
 from .projections import OUT_PROJ, PROJECTIONS, Projections, merge_heads
 from .reference_set import ReferenceSet
 from .writing import Reset, redraw
@@ -134,12 +134,14 @@ class SeTAttention(PythonForward, ReferenceSet, Projections):
 
         Args:
             query, key, value: see the class.  A NestedTensor (all three, batch_first, no masks) gives a nested output,
-                and weights as of its padded form; positions may be nested then.
+                and weights as of its padded form; positions may be nested then.  A jagged one without weights (and
+                without slots, and num_iters ≤ 1 if causal) is not padded: its rows are a packed batch.
             key_padding_mask: [B, S] or [S] (unbatched); bool True = ignore, or float, added to the keys' log masses.
             need_weights: whether to return the weights; the output does not depend on it.
             attn_mask: [L, S], [B·H, L, S] or, unbatched, [H, L, S]; bool True = forbid, or float, added to log masses.
             average_attn_weights: mean over heads.
-            is_causal: beside a square attn_mask, the promise that it is the causal mask; alone, causal attention.
+            is_causal: beside a square attn_mask, the promise that it is the causal mask; alone, causal attention:
+                linear for num_iters ≤ 1, which the mask without this promise is not, and a warning says so once.
             query_position, key_position: [L, P] and [S, P], or [B, L, P] and [B, S, P] (batch first in both layouts),
                 exactly when position_dim > 0.
             memory: what `memory` returned, in place of keys, values and masks: O(L·M) time whatever their number was.
@@ -156,6 +158,8 @@ class SeTAttention(PythonForward, ReferenceSet, Projections):
         assert value is not None
         if query.is_nested or key.is_nested or value.is_nested:
             nested = query
+            if not need_weights and self._packs((query, key, value), {**masks, **positions}, is_causal):
+                return self._forward_packed(query, key, value, is_causal, positions), None
             (query, key, value), padding = pad_all(
                 {"query": query, "key": key, "value": value}, masks, self.batch_first
             )
@@ -247,6 +251,39 @@ class SeTAttention(PythonForward, ReferenceSet, Projections):
         )  # fmt: skip
         output = self.out_proj(merge_heads(heads, self.batch_first or not batched))
         return output if batched else output.squeeze(0)
+
+    def _packs(self, tokens: tuple[Any, ...], optional: dict[str, Any], is_causal: bool) -> bool:
+        """Whether a nested call can go without padding: jagged, no slots or masks, causal only as a scan."""
+        masks, positions = list(optional.values())[:2], [p for p in list(optional.values())[2:] if p is not None]
+        query, key, value = tokens
+        return (
+            self.batch_first
+            and self.bias_k is None
+            and not self.add_zero_attn
+            and all(mask is None for mask in masks)
+            and all(position.is_nested for position in positions)
+            and packs(*tokens, *positions)
+            and same_lengths(key, value)
+            and all(same_lengths(*pair) for pair in zip(positions, tokens, strict=False))
+            and (not is_causal or (self.num_iters <= 1 and same_lengths(query, key)))
+        )
+
+    def _forward_packed(
+        self, query: Any, key: Any, value: Any, is_causal: bool, positions: dict[str, Any]
+    ) -> Tensor:  # fmt: skip
+        """Output of a nested call, from the rows of its tensors; one tensor given thrice stays one."""
+        q = query.values()
+        k = q if key is query else key.values()
+        v = q if value is query else k if value is key else value.values()
+        self._check_call(q, k, v, None, None)
+        q, k, v = self._project(q, k, v)
+        places = {name: None if at is None else at.values() for name, at in positions.items()}
+        heads = SF.set_attention_varlen(
+            tokens_first(q), tokens_first(k), tokens_first(self._map_values(v)), self.references, query.offsets(),
+            key.offsets(), causal=is_causal, **self._transport_options(), **self._dropout_options(q.device),
+            **self._position_options(0, **places),
+        )  # fmt: skip
+        return from_rows(self.out_proj(heads.flatten(-2)), query)
 
     def _check_call(
         self, query: Tensor, key: Tensor, value: Tensor, key_padding_mask: Tensor | None, attn_mask: Tensor | None

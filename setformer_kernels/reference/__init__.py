@@ -16,6 +16,7 @@ from .attention import (
 from .features import inverse_sqrt, nystrom_features
 from .logits import kernel_matrix, logits, normalise, squared_distance
 from .memory import read, transport
+from .packed import packed, packed_causal, packed_pool
 from .transport import Plan, lse, pool_weights, potential, read_weights, sinkhorn
 
 NAME = "reference"
@@ -34,6 +35,9 @@ __all__ = [
     "masked_weights",
     "normalise",
     "nystrom_features",
+    "packed",
+    "packed_causal",
+    "packed_pool",
     "plan",
     "pool",
     "pool_weights",

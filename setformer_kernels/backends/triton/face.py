@@ -52,8 +52,8 @@ def unsupported_reasons(p: Problem) -> list[str]:
     reasons = [ABSENT] if ABSENT else []
     if p.device != "cuda" and not (p.device == "cpu" and INTERPRETED):
         reasons.append(f"runs on cuda tensors (on cpu tensors only under TRITON_INTERPRET=1), not on {p.device}")
-    if p.op == "masked":
-        reasons.append("has no kernel for masked yet")
+    if p.op in ("masked", "packed", "packed_pool", "packed_causal"):
+        reasons.append(f"has no kernel for {p.op} yet")
     return reasons + beyond(p, DTYPES, MAX_REFERENCES, MAX_HEAD_DIM)
 
 
