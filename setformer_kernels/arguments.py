@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from . import checks
-from .problem import HYPER, Operands, Options, compute_dtype, with_an_absent_key
+from .problem import HYPER, SCALARS, Operands, Options, compute_dtype, with_an_absent_key
 from .reference.dense import additive, normalise_masses
 
 Hyper = float | Tensor
@@ -149,7 +149,7 @@ def from_options(
     query: Tensor, key: Tensor, value: Tensor, references: Tensor, options: dict[str, Any]
 ) -> tuple[Operands, Options]:
     """`normalise` of keyword arguments of `set_attention`, of which the tensors and hyperparameters may be missing."""
-    hyper = tuple(options.get(name, scalar) for name, scalar in zip(HYPER, Options().scalars, strict=True))
+    hyper = tuple(options.get(name, scalar) for name, scalar in zip(HYPER, SCALARS, strict=True))
     tensors = ("key_mask", "reference_log_mass", "query_position", "key_position", "reference_position")
     constants = {name: options[name] for name in ("kernel", "num_iters", "dropout_p", "seed", "backend")}
     return normalise(query, key, value, references, hyper, *(options.get(name) for name in tensors), **constants)

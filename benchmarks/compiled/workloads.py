@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.compiled.gpus import AMD, GPUS
-from setformer_kernels.problem import HYPER, Operands, Options, Sinkhorn
+from setformer_kernels.problem import HYPER, SCALARS, Operands, Options, Sinkhorn
 
 MULTIPROCESSORS = {gpu.family: gpu.multiprocessors for gpu in GPUS.values()}
 
@@ -39,6 +39,7 @@ class Call:
     M: int = 64
     rich: bool = False  # with everything of OPTIONAL and all its gradients
     kernel: str = "rbf"
+    center: bool = False  # of features
     given: tuple[str, ...] | None = None  # of OPTIONAL, if neither all nor nothing
     wanted: str = ""  # the operand whose gradient alone is asked for, if not that of each
 
@@ -46,6 +47,7 @@ class Call:
         parts = [self.op, "backward" if self.backward else "forward"]
         parts += [f"T={self.T}"] if self.op in ("attention", "pool", "causal") else []
         parts += [] if self.kernel == "rbf" else [self.kernel]
+        parts += ["centred"] if self.center else []
         parts += ["rich"] if self.rich else []
         parts += [] if self.given is None else ["with", *(self.given or ["nothing"])]
         parts += ["for", self.wanted] if self.wanted else []
@@ -83,7 +85,7 @@ def operands(call: Call) -> Operands:
 def _run_attention(backend: Any, call: Call) -> None:
     x = operands(call)
     dropped = 0.1 if call.has("dropout") and call.op != "pool" else 0.0
-    opt = Options(num_iters=call.T, kernel=call.kernel, dropout_p=dropped)
+    opt = Options(SCALARS, call.kernel, call.T, dropped)
     learned = [
         t is not None and name not in ("query_position", "key_position", "seed") and call.wanted in ("", name)
         for name, t in zip(x._fields, x, strict=True)
@@ -120,7 +122,7 @@ def _run_read(backend: Any, call: Call) -> None:
 def _run_features(backend: Any, call: Call) -> None:
     x, landmarks = torch.empty(call.B, call.H, call.L, call.D, dtype=call.dtype), torch.empty(call.H, call.M, call.D)
     bandwidth = torch.empty(call.H) if call.rich else None
-    arguments = (x, landmarks, bandwidth, 1.0, 1e-3)
+    arguments = (x, landmarks, bandwidth, 1.0, 1e-3, call.center)
     if call.backward:
         d_psi = torch.empty(call.B, call.H, call.L, call.M, dtype=call.dtype)
         needs = [call.wanted in ("", name) for name in ("key", "references", "bandwidth")]
@@ -190,7 +192,8 @@ def _options(dtype: torch.dtype) -> Iterator[Call]:
     for call in (replace(base, T=1), replace(base, T=0), replace(base, kernel="dot"), replace(base, op="pool"), rich):
         yield from _both(call)
     yield from _both(replace(base, op="read"))
-    for call in (replace(rich, op="causal", T=1), replace(rich, op="features")):
+    features = replace(rich, op="features")
+    for call in (replace(rich, op="causal", T=1), features, replace(features, center=True)):
         yield from _both(call)
 
 
@@ -236,7 +239,7 @@ def every_operand() -> Iterator[Call]:
     for call in (replace(base, T=1), replace(base, T=0), replace(base, op="causal", T=0), replace(base, kernel="dot")):
         yield from _both(call)
     features = replace(base, op="features")
-    for call in (features, replace(features, rich=True)):
+    for call in (features, replace(features, rich=True), replace(features, center=True)):
         yield from _both(call)
         for name in ("key", "references", "bandwidth"):
             yield replace(call, backward=True, wanted=name)

@@ -55,8 +55,8 @@ class SeTAttention(PythonForward, ReferenceSet, Projections):
         epsilon: ε > 0, entropic regularisation, in units of the kernel (whose values lie in (0, 1] for "rbf").
         bandwidth: β > 0 of the "rbf" kernel exp(β(⟨x̂, ŷ⟩ − 1)), without unit; unused by "dot".
         kernel: "rbf" (on directions; lengths are ignored) or "dot" (⟨x, y⟩, for projections that are features).
-        value_map: "linear" pools v itself; "rkhs" pools its Nyström features on head_dim learned landmarks (the form of
-            the SeTformer paper).
+        value_map: "linear" pools v itself; "rkhs" pools its centred Nyström features (`functional.
+            nystrom_features`) on head_dim learned landmarks: the form of the SeTformer paper, without its constant.
         position_dim: P > 0 adds −τ²‖p − π‖² to the logits, p the token positions that forward must then be given, π
             learned `reference_position` [H, M, P], τ learned `position_scale` [H].  Positions come in any unit;
             references start in the unit cube, so use positions in [0, 1] or call `initialize_references`.
@@ -197,6 +197,39 @@ class SeTAttention(PythonForward, ReferenceSet, Projections):
             return output, weights
         return output.squeeze(0), None if weights is None else weights.squeeze(0)
 
+    def _packs(self, tokens: tuple[Any, ...], optional: dict[str, Any], is_causal: bool) -> bool:
+        """Whether a nested call can go without padding: jagged, no slots or masks, causal only as a scan."""
+        masks, positions = list(optional.values())[:2], [p for p in list(optional.values())[2:] if p is not None]
+        query, key, value = tokens
+        return (
+            self.batch_first
+            and self.bias_k is None
+            and not self.add_zero_attn
+            and all(mask is None for mask in masks)
+            and all(position.is_nested for position in positions)
+            and packs(*tokens, *positions)
+            and same_lengths(key, value)
+            and all(same_lengths(*pair) for pair in zip(positions, tokens, strict=False))
+            and (not is_causal or (self.num_iters <= 1 and same_lengths(query, key)))
+        )
+
+    def _forward_packed(
+        self, query: Any, key: Any, value: Any, is_causal: bool, positions: dict[str, Any]
+    ) -> Tensor:  # fmt: skip
+        """Output of a nested call, from the rows of its tensors; one tensor given thrice stays one."""
+        q = query.values()
+        k = q if key is query else key.values()
+        v = q if value is query else k if value is key else value.values()
+        self._check_call(q, k, v, None, None)
+        q, k, v = self._project(q, k, v)
+        places = {name: None if at is None else at.values() for name, at in positions.items()}
+        heads = SF.set_attention_varlen(
+            tokens_first(q), tokens_first(k), tokens_first(self._map_values(v)), self.references, query.offsets(),
+            key.offsets(), causal=is_causal, **self._transport_options(), **self._dropout_options(q.device),
+            **self._position_options(0, **places),
+        )  # fmt: skip
+        return from_rows(self.out_proj(heads.flatten(-2)), query)
+
     def memory(
         self, key: Tensor, value: Tensor, key_padding_mask: Tensor | None = None, *, key_position: Tensor | None = None
     ) -> SF.SetMemory:  # fmt: skip
@@ -251,39 +284,6 @@ class SeTAttention(PythonForward, ReferenceSet, Projections):
         )  # fmt: skip
         output = self.out_proj(merge_heads(heads, self.batch_first or not batched))
         return output if batched else output.squeeze(0)
-
-    def _packs(self, tokens: tuple[Any, ...], optional: dict[str, Any], is_causal: bool) -> bool:
-        """Whether a nested call can go without padding: jagged, no slots or masks, causal only as a scan."""
-        masks, positions = list(optional.values())[:2], [p for p in list(optional.values())[2:] if p is not None]
-        query, key, value = tokens
-        return (
-            self.batch_first
-            and self.bias_k is None
-            and not self.add_zero_attn
-            and all(mask is None for mask in masks)
-            and all(position.is_nested for position in positions)
-            and packs(*tokens, *positions)
-            and same_lengths(key, value)
-            and all(same_lengths(*pair) for pair in zip(positions, tokens, strict=False))
-            and (not is_causal or (self.num_iters <= 1 and same_lengths(query, key)))
-        )
-
-    def _forward_packed(
-        self, query: Any, key: Any, value: Any, is_causal: bool, positions: dict[str, Any]
-    ) -> Tensor:  # fmt: skip
-        """Output of a nested call, from the rows of its tensors; one tensor given thrice stays one."""
-        q = query.values()
-        k = q if key is query else key.values()
-        v = q if value is query else k if value is key else value.values()
-        self._check_call(q, k, v, None, None)
-        q, k, v = self._project(q, k, v)
-        places = {name: None if at is None else at.values() for name, at in positions.items()}
-        heads = SF.set_attention_varlen(
-            tokens_first(q), tokens_first(k), tokens_first(self._map_values(v)), self.references, query.offsets(),
-            key.offsets(), causal=is_causal, **self._transport_options(), **self._dropout_options(q.device),
-            **self._position_options(0, **places),
-        )  # fmt: skip
-        return from_rows(self.out_proj(heads.flatten(-2)), query)
 
     def _check_call(
         self, query: Tensor, key: Tensor, value: Tensor, key_padding_mask: Tensor | None, attn_mask: Tensor | None

@@ -141,12 +141,14 @@ def causal_backward(x: Operands, opt: Options, d_o: Tensor, needs: Sequence[bool
         return backward.causal_backward(x, opt, d_o, needs)
 
 
-def features(x: Tensor, landmarks: Tensor, bandwidth: Tensor | None, scalar: float, ridge: float) -> Tensor:
+def features(
+    x: Tensor, landmarks: Tensor, bandwidth: Tensor | None, scalar: float, ridge: float, center: bool
+) -> Tensor:
     """x [B, H, N, D], landmarks [H, R, D] -> ψ [B, H, N, R]."""
     from .features import forward
 
     with _on_device(x):
-        return forward.features(x, landmarks, bandwidth, scalar, ridge)
+        return forward.features(x, landmarks, bandwidth, scalar, ridge, center)
 
 
 def features_backward(x: Tensor, landmarks: Tensor, *args: Any) -> tuple[Tensor | None, ...]:
