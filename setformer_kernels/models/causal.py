@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from .. import checks
 from .. import functional as SF
-from ..nn.attention import merge_heads, split_heads
+from ..nn.projections import merge_heads, split_heads
 from ..nn.contract import sizes
 from ..nn.doors import FloatInPython
 from ..nn.writing import redraw
