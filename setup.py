@@ -48,22 +48,30 @@ UNITS = [
     "features",
     "table",
 ]
+TILE_UNITS = ["amx"]  # compiled where there are tile registers
 WIDE = ["-mprefer-vector-width=512"]  # gcc and clang prefer 256 bits on some targets
 
 
 class Isa(NamedTuple):
-    """An instruction set: the flags that allow it, and the macros by which a compiler says that it may be used."""
+    """An instruction set: the flags that allow it, and the macros by which a compiler says that it may be used.
+
+    One with units of its own has the rest from the instruction set that it is `beside`.
+    """
 
     flags: list[str]
     macros: list[str]
+    units: list[str] = UNITS
+    beside: str = ""
 
 
 AVX512 = ["f", "bw", "dq", "vl"]
 AVX512_FLAGS = [*(f"-mavx512{part}" for part in AVX512), "-mfma", *WIDE]
+AVX512_MACROS = [f"__AVX512{part.upper()}__" for part in AVX512]
+AMX_FLAGS = ["-mavx512bf16", "-mamx-tile", "-mamx-bf16"]  # gcc 11, clang 12
+AMX_MACROS = ["__AVX512BF16__", "__AMX_TILE__", "__AMX_BF16__"]
 ISAS = {  # the widest first
-    "avx512": Isa(
-        [*(f"-mavx512{part}" for part in AVX512), "-mfma", *WIDE], [f"__AVX512{x.upper()}__" for x in AVX512]
-    ),
+    "amx": Isa([*AVX512_FLAGS, *AMX_FLAGS], [*AVX512_MACROS, *AMX_MACROS], TILE_UNITS, "avx512"),
+    "avx512": Isa(AVX512_FLAGS, AVX512_MACROS),
     "avx2": Isa(["-mavx2", "-mfma"], ["__AVX2__", "__FMA__"]),
     "generic": Isa([], []),
 }
@@ -120,10 +128,12 @@ def isas(compiler: list[str]) -> list[str]:
     if not X86:
         return ["generic"]
     if choice == "all":
-        return list(ISAS)
+        tiles = sys.platform == "linux" and compiles(compiler, AMX_FLAGS)
+        return [name for name in ISAS if tiles or name != "amx"]
     command = [*compiler, "-march=native", "-dM", "-E", "-x", "c++", os.devnull]
     defined = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout.split()
-    return [next(name for name, isa in ISAS.items() if set(isa.macros) <= set(defined))]
+    widest = next(name for name, isa in ISAS.items() if set(isa.macros) <= set(defined))
+    return [name for name in (widest, ISAS[widest].beside) if name]
 
 
 def up_to_date(built: Path, arguments: str) -> bool:
@@ -203,7 +213,8 @@ class Build(build_ext):
     def objects(self, ext: Extension) -> list[str]:
         """The compiled sources: each kernel once for every instruction set."""
         chosen = isas(list(self.compiler.compiler_cxx))
-        units = [(f"cpu/isa/{unit}.cpp", isa) for unit in UNITS for isa in chosen]
+        every = [*UNITS, *TILE_UNITS]
+        units = [(f"cpu/isa/{unit}.cpp", isa) for unit in every for isa in chosen if unit in ISAS[isa].units]
         plain = [*PLAIN, *(["python/cuda_bindings.cpp"] if ("SFK_CUDA", "1") in ext.define_macros else [])]
         jobs = [(plain[0], ""), *units, *((source, "") for source in plain[1:])]
         with ThreadPoolExecutor(max_workers=os.cpu_count() or 1) as pool:
@@ -292,7 +303,7 @@ def extension() -> Extension:
     """The extension; optional, so that an installation never fails for want of it."""
     return Extension(
         "setformer_kernels._C",
-        sources=[f"csrc/{name}" for name in [*PLAIN, *(f"cpu/isa/{unit}.cpp" for unit in UNITS)]],
+        sources=[f"csrc/{name}" for name in [*PLAIN, *(f"cpu/isa/{unit}.cpp" for unit in [*UNITS, *TILE_UNITS])]],
         include_dirs=["csrc"],
         depends=[str(path) for path in Path("csrc").rglob("*") if path.suffix in (".h", ".cuh", ".cu")]
         + ["csrc/python/cuda_bindings.cpp"],

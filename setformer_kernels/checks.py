@@ -46,6 +46,13 @@ def shape(name: str, value: Tensor, expected: Sequence[Size], why: str) -> None:
         raise ValueError(f"{name} must have shape {_show(expected)} ({why}), got {list(value.shape)}")
 
 
+def heads(name: str, value: Tensor, of: str, key_heads: int) -> None:
+    """`value` [B, H, ...] has as many heads as `of`, or a multiple of them."""
+    if value.shape[1] == 0 or value.shape[1] % key_heads != 0:
+        wants = f"a multiple of the {key_heads} heads of the {of}"
+        raise ValueError(f"{name} must have H, {wants} (H of the {of}, or grouped), got {list(value.shape)}")
+
+
 def same_dtype(first: str, a: Tensor, second: str, b: Tensor) -> None:
     if a.dtype != b.dtype:
         raise TypeError(f"{second} must have the dtype of {first}, {a.dtype}, got {b.dtype}")

@@ -21,8 +21,9 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic pro
 
 import selection
 
-from setformer_kernels import dispatch
+from setformer_kernels import advice, dispatch
 
+advice.enabled = False  # tests/test_advice.py has it on; elsewhere a slow path is what is tested
 NATIVE = tuple(name for name in dispatch.NATIVE if name != "cuda")  # it has part of the ops, and tests of its own
 GPU_BACKENDS = ("triton",)
 # Written in float64, which GPU backends do not have.

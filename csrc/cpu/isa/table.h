@@ -38,6 +38,9 @@ extern const KernelTable table;
 namespace avx512 {
 extern const KernelTable table;
 }
+namespace amx {
+extern const KernelTable table;
+}
 
 // The widest instruction set this machine and this build have, or the one named by SETFORMER_KERNELS_CPU_ISA, or the
 // one set by set_isa.

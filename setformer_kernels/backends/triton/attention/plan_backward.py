@@ -47,7 +47,7 @@ class State(NamedTuple):
     first_d_g: Tensor | None  # [BH, splits, MP] parts of dg^1, once the last of these passes comes
     uniform: float  # log2 of a key's mass where none is given
     first: Tensor | None  # and the following: the keys' Segments
-    count: Tensor | None
+    length: Tensor | None
     uniforms: Tensor | None
 
 

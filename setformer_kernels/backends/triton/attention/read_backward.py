@@ -17,7 +17,6 @@ from ..device.gradients import across, gradient_tile, leave_tile, no_sums, store
 from ..device.head import gradient_factor, head_of, load_references
 from ..device.logits import token_logits
 from ..device.places import places_of
-from ..device.plan import range_known
 from ..device.primitives import dot, rounded, tokens_by
 from ..device.rows import few_keys, load_rows, rows_of, segment_of
 from ..device.softmax import below_top, dropout_constants, dropout_stream, numerators, read_gradient
@@ -26,7 +25,7 @@ from ..host.launch import Split, device_of, kernel, launch
 from ..host.rows import stride_step, strided_rows, unit_rows
 from ..parameters.gradients import Partials
 from ..parameters.prepare import References
-from .read import Pooled, dual_potential, load_pooled, seeds_of
+from .read import Pooled, dual_potential, given_potential, load_pooled, read_range, seeds_of, store_zeros
 
 
 @triton.jit
@@ -87,6 +86,12 @@ def read_backward_kernel(
     d_g = tl.zeros([MP], tl.float32)
     sums = no_sums(sizes, cut)
     end = tl.minimum(L, (split + 1) * stretch)
+    if pooled.g is not None:
+        given, seen = given_potential(pooled.g, bh, sizes)
+        if not seen:
+            if out is not None:
+                store_zeros(out, split * stretch, end, sizes.D, cut.DEPTH, sizes.DP, cut)
+            end = split * stretch
     for start in range(split * stretch, end, cut.ROWS):
         rows = start + tl.arange(0, cut.ROWS)
         live = rows < end
@@ -117,33 +122,28 @@ def read_backward_kernel(
 
 
 def read_backward(
-    x: Operands, opt: Options, prepared: References, state: tuple[Tensor, Tensor], d_o: Tensor, split: Split,
+    x: Operands, opt: Options, prepared: References, pooled: Pooled, d_o: Tensor, split: Split,
     d_query: Tensor | None, part_z: Tensor | None, parts: Partials, at: tuple[Segments, Segments] | None = None,
 ) -> None:  # fmt: skip
     """One pass over the queries: d_query [B, H, L, D], part_z [BH, splits, MP, EP] and the first slots of `parts`.
 
-    `state` is (z, c).  Without part_z neither dz nor dg^T is wanted.  at: the segments of queries and of keys.
+    Without part_z neither dz nor dg^T is wanted.  at: the segments of queries and of keys.
     """
     assert x.query is not None
     query, d_o, sizes = unit_rows(x.query), unit_rows(d_o), sizes_of(x)
-    (b, h), l, packed = state[1].shape[:2], query.shape[2], at is not None
+    (b, h), l, packed = pooled.z.shape[:2], query.shape[2], at is not None
     queries_at, keys_at = at or (Segments(), Segments())
     device, t = device_of(query), gradient_tile(x, opt)
     threshold, keep_scale = dropout_constants(opt.dropout_p)
+    # Of a memory nothing is known of its keys: as many as keep every gradient.
+    keys, iterations = (2, 1) if pooled.c is None else (x.key.shape[2], pooled.c.shape[2])
     step = stride_step(query, d_o, d_query)
     tokens = (*strided_rows(query, packed, step), *strided_rows(d_o, packed, step), *strided_rows(x.log_a, packed))
     tokens = (*tokens, *strided_rows(unit_rows(x.query_position), packed), *strided_rows(d_query, packed, step))
-    groups = (
-        prepared,
-        queries_at,
-        keys_at,
-        Pooled(*state),
-        Dropout(seeds_of(x, queries_at), keep_scale),
-        part_z,
-        parts,
-    )
-    counts = (h, l, x.key.shape[2], *split, parts.log_b.shape[1], state[1].shape[2], threshold)
+    dropout = Dropout(seeds_of(x, queries_at), keep_scale)
+    groups = (prepared, queries_at, keys_at, pooled, dropout, part_z, parts)
+    counts = (h, l, keys, *split, parts.log_b.shape[1], iterations, threshold)
     cut = cut_of(t, sizes, device, step, across(device, query))
-    constants = {"rule": rule_of(opt, range_known(x, opt)).compiled, "sizes": sizes.compiled, "cut": cut.compiled}
+    constants = {"rule": rule_of(opt, read_range(x, opt)).compiled, "sizes": sizes.compiled, "cut": cut.compiled}
     programs = b * h * split.programs * max(sizes.DP // cut.DEPTH, sizes.EP // cut.VDEPTH)
     launch(read_backward_kernel, programs, (*tokens, *groups, *counts), constants, t)

@@ -39,7 +39,7 @@ def segment_of(segments, b, count):
     if segments.first is None:
         return b, count
     else:
-        return tl.load(segments.first + b), tl.load(segments.count + b)
+        return tl.load(segments.first + b), tl.load(segments.length + b)
 
 
 @triton.jit

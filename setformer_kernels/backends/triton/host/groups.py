@@ -80,7 +80,7 @@ class Segments(NamedTuple):
     """Where the rows of a packed batch's segments lie, in tables [N] on the device; None: a batch like any other."""
 
     first: Tensor | None = None  # int64
-    count: Tensor | None = None  # int32
+    length: Tensor | None = None  # int32
     uniforms: Tensor | None = None  # float32, log2 of a key's mass where none is given
 
 
