@@ -21,8 +21,9 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic pro
 
 import selection
 
-from setformer_kernels import dispatch
+from setformer_kernels import advice, dispatch
 
+advice.enabled = False  # tests/test_advice.py has it on; elsewhere a slow path is what is tested
 NATIVE = tuple(name for name in dispatch.NATIVE if name != "cuda")  # it has part of the ops, and tests of its own
 GPU_BACKENDS = ("triton",)
 # Written in float64, which GPU backends do not have.
@@ -61,13 +62,29 @@ def pytest_report_header(config: pytest.Config) -> list[str]:
         else "every op on every backend, the module's contract"
     )
     rest = "that `make test` leaves out" if config.option.markexpr == EXHAUSTIVE else "(`make test-all` runs all cases)"
-    return [f"{what} {rest}: some {took} minutes on two quiet cores, one thread a process"]
+    told = [f"{what} {rest}: some {took} minutes on two quiet cores, one thread a process"]
+    if selection.share().of > 1:
+        told.append(
+            f"{selection.SHARE}={selection.share()}: of the products on stand-ins this share alone, which is faster"
+        )
+    return told
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    here = selection.share()
+    if left := [item for item in items if not here.has(item)]:
+        config.hook.pytest_deselected(items=left)
+        items[:] = [item for item in items if here.has(item)]
     for item in items:
         if selection.is_exhaustive(item):
             item.add_marker(EXHAUSTIVE)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """How to run again what failed in a share, which the next run need not have."""
+    if selection.share().of > 1:
+        for report in terminalreporter.getreports("failed") + terminalreporter.getreports("error"):
+            terminalreporter.write_line(f"again: python -m pytest '{report.nodeid}'")
 
 
 @pytest.fixture(autouse=True)

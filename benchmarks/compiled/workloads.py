@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.compiled.gpus import AMD, GPUS
-from setformer_kernels.problem import HYPER, Operands, Options, Sinkhorn
+from setformer_kernels.problem import HYPER, SCALARS, Operands, Options, Sinkhorn
 
 MULTIPROCESSORS = {gpu.family: gpu.multiprocessors for gpu in GPUS.values()}
 
@@ -27,7 +27,7 @@ OPTIONAL = ("log_a", "log_b", *HYPER, "position", "dropout")
 class Call:
     """One call, forward or backward."""
 
-    op: str  # "attention", "pool", "causal", "features", "sinkhorn"
+    op: str  # "attention", "pool", "read", "causal", "features", "sinkhorn"
     backward: bool = False
     T: int = 3
     dtype: torch.dtype = torch.bfloat16
@@ -39,6 +39,7 @@ class Call:
     M: int = 64
     rich: bool = False  # with everything of OPTIONAL and all its gradients
     kernel: str = "rbf"
+    center: bool = False  # of features
     given: tuple[str, ...] | None = None  # of OPTIONAL, if neither all nor nothing
     wanted: str = ""  # the operand whose gradient alone is asked for, if not that of each
 
@@ -46,6 +47,7 @@ class Call:
         parts = [self.op, "backward" if self.backward else "forward"]
         parts += [f"T={self.T}"] if self.op in ("attention", "pool", "causal") else []
         parts += [] if self.kernel == "rbf" else [self.kernel]
+        parts += ["centred"] if self.center else []
         parts += ["rich"] if self.rich else []
         parts += [] if self.given is None else ["with", *(self.given or ["nothing"])]
         parts += ["for", self.wanted] if self.wanted else []
@@ -83,7 +85,7 @@ def operands(call: Call) -> Operands:
 def _run_attention(backend: Any, call: Call) -> None:
     x = operands(call)
     dropped = 0.1 if call.has("dropout") and call.op != "pool" else 0.0
-    opt = Options(num_iters=call.T, kernel=call.kernel, dropout_p=dropped)
+    opt = Options(SCALARS, call.kernel, call.T, dropped)
     learned = [
         t is not None and name not in ("query_position", "key_position", "seed") and call.wanted in ("", name)
         for name, t in zip(x._fields, x, strict=True)
@@ -100,10 +102,27 @@ def _run_attention(backend: Any, call: Call) -> None:
         backend.pool(x, opt)
 
 
+def _run_read(backend: Any, call: Call) -> None:
+    """The second half of attention, from z and g."""
+    x, none = operands(call), dict.fromkeys(("log_a", "log_b", "key_relaxation", "reference_relaxation"))
+    places = None if x.key_position is None else x.key_position[:, :, :0]
+    x = x._replace(key=x.key[:, :, :0], value=x.value[:, :, :0], key_position=places, **none)
+    opt = Options(kernel=call.kernel, dropout_p=0.1 if call.has("dropout") else 0.0)
+    z, g = torch.empty(call.B, call.H, call.M, call.E), torch.empty(call.B, call.H, call.M)
+    if not call.backward:
+        backend.read(x, opt, z, g)
+        return
+    graded = ("query", "references", "bandwidth", "epsilon", "position_scale", "reference_position")
+    learned = [
+        name in graded and t is not None and call.wanted in ("", name) for name, t in zip(x._fields, x, strict=True)
+    ]
+    backend.read_backward(x, opt, z, g, torch.empty(call.B, call.H, call.L, call.E, dtype=call.dtype), learned)
+
+
 def _run_features(backend: Any, call: Call) -> None:
     x, landmarks = torch.empty(call.B, call.H, call.L, call.D, dtype=call.dtype), torch.empty(call.H, call.M, call.D)
     bandwidth = torch.empty(call.H) if call.rich else None
-    arguments = (x, landmarks, bandwidth, 1.0, 1e-3)
+    arguments = (x, landmarks, bandwidth, 1.0, 1e-3, call.center)
     if call.backward:
         d_psi = torch.empty(call.B, call.H, call.L, call.M, dtype=call.dtype)
         needs = [call.wanted in ("", name) for name in ("key", "references", "bandwidth")]
@@ -131,6 +150,7 @@ def _run_sinkhorn(backend: Any, call: Call) -> None:
 RUN: dict[str, Callable[[Any, Call], None]] = {
     "attention": _run_attention,
     "pool": _run_attention,
+    "read": _run_read,
     "causal": _run_attention,
     "features": _run_features,
     "sinkhorn": _run_sinkhorn,
@@ -171,7 +191,9 @@ def _options(dtype: torch.dtype) -> Iterator[Call]:
     rich = replace(base, rich=True)
     for call in (replace(base, T=1), replace(base, T=0), replace(base, kernel="dot"), replace(base, op="pool"), rich):
         yield from _both(call)
-    for call in (replace(rich, op="causal", T=1), replace(rich, op="features")):
+    yield from _both(replace(base, op="read"))
+    features = replace(rich, op="features")
+    for call in (replace(rich, op="causal", T=1), features, replace(features, center=True)):
         yield from _both(call)
 
 
@@ -212,12 +234,12 @@ def _every_operand(base: Call) -> Iterator[Call]:
 def every_operand() -> Iterator[Call]:
     """Every kernel, with each operand that may be absent absent and present, alone and among the others."""
     base = Call("attention", B=2, D=16, E=16, M=16, L=1024)
-    for call in (replace(base, op="causal", T=1), base, replace(base, op="pool")):
+    for call in (replace(base, op="causal", T=1), base, replace(base, op="pool"), replace(base, op="read")):
         yield from _every_operand(call)
     for call in (replace(base, T=1), replace(base, T=0), replace(base, op="causal", T=0), replace(base, kernel="dot")):
         yield from _both(call)
     features = replace(base, op="features")
-    for call in (features, replace(features, rich=True)):
+    for call in (features, replace(features, rich=True), replace(features, center=True)):
         yield from _both(call)
         for name in ("key", "references", "bandwidth"):
             yield replace(call, backward=True, wanted=name)

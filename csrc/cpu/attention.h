@@ -41,6 +41,24 @@ bool load_log_mass(const AttentionParams& p, int64_t b, int64_t h, int64_t lo, i
   return any;
 }
 
+// Element j of one head's vector of a tensor [B,H,M].
+inline int64_t vector_offset(const View& v, int64_t b, int64_t h, int64_t j) {
+  return b * v.stride[0] + h * v.stride[1] + j * v.stride[2];
+}
+
+// The given z [Mp][Ep] and g [Mp] of one head; false where g says that no key takes part.
+template <class F>
+bool load_memory(const AttentionParams& p, int64_t b, int64_t h, F* z, F* g) {
+  const int64_t Ep = pad<F>(p.E), Mp = pad<F>(p.M);
+  fill(z, Mp * Ep, F(0));
+  fill(g, Mp, -kInf<F>);
+  const Block<F> given(p.z, b, h);
+  for (int64_t j = 0; j < p.M; ++j)
+    for (int64_t e = 0; e < p.E; ++e) z[j * Ep + e] = given(j, e);
+  load_row<F>(p.g, vector_offset(p.g, b, h, 0), p.g.stride[2], p.M, g);
+  return std::any_of(g, g + p.M, [](F x) { return x != -kInf<F>; });
+}
+
 // Keys lo.. of one head as rows of logits, and their values.
 template <class F>
 struct KeySource {
@@ -129,6 +147,7 @@ class ForwardWorker {
   void run(int64_t item, const Team& team) {
     const int64_t h = item / p_.B, b = item % p_.B;
     refs_.pack(p_, h);
+    if (p_.reading) return read(b, h, team, load_memory<F>(p_, b, h, transport_.z, transport_.g));
     const auto [lo, hi] = team.share(p_.S, tile_rows(refs_.Mp));
     source_.b = b, source_.h = h, source_.lo = lo, source_.la = transport_.la;
     const Marginals<F> marg{p_.M, refs_.Mp, p_.T, refs_.lam_a, refs_.lam_b, refs_.log_b};
@@ -151,6 +170,12 @@ class ForwardWorker {
       for (int64_t j = 0; j < p_.M; ++j) c(t, j) = transport_.c[t * refs_.Mp + j];
     for (int64_t j = 0; j < p_.M; ++j)
       for (int64_t e = 0; e < p_.E; ++e) z(j, e) = transport_.z[j * pad<F>(p_.E) + e];
+    if (!p_.g) return;
+    const F* last = transport_.c + (std::max<int64_t>(p_.T, 1) - 1) * refs_.Mp;
+    for (int64_t j = 0; j < p_.M; ++j) {
+      const F g = last[j] == -kInf<F> ? -kInf<F> : transport_.g[j];
+      store_row<F>(p_.g, vector_offset(p_.g, b, h, j), 1, 1, &g);
+    }
   }
 
   // Rows lo..hi of W^k.

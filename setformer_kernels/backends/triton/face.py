@@ -52,8 +52,8 @@ def unsupported_reasons(p: Problem) -> list[str]:
     reasons = [ABSENT] if ABSENT else []
     if p.device != "cuda" and not (p.device == "cpu" and INTERPRETED):
         reasons.append(f"runs on cuda tensors (on cpu tensors only under TRITON_INTERPRET=1), not on {p.device}")
-    if p.op == "masked":
-        reasons.append("has no kernel for masked yet")
+    if p.op in ("masked", "packed", "packed_pool", "packed_causal"):
+        reasons.append(f"has no kernel for {p.op} yet")
     return reasons + beyond(p, DTYPES, MAX_REFERENCES, MAX_HEAD_DIM)
 
 
@@ -99,6 +99,32 @@ def pool_backward(
         return backward.pool_backward(x, opt, z, c, d_z, d_c, needs)
 
 
+def transport(x: Operands, opt: Options) -> tuple[Tensor, Tensor, Tensor]:
+    """z [B, H, M, E], g [B, H, M], c [B, H, max(T, 1), M]."""
+    from .attention import forward
+
+    with _on_device(x.key):
+        return forward.transport(x, opt)
+
+
+def read(x: Operands, opt: Options, z: Tensor, g: Tensor) -> Tensor:
+    """o [B, H, L, E]."""
+    from .attention import forward
+
+    with _on_device(x.key):
+        return forward.read(x, opt, z, g)
+
+
+def read_backward(
+    x: Operands, opt: Options, z: Tensor, g: Tensor, d_o: Tensor, needs: Sequence[bool]
+) -> tuple[Operands, Tensor, Tensor]:
+    """Gradients in the order of `Operands`, None where not needed; dz and dg."""
+    from .attention import backward
+
+    with _on_device(x.key):
+        return backward.read_backward(x, opt, z, g, d_o, needs)
+
+
 def causal(x: Operands, opt: Options) -> Tensor:
     """o [B, H, L, E], for T <= 1."""
     from .causal import forward
@@ -115,12 +141,14 @@ def causal_backward(x: Operands, opt: Options, d_o: Tensor, needs: Sequence[bool
         return backward.causal_backward(x, opt, d_o, needs)
 
 
-def features(x: Tensor, landmarks: Tensor, bandwidth: Tensor | None, scalar: float, ridge: float) -> Tensor:
+def features(
+    x: Tensor, landmarks: Tensor, bandwidth: Tensor | None, scalar: float, ridge: float, center: bool
+) -> Tensor:
     """x [B, H, N, D], landmarks [H, R, D] -> ψ [B, H, N, R]."""
     from .features import forward
 
     with _on_device(x):
-        return forward.features(x, landmarks, bandwidth, scalar, ridge)
+        return forward.features(x, landmarks, bandwidth, scalar, ridge, center)
 
 
 def features_backward(x: Tensor, landmarks: Tensor, *args: Any) -> tuple[Tensor | None, ...]:

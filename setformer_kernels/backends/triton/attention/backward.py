@@ -8,13 +8,15 @@ from torch import Tensor
 
 from ....problem import Operands, Options, replaced
 from ..device.gradients import gradient_tile
+from ..host.groups import sizes_of
 from ..host.launch import Split, device_of, split_tokens
 from ..host.rows import TOKENS, token_gradients
 from ..host.tiles import padded
 from ..parameters.gradients import new_partials, parameter_gradients, wants_parameters
 from ..parameters.prepare import prepare
 from .plan_backward import Cotangents
-from .read_backward import read_backward
+from .read import Pooled
+from .read_backward import read_backward as read_backward_prepared
 from .transport_backward import KeyGradients, transport_backward
 
 
@@ -50,7 +52,9 @@ def _backward(
         if keys:
             (b, h, _, e), mp = x.value.shape, prepared.y.shape[1]
             part_z = x.references.new_empty((b * h, queries.programs, mp, padded(e)))
-        read_backward(x, opt, prepared, state, d_o, queries, rows["query"], part_z, parts)
+        read_backward_prepared(
+            x, opt, prepared, Pooled(state[0], None, state[1]), d_o, queries, rows["query"], part_z, parts
+        )
     if keys:
         given = Cotangents(part_z, queries.programs, *(None if t is None else t.contiguous() for t in (d_z, d_c)))
         of_rows = KeyGradients(rows["key"], rows["value"], rows["log_a"])
@@ -59,6 +63,29 @@ def _backward(
     found: dict[str, Tensor | None] = {name: gradient.delivered() for name, gradient in out.items()}
     found |= parameter_gradients(x, opt, prepared, parts, needs)
     return Operands._make(found.get(name) for name in Operands._fields)
+
+
+def read_backward(
+    x: Operands, opt: Options, z: Tensor, g: Tensor, d_o: Tensor, needs: Sequence[bool]
+) -> tuple[Operands, Tensor, Tensor]:
+    """Gradients in the order of `Operands`, None where not needed; dz [B, H, M, E] and dg [B, H, M]."""
+    assert x.query is not None
+    need = dict(zip(Operands._fields, needs, strict=True))
+    prepared, sizes = prepare(x, opt), sizes_of(x)
+    out = token_gradients(x, need)
+    queries = _split(x.query, gradient_tile(x, opt).rows)
+    parts = new_partials(x, prepared, queries.programs, needs)
+    (b, h), e = x.query.shape[:2], sizes.E
+    part_z = x.references.new_empty((b * h, queries.programs, sizes.MP, sizes.EP))
+    rows = out["query"].rows if "query" in out else None
+    pooled = Pooled(z.contiguous(), g.contiguous(), None)
+    read_backward_prepared(x, opt, prepared, pooled, d_o, queries, rows, part_z, parts)
+    d_z, d_g = part_z.sum(1)[:, : sizes.M, :e], parts.log_b.sum(1)[:, : sizes.M]
+    found: dict[str, Tensor | None] = {name: gradient.delivered() for name, gradient in out.items()}
+    found |= parameter_gradients(x, opt, prepared, parts, needs)
+    shapes = (b, h, sizes.M, e), (b, h, sizes.M)
+    d_z, d_g = (t.contiguous().view(shape) for t, shape in zip((d_z, d_g), shapes, strict=True))
+    return Operands._make(found.get(name) for name in Operands._fields), d_z, d_g
 
 
 def _split(tokens: Tensor, rows: int) -> Split:

@@ -1,6 +1,6 @@
-"""Attention and pooling: keys onto references, then queries read from these.
+"""Attention, pooling and the halves: keys onto references, then queries read from these.
 
-Defined by `reference.attention.attention` and `reference.attention.pool`.
+Defined by `reference.attention.attention`, `reference.attention.pool` and `reference.memory`.
 """
 
 from __future__ import annotations
@@ -9,17 +9,28 @@ from torch import Tensor
 
 from ....problem import Operands, Options
 from ..parameters.prepare import prepare
-from .read import read
-from .transport import transport
+from .read import read as read_prepared
+from .transport import transport as transport_prepared
 
 
 def attention(x: Operands, opt: Options) -> tuple[Tensor, Tensor, Tensor]:
     """o [B, H, L, E], z [B, H, M, E], c [B, H, max(T, 1), M]."""
     prepared = prepare(x, opt)
-    z, c = transport(x, opt, prepared)
-    return read(x, opt, prepared, z, c), z, c
+    z, g, c = transport_prepared(x, opt, prepared)
+    return read_prepared(x, opt, prepared, z, g), z, c
 
 
 def pool(x: Operands, opt: Options) -> tuple[Tensor, Tensor]:
     """z [B, H, M, E], c [B, H, max(T, 1), M]."""
-    return transport(x, opt, prepare(x, opt))
+    z, _, c = transport(x, opt)
+    return z, c
+
+
+def transport(x: Operands, opt: Options) -> tuple[Tensor, Tensor, Tensor]:
+    """z [B, H, M, E], g [B, H, M], c [B, H, max(T, 1), M]."""
+    return transport_prepared(x, opt, prepare(x, opt))
+
+
+def read(x: Operands, opt: Options, z: Tensor, g: Tensor) -> Tensor:
+    """o [B, H, L, E]."""
+    return read_prepared(x, opt, prepare(x, opt), z.contiguous(), g.contiguous())

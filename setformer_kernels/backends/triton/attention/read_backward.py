@@ -17,7 +17,6 @@ from ..device.gradients import across, gradient_tile, leave_tile, no_sums, store
 from ..device.head import gradient_factor, head_of, load_references
 from ..device.logits import token_logits
 from ..device.places import places_of
-from ..device.plan import range_known
 from ..device.primitives import dot, rounded, tokens_by
 from ..device.rows import few_keys, load_rows, rows_of
 from ..device.softmax import below_top, dropout_constants, numerators, read_gradient
@@ -26,7 +25,7 @@ from ..host.launch import Split, device_of, kernel, launch
 from ..host.rows import stride_step, strided, unit_rows
 from ..parameters.gradients import Partials
 from ..parameters.prepare import References
-from .read import Pooled, dual_potential, load_pooled
+from .read import Pooled, dual_potential, given_potential, load_pooled, read_range, store_zeros
 
 
 @triton.jit
@@ -84,6 +83,12 @@ def read_backward_kernel(
     d_g = tl.zeros([MP], tl.float32)
     sums = no_sums(sizes, cut)
     end = tl.minimum(L, (split + 1) * stretch)
+    if pooled.g is not None:
+        given, seen = given_potential(pooled.g, bh, sizes)
+        if not seen:
+            if out is not None:
+                store_zeros(out, split * stretch, end, sizes.D, cut.DEPTH, sizes.DP, cut)
+            end = split * stretch
     for start in range(split * stretch, end, cut.ROWS):
         rows = start + tl.arange(0, cut.ROWS)
         live = rows < end
@@ -114,23 +119,25 @@ def read_backward_kernel(
 
 
 def read_backward(
-    x: Operands, opt: Options, prepared: References, state: tuple[Tensor, Tensor], d_o: Tensor, split: Split,
+    x: Operands, opt: Options, prepared: References, pooled: Pooled, d_o: Tensor, split: Split,
     d_query: Tensor | None, part_z: Tensor | None, parts: Partials,
 ) -> None:  # fmt: skip
     """One pass over the queries: d_query [B, H, L, D], part_z [BH, splits, MP, EP] and the first slots of `parts`.
 
-    `state` is (z, c).  Without part_z neither dz nor dg^T is wanted.
+    Without part_z neither dz nor dg^T is wanted.
     """
     assert x.query is not None
     query, d_o, sizes = unit_rows(x.query), unit_rows(d_o), sizes_of(x)
     b, h, l, _ = query.shape
     device, t = device_of(query), gradient_tile(x, opt)
     threshold, keep_scale = dropout_constants(opt.dropout_p)
+    # Of a memory nothing is known of its keys: as many as keep every gradient.
+    keys, iterations = (2, 1) if pooled.c is None else (x.key.shape[2], pooled.c.shape[2])
     step = stride_step(query, d_o, d_query)
     tokens = (*strided(query, step), *strided(d_o, step), *strided(x.log_a), *strided(unit_rows(x.query_position)))
-    groups = (prepared, Pooled(*state), Dropout(x.seed, keep_scale), part_z, parts)
-    counts = (h, l, x.key.shape[2], *split, parts.log_b.shape[1], state[1].shape[2], threshold)
+    groups = (prepared, pooled, Dropout(x.seed, keep_scale), part_z, parts)
+    counts = (h, l, keys, *split, parts.log_b.shape[1], iterations, threshold)
     cut = cut_of(t, sizes, device, step, across(device, query))
-    constants = {"rule": rule_of(opt, range_known(x, opt)).compiled, "sizes": sizes.compiled, "cut": cut.compiled}
+    constants = {"rule": rule_of(opt, read_range(x, opt)).compiled, "sizes": sizes.compiled, "cut": cut.compiled}
     programs = b * h * split.programs * max(sizes.DP // cut.DEPTH, sizes.EP // cut.VDEPTH)
     launch(read_backward_kernel, programs, (*tokens, *strided(d_query, step), *groups, *counts), constants, t)

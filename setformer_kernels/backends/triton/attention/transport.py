@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ....problem import Operands, Options
-from ..device.head import head_of
+from ..device.head import head_of, head_parameters
 from ..device.logits import token_logits
 from ..device.places import farthest, places_of
 from ..device.plan import log_domain_weights, narrow_weights, potentials_narrow, range_known
@@ -150,12 +150,13 @@ def transport_kernel(
 
 @kernel
 def transport_finish_kernel(
-    sums,  # Sums of the last pass
-    pooled, c, z,  # [BH, splits, MP, EP], [B, H, iterations, M], [B, H, M, E]
-    splits, iterations,
-    M: tl.constexpr, MP: tl.constexpr, E: tl.constexpr, EP: tl.constexpr, BLOCK: tl.constexpr,
+    references, sums,  # References; Sums of the last pass
+    pooled, c, g, z,  # [BH, splits, MP, EP], [B, H, iterations, M], [B, H, M], [B, H, M, E]
+    H, splits, iterations,
+    UPDATE_ROWS: tl.constexpr, M: tl.constexpr, MP: tl.constexpr, E: tl.constexpr, EP: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The partial sums of the last pass, merged: its c [M], and BLOCK numbers of z [M, E]."""
+    """The partial sums of the last pass, merged: its c and g [M], and BLOCK numbers of z [M, E]."""
     blocks: tl.constexpr = MP * EP // BLOCK
     bh = (tl.program_id(0) // blocks).to(tl.int64)
     block = tl.program_id(0) % blocks
@@ -165,6 +166,12 @@ def transport_finish_kernel(
     if block == 0:
         last = merged_log_sum(peaks, totals, splits, MP)
         tl.store(c + (bh * iterations + iterations - 1) * M + j, last * LN2, mask=j < M)
+        h = bh % H
+        dual = tl.load(references.log_b + h * MP + j)
+        if UPDATE_ROWS:
+            beta, scale, lam_a, lam_b, tau = head_parameters(references.parameters, h)
+            dual -= lam_b * finite_or_zero(last)
+        tl.store(g + bh * M + j, tl.where(last > -INF, dual * LN2, -INF), mask=j < M)
     index = block * BLOCK + tl.arange(0, BLOCK)
     row, e, i = index // EP, index % EP, tl.arange(0, 16)
     peak = tl.full([BLOCK], -INF, tl.float32)
@@ -189,17 +196,18 @@ def transport_finish_kernel(
 FINISH = Tile(rows=16, depth=256, warps=4, stages=1)  # a [16 splits, 256] tile is 32 numbers a thread
 
 
-def transport(x: Operands, opt: Options, prepared: References) -> tuple[Tensor, Tensor]:
-    """z [B, H, M, E] and c [B, H, max(T, 1), M] of the keys and values."""
+def transport(x: Operands, opt: Options, prepared: References) -> tuple[Tensor, Tensor, Tensor]:
+    """z [B, H, M, E], g [B, H, M] and c [B, H, max(T, 1), M] of the keys and values."""
     (b, h), sizes = x.key.shape[:2], sizes_of(x)
-    iterations = max(opt.num_iters, 1)
-    z, c = (x.references.new_empty((b, h, *shape)) for shape in ((sizes.M, sizes.E), (iterations, sizes.M)))
+    iterations, new = max(opt.num_iters, 1), x.references.new_empty
+    z, g, c = new((b, h, sizes.M, sizes.E)), new((b, h, sizes.M)), new((b, h, iterations, sizes.M))
     split, sums, pooled = column_sums(x, opt, prepared, sizes, c)
     block = min(256, sizes.MP * sizes.EP)
-    constants = {"M": sizes.M, "MP": sizes.MP, "E": sizes.E, "EP": sizes.EP, "BLOCK": block}
+    constants = {"UPDATE_ROWS": opt.num_iters > 0, "M": sizes.M, "MP": sizes.MP, "E": sizes.E, "EP": sizes.EP}
     programs = b * h * sizes.MP * sizes.EP // block
-    launch(transport_finish_kernel, programs, (sums, pooled, c, z, split.programs, iterations), constants, FINISH)
-    return z, c
+    args = (prepared, sums, pooled, c, g, z, h, split.programs, iterations)
+    launch(transport_finish_kernel, programs, args, constants | {"BLOCK": block}, FINISH)
+    return z, g, c
 
 
 def _range(x: Operands, opt: Options) -> str:
