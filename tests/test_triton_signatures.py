@@ -25,7 +25,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "setformer_kernels"
 BACKEND = PACKAGE / "backends" / "triton"
 MOST_PARAMETERS = 40
 MOST_LINES = 100
-OPS = ("attention", "pool", "causal", "masked", "features", "sinkhorn")
+OPS = ("attention", "pool", "packed", "packed_pool", "causal", "masked", "features", "sinkhorn")
 
 
 def functions(folder: Path) -> Iterator[tuple[Path, ast.FunctionDef]]:

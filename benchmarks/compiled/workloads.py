@@ -27,7 +27,8 @@ OPTIONAL = ("log_a", "log_b", *HYPER, "position", "dropout")
 class Call:
     """One call, forward or backward."""
 
-    op: str  # "attention", "pool", "read", "causal", "masked", "features", "sinkhorn"
+    # "attention", "pool", "packed", "packed_pool" (B segments of L), "read", "causal", "masked", "features", "sinkhorn"
+    op: str
     backward: bool = False
     T: int = 3
     dtype: torch.dtype = torch.bfloat16
@@ -46,7 +47,8 @@ class Call:
 
     def __str__(self) -> str:
         parts = [self.op, "backward" if self.backward else "forward"]
-        parts += [f"T={self.T}"] if self.op in ("attention", "pool", "causal", "masked") else []
+        iterated = ("attention", "pool", "packed", "packed_pool", "causal", "masked")
+        parts += [f"T={self.T}"] if self.op in iterated else []
         parts += [self.mask] if self.op == "masked" else []
         parts += [] if self.kernel == "rbf" else [self.kernel]
         parts += ["centred"] if self.center else []
@@ -63,11 +65,13 @@ class Call:
 def operands(call: Call) -> Operands:
     """The tensors of a call, not initialised."""
     B, H, L, D, E, M = call.B, call.H, call.L, call.D, call.E, call.M
+    if call.op.startswith("packed"):
+        B, L = 1, B * L
 
     def token(width: int) -> Tensor:
         return torch.empty(B, H, L, width, dtype=call.dtype)
 
-    query = None if call.op == "pool" else token(D)
+    query = None if call.op.endswith("pool") else token(D)
     plain = Operands(query, token(D), token(E), torch.empty(H, M, D), *[None] * 11)
     position = torch.empty(1, 1, L, 2).expand(B, H, L, 2)
     optional: dict[str, dict[str, Tensor | None]] = {
@@ -86,13 +90,25 @@ def operands(call: Call) -> Operands:
 
 def _run_attention(backend: Any, call: Call) -> None:
     x = operands(call)
-    dropped = 0.1 if call.has("dropout") and call.op != "pool" else 0.0
+    dropped = 0.1 if call.has("dropout") and x.query is not None else 0.0
     opt = Options(SCALARS, call.kernel, call.T, dropped)
     learned = _learned(x, call)[:-1]
     shape = (call.B, call.H, max(call.T, 1), call.M)
     d_o, z, c = torch.empty_like(x.value), torch.empty(*shape[:2], call.M, call.E), torch.empty(shape)
     if call.op == "attention":
         backend.attention_backward(x, opt, z, c, d_o, learned) if call.backward else backend.attention(x, opt)
+    elif call.op == "packed":
+        cu = _offsets(call)
+        if call.backward:
+            backend.packed_backward(x, opt, cu, cu, z, c, d_o, learned)
+        else:
+            backend.packed(x, opt, cu, cu)
+    elif call.op == "packed_pool":
+        cu = _offsets(call)
+        if call.backward:
+            backend.packed_pool_backward(x, opt, cu, z, c, torch.empty_like(z), learned)
+        else:
+            backend.packed_pool(x, opt, cu)
     elif call.op == "causal":
         backend.causal_backward(x, opt, d_o, learned) if call.backward else backend.causal(x, opt)
     elif call.backward:
@@ -119,6 +135,11 @@ def _learned(x: Operands, call: Call, mask: Tensor | None = None) -> list[bool]:
     given = [*zip(x._fields, x, strict=True), ("mask", mask if call.mask == "float" else None)]
     without = ("query_position", "key_position", "seed")
     return [t is not None and name not in without and call.wanted in ("", name) for name, t in given]
+
+
+def _offsets(call: Call) -> Tensor:
+    """Of B segments of L tokens each."""
+    return torch.arange(call.B + 1) * call.L
 
 
 def _run_read(backend: Any, call: Call) -> None:
@@ -169,6 +190,8 @@ def _run_sinkhorn(backend: Any, call: Call) -> None:
 RUN: dict[str, Callable[[Any, Call], None]] = {
     "attention": _run_attention,
     "pool": _run_attention,
+    "packed": _run_attention,
+    "packed_pool": _run_attention,
     "read": _run_read,
     "causal": _run_attention,
     "masked": _run_masked,
@@ -210,6 +233,8 @@ def _options(dtype: torch.dtype) -> Iterator[Call]:
     base = Call("attention", dtype=dtype)
     rich = replace(base, rich=True)
     for call in (replace(base, T=1), replace(base, T=0), replace(base, kernel="dot"), replace(base, op="pool"), rich):
+        yield from _both(call)
+    for call in (replace(base, op="packed", B=2), replace(rich, op="packed", B=2)):
         yield from _both(call)
     yield from _both(replace(base, op="read"))
     features = replace(rich, op="features")
@@ -278,8 +303,10 @@ def _every_mask(base: Call) -> Iterator[Call]:
 def every_operand() -> Iterator[Call]:
     """Every kernel, with each operand that may be absent absent and present, alone and among the others."""
     base = Call("attention", B=2, D=16, E=16, M=16, L=1024)
-    for call in (replace(base, op="causal", T=1), base, replace(base, op="pool"), replace(base, op="read")):
+    attention = (base, replace(base, op="pool"), replace(base, op="read"), replace(base, op="packed"))
+    for call in (replace(base, op="causal", T=1), *attention):
         yield from _every_operand(call)
+    yield from _both(replace(base, op="packed_pool"))
     for call in (replace(base, T=1), replace(base, T=0), replace(base, op="causal", T=0), replace(base, kernel="dot")):
         yield from _both(call)
     yield from _every_mask(replace(base, op="masked"))
