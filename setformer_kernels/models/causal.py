@@ -13,9 +13,9 @@ from torch.utils.checkpoint import checkpoint
 
 from .. import checks
 from .. import functional as SF
-from ..nn.attention import merge_heads, split_heads
 from ..nn.contract import sizes
 from ..nn.doors import FloatInPython
+from ..nn.projections import merge_heads, split_heads
 from ..nn.writing import redraw
 from ..problem import compute_dtype
 from .layers import Mlp, initialize_weights

@@ -203,7 +203,6 @@ class SeTAttention(PythonForward, ReferenceSet, Projections):
         query, key, value = tokens
         return (
             self.batch_first
-            and self.key_heads == self.num_heads
             and self.bias_k is None
             and not self.add_zero_attn
             and all(mask is None for mask in masks)

@@ -52,7 +52,7 @@ def unsupported_reasons(p: Problem) -> list[str]:
     reasons = [ABSENT] if ABSENT else []
     if p.device != "cuda" and not (p.device == "cpu" and INTERPRETED):
         reasons.append(f"runs on cuda tensors (on cpu tensors only under TRITON_INTERPRET=1), not on {p.device}")
-    if p.op in ("masked", "packed_causal"):
+    if p.op == "packed_causal":
         reasons.append(f"has no kernel for {p.op} yet")
     return reasons + beyond(p, DTYPES, MAX_REFERENCES, MAX_HEAD_DIM)
 
@@ -185,6 +185,24 @@ def causal_backward(x: Operands, opt: Options, d_o: Tensor, needs: Sequence[bool
 
     with _on_device(x.key):
         return backward.causal_backward(x, opt, d_o, needs)
+
+
+def masked(x: Operands, mask: Tensor | None, opt: Options, causal: bool) -> Tensor:
+    """o [B, H, L, E]; mask [B or 1, H or 1, L, S], bool or log masses in float32."""
+    from .masked import forward
+
+    with _on_device(x.key):
+        return forward.masked(x, mask, opt, causal)
+
+
+def masked_backward(
+    x: Operands, mask: Tensor | None, opt: Options, causal: bool, d_o: Tensor, needs: Sequence[bool]
+) -> Gradients:
+    """As `attention_backward`, and the gradient of the mask."""
+    from .masked import backward
+
+    with _on_device(x.key):
+        return backward.masked_backward(x, mask, opt, causal, d_o, needs)
 
 
 def features(

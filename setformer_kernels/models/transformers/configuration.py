@@ -19,7 +19,7 @@ from ..sizes import VISION_SIZES
 from ..transport import OWN_DEFAULTS
 
 # What `attention` may set of SeTAttention; the rest follows from other fields.
-ATTENTION_OPTIONS = {"dropout", "bias", "add_bias_kv", "add_zero_attn", *OWN_DEFAULTS} - {
+ATTENTION_OPTIONS = {"dropout", "bias", "add_bias_kv", "add_zero_attn", "num_kv_heads", *OWN_DEFAULTS} - {
     "num_references",
     "position_dim",
     "position_scale",
