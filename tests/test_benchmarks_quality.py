@@ -17,7 +17,7 @@ from sklearn.metrics import jaccard_score
 from torch import nn
 
 from benchmarks.quality import __main__ as command
-from benchmarks.quality import language, results, table, tasks, train
+from benchmarks.quality import decoding, language, results, table, tasks, train
 from benchmarks.quality.model import Alone, Elu, Softmax, sinusoids
 from benchmarks.tasks import listops, shapes, sources
 from setformer_kernels import SeTAttention
@@ -364,3 +364,37 @@ def test_language_models_in_the_table(tmp_path: Path, capsys: pytest.CaptureFixt
     for name in names:
         assert 4.0 < float(re.search(rf"\| {name} \| ([0-9.]+) \|", shown).group(1)) < 9.0
     assert all(one.task.name not in language.BY_NAME for one in command.plan(False))
+
+
+def test_decoding_goes_on_from_the_prompt_that_was_read() -> None:
+    """Softmax with its keys in memory that is there from the start, and SeT in pieces: as one call of the whole."""
+    x = torch.randint(256, (1, 12))
+    for kind in ("softmax", "set"):
+        model = decoding.decoder(kind, 16, 2, 2)
+        with torch.no_grad():
+            past = decoding.empty(model.decoder, kind, 12)
+            for piece in x.split([9, 1, 1, 1], 1):
+                logits, past = model.with_past(piece, past=past)
+            torch.testing.assert_close(logits[:, -1], model(x)[:, -1], rtol=1e-4, atol=1e-5)
+
+
+def test_decoding_is_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    small = ["--width", "16", "--heads", "2", "--depth", "1", "--threads", "1", "--prefill-up-to", "16"]
+    assert decoding.main([*small, "--contexts", "16", "64", "--out", str(tmp_path / "x.csv")]) == 0
+    shown = capsys.readouterr().out
+    assert "SeT generates faster" in shown
+    with (tmp_path / "x.csv").open(newline="") as file:
+        rows = {(row["attention"], row["context"]): row for row in csv.DictReader(file)}
+    assert rows["set", "16"]["kept_bytes"] == rows["set", "64"]["kept_bytes"]
+    assert 4 * int(rows["softmax", "16"]["kept_bytes"]) == int(rows["softmax", "64"]["kept_bytes"]) == 64 * 32 * 4
+    assert rows["set", "64"]["prefill_tokens_per_s"] == "nan" != rows["set", "16"]["prefill_tokens_per_s"]
+
+
+def test_where_set_wins() -> None:
+    def rows(*speeds: float) -> list[decoding.Row]:
+        kinds = [("set", speed) for speed in speeds] + [("softmax", 10.0)] * len(speeds)
+        return [decoding.Row(kind, n % len(speeds), speed, 0, 0, 0, 0) for n, (kind, speed) in enumerate(kinds)]
+
+    assert decoding.wins(rows(5, 11, 12)) == 1
+    assert decoding.wins(rows(11, 9, 12)) == 2
+    assert decoding.wins(rows(11, 12, 9)) is None
