@@ -38,21 +38,19 @@ class TileWorker {
 
  private:
   void store_state(int64_t b, int64_t h) {
-    const Block<float> c(p_.c, b, h), z(p_.z, b, h);
-    for (int64_t t = 0; t < std::max<int64_t>(p_.T, 1); ++t)
-      for (int64_t j = 0; j < p_.M; ++j) c(t, j) = keys_.c[t * refs_.Mp + j];
-    for (int64_t j = 0; j < p_.M; ++j)
-      for (int64_t e = 0; e < p_.E; ++e) z(j, e) = keys_.z[j * keys_.Ez + e];
+    for (int64_t t = 0; t < std::max<int64_t>(p_.T, 1); ++t) store_row_of<float>(p_.c, b, h, t, keys_.c + t * refs_.Mp);
+    for (int64_t j = 0; j < p_.M; ++j) store_row_of<float>(p_.z, b, h, j, keys_.z + j * keys_.Ez);
   }
 
   // z as a right operand, and what the logits of a query are shifted by: they are at most 0, and so is g.
   void pack_state() {
     const int64_t Ez = keys_.Ez;
     const float *g = keys_.g, top = *std::max_element(g, g + p_.M);
-    for (int64_t j = 0; j < refs_.Mp; ++j) g_[j] = j < p_.M ? kLog2e * (g[j] - top) - refs_.slope : -kInf<float>;
-    for (int64_t j = 0; j < Mk_; ++j)
-      for (int64_t e = 0; e < Ez; ++e)
-        z_[(j / 2 * Ez + e) * 2 + j % 2] = Narrow<Bf16, float>::from(j < p_.M ? keys_.z[j * Ez + e] : 0.0f);
+    for (int64_t j = 0; j < refs_.Mp; ++j)
+      g_[j] = j < p_.M ? static_cast<float>(kLog2e) * (g[j] - top) - refs_.slope : -kInf<float>;
+    const auto row = [&](int64_t j, int64_t e) { return j < p_.M ? load(keys_.z + j * Ez + e) : Vec<float>{}; };
+    for (int64_t j = 0; j < Mk_; j += 2)
+      for (int64_t e = 0; e < Ez; e += kLanes<float>) store_pairs(z_ + (j * Ez + 2 * e), row(j, e), row(j + 1, e));
   }
 
   void read(int64_t b, int64_t h, const Team& team) {
@@ -86,15 +84,15 @@ class TileWorker {
       for (int64_t d = 0; d < refs_.D; ++d) x[d] = Narrow<Bf16, float>::from(to_f32(x[d]) * 0x1p-80f);
       square = sum_squares();
     }
-    return square <= 1e-24f ? 0 : kLog2e * refs_.exact.beta / std::sqrt(square);
+    return square <= 1e-24f ? 0 : refs_.away / std::sqrt(square);
   }
 
   // A row of W^q, up to the factor that the column of ones sums.
   void weigh(float scale, const float* cosines, Bf16* weights) {
-    const float away = kLog2e * refs_.exact.beta, slope = refs_.slope;
+    const float away = refs_.away, slope = refs_.slope;
     const auto weight = [&](int64_t j) {
-      const Vec<float> kappa = vexp2(load(cosines + j) * scale - away);
-      return vexp2(kappa * slope + load(g_ + j));
+      const Vec<float> kappa = vexp2<float>(load(cosines + j) * scale - away);
+      return vexp2<float>(kappa * slope + load(g_ + j));
     };
     int64_t j = 0;
     for (; j + 2 * kLanes<float> <= refs_.Mp; j += 2 * kLanes<float>)
