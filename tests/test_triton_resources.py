@@ -66,6 +66,7 @@ FORWARD = (
     "parameters.prepare.parameters_prepare_kernel",
     *("attention.transport.transport_kernel", "attention.transport.transport_finish_kernel"),
     "attention.read.read_kernel",
+    *("masked.keys.masked_keys_kernel", "masked.forward.masked_kernel"),
 )
 
 

@@ -139,5 +139,7 @@ def pooled(tile, u, c, y, LOGS: tl.constexpr, cut):
 
 @triton.jit
 def by_values(a, v, LOGS: tl.constexpr, cut):
-    """a [BL, BS] · v [BS, E]: too few rows for a product in logs."""
-    return tl.sum(a[:, :, None] * v.to(tl.float32)[None, :, :], 1) if LOGS else dot(a, v, cut.PRECISION)
+    """a [BL, BS] · v [BS, E]; too few keys for a product in logs, and summed along the last axis, as Triton makes one
+    of a sum along another."""
+    wide = tl.trans(v.to(tl.float32))
+    return tl.sum(a[:, None, :] * wide[None, :, :], 2) if LOGS else dot(a, v, cut.PRECISION)
