@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.common import entry_point
-from benchmarks.common.cases import MASKS, full_plan, quick_plan
+from benchmarks.common.cases import MASKS, PACKED, full_plan, quick_plan
 from benchmarks.common.correctness import Wrong, check
 from benchmarks.common.hardware import ROOT, default_threads, environment
 from benchmarks.common.measure import CLOCKS
@@ -21,7 +21,7 @@ from benchmarks.cpu.plot import draw
 from benchmarks.cpu.runner import Run
 from benchmarks.cpu.table import render
 
-ONLY = ("probes", "headline", "sweep", *MASKS, "sinkhorn", "memory")
+ONLY = ("probes", "headline", "sweep", *MASKS, PACKED, "sinkhorn", "memory")
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -123,8 +123,7 @@ def set_attention(
     mask = query_mask(x, attn_mask, s)
     causal = causal and s > 0
     dense = s > 0 and (mask is not None or (causal and (opt.num_iters > 1 or length != s)))
-    heads = query.shape[1]
-    grouped = heads != key.shape[1]
+    grouped = query.shape[1] != key.shape[1]
     if grouped:
         x = repeated(x) if dense or causal else folded(x)
     if dense:
@@ -132,7 +131,7 @@ def set_attention(
         return _masked(x, opt, mask, causal)
     if causal:
         return streaming.scan(x, opt)[0]
-    return unfolded(_attention(x, opt), heads) if grouped else _attention(x, opt)
+    return unfolded(_attention(x, opt), query) if grouped else _attention(x, opt)
 
 
 def _attention(x: Operands, opt: Options) -> Tensor:
@@ -204,10 +203,8 @@ def attention_and_weights(
 def _with_weights(x: Operands, opt: Options, s: int, average: bool) -> tuple[Tensor, Tensor]:
     """o and A = W^q W^kᵀ [B, H, L, s], or its mean over heads [B, L, s] as one product over heads and references."""
     assert x.query is not None
-    heads = x.query.shape[1]
-    if heads != x.key.shape[1]:
-        o, a = _with_weights(folded(x), opt, s, False)
-        o, a = unfolded(o, heads), unfolded(a, heads)
+    if x.query.shape[1] != x.key.shape[1]:
+        o, a = (unfolded(t, x.query) for t in _with_weights(folded(x), opt, s, False))
         return o, a.mean(1) if average else a
     if dispatch.choose(attention_problem("attention", x, opt), opt.backend, logits(x)) == dispatch.REFERENCE:
         o, a = reference.attention(x, opt), reference.weights(x, opt)[..., :s]

@@ -55,6 +55,7 @@ class AttentionCase:
     budget_s: float = 3.0
     with_peak: bool = False  # a sample of the FMA peak in every round
     mask: str = ""  # one of MASKS: what every query sees
+    by_token: bool = False  # in memory [B, L, H, ·]
     B: int = 1
     H: int = 8
     D: int = 64
@@ -97,9 +98,20 @@ def attention_inputs(case: AttentionCase, device: str = "cpu") -> AttentionInput
     B, H, L, D, E, M = case.B, case.H, case.L, case.D, case.E, case.M
     shapes = ((B, H, L, D), (B, H, L, D), (B, H, L, E), (H, M, D), (B, H, L, E))
     tensors = [torch.randn(shape, generator=generator).to(device) for shape in shapes]
+    if case.by_token:
+        tensors = [t if t.ndim == 3 else t.transpose(1, 2).contiguous().transpose(1, 2) for t in tensors]
     for leaf in tensors[:4]:
         leaf.requires_grad_(case.mode == BOTH)
     return AttentionInputs(*tensors)
+
+
+PACKED = "packed"
+
+
+def pack_offsets(B: int, L: int) -> Tensor:
+    """[B + 1] of B sequences, lengths uniform from 1 to 2 L before they are scaled to B·L tokens."""
+    lengths = torch.randint(1, 2 * L + 1, (B,), generator=torch.Generator().manual_seed(L)).cumsum(0)
+    return torch.cat([torch.zeros(1, dtype=torch.int64), lengths * (B * L) // lengths[-1]])
 
 
 MASKS = ("causal", "float", "window")
@@ -184,6 +196,12 @@ def _masked(lengths: tuple[int, ...], budget_s: float) -> tuple[AttentionCase, .
     )
 
 
+def _packed(B: int, L: int, budget_s: float) -> tuple[AttentionCase, ...]:
+    """A packed batch beside a dense one of as many tokens, whose sequences all have the mean length."""
+    entries = (SET_T1, SET_T3, Entry(PACKED, 1), Entry(PACKED, 3))
+    return tuple(AttentionCase(PACKED, L, mode, entries, budget_s, by_token=True, B=B, H=2) for mode in MODES)
+
+
 def full_plan() -> Plan:
     """The run behind the README's table and plot: some 15 minutes on two cores."""
     headline = tuple(
@@ -199,7 +217,7 @@ def full_plan() -> Plan:
     small = tuple(MemoryCase(entry, 4096) for entry in ENTRIES if entry != Entry("compiled", 1))
     large = tuple(MemoryCase(entry, 16384) for entry in (SET_T3, SET_T1, Entry("reference", 3), Entry("elu", None)))
     masked = tuple(MemoryCase(SET_T3, 4096, mask) for mask in MASKS)
-    attention = headline + _sweep(lengths, 2.5) + _masked((256, 1024, 2048, 4096, 8192), 2.0)
+    attention = headline + _sweep(lengths, 2.5) + _masked((256, 1024, 2048, 4096, 8192), 2.0) + _packed(1000, 256, 12.0)
     return Plan(attention, sinkhorn, small + large + masked, (64, 1000, 4096), 0.05)
 
 
@@ -212,6 +230,5 @@ def quick_plan() -> Plan:
         SinkhornCase("sinkhorn", G=2, N=128, M=16, T=5, mode=BOTH, entries=("set", "plain", "pot"), budget_s=0.3),
     )
     memory = (MemoryCase(SET_T3, 512), MemoryCase(SET_T3, 512, "causal"))
-    return Plan(
-        headline + _sweep(lengths, 0.1) + _masked((256,), 0.1), sinkhorn, memory, (64, 100), 0.01, compile=False
-    )
+    attention = headline + _sweep(lengths, 0.1) + _masked((256,), 0.1) + _packed(5, 16, 0.1)
+    return Plan(attention, sinkhorn, memory, (64, 100), 0.01, compile=False)

@@ -17,7 +17,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import setformer_kernels.functional as SF
-from benchmarks.common.cases import BANDWIDTH, EPSILON, FORWARD, AttentionInputs, Entry, query_mask
+from benchmarks.common.cases import (
+    BANDWIDTH,
+    EPSILON,
+    FORWARD,
+    PACKED,
+    AttentionInputs,
+    Entry,
+    pack_offsets,
+    query_mask,
+)
 
 Attention = Callable[[AttentionInputs], Tensor]
 Potentials = tuple[Tensor, Tensor]
@@ -36,6 +45,17 @@ def _set(x: AttentionInputs, T: int, backend: str, mask: str = "") -> Tensor:
         attn_mask=query_mask(mask, x.query.shape[2]),
         causal=mask == "causal",
     )
+
+
+def _packed(x: AttentionInputs, T: int) -> Tensor:
+    """The same tokens as sequences of other lengths, one after another."""
+    B, _, L, _ = x.query.shape
+    rows = [t.transpose(1, 2).flatten(0, 1) for t in (x.query, x.key, x.value)]
+    q, k, v = rows
+    o = SF.set_attention_varlen(
+        q, k, v, x.references, pack_offsets(B, L), bandwidth=BANDWIDTH, epsilon=EPSILON, num_iters=T
+    )
+    return o.unflatten(0, (B, L)).transpose(1, 2)
 
 
 def _sdpa(x: AttentionInputs, mask: str = "") -> Tensor:
@@ -65,6 +85,8 @@ def attention(entry: Entry, mask: str = "") -> Attention:
         return _elu
     if entry.T is None:
         raise ValueError(f"{entry.impl!r} needs a T")
+    if entry.impl == PACKED:
+        return functools.partial(_packed, T=entry.T)
     if entry.impl == "compiled":
         return torch.compile(functools.partial(_set, T=entry.T, backend="reference"), fullgraph=True, dynamic=False)
     backend = {"set": "auto", "reference": "reference"}[entry.impl]

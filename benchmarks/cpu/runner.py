@@ -12,6 +12,7 @@ import torch
 from benchmarks.common import implementations
 from benchmarks.common.cases import (
     BOTH,
+    PACKED,
     SET_T1,
     SET_T3,
     AttentionCase,
@@ -197,9 +198,9 @@ def _compared(row: Row, samples: dict[Entry, list[float]], entry: Entry, baselin
 def _attention_row(case: AttentionCase, entry: Entry, device: str) -> Row:
     """Everything of a row that is known before it is measured."""
     scan = case.mask == "causal" and (entry.T or 0) <= 1
-    op = "causal" if scan else "masked" if case.mask else "attention"
+    op = "causal" if scan else "masked" if case.mask else "packed" if entry.impl == PACKED else "attention"
     problem = Problem(op, device, torch.float32, D=case.D, E=case.E, M=case.M, num_iters=entry.T or 0)
-    backend = dispatch.select(problem) if entry.impl == "set" else ""
+    backend = dispatch.select(problem) if entry.impl in ("set", PACKED) else ""
     work = 0.0 if case.mask else float(case.matmul_flops())  # under a mask what is done depends on it
     return _row(
         case, entry.impl, T=entry.T, B=case.B, H=case.H, L=case.L, M=case.M, D=case.D, work=work, backend=backend

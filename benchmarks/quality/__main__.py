@@ -14,7 +14,7 @@ import torch
 from benchmarks.common import entry_point
 from benchmarks.common.hardware import ROOT
 from benchmarks.common.results import stamp
-from benchmarks.quality import results, table, train
+from benchmarks.quality import language, results, table, train
 from benchmarks.quality.plot import draw
 from benchmarks.quality.results import Setting
 from benchmarks.quality.tasks import TASKS
@@ -31,9 +31,15 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results", help="folder of the results")
     run.add_argument("--name", help="file name without ending (default: quality and date)")
     run.add_argument("--threads", type=int, default=1, help="torch threads (default: 1)")
-    run.add_argument("--task", choices=[task.name for task in TASKS], action="append", help="only this (repeatable)")
     run.add_argument(
-        "--variant", choices=[variant.name for variant in train.VARIANTS], action="append", metavar="NAME",
+        "--task",
+        choices=[*(task.name for task in TASKS), *language.BY_NAME],
+        action="append",
+        help="only this (repeatable); the language models, lm and lm1024, run where they are named",
+    )
+    run.add_argument(
+        "--variant", choices=[one.name for one in (*train.VARIANTS, *language.VARIANTS)], action="append",
+        metavar="NAME",
         help="only this attention, by its name in the table (repeatable)",
     )  # fmt: skip
     run.add_argument("--seeds", type=int, default=SEEDS, help=f"how many seeds, from 0 (default: {SEEDS})")
@@ -51,7 +57,13 @@ def plan(
         raise ValueError(f"--seeds must be at least 1, got {seeds}")
     variants = [variant for variant in (QUICK if quick else train.VARIANTS) if not only or variant.name in only]
     tasks = [task for task in TASKS if not names or task.name in names]
-    return [
+    own = [variant for variant in language.VARIANTS if not only or variant.name in only]
+    named = [language.BY_NAME[name] for name in names or () if name in language.BY_NAME]
+    models = [
+        Setting(task, variant, language.quick(task.budget) if quick else task.budget, seed)
+        for variant, task, seed in itertools.product(own, named, range(1 if quick else seeds))
+    ]
+    return models + [
         Setting(task, variant, task.budget.quick() if quick else task.budget, seed)
         for variant, task, seed in itertools.product(variants, tasks, range(1 if quick else seeds))
     ]
@@ -66,7 +78,8 @@ def run(arguments: argparse.Namespace) -> None:
     rows = results.read(path)
     left = results.missing(plan(arguments.quick, arguments.task, arguments.variant, arguments.seeds), rows)
     for i, one in enumerate(left):
-        found = train.run(one.task, one.variant, one.seed, one.budget)
+        how = language.run if one.task.name in language.BY_NAME else train.run
+        found = how(one.task, one.variant, one.seed, one.budget)
         rows.append(results.row(one, found, on))
         results.write(path, rows)
         what = f"{one.task.name}, {one.variant.name}, seed {one.seed}"

@@ -7,7 +7,7 @@ from pathlib import Path
 from statistics import mean
 
 from benchmarks.quality.results import Record
-from benchmarks.quality.table import measured_tasks, scores, variants
+from benchmarks.quality.table import digits, measured_tasks, scores, variants
 
 
 def draw(rows: Sequence[Record], path: Path) -> None:
@@ -28,7 +28,12 @@ def draw(rows: Sequence[Record], path: Path) -> None:
                 axes.plot(mean(found), line, "|", color="black", markersize=14)
         if softmax := scores(rows, task.name, names[0]):
             axes.axvline(mean(softmax), color="0.6", linestyle=":")
-        axes.set(title=task.title, xlabel=f"{task.metric}, %", yticks=range(len(names)), yticklabels=names)
+        axes.set(
+            title=task.title,
+            xlabel=task.metric if digits(task) > 1 else f"{task.metric}, %",
+            yticks=range(len(names)),
+            yticklabels=names,
+        )
         axes.title.set_fontsize(8)
         axes.grid(axis="y", alpha=0.3)
     panels[0][0].invert_yaxis()

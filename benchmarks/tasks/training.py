@@ -44,8 +44,8 @@ class Run:
 class Trainer:
     """One model, its AdamW and its stream of batches."""
 
-    def __init__(self, model: nn.Module, batch: Callable[[], Batch]) -> None:
-        self.model, self.batch = model, batch
+    def __init__(self, model: nn.Module, batch: Callable[[], Batch], label_smoothing: float = 0.05) -> None:
+        self.model, self.batch, self.label_smoothing = model, batch, label_smoothing
         self.optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.01)
 
     def step(self, learning_rate: float) -> tuple[float, float]:
@@ -54,7 +54,7 @@ class Trainer:
         tokens, labels = self.batch()
         self.optimizer.param_groups[0]["lr"] = learning_rate
         start = time.perf_counter()
-        loss = F.cross_entropy(self.model(tokens), labels, label_smoothing=0.05)
+        loss = F.cross_entropy(self.model(tokens), labels, label_smoothing=self.label_smoothing)
         self.optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)

@@ -218,3 +218,10 @@ def test_bad_sizes() -> None:
         encoder(depth=0)
     with pytest.raises(ValueError, match="divisible by num_heads"):
         encoder(num_heads=3)
+
+
+def test_fewer_key_heads() -> None:
+    model = encoder(attention={"num_kv_heads": 2})
+    assert {m.references.shape[0] for m in model.modules() if hasattr(m, "references")} == {2}
+    model(ids(), mask()).square().sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())

@@ -91,6 +91,27 @@ SFK_INLINE Vec<F> vexpm1(Vec<F> x) {
   return p * power + (power - F(1));
 }
 
+constexpr double kLog2e = 1.4426950408889634;
+
+// 2^x for x < 128: vexp without its reduction, for what can be scaled by log₂e beforehand.  0 for −inf.
+template <class F>
+SFK_INLINE Vec<F> vexp2(Vec<F> x) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(F) == 4) {
+    constexpr int kFloor = 9;
+    const Vec<float> r = (Vec<float>)_mm512_reduce_ps((__m512)x, kFloor);
+    Vec<float> p = splat(1.8775767e-3f);  // minimax on [0, 1), 8e-8; what is left of x is the exponent
+    p = p * r + 8.9893397e-3f;
+    p = p * r + 5.5826318e-2f;
+    p = p * r + 2.4015361e-1f;
+    p = p * r + 6.9315308e-1f;
+    p = p * r + 9.9999994e-1f;
+    return scale_by_power(p, x);
+  }
+#endif
+  return vexp<F>(x * F(1 / kLog2e));
+}
+
 template <class F>
 struct LogTable;
 template <>

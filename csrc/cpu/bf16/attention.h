@@ -27,6 +27,11 @@ class TileWorker {
     const TileRegisters registers;
     const int64_t h = item / p_.B, b = item % p_.B;
     refs_.pack(p_, h);
+    if (p_.reading) {
+      const bool done = load_memory(b, h);
+      if (team.rank == 0) left_[item] = !done;
+      return done ? read(b, h, team) : void();
+    }
     const auto [lo, hi] = team.share(p_.S, kRows);
     const bool any = load_log_mass<float>(p_, b, h, lo, hi, keys_.la);
     const bool done = any && !is_lone<float>(keys_.la, hi - lo, team) && keys_.run(b, h, lo, hi, team);
@@ -37,22 +42,35 @@ class TileWorker {
   }
 
  private:
+  // The given z and g; false where they or the references do not allow a read by tiles.  Those of keys that tiles took
+  // always do, so that a read depends on nothing else.
+  bool load_memory(int64_t b, int64_t h) {
+    const int64_t Ez = keys_.Ez;
+    fill(keys_.z.data(), refs_.Mp * Ez, 0.0f);
+    for (int64_t j = 0; j < p_.M; ++j) {
+      load_row_of<float>(p_.z, b, h, j, keys_.z + j * Ez);
+      keys_.z[j * Ez + p_.E] = 1;
+    }
+    load_row<float>(p_.g, vector_offset(p_.g, b, h, 0), p_.g.stride[2], p_.M, keys_.g);
+    return refs_.exact.least() >= -Limits<float>::kRange &&
+           *std::max_element(keys_.g + 0, keys_.g + p_.M) > -kInf<float>;
+  }
+
   void store_state(int64_t b, int64_t h) {
-    const Block<float> c(p_.c, b, h), z(p_.z, b, h);
-    for (int64_t t = 0; t < std::max<int64_t>(p_.T, 1); ++t)
-      for (int64_t j = 0; j < p_.M; ++j) c(t, j) = keys_.c[t * refs_.Mp + j];
-    for (int64_t j = 0; j < p_.M; ++j)
-      for (int64_t e = 0; e < p_.E; ++e) z(j, e) = keys_.z[j * keys_.Ez + e];
+    for (int64_t t = 0; t < std::max<int64_t>(p_.T, 1); ++t) store_row_of<float>(p_.c, b, h, t, keys_.c + t * refs_.Mp);
+    for (int64_t j = 0; j < p_.M; ++j) store_row_of<float>(p_.z, b, h, j, keys_.z + j * keys_.Ez);
+    if (p_.g) store_row<float>(p_.g, vector_offset(p_.g, b, h, 0), p_.g.stride[2], p_.M, keys_.g + 0);
   }
 
   // z as a right operand, and what the logits of a query are shifted by: they are at most 0, and so is g.
   void pack_state() {
     const int64_t Ez = keys_.Ez;
     const float *g = keys_.g, top = *std::max_element(g, g + p_.M);
-    for (int64_t j = 0; j < refs_.Mp; ++j) g_[j] = j < p_.M ? kLog2e * (g[j] - top) - refs_.slope : -kInf<float>;
-    for (int64_t j = 0; j < Mk_; ++j)
-      for (int64_t e = 0; e < Ez; ++e)
-        z_[(j / 2 * Ez + e) * 2 + j % 2] = Narrow<Bf16, float>::from(j < p_.M ? keys_.z[j * Ez + e] : 0.0f);
+    for (int64_t j = 0; j < refs_.Mp; ++j)
+      g_[j] = j < p_.M ? static_cast<float>(kLog2e) * (g[j] - top) - refs_.slope : -kInf<float>;
+    const auto row = [&](int64_t j, int64_t e) { return j < p_.M ? load(keys_.z + j * Ez + e) : Vec<float>{}; };
+    for (int64_t j = 0; j < Mk_; j += 2)
+      for (int64_t e = 0; e < Ez; e += kLanes<float>) store_pairs(z_ + (j * Ez + 2 * e), row(j, e), row(j + 1, e));
   }
 
   void read(int64_t b, int64_t h, const Team& team) {
@@ -86,15 +104,15 @@ class TileWorker {
       for (int64_t d = 0; d < refs_.D; ++d) x[d] = Narrow<Bf16, float>::from(to_f32(x[d]) * 0x1p-80f);
       square = sum_squares();
     }
-    return square <= 1e-24f ? 0 : kLog2e * refs_.exact.beta / std::sqrt(square);
+    return square <= 1e-24f ? 0 : refs_.away / std::sqrt(square);
   }
 
   // A row of W^q, up to the factor that the column of ones sums.
   void weigh(float scale, const float* cosines, Bf16* weights) {
-    const float away = kLog2e * refs_.exact.beta, slope = refs_.slope;
+    const float away = refs_.away, slope = refs_.slope;
     const auto weight = [&](int64_t j) {
-      const Vec<float> kappa = vexp2(load(cosines + j) * scale - away);
-      return vexp2(kappa * slope + load(g_ + j));
+      const Vec<float> kappa = vexp2<float>(load(cosines + j) * scale - away);
+      return vexp2<float>(kappa * slope + load(g_ + j));
     };
     int64_t j = 0;
     for (; j + 2 * kLanes<float> <= refs_.Mp; j += 2 * kLanes<float>)
@@ -130,9 +148,10 @@ class TileWorker {
 };
 
 inline bool takes_tiles(const AttentionParams& p) {
-  return p.key.dtype == Dtype::bf16 && p.kernel == KernelKind::rbf && !p.ref_pos && p.dropout_p <= 0 && !p.w_q &&
-         !p.w_k && p.S > 1 && p.E > 0;
+  return p.key.dtype == Dtype::bf16 && p.kernel == KernelKind::rbf && !p.ref_pos && !p.w_q && !p.w_k && p.E > 0;
 }
+
+inline int tile_threads(const AttentionParams& p) { return useful_threads(p.threads, attention_flops(p) / 4); }
 
 // One head of a tensor [B,H,..] or, where not `batched`, of one [H,..].
 inline View head_of(View v, bool batched, int64_t b, int64_t h) {
@@ -145,26 +164,52 @@ inline View head_of(View v, bool batched, int64_t b, int64_t h) {
 
 inline AttentionParams head_of(AttentionParams p, int64_t b, int64_t h) {
   p.B = p.H = 1;
-  for (View* v : {&p.query, &p.key, &p.value, &p.log_a, &p.o, &p.z, &p.c}) *v = head_of(*v, true, b, h);
+  for (View* v : {&p.query, &p.key, &p.value, &p.log_a, &p.o, &p.z, &p.c, &p.g}) *v = head_of(*v, true, b, h);
   for (View* v : {&p.references, &p.log_b}) *v = head_of(*v, false, b, h);
   for (View& v : p.hyper) v = head_of(v, false, b, h);
   return p;
 }
 
-// Calls `rest` for the heads, or the whole call, that tiles do not take.
+// What tiles take, without dropout; calls `rest` for the heads that they left: for each, or once for all.
 template <class Rest>
-void tile_attention(const AttentionParams& p, Rest rest) {
-  if (!takes_tiles(p)) return rest(p);
-  if (p.B * p.H == 0) return;
-  const int threads = useful_threads(p.threads, attention_flops(p) / 4);
+void by_tiles(const AttentionParams& p, Rest rest) {
+  const int threads = tile_threads(p);
   std::vector<char> left(p.B * p.H);
   std::vector<std::unique_ptr<TileWorker>> workers;
   for (int i = 0; i < threads; ++i) workers.push_back(std::make_unique<TileWorker>(p, threads, left));
   run_team(workers, p.B * p.H);
+  workers.clear();
   const int64_t count = std::count(left.begin(), left.end(), 1);
   if (count == p.B * p.H) return rest(p);
   for (int64_t item = 0; count && item < p.B * p.H; ++item)
     if (left[item]) rest(head_of(p, item % p.B, item / p.B));
+}
+
+// z, c and g by `keys`, then o from z and g by `read`.
+template <class Keys, class Read>
+void in_halves(AttentionParams p, Keys keys, Read read) {
+  const Buffer<float> g(p.B * p.H * p.M);
+  if (!p.g) p.g = {g.data(), {p.B, p.H, p.M, 1}, {p.H * p.M, p.M, 1, 0}, 3, Dtype::f32};
+  AttentionParams half = p;
+  half.o = View{};
+  keys(half);
+  half = p;
+  half.reading = true;
+  read(half);
+}
+
+// `rest`: the kernel of every dtype.  What of the keys or of the read is left to it depends on that half alone, as
+// where each is a call of its own: a read that drops weights is, and one of keys that were left is not.
+template <class Rest>
+void tile_attention(const AttentionParams& p, Rest rest) {
+  const bool drops = p.o && p.dropout_p > 0;
+  if (!takes_tiles(p) || (p.reading && drops)) return rest(p);
+  if (p.B * p.H == 0) return;
+  if (drops) return in_halves(p, [&](const AttentionParams& keys) { tile_attention(keys, rest); }, rest);
+  by_tiles(p, [&](const AttentionParams& some) {
+    if (p.reading || !p.o) return rest(some);
+    in_halves(some, rest, [&](const AttentionParams& read) { by_tiles(read, rest); });
+  });
 }
 
 }  // namespace

@@ -77,7 +77,7 @@ bool KeyTransport::run(int64_t b, int64_t h, int64_t lo, int64_t hi, const Team&
   for (int64_t t = 1; t <= passes; ++t) {
     float spread;
     const float shift = -lam * exp_shifted<float>(M, Mp, g, G_, spread);
-    if (!(spread - refs_.least <= Limits<float>::kRange)) return false;
+    if (!(spread - refs.least() <= Limits<float>::kRange)) return false;
     const bool pool = t == passes && p_.E > 0;
     sums.ref = -kInf<float>;
     fill(sums.sum.data(), M * kLanes<float>, 0.0f);
@@ -122,7 +122,7 @@ void KeyTransport::block(int64_t row0, int64_t n, bool first, float lam, bool po
   tile_product<true>(refs_.Mp, Ez, kRows, {weights_, kRows, kRows}, {values_, 2 * Ez, kRows}, sums.z, Ez);
 }
 
-// K = e^ℓ of a block: ℓ is at most 0, and above refs_.least.
+// K = e^ℓ of a block: ℓ is at most 0, and at least refs_.exact.least().
 void KeyTransport::make_kernel(int64_t row0, int64_t n, float* K) {
   const int64_t D = refs_.D;
   copy_rows(p_.key, b_, h_, lo_ + row0, n, la + row0, x, D, room);
@@ -131,7 +131,7 @@ void KeyTransport::make_kernel(int64_t row0, int64_t n, float* K) {
   Vec<float> scale[kGroups] = {};
   for (int64_t d = 0; d < D / 2; ++d)
     for (int v = 0; v < kGroups; ++v) scale[v] = add_squares(scale[v], turned_ + 2 * (d * kRows + v * kLanes<float>));
-  const float away = kLog2e * refs_.exact.beta, slope = refs_.slope;
+  const float away = refs_.away, slope = refs_.slope;
   for (Vec<float>& some : scale) {
     sums.bad |= !(reduce_max<float>(some) < kInf<float>);
     some = inverse_root(some, away);
@@ -139,8 +139,8 @@ void KeyTransport::make_kernel(int64_t row0, int64_t n, float* K) {
   tile_product<false>(refs_.Mp, kRows, 2 * D, {refs_.rows, 2 * D, 2 * D}, {turned_, 2 * kRows, D}, K, kRows);
   for (int64_t j = 0; j < refs_.M; ++j, K += kRows) SFK_UNROLL
   for (int v = 0; v < kGroups; ++v) {
-    const Vec<float> kappa = vexp2(load(K + v * kLanes<float>) * scale[v] - away);
-    store(K + v * kLanes<float>, vexp2(kappa * slope - slope));
+    const Vec<float> kappa = vexp2<float>(load(K + v * kLanes<float>) * scale[v] - away);
+    store(K + v * kLanes<float>, vexp2<float>(kappa * slope - slope));
   }
 }
 

@@ -1,5 +1,6 @@
-// Rows of bfloat16 as operands of products, and the exponential that is exact enough for such products.
+// Rows of bfloat16 as operands of products.
 #pragma once
+#include "../base/explog.h"
 #include "../base/transpose.h"
 #include "product.h"
 
@@ -8,22 +9,8 @@ namespace {
 
 constexpr int64_t kRows = 64;                       // tokens of a block: two depths of a sum over tokens
 constexpr int64_t kGroups = kRows / kLanes<float>;  // of as many tokens as a vector has lanes
-constexpr float kLog2e = 1.44269504f;
 
 inline int64_t whole(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
-
-// 2^x to 2e-7; x < 128.  0 for −inf.  Minimax on [0, 1), highest power first; what is left of x is the exponent.
-SFK_INLINE Vec<float> vexp2(Vec<float> x) {
-  constexpr int kFloor = 9;
-  const Vec<float> r = (Vec<float>)_mm512_reduce_ps((__m512)x, kFloor);
-  Vec<float> p = splat(1.8775767e-3f);
-  p = p * r + 8.9893397e-3f;
-  p = p * r + 5.5826318e-2f;
-  p = p * r + 2.4015361e-1f;
-  p = p * r + 6.9315308e-1f;
-  p = p * r + 9.9999994e-1f;
-  return (Vec<float>)_mm512_scalef_ps((__m512)p, (__m512)x);
-}
 
 inline __mmask32 first(int64_t n) { return n >= 32 ? ~__mmask32(0) : n <= 0 ? 0 : (__mmask32(1) << n) - 1; }
 
@@ -78,6 +65,18 @@ SFK_INLINE Vec<float> inverse_root(Vec<float> squares, float scale) {
 SFK_INLINE Vec<float> add_squares(Vec<float> sum, const Bf16* x) {
   const __m512bh pairs = (__m512bh)_mm512_loadu_si512(x);
   return (Vec<float>)_mm512_dpbf16_ps((__m512)sum, pairs, pairs);
+}
+
+// 16 float32 rounded to bfloat16, still as float32.
+SFK_INLINE Vec<float> rounded(Vec<float> x) {
+  const __m512i bits = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)x));
+  return (Vec<float>)_mm512_slli_epi32(bits, 16);
+}
+
+// Two rows of float32 side by side, as a right operand has them, rounded.
+SFK_INLINE void store_pairs(Bf16* to, Vec<float> upper, Vec<float> lower) {
+  const __m512i high = (__m512i)rounded(lower), low = _mm512_srli_epi32((__m512i)rounded(upper), 16);
+  _mm512_storeu_si512(to, _mm512_or_si512(high, low));
 }
 
 // Two vectors of float32 as 32 bfloat16, rounded.

@@ -45,7 +45,7 @@ def prepared_landmarks(
         numbers = Centring(*[t.to(landmarks.dtype) for t in centring(bandwidth, d)])
         x_ = x_._replace(epsilon=numbers.gain, key_relaxation=numbers.offset)
         x_ = x_._replace(reference_relaxation=numbers.mean, position_scale=numbers.growth)
-    found, inverse_norm = prepared_with_norms(x_, Options(scalars=scalars))
+    found, inverse_norm = prepared_with_norms(x_, Options(scalars, "rbf", num_iters=1))
     return Landmarks(found.y, inverse_norm, found.parameters, largest)
 
 

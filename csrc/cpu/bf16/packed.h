@@ -1,0 +1,30 @@
+// Packed batches of bfloat16 tokens: every segment is a call of its own, whose bits are those of that call.
+#pragma once
+#include "../packed.h"
+#include "attention.h"
+
+namespace sfk {
+namespace {
+
+// `dense`: attention of one segment; `rest`: the kernel of packed batches of every dtype.
+template <class Dense, class Rest>
+void packed_tiles(const PackedParams& p, Dense dense, Rest rest) {
+  if (p.causal || !takes_tiles(p)) return rest(p);
+  std::vector<AttentionParams> few;  // worth one thread each
+  for (int64_t n = 0; n < p.N; ++n) {
+    AttentionParams own = p;
+    take_segment(own, p, n);
+    if (tile_threads(own) > 1)
+      dense(own);
+    else
+      few.push_back(own), few.back().threads = 1;
+  }
+  const int64_t count = static_cast<int64_t>(few.size());
+#ifdef _OPENMP
+#pragma omp parallel for schedule(dynamic) num_threads(p.threads) if (p.threads > 1)
+#endif
+  for (int64_t i = 0; i < count; ++i) dense(few[i]);
+}
+
+}  // namespace
+}  // namespace sfk
