@@ -42,8 +42,14 @@ def _nodes(d: int, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     step = 1 / math.sqrt(15 + d)
     end = 1 + 126 / (d - 1) + math.sqrt(700 / (d - 1))
     u = (torch.arange(math.ceil(end / step), dtype=like.dtype, device=like.device) + 0.5) * step
-    density = (1 - d) / 2 * (u / 2).sinh().square().log1p()  # (1 − D) log cosh(u/2)
-    return (u / 2).tanh(), 2 / (1 + u.exp()), density.softmax(0) / 2
+    c, gap = (u / 2).tanh(), 2 / (1 + u.exp())
+    density = (1 - d) / 2 * (c * c / (gap * (2 - gap))).log1p()  # (1 − D) log cosh(u/2), cosh² = 1 + c²/(1 − c²)
+    return c, gap, density.softmax(0) / 2
+
+
+def expm1(x: Tensor) -> Tensor:
+    """e^x − 1 to the last places, by functions that every exporter has: ONNX lacks this one."""
+    return (x / 2).tanh() * (x.exp() + 1)
 
 
 def centring(bandwidth: Tensor, d: int) -> Centring:
@@ -52,9 +58,9 @@ def centring(bandwidth: Tensor, d: int) -> Centring:
     c, gap, weight = _nodes(d, beta)
     near = weight * (-beta * gap).exp()
     constant = (near + weight * (-beta * (2 - gap)).exp()).sum(-1)  # κ₀
-    less = (weight * ((-beta * gap).expm1() + (-beta * (2 - gap)).expm1())).sum(-1)  # κ₀ − 1, exact for small β
+    less = (weight * (expm1(-beta * gap) + expm1(-beta * (2 - gap)))).sum(-1)  # κ₀ − 1, exact for small β
     beta = beta.squeeze(-1)
-    mean = (-near * c * (-2 * beta.unsqueeze(-1) * c).expm1()).sum(-1) / constant
+    mean = (-near * c * expm1(-2 * beta.unsqueeze(-1) * c)).sum(-1) / constant
     log_constant = torch.where(less > -0.5, less.clamp_min(-0.5).log1p(), constant.log())
     growth = mean - 1 / mean + (d - 1) / beta  # −A'/A, A' = 1 − A² − (D − 1) A/β
     return Centring(1 + log_constant / beta, 1 / (d * mean), mean, growth)
@@ -62,7 +68,7 @@ def centring(bandwidth: Tensor, d: int) -> Centring:
 
 def centred(cosine: Tensor, bandwidth: Tensor, found: Centring) -> Tensor:
     """κ̃ of cosines [..., N, M]; β and the numbers of `found` [..., 1, 1]."""
-    return found.gain * (bandwidth * (cosine - found.offset)).expm1()
+    return found.gain * expm1(bandwidth * (cosine - found.offset))
 
 
 def limit(bandwidth: Tensor | None, scalar: float, d: int) -> float:

@@ -37,8 +37,8 @@ def feature_kernel(x: Tensor, w: Tensor, bandwidth: Tensor, found: Centring | No
     """
     if found is None:
         return kernel_matrix(x, w, bandwidth, "rbf")
-    directed = (norm(x) > 0) & (norm(w) > 0).mT
-    return torch.where(directed, centred(normalise(x) @ normalise(w).mT, bandwidth, found), 0.0)
+    directed = torch.logical_and(norm(x) > 0, (norm(w) > 0).transpose(-1, -2))
+    return torch.where(directed, centred(normalise(x) @ normalise(w).transpose(-1, -2), bandwidth, found), 0.0)
 
 
 def nystrom_features(

@@ -85,25 +85,30 @@ def features_backward_kernel(
             r = landmark + near
             product = landmark_products(tokens, rows, live, y, r, cut)
             cosine = product * inverse[:, None]
-            directed = (tl.load(inverse_norm + h * RP + r) > 0)[None, :]
-            kappa, slope = value_and_slope(cosine, directed, beta, log2_beta, offset, gain, cut.CENTER)
             d_kappa = tl.zeros([cut.ROWS, RC], tl.float32)
             for other in range(0, RP, RC):
                 columns = other + near
                 w = tl.load(whitening + r[:, None] * RP + columns[None, :])
                 d_kappa += dot(load_rows(gradients, rows, live, columns, cut.R), tl.trans(w), cut.PRECISION)
+            directed = (tl.load(inverse_norm + h * RP + r) > 0)[None, :]
+            kappa, slope = value_and_slope(cosine, directed, beta, log2_beta, offset, gain, cut.CENTER)
             d_kappa = tl.where((inverse > 0)[:, None], d_kappa, 0.0)
             d_log = slope * d_kappa
             d_product = rounded(beta * d_log, x.dtype.element_ty)
+            if cut.CENTER:  # by sums of a row, which take fewer registers
+                of_kappa, of_slope = tl.sum(d_kappa * kappa, 1), tl.sum(d_log * (cosine - mean), 1)
             if d_x is not None:
-                along += tl.sum(d_kappa * kappa - d_log * (beta * cosine), 1)
+                if cut.CENTER:
+                    along += of_kappa - beta * (of_slope + mean * tl.sum(d_log, 1))
+                else:
+                    along += tl.sum(d_kappa * kappa - d_log * (beta * cosine), 1)
                 out += dot(d_product, tl.load(y + r[:, None] * DP + d[None, :]), cut.PRECISION)
             if sums is not None:
                 d_y += dot(tl.trans(d_product), load_rows(tokens, rows, live, d, cut.D), cut.PRECISION)
                 scaled = rounded(kappa * length[:, None], x.dtype.element_ty)
                 d_w += dot(tl.trans(scaled), load_rows(gradients, rows, live, j, cut.R), cut.PRECISION)
                 if cut.CENTER:
-                    d_beta += tl.sum(d_log * (cosine - mean) + d_kappa * kappa * growth, 1) * length
+                    d_beta += (of_slope + growth * of_kappa) * length
                 else:
                     d_beta += tl.sum(d_log * (cosine - 1.0), 1) * length
         if d_x is not None:
