@@ -53,11 +53,6 @@ class CausalTransport(SetTransport):
         return o.unsqueeze(2), state
 
 
-def last_tap(weight: Tensor) -> None:
-    """Weights [C, 1, W] of a convolution that gives what it is given, but for noise on all taps."""
-    weight.uniform_(-0.5, 0.5).div_(math.sqrt(weight.shape[-1]))[..., -1] += 1.0
-
-
 class ShortConvolution(nn.Conv1d):
     """A channel's sum over the last W tokens up to each: y_i = Σ_t w_t x_{i − W + 1 + t}, tokens before the first zero.
 
@@ -67,9 +62,6 @@ class ShortConvolution(nn.Conv1d):
 
     def __init__(self, channels: int, width: int) -> None:
         super().__init__(channels, channels, width, groups=channels, bias=False)
-
-    def reset_parameters(self) -> None:
-        redraw(self, {"weight": last_tap})
 
     def forward(self, x: Tensor, before: Tensor | None = None) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         x, reach = x.mT, self.kernel_size[0] - 1

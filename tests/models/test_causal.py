@@ -116,7 +116,6 @@ def test_the_convolution_reaches_over_its_width() -> None:
     assert inputs.shape == (1, 6, 12)
     torch.testing.assert_close(y[0, 7], (x[0, 4:8].T * conv.weight[:, 0]).sum(1))
     torch.testing.assert_close(y[0, 0], x[0, 0] * conv.weight[:, 0, 3])
-    assert (conv.weight[..., 3] > 0.5).all()  # near the identity
 
 
 def test_gradients_reach_every_parameter_and_recomputing_changes_none() -> None:

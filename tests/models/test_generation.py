@@ -210,7 +210,7 @@ def test_fresh_weights_are_those_of_the_decoder() -> None:
     """transformers draws weights anew after the constructor: what gates and convolutions start from must survive."""
     attention = AutoModelForCausalLM.from_config(SeTformerCausalConfig(**TINY)).setformer.decoder.blocks[0].attention
     torch.testing.assert_close(attention.gate.bias, torch.tensor([7.0, 511.0]).log(), rtol=1e-3, atol=0.0)
-    assert (attention.conv.weight[..., -1] > 0.5).all()
+    assert attention.conv.weight.std() > 0.2  # uniform in ±1/2, as torch draws it
     torch.testing.assert_close(attention.transport.references.norm(dim=-1), torch.ones(2, 4))
 
 
