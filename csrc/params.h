@@ -73,13 +73,17 @@ struct PackedParams : AttentionParams {
   int64_t keys(int64_t n) const { return cu_k[n + 1] - cu_k[n]; }
 };
 
-// ψ(x) = ‖x‖ W κ(w, x̂) with a given whitening W = (K_ww + δI)^{-1/2}.
+// The numbers of κ̃ = s (e^{β(ĉ − c₀)} − 1), as reference/centring.py has them.
+enum CentringNumber { kOffset, kGain, kMean, kGrowth, kNumCentring };
+
+// ψ(x) = ‖x‖ W κ(w, x̂) with a given whitening W = (K_ww + δI)^{-1/2}; κ̃ in place of κ where `centring` is given.
 struct FeatureParams {
   int64_t B = 0, H = 0, N = 0, D = 0, R = 0;
   double bandwidth = 1;
   int32_t threads = 1;
   bool f64 = false;
   View x, landmarks, bandwidths, whitening;    // [B,H,N,D] [H,R,D] F [H] F [H,R,R] F
+  View centring;                               // [H,1,kNumCentring] F
   View psi;                                    // [B,H,N,R] in the dtype of x
   View d_psi, d_x;                             // as psi, as x
   View d_landmarks, d_bandwidth, d_whitening;  // [B,H,R,D] [B,H,1] [B,H,R,R] F: not yet summed over B

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from . import checks
-from .problem import HYPER, Operands, Options, compute_dtype, with_an_absent_key
+from .problem import HYPER, SCALARS, Operands, Options, compute_dtype, with_an_absent_key
 from .reference.dense import additive, normalise_masses
 
 Hyper = float | Tensor
@@ -68,17 +68,31 @@ def normalise(
         hyper, opt = _checked(constants, tensors, positions)
         _remember(facts, opt)
 
+    given = hyper if facts is None else None
+    return _operands(tensors, positions, given, seed_of(seed, opt.dropout_p, key), normalised), opt
+
+
+def _operands(
+    tensors: tuple[Any, ...],
+    positions: tuple[Any, ...],
+    hyper: tuple[Hyper, ...] | None,
+    seed: Tensor | None,
+    normalised: bool,
+) -> Operands:
+    """Checked tensors, as `normalise` orders them, in their dtypes and full shapes; hyper: None if all are numbers."""
+    query, key, value, references, key_mask, log_mass = tensors
+    query_position, key_position, reference_position = positions
     b, h, s, _ = key.shape
     key, value, *rest = autocast(key, value, *(() if query is None else (query,)))
     dtype = compute_dtype(key.dtype)
-    beta, epsilon, lam_a, lam_b, tau = hyper_tensors(hyper, h, dtype) if facts is None else [None] * len(HYPER)
+    beta, epsilon, lam_a, lam_b, tau = [None] * len(HYPER) if hyper is None else hyper_tensors(hyper, h, dtype)
     operands = Operands(
         query=rest[0] if rest else None,
         key=key,
         value=value,
         references=references.to(dtype),
         log_a=None if key_mask is None else _log_mass(key_mask, dtype, (b, h, s), normalised),
-        log_b=None if reference_log_mass is None else reference_log_mass.to(dtype).log_softmax(-1),
+        log_b=None if log_mass is None else log_mass.to(dtype).log_softmax(-1),
         bandwidth=beta,
         epsilon=epsilon,
         key_relaxation=lam_a,
@@ -87,9 +101,9 @@ def normalise(
         query_position=None if query_position is None else token_position(query_position, b, h, dtype),
         key_position=None if key_position is None else token_position(key_position, b, h, dtype),
         reference_position=None if reference_position is None else reference_position.to(dtype),
-        seed=seed_of(seed, opt.dropout_p, key),
+        seed=seed,
     )
-    return (with_an_absent_key(operands) if s == 0 else operands), opt
+    return with_an_absent_key(operands) if s == 0 else operands
 
 
 _passed: dict[tuple[Any, ...], Options] = {}  # the facts of calls that passed every check, and their constants
@@ -149,7 +163,7 @@ def from_options(
     query: Tensor, key: Tensor, value: Tensor, references: Tensor, options: dict[str, Any]
 ) -> tuple[Operands, Options]:
     """`normalise` of keyword arguments of `set_attention`, of which the tensors and hyperparameters may be missing."""
-    hyper = tuple(options.get(name, scalar) for name, scalar in zip(HYPER, Options().scalars, strict=True))
+    hyper = tuple(options.get(name, scalar) for name, scalar in zip(HYPER, SCALARS, strict=True))
     tensors = ("key_mask", "reference_log_mass", "query_position", "key_position", "reference_position")
     constants = {name: options[name] for name in ("kernel", "num_iters", "dropout_p", "seed", "backend")}
     return normalise(query, key, value, references, hyper, *(options.get(name) for name in tensors), **constants)

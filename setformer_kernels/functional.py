@@ -123,8 +123,7 @@ def set_attention(
     mask = query_mask(x, attn_mask, s)
     causal = causal and s > 0
     dense = s > 0 and (mask is not None or (causal and (opt.num_iters > 1 or length != s)))
-    heads = query.shape[1]
-    grouped = heads != key.shape[1]
+    grouped = query.shape[1] != key.shape[1]
     if grouped:
         x = repeated(x) if dense or causal else folded(x)
     if dense:
@@ -132,7 +131,7 @@ def set_attention(
         return _masked(x, opt, mask, causal)
     if causal:
         return streaming.scan(x, opt)[0]
-    return unfolded(_attention(x, opt), heads) if grouped else _attention(x, opt)
+    return unfolded(_attention(x, opt), query) if grouped else _attention(x, opt)
 
 
 def _attention(x: Operands, opt: Options) -> Tensor:
@@ -204,10 +203,8 @@ def attention_and_weights(
 def _with_weights(x: Operands, opt: Options, s: int, average: bool) -> tuple[Tensor, Tensor]:
     """o and A = W^q W^kᵀ [B, H, L, s], or its mean over heads [B, L, s] as one product over heads and references."""
     assert x.query is not None
-    heads = x.query.shape[1]
-    if heads != x.key.shape[1]:
-        o, a = _with_weights(folded(x), opt, s, False)
-        o, a = unfolded(o, heads), unfolded(a, heads)
+    if x.query.shape[1] != x.key.shape[1]:
+        o, a = (unfolded(t, x.query) for t in _with_weights(folded(x), opt, s, False))
         return o, a.mean(1) if average else a
     if dispatch.choose(attention_problem("attention", x, opt), opt.backend, logits(x)) == dispatch.REFERENCE:
         o, a = reference.attention(x, opt), reference.weights(x, opt)[..., :s]
@@ -265,12 +262,22 @@ def set_pool(
 
 @leaf
 def nystrom_features(
-    x: Tensor, landmarks: Tensor, *, bandwidth: Hyper = 1.0, ridge: float = 1e-3, backend: str = "auto"
-) -> Tensor:
+    x: Tensor, landmarks: Tensor, *, bandwidth: Hyper = 1.0, ridge: float = 1e-3, center: bool = False,
+    backend: str = "auto",
+) -> Tensor:  # fmt: skip
     """ψ(x) = ‖x‖ (K_ww + δI)^{−1/2} κ(w, x̂): [B, H, N, D], landmarks w [H, R, D] -> [B, H, N, R], in the dtype of x.
 
     The projection of the homogeneous RKHS map ‖x‖φ(x̂) of the Gaussian kernel κ on the landmarks; K_ww = κ(ŵ, ŵ),
     δ = `ridge` > 0, β = `bandwidth` > 0 (float, or tensor [H]).  Source: CKN (Mairal, NeurIPS 2016), OTKE.
+
+    With `center` κ̃ = (κ − κ₀)/a₁ takes the place of κ in both, without unit: κ without the constant κ₀ that all
+    directions share, in units of its linear part a₁⟨x̂, ŷ⟩ (κ₀ and a₁: the kernel's means over the directions of R^D).
+    Its values lie in [−1, κ̃(1)], κ̃(1) ≥ 1, and κ̃(x, y) → ⟨x̂, ŷ⟩ as β → 0.  A zero landmark's are 0.
+
+    Raises:
+        ValueError: shapes, ridge, bandwidth; with `center` also a bandwidth (a number; tensors are not looked at) so
+            large for D that κ̃(1) could exceed 1e10.
+        TypeError: arguments of the wrong type or dtype.
     """
     checks.tensor("x", x, "BHND")
     checks.tensor("landmarks", landmarks, "HRD")
@@ -280,14 +287,21 @@ def nystrom_features(
     checks.same_device("x", x, landmarks=landmarks, bandwidth=bandwidth)
     bandwidth = checks.hyperparameter("bandwidth", bandwidth, h, 0.0, math.inf, open_low=True)
     ridge, backend = checks.number("ridge", ridge, 0.0, open_low=True), checks.plain(backend)
+    center = checks.flag("center", center)
+    if center and not isinstance(bandwidth, Tensor) and reference.log_bound(bandwidth, d) > math.log(reference.LARGEST):
+        raise ValueError(
+            f"bandwidth must be smaller for centred features of D = {d}, got {bandwidth}: the kernel has next to no "
+            f"linear part left, and divided by it exceeds {reference.LARGEST:.0e}"
+        )
     (x,) = autocast(x)
     dtype = compute_dtype(x.dtype)
     landmarks, tensors, scalars = landmarks.to(dtype), hyper_tensors((bandwidth,), h, dtype), numbers((bandwidth,))
     size = math.prod(x.shape[:3]) * landmarks.shape[1]
     if dispatch.choose(ops.features.features_problem(x, landmarks), backend, size) != dispatch.REFERENCE:
-        return ops.features.nystrom_features(x, landmarks, tensors[0], scalars[0], ridge, backend)
+        return ops.features.nystrom_features(x, landmarks, tensors[0], scalars[0], ridge, center, backend)
     beta = landmarks.new_full((h,), scalars[0]) if tensors[0] is None else tensors[0]
-    return reference.nystrom_features(x.to(dtype), landmarks, beta[:, None, None], ridge).to(x.dtype)
+    largest = reference.limit(tensors[0], scalars[0], d)
+    return reference.nystrom_features(x.to(dtype), landmarks, beta[:, None, None], ridge, center, largest).to(x.dtype)
 
 
 @leaf

@@ -18,13 +18,16 @@ def folded(x: Operands) -> Operands:
     groups, position = heads // h, x.query_position
     if position is not None:
         position = position.unsqueeze(2).expand(-1, -1, groups, -1, -1).flatten(2, 3)
-    return replaced(x, query=x.query.reshape(b, h, groups * length, d), query_position=position)
+    return replaced(x, query=x.query.view(b, h, groups, length, d).flatten(2, 3), query_position=position)
 
 
-def unfolded(o: Tensor, heads: int) -> Tensor:
-    """[B, Hk, G·L, ..] -> [B, H, L, ..]."""
-    b, h, length, e = o.shape
-    return o.reshape(b, heads, length * h // heads, e)
+def unfolded(o: Tensor, query: Tensor) -> Tensor:
+    """[B, Hk, G·L, E] of folded queries [B, H, L, D] -> [B, H, L, E].
+
+    In two steps, for what tracers of unknown lengths make of the strides: a split, then a merge of whole heads.
+    """
+    (b, h, _, e), (_, heads, length, _) = o.shape, query.shape
+    return o.view(b, h, heads // h, length, e).flatten(1, 2)
 
 
 def repeated(x: Operands) -> Operands:

@@ -110,8 +110,8 @@ def set_read(
         "reference_position": None if reference_position is None else reference_position.to(dtype),
         "seed": seed_of(seed, opt.dropout_p, query),
     }
-    x, heads = read_problem(query, z, given), query.shape[1]
-    return _read(x, opt, z, g) if heads == h else unfolded(_read(folded(x), opt, z, g), heads)
+    x = read_problem(query, z, given)
+    return _read(x, opt, z, g) if query.shape[1] == h else unfolded(_read(folded(x), opt, z, g), query)
 
 
 def _read(x: Operands, opt: Options, z: Tensor, g: Tensor) -> Tensor:

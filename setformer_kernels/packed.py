@@ -9,6 +9,7 @@ from torch import Tensor
 
 from . import checks, dispatch, ops, reference
 from .arguments import Hyper, normalise
+from .grouping import repeated
 from .ops.operands import attention_problem, logits
 from .problem import Operands, Options, compute_dtype, replaced
 from .reference.dense import additive
@@ -43,7 +44,7 @@ def set_attention_varlen(
     seed: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """`set_attention` of N sequences that lie one after another: [Tq,H,D], [Tk,H,D], [Tk,H,E], [H,M,D] -> [Tq,H,E].
+    """`set_attention` of N sequences that lie one after another: [Tq,H,D], [Tk,Hk,D], [Tk,Hk,E], [Hk,M,D] -> [Tq,H,E].
 
     Sequence n has the queries cu_seqlens_q[n] .. cu_seqlens_q[n+1] − 1 and the keys of cu_seqlens_k likewise, and is
     answered as if it were alone: its output and the gradients of its tokens are the same bits whatever stands beside
@@ -59,7 +60,7 @@ def set_attention_varlen(
         max_seqlen_q, max_seqlen_k: accepted for the sake of others' calls, and not used.
         causal: query i sees the keys s ≤ i of its sequence, in a linear scan: num_iters ≤ 1, and lengths of queries and
             keys that agree (where they cannot be checked, keys have those of queries).
-        key_mask: [Tk] or [Tk, H], bool (True takes part) or float (unnormalised log mass, normalised in each sequence).
+        key_mask: [Tk] or [Tk, Hk], bool (True takes part) or float (log mass, normalised in each sequence).
         query_position, key_position: [Tq, P] and [Tk, P].
         dropout_p, seed: the random numbers of a sequence are those of `set_attention` under seed + its first query row.
         all others: as in `set_attention`.
@@ -69,7 +70,8 @@ def set_attention_varlen(
     """
     checks.tensor("query", query, "THD")
     _check_tokens(key, value, references)
-    checks.shape("query", query, (None, *key.shape[1:]), "H and D of the key")
+    checks.heads("query", query, "key", key.shape[1])
+    checks.shape("query", query, (None, query.shape[1], key.shape[2]), "D of the key")
     cu_q = _offsets("cu_seqlens_q", cu_seqlens_q, key)
     cu_k = cu_q if cu_seqlens_k is None else _offsets("cu_seqlens_k", cu_seqlens_k, key)
     if cu_k.shape != cu_q.shape:
@@ -83,6 +85,7 @@ def set_attention_varlen(
         kernel=kernel, num_iters=num_iters, dropout_p=dropout_p, seed=seed, backend=backend,
     )  # fmt: skip
     x = _masked(x, key, key_mask)
+    x = repeated(x) if query.shape[1] != key.shape[1] else x
     if checks.flag("causal", causal):
         return _tokens_first(_causal(x, opt, query, key, cu_q, cu_k))
     if _is_ordinary("packed", x, opt):

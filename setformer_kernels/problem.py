@@ -46,14 +46,15 @@ class Operands(NamedTuple):
 
 
 HYPER = ("bandwidth", "epsilon", "key_relaxation", "reference_relaxation", "position_scale")
+SCALARS = (1.0, 0.05, 1.0, 1.0, 1.0)  # what they are unless given
 
 
 class Options(NamedTuple):
     """The constants of one call; `scalars` holds the five hyperparameters of `HYPER` for those that are no tensor."""
 
-    scalars: tuple[float, ...] = (1.0, 0.05, 1.0, 1.0, 1.0)
-    kernel: str = "rbf"
-    num_iters: int = 3
+    scalars: tuple[float, ...]
+    kernel: str
+    num_iters: int  # its default is the public functions' affair, and not the same for all of them
     dropout_p: float = 0.0
     backend: str = "auto"
 

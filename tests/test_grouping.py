@@ -105,6 +105,17 @@ def test_a_memory_is_read_by_groups(native: str) -> None:
     assert torch.equal(o, SF.set_attention(query, key, value, references, backend=native))
 
 
+@pytest.mark.parametrize("causal", [False, True])
+def test_packed_groups(causal: bool) -> None:
+    q, k, v, y = torch.randn(L, G * H, D), torch.randn(L, H, D), torch.randn(L, H, E), torch.randn(H, M, D)
+    cu = torch.tensor([0, 4, 4, L])
+    found = SF.set_attention_varlen(q, k, v, y, cu, causal=causal)
+    for first, last in ((0, 4), (4, L)):
+        q1, k1, v1 = (t[first:last].transpose(0, 1).unsqueeze(0) for t in (q, k, v))
+        wanted = SF.set_attention(q1, k1, v1, y, causal=causal)
+        torch.testing.assert_close(found[first:last], wanted.squeeze(0).transpose(0, 1))
+
+
 def test_states_of_groups(native: str) -> None:
     """A state a key head: a scan in two pieces, and the last token as a step."""
     q, k, v, y, n = (

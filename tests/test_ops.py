@@ -64,7 +64,7 @@ def packed_arguments(causal: bool = False, pool: bool = False) -> list[Any]:
 
 def feature_arguments() -> list[Any]:
     x = torch.randn(B, L, H, D, dtype=torch.float64).transpose(1, 2).requires_grad_()
-    return [x, torch.randn(H, 6, D, dtype=torch.float64, requires_grad=True), hyper()[0], 1.0, 1e-3, "auto"]
+    return [x, torch.randn(H, 6, D, dtype=torch.float64, requires_grad=True), hyper()[0], 1.0, 1e-3, True, "auto"]
 
 
 def sinkhorn_arguments() -> list[Any]:

@@ -82,8 +82,8 @@ struct PackedItem {
 // Which threads work on what.  Whether a head of a segment is shared, and by how many, depends on the segment alone,
 // and so do its bits; who takes one that is not shared depends on who is free.
 struct PackedPlan {
-  AttentionParams largest;                // the longest segment, for the sizes of scratch
-  int threads = 1;                        //
+  AttentionParams largest;  // the longest segment, for the sizes of scratch
+  int threads = 1;
   std::vector<PackedItem> shared, alone;  // head by head, as a worker packs the references of one; the longest first
 
   PackedPlan(const PackedParams& p, double work, bool can_share) : largest(p) {
@@ -112,15 +112,15 @@ struct PackedPlan {
   }
 };
 
-// work: FLOPs in units of those of attention's forward.
-template <class Inner>
-void run_packed(const PackedParams& p, double work, bool can_share) {
+// work: FLOPs in units of those of attention's forward; make(largest, threads): a worker, whose items are (n, h).
+template <class Make>
+void run_packed(const PackedParams& p, double work, bool can_share, Make make) {
   if (p.N * p.H == 0) return;
   const PackedPlan plan(p, work, can_share);
-  std::vector<std::unique_ptr<PackedWorker<Inner>>> workers;
+  std::vector<decltype(make(plan.largest, 1))> workers;
   std::vector<void*> slots;
   for (int i = 0; i < plan.threads; ++i) {
-    workers.push_back(std::make_unique<PackedWorker<Inner>>(p, plan.largest, plan.threads));
+    workers.push_back(make(plan.largest, plan.threads));
     slots.push_back(&workers[i]->shared());
   }
   std::atomic<size_t> next{0};
@@ -139,14 +139,21 @@ void run_packed(const PackedParams& p, double work, bool can_share) {
   }
 }
 
+template <class Inner>
+void run_dense(const PackedParams& p, double work, bool can_share) {
+  run_packed(p, work, can_share, [&](const AttentionParams& largest, int threads) {
+    return std::make_unique<PackedWorker<Inner>>(p, largest, threads);
+  });
+}
+
 template <class F>
 void packed_forward(const PackedParams& p) {
-  p.causal ? run_packed<Alone<CausalWorker<F>>>(p, 1, false) : run_packed<ForwardWorker<F>>(p, 1, true);
+  p.causal ? run_dense<Alone<CausalWorker<F>>>(p, 1, false) : run_dense<ForwardWorker<F>>(p, 1, true);
 }
 
 template <class F>
 void packed_backward(const PackedParams& p) {
-  p.causal ? run_packed<Alone<CausalBackwardWorker<F>>>(p, 2.5, false) : run_packed<BackwardWorker<F>>(p, 2.5, true);
+  p.causal ? run_dense<Alone<CausalBackwardWorker<F>>>(p, 2.5, false) : run_dense<BackwardWorker<F>>(p, 2.5, true);
 }
 
 }  // namespace

@@ -136,6 +136,7 @@ enum FeatureTensor {
   kLandmarks,
   kBandwidths,
   kWhitening,
+  kCentring,
   kPsi,
   kDPsi,
   kDX,
@@ -145,7 +146,8 @@ enum FeatureTensor {
   kNumFeatures
 };
 constexpr const char* kFeatures[kNumFeatures] = {
-    "x", "landmarks", "bandwidth", "whitening", "psi", "d_psi", "d_x", "d_landmarks", "d_bandwidth", "d_whitening",
+    "x",     "landmarks", "bandwidth",   "whitening",   "centring",    "psi",
+    "d_psi", "d_x",       "d_landmarks", "d_bandwidth", "d_whitening",
 };
 
 void features(const py::tuple& tensors, double bandwidth, int threads, bool backward) {
@@ -162,6 +164,7 @@ void features(const py::tuple& tensors, double bandwidth, int threads, bool back
   p.landmarks = x.needed(kLandmarks, {p.H, p.R, p.D}, compute);
   p.bandwidths = x.view(kBandwidths, {p.H}, compute);
   p.whitening = x.needed(kWhitening, {p.H, p.R, p.R}, compute);
+  p.centring = x.view(kCentring, {p.H, 1, kNumCentring}, compute);
   p.psi = x.view(kPsi, {p.B, p.H, p.N, p.R}, dtype);
   p.d_psi = x.view(kDPsi, {p.B, p.H, p.N, p.R}, dtype);
   p.d_x = x.view(kDX, {p.B, p.H, p.N, p.D}, dtype);

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import reference
 from ..problem import (
     DTYPES,
     Operands,
@@ -280,9 +281,11 @@ def _backward(
 
 
 class _Whitening:
-    """(K_ww + δI)^{-1/2} [H, R, R] in float64, and its backward."""
+    """(K_ww + δI)^{-1/2} [H, R, R] in float64, and its backward; centred, of K̃_ww."""
 
-    def __init__(self, landmarks: Tensor, bandwidth: Tensor | None, scalar: float, ridge: float) -> None:
+    def __init__(
+        self, landmarks: Tensor, bandwidth: Tensor | None, scalar: float, ridge: float, center: bool
+    ) -> None:  # fmt: skip
         w = landmarks.double()
         norm = w.norm(dim=-1, keepdim=True)
         self.inverse_norm = torch.where(norm > 1e-12, 1 / norm, 0.0)  # [H, R, 1]
@@ -290,30 +293,48 @@ class _Whitening:
         beta = w.new_full((w.shape[0],), scalar) if bandwidth is None else bandwidth.double()
         self.beta = beta[:, None, None]
         self.cosine = self.w_hat @ self.w_hat.mT
-        self.kernel = (self.beta * (self.cosine - 1)).exp()  # [H, R, R]
+        self.centring = reference.centring(self.beta, w.shape[-1]) if center else None
+        if self.centring is None:
+            self.kernel = self.slope = (self.beta * (self.cosine - 1)).exp()  # [H, R, R]; slope: dκ/dĉ / β
+        else:
+            directed = self.inverse_norm > 0
+            gain = self.centring.gain * (directed & directed.mT)
+            self.kernel = gain * (self.beta * (self.cosine - self.centring.offset)).expm1()
+            self.slope = self.kernel + gain
         eye = torch.eye(w.shape[1], dtype=torch.float64)
         self.values, self.vectors = torch.linalg.eigh(self.kernel + ridge * eye)
         self.values = self.values.clamp_min(ridge)  # rounding may leave an eigenvalue of K_ww just below 0
         self.matrix = (self.vectors * self.values.rsqrt().unsqueeze(-2)) @ self.vectors.mT
+
+    def numbers(self, dtype: torch.dtype) -> Tensor | None:
+        """The centring's [H, 1, 4], as the kernels take it."""
+        return None if self.centring is None else torch.cat(self.centring, -1).to(dtype)
 
     def backward(self, d_matrix: Tensor) -> tuple[Tensor, Tensor]:
         """(dw [H, R, D], dβ [H]).  √A X + X √A = −W dW W, solved in the eigenbasis of A = K_ww + δI."""
         u, root = self.vectors, self.values.sqrt()
         rotated = u.mT @ d_matrix.double() @ u
         pairs = root.unsqueeze(-1) * root.unsqueeze(-2) * (root.unsqueeze(-1) + root.unsqueeze(-2))
-        d_log = (u @ (-rotated / pairs) @ u.mT) * self.kernel
+        d_kernel = u @ (-rotated / pairs) @ u.mT
+        d_log = d_kernel * self.slope
         d_cosine = d_log * self.beta
         d_hat = (d_cosine + d_cosine.mT) @ self.w_hat
         along = (d_hat * self.w_hat).sum(-1, keepdim=True)
-        return (d_hat - self.w_hat * along) * self.inverse_norm, (d_log * (self.cosine - 1)).sum((-2, -1))
+        d_w = (d_hat - self.w_hat * along) * self.inverse_norm
+        if self.centring is None:
+            return d_w, (d_log * (self.cosine - 1)).sum((-2, -1))
+        d_beta = d_log * (self.cosine - self.centring.mean) + d_kernel * self.kernel * self.centring.growth
+        return d_w, d_beta.sum((-2, -1))
 
 
-def features(x: Tensor, landmarks: Tensor, bandwidth: Tensor | None, scalar: float, ridge: float) -> Tensor:
+def features(
+    x: Tensor, landmarks: Tensor, bandwidth: Tensor | None, scalar: float, ridge: float, center: bool
+) -> Tensor:
     """x [B, H, N, D], landmarks [H, R, D] -> ψ [B, H, N, R]."""
-    whitening = _Whitening(landmarks, bandwidth, scalar, ridge).matrix.to(landmarks.dtype)
+    whitening, wide = _Whitening(landmarks, bandwidth, scalar, ridge, center), landmarks.dtype
     psi = empty_in_order(x, (*x.shape[:-1], landmarks.shape[1]))
-    tensors = (x, landmarks, bandwidth, whitening, psi, None, None, None, None, None)
-    _C.features(views(tensors), scalar, torch.get_num_threads(), False)
+    given = (x, landmarks, bandwidth, whitening.matrix.to(wide), whitening.numbers(wide))
+    _C.features(views((*given, psi, None, None, None, None, None)), scalar, torch.get_num_threads(), False)
     return psi
 
 
@@ -323,19 +344,20 @@ def features_backward(
     bandwidth: Tensor | None,
     scalar: float,
     ridge: float,
+    center: bool,
     d_psi: Tensor,
     needs: Sequence[bool],
 ) -> tuple[Tensor | None, ...]:
     """(dx, d landmarks, d bandwidth), None where not needed."""
     b, h, _, d = x.shape
     r, wide = landmarks.shape[1], landmarks.dtype
-    whitening = _Whitening(landmarks, bandwidth, scalar, ridge)
+    whitening = _Whitening(landmarks, bandwidth, scalar, ridge, center)
     d_x = empty_in_order(x, x.shape) if needs[0] else None
     parameters = needs[1] or (needs[2] and bandwidth is not None)
     d_w, d_beta, d_whitening = (
         x.new_empty((b, h, *s), dtype=wide) if parameters else None for s in ((r, d), (1, 1), (r, r))
     )
-    given = (x, landmarks, bandwidth, whitening.matrix.to(wide), None, d_psi)
+    given = (x, landmarks, bandwidth, whitening.matrix.to(wide), whitening.numbers(wide), None, d_psi)
     tensors = (*given, d_x, d_w, d_beta, d_whitening)
     _C.features(views(tensors), scalar, torch.get_num_threads(), True)
     if d_w is None or d_beta is None or d_whitening is None:

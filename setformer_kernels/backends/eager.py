@@ -177,14 +177,19 @@ def masked_backward(
     return _vjp(lambda *t: reference.masked(Operands(*t[:-1]), opt, t[-1], causal), (*x, mask), needs, [d_o])
 
 
-def features(x: Tensor, landmarks: Tensor, bandwidth: Tensor | None, scalar: float, ridge: float) -> Tensor:
-    return _in_order(x, _features(x, landmarks, bandwidth, scalar, ridge))
+def features(
+    x: Tensor, landmarks: Tensor, bandwidth: Tensor | None, scalar: float, ridge: float, center: bool
+) -> Tensor:
+    return _in_order(x, _features(x, landmarks, bandwidth, scalar, ridge, center))
 
 
-def _features(x: Tensor, landmarks: Tensor, bandwidth: Tensor | None, scalar: float, ridge: float) -> Tensor:
+def _features(
+    x: Tensor, landmarks: Tensor, bandwidth: Tensor | None, scalar: float, ridge: float, center: bool
+) -> Tensor:
     beta = landmarks.new_full((landmarks.shape[0],), scalar) if bandwidth is None else bandwidth
-    psi = reference.nystrom_features(x.to(compute_dtype(x.dtype)), landmarks, beta[:, None, None], ridge)
-    return psi.to(x.dtype)
+    largest = reference.limit(bandwidth, scalar, x.shape[-1])
+    wide = x.to(compute_dtype(x.dtype))
+    return reference.nystrom_features(wide, landmarks, beta[:, None, None], ridge, center, largest).to(x.dtype)
 
 
 def features_backward(
@@ -193,11 +198,12 @@ def features_backward(
     bandwidth: Tensor | None,
     scalar: float,
     ridge: float,
+    center: bool,
     d_psi: Tensor,
     needs: Sequence[bool],
 ) -> Gradients:
     tensors = (x, landmarks, bandwidth)
-    return _vjp(lambda x, w, beta: _features(x, w, beta, scalar, ridge), tensors, needs, [d_psi])
+    return _vjp(lambda x, w, beta: _features(x, w, beta, scalar, ridge, center), tensors, needs, [d_psi])
 
 
 def _sinkhorn(x: Sinkhorn) -> tuple[Tensor, ...]:

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from .. import functional as SF
-from .attention import OUT_PROJ, merge_heads, split_heads
 from .contract import AttentionInputError, check_dense, check_layout, check_masks, check_tensors, sizes
 from .masks import key_mask_of
 from .nested import packs, pad_all, pad_position, same_lengths, tokens_first
+from .projections import OUT_PROJ, merge_heads, split_heads
 from .reference_set import ReferenceSet
 from .writing import Init, Reset
 

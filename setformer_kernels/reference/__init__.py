@@ -13,6 +13,7 @@ from .attention import (
     weight_factors,
     weights,
 )
+from .centring import LARGEST, Centring, centring, limit, log_bound
 from .features import inverse_sqrt, nystrom_features
 from .logits import kernel_matrix, logits, normalise, squared_distance
 from .memory import read, transport
@@ -22,13 +23,18 @@ from .transport import Plan, lse, pool_weights, potential, read_weights, sinkhor
 NAME = "reference"
 
 __all__ = [
+    "LARGEST",
     "NAME",
+    "Centring",
     "Plan",
     "attention",
     "causal",
     "causal_with_state",
+    "centring",
     "inverse_sqrt",
     "kernel_matrix",
+    "limit",
+    "log_bound",
     "logits",
     "lse",
     "masked",

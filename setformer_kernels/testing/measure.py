@@ -152,7 +152,15 @@ def weights(case: Case, dtype: torch.dtype, backend: str, draw: int = 0) -> Meas
     return beside(_weights, inputs, dtype, _normal((case.B, case.H, case.L, case.S), draw), backend)
 
 
-FEATURES = {"plain": (100, 7, 16), "square": (65, 64, 64), "one": (1, 1, 5), "wide": (33, 16, 256)}  # N, R, D
+FEATURES = {  # N, R, D, center
+    "plain": (100, 7, 16, False),
+    "square": (65, 64, 64, False),
+    "one": (1, 1, 5, False),
+    "wide": (33, 16, 256, False),
+    "centred": (100, 7, 16, True),
+    "centred_square": (65, 64, 64, True),
+    "centred_few": (33, 3, 6, True),
+}
 
 
 def _features(key: Tensor, landmarks: Tensor, **keywords: Any) -> Tensor:
@@ -161,11 +169,13 @@ def _features(key: Tensor, landmarks: Tensor, **keywords: Any) -> Tensor:
 
 def features(name: str, tensor_bandwidth: bool, dtype: torch.dtype, backend: str, draw: int = 0) -> Measured:
     """nystrom_features; with many heads where the bandwidth's gradient is looked at."""
-    n, r, d = FEATURES[name]
+    n, r, d, center = FEATURES[name]
     heads = 24 if tensor_bandwidth else 3
     key, landmarks = _normal((2, heads, n, d), draw), _normal((heads, r, d), draw + 1)
     key[0, 0, 0] = 0
-    inputs = {"key": key, "landmarks": landmarks}
+    if center:
+        landmarks[0, 0] = 0
+    inputs: dict[str, Any] = {"key": key, "landmarks": landmarks, "center": center}
     if tensor_bandwidth:
         inputs["bandwidth"] = torch.linspace(0.7, 1.5, heads, dtype=torch.float64)
     return beside(_features, inputs, dtype, _normal((2, heads, n, r), draw + 2), backend)

@@ -40,6 +40,27 @@ SFK_INLINE Vec<double> scale_by_power(Vec<double> p, Vec<double> n) {
 }
 #endif
 
+// x = n log 2 + r with |r| <= log(2)/2, for x in the range of the result: e^r − 1; `shifted` is n and kMagic.
+template <class F>
+SFK_INLINE Vec<F> reduced_expm1(Vec<F> x, Vec<F>& shifted) {
+  using C = ExpTable<F>;
+  shifted = x * C::kLog2e + C::kMagic;
+  const Vec<F> n = shifted - C::kMagic;
+  Vec<F> r = x - n * C::kLn2Hi;
+  r = r - n * C::kLn2Lo;
+  Vec<F> p = splat<F>(C::c[0]);
+  SFK_UNROLL
+  for (int i = 1; i < C::kTerms; ++i) p = p * r + C::c[i];
+  return (p * r) * r + r;
+}
+
+// 2^n of a normal result; the low bits of `shifted` hold n, and what stands above them is shifted out.
+template <class F>
+SFK_INLINE Vec<F> power_of(Vec<F> shifted) {
+  using C = ExpTable<F>;
+  return bit_cast<Vec<F>>((bit_cast<IVec<F>>(shifted) + C::kBias) << C::kBits);
+}
+
 // exp(x); 0 below the normal range (so exp(−inf) = 0; AVX-512 goes on into the denormals), finite above it, NaN for
 // NaN.
 template <class F>
@@ -51,22 +72,23 @@ SFK_INLINE Vec<F> vexp(Vec<F> x) {
   const F low = C::kLow;
 #endif
   const Vec<F> xc = vmin(splat<F>(C::kHigh), vmax(splat<F>(low), x));
-  const Vec<F> shifted = xc * C::kLog2e + C::kMagic;
-  const Vec<F> n = shifted - C::kMagic;
-  Vec<F> r = xc - n * C::kLn2Hi;
-  r = r - n * C::kLn2Lo;
-  Vec<F> p = splat<F>(C::c[0]);
-  SFK_UNROLL
-  for (int i = 1; i < C::kTerms; ++i) p = p * r + C::c[i];
-  p = (p * r) * r + r + F(1);
+  Vec<F> shifted;
+  const Vec<F> p = reduced_expm1<F>(xc, shifted) + F(1);
 #if defined(__AVX512F__)
-  return scale_by_power(p, n);
+  return scale_by_power(p, shifted - C::kMagic);
 #else
-  // The low bits of `shifted` hold n; what stands above them is shifted out.
-  const IVec<F> exponent = (bit_cast<IVec<F>>(shifted) + C::kBias) << C::kBits;
-  p = p * bit_cast<Vec<F>>(exponent);
-  return x < C::kLow ? Vec<F>{} : p;
+  return x < C::kLow ? Vec<F>{} : p * power_of<F>(shifted);
 #endif
+}
+
+// exp(x) − 1 to the last places also where it is small; finite above the normal range of exp, NaN for NaN.
+template <class F>
+SFK_INLINE Vec<F> vexpm1(Vec<F> x) {
+  using C = ExpTable<F>;
+  Vec<F> shifted;
+  const Vec<F> p = reduced_expm1<F>(vmin(splat<F>(C::kHigh), vmax(splat<F>(C::kLow), x)), shifted);
+  const Vec<F> power = power_of<F>(shifted);
+  return p * power + (power - F(1));
 }
 
 constexpr double kLog2e = 1.4426950408889634;

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ....problem import Operands, Options, replaced
 from ..device.gradients import gradient_tile
-from ..host.groups import sizes_of
+from ..host.groups import Segments, sizes_of
 from ..host.launch import Split, device_of, split_tokens
 from ..host.rows import TOKENS, token_gradients
 from ..host.tiles import padded
@@ -33,33 +33,45 @@ def pool_backward(
     return _backward(x, opt, (z, c), (None, d_z, d_c), needs)
 
 
+def packed_backward(
+    x: Operands, opt: Options, at: tuple[Segments, Segments], state: tuple[Tensor, Tensor],
+    incoming: tuple[Tensor | None, ...], needs: Sequence[bool],
+) -> Operands:  # fmt: skip
+    """As `attention_backward`, of a packed batch; at: the segments of queries and of keys; incoming: d_o, d_z, d_c."""
+    return _backward(x, opt, state, incoming, needs, at)
+
+
 def _backward(
-    x: Operands, opt: Options, state: tuple[Tensor, Tensor], incoming: tuple[Tensor | None, ...], needs: Sequence[bool]
-) -> Operands:
+    x: Operands, opt: Options, state: tuple[Tensor, Tensor], incoming: tuple[Tensor | None, ...], needs: Sequence[bool],
+    at: tuple[Segments, Segments] | None = None,
+) -> Operands:  # fmt: skip
     d_o, d_z, d_c = incoming
     need = dict(zip(Operands._fields, needs, strict=True))
     prepared = prepare(x, opt)
     out = token_gradients(x, need)
     rows = {name: out[name].rows if name in out else None for name in (*TOKENS, "log_a")}
+    if at is not None:
+        for gradient in out.values():  # rows that are no segment's
+            gradient.rows.zero_()
     parameters = wants_parameters(x, needs)
     keys = parameters or any(rows[name] is not None for name in ("key", "value", "log_a"))
     rows_per_step = gradient_tile(x, opt).rows
-    queries = Split(0, 0) if x.query is None else _split(x.query, rows_per_step)
-    of_keys = _split(x.key, rows_per_step)
-    parts = new_partials(x, prepared, queries.programs + of_keys.programs, needs)
+    queries = Split(0, 0) if x.query is None else _split(x.query, rows_per_step, at)
+    of_keys = _split(x.key, rows_per_step, at)
+    elements = state[1].shape[0]
+    parts = new_partials(x, prepared, queries.programs + of_keys.programs, needs, elements)
     part_z = None
     if d_o is not None:
         if keys:
-            (b, h, _, e), mp = x.value.shape, prepared.y.shape[1]
-            part_z = x.references.new_empty((b * h, queries.programs, mp, padded(e)))
-        read_backward_prepared(
-            x, opt, prepared, Pooled(state[0], None, state[1]), d_o, queries, rows["query"], part_z, parts
-        )
+            (_, h, _, e), mp = x.value.shape, prepared.y.shape[1]
+            part_z = x.references.new_empty((elements * h, queries.programs, mp, padded(e)))
+        pooled = Pooled(state[0], None, state[1])
+        read_backward_prepared(x, opt, prepared, pooled, d_o, queries, rows["query"], part_z, parts, at)
     if keys:
         given = Cotangents(part_z, queries.programs, *(None if t is None else t.contiguous() for t in (d_z, d_c)))
         of_rows = KeyGradients(rows["key"], rows["value"], rows["log_a"])
         log_b = need["log_b"] and x.log_b is not None
-        transport_backward(x, opt, prepared, state, given, of_keys, of_rows, parts, log_b)
+        transport_backward(x, opt, prepared, state, given, of_keys, of_rows, parts, log_b, at[1] if at else Segments())
     found: dict[str, Tensor | None] = {name: gradient.delivered() for name, gradient in out.items()}
     found |= parameter_gradients(x, opt, prepared, parts, needs)
     return Operands._make(found.get(name) for name in Operands._fields)
@@ -88,7 +100,9 @@ def read_backward(
     return Operands._make(found.get(name) for name in Operands._fields), d_z, d_g
 
 
-def _split(tokens: Tensor, rows: int) -> Split:
-    """How the tokens of a head are shared among programs."""
+def _split(tokens: Tensor, rows: int, at: tuple[Segments, Segments] | None = None) -> Split:
+    """How the tokens of a head are shared among programs; those of a segment are not."""
     b, h, n, _ = tokens.shape
+    if at is not None:
+        return Split(max(n, 1), 1)
     return split_tokens(n, rows, b * h, device_of(tokens).multiprocessors)
