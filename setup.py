@@ -42,6 +42,7 @@ UNITS = [
     "masked_backward",
     "masked",
     "causal",
+    "step",
     "features",
     "table",
 ]

@@ -90,12 +90,11 @@ def set_causal(
 
 def scan(x: Operands, opt: Options, stream: Stream = NO_STREAM, with_state: bool = False) -> tuple[Tensor, Tensor]:
     """o [B, H, L, E] and, `with_state`, the state after the last key, of a checked call with L = S > 0."""
-    plain = not with_state and stream.log_decay is None and stream.initial_state is None
-    if not plain:
+    if dispatch.choose(attention_problem("causal", x, opt), opt.backend, logits(x)) != dispatch.REFERENCE:
+        return ops.causal.set_causal(*x, *stream, *opt, with_state)
+    if with_state or stream is not NO_STREAM:
         return reference.causal_with_state(x, opt, stream)
-    if dispatch.choose(attention_problem("causal", x, opt), opt.backend, logits(x)) == dispatch.REFERENCE:
-        return reference.causal(x, opt), x.value
-    return ops.causal.set_causal(*x, *opt), x.value
+    return reference.causal(x, opt), layout.empty_like(x, False)
 
 
 @leaf
@@ -152,7 +151,9 @@ def set_step(
     gates = _stream(x, (b, h, 1), None, decay).log_decay
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (state, *x, gates)):
         raise ValueError("set_step has no gradient: call it under torch.no_grad(), or set_causal with initial_state")
-    return reference.step(x, opt, state, gates, state_indices).squeeze(2)
+    if dispatch.choose(attention_problem("causal", x, opt), opt.backend, logits(x)) == dispatch.REFERENCE:
+        return reference.step(x, opt, state, gates, state_indices).squeeze(2)
+    return ops.step.set_step(state, *x, gates, state_indices, *opt).squeeze(2)
 
 
 def merge_states(a: Tensor, b: Tensor) -> Tensor:
@@ -212,7 +213,7 @@ def _stream(
         _check_state("initial_state", initial_state, sizes, dtype)
     checks.same_device("key", x.key, initial_state=initial_state, log_decay=log_decay)
     if log_decay is None:
-        return Stream(None, initial_state)
+        return NO_STREAM if initial_state is None else Stream(None, initial_state)
     checks.tensor("log_decay", log_decay, "BHS")
     checks.shape("log_decay", log_decay, tuple(tokens), "B, H and S of the key")
     if log_decay.device.type == "cpu" and unwatched((log_decay,)) and bool((log_decay > 0).any()):

@@ -14,20 +14,21 @@ import torch
 from torch import Tensor
 
 from benchmarks.compiled.gpus import AMD, GPUS
-from setformer_kernels.problem import HYPER, Operands, Options, Sinkhorn
+from setformer_kernels.problem import HYPER, Operands, Options, Sinkhorn, Stream
 
 MULTIPROCESSORS = {gpu.family: gpu.multiprocessors for gpu in GPUS.values()}
 
 
 # What a call may come with; a position is three operands, and a dropout a seed.
 OPTIONAL = ("log_a", "log_b", *HYPER, "position", "dropout")
+STREAM = ("log_decay", "initial_state")  # what a causal call may also come with; with the second it leaves a state
 
 
 @dataclass(frozen=True)
 class Call:
     """One call, forward or backward."""
 
-    op: str  # "attention", "pool", "causal", "features", "sinkhorn"
+    op: str  # "attention", "pool", "causal", "step", "features", "sinkhorn"
     backward: bool = False
     T: int = 3
     dtype: torch.dtype = torch.bfloat16
@@ -39,12 +40,12 @@ class Call:
     M: int = 64
     rich: bool = False  # with everything of OPTIONAL and all its gradients
     kernel: str = "rbf"
-    given: tuple[str, ...] | None = None  # of OPTIONAL, if neither all nor nothing
+    given: tuple[str, ...] | None = None  # of OPTIONAL and STREAM, if neither all nor nothing
     wanted: str = ""  # the operand whose gradient alone is asked for, if not that of each
 
     def __str__(self) -> str:
         parts = [self.op, "backward" if self.backward else "forward"]
-        parts += [f"T={self.T}"] if self.op in ("attention", "pool", "causal") else []
+        parts += [f"T={self.T}"] if self.op in ("attention", "pool", "causal", "step") else []
         parts += [] if self.kernel == "rbf" else [self.kernel]
         parts += ["rich"] if self.rich else []
         parts += [] if self.given is None else ["with", *(self.given or ["nothing"])]
@@ -93,11 +94,29 @@ def _run_attention(backend: Any, call: Call) -> None:
     if call.op == "attention":
         backend.attention_backward(x, opt, z, c, d_o, learned) if call.backward else backend.attention(x, opt)
     elif call.op == "causal":
-        backend.causal_backward(x, opt, d_o, learned) if call.backward else backend.causal(x, opt)
+        _run_causal(backend, call, x, opt, d_o, learned)
     elif call.backward:
         backend.pool_backward(x, opt, z, c, torch.empty_like(z), torch.empty_like(c), learned)
     else:
         backend.pool(x, opt)
+
+
+def _run_causal(backend: Any, call: Call, x: Operands, opt: Options, d_o: Tensor, learned: list[bool]) -> None:
+    decay, state = torch.empty(x.key.shape[:3]), torch.empty(call.B, call.H, call.M, 2 * call.E + 3)
+    stream = Stream(*(t if call.has(name) else None for name, t in zip(STREAM, (decay, state), strict=True)))
+    streamed = stream.initial_state is not None
+    if call.backward:
+        needs = [*learned, *(t is not None and call.wanted == "" for t in stream)]
+        backend.causal_backward(x, opt, d_o, needs, stream, torch.empty_like(state) if streamed else None)
+    else:
+        backend.causal(x, opt, stream, streamed)
+
+
+def _run_step(backend: Any, call: Call) -> None:
+    x, states = operands(replace(call, L=1)), torch.empty(call.B, call.H, call.M, 2 * call.E + 3)
+    decay = torch.empty(call.B, call.H, 1) if call.has("log_decay") else None
+    rows = torch.empty(call.B, dtype=torch.int32) if call.has("initial_state") else None
+    backend.step(x._replace(seed=None), Options(num_iters=call.T, kernel=call.kernel), states, decay, rows)
 
 
 def _run_features(backend: Any, call: Call) -> None:
@@ -132,6 +151,7 @@ RUN: dict[str, Callable[[Any, Call], None]] = {
     "attention": _run_attention,
     "pool": _run_attention,
     "causal": _run_attention,
+    "step": _run_step,
     "features": _run_features,
     "sinkhorn": _run_sinkhorn,
 }
@@ -163,6 +183,7 @@ def _sizes(dtype: torch.dtype) -> Iterator[Call]:
         base = Call("attention", dtype=dtype, D=D, E=D, M=M)
         for call in (base, replace(base, op="causal", T=1), replace(base, op="features")):
             yield from _both(call)
+        yield replace(base, op="step", T=1)
 
 
 def _options(dtype: torch.dtype) -> Iterator[Call]:
@@ -173,6 +194,7 @@ def _options(dtype: torch.dtype) -> Iterator[Call]:
         yield from _both(call)
     for call in (replace(rich, op="causal", T=1), replace(rich, op="features")):
         yield from _both(call)
+    yield replace(rich, op="step", T=1)
 
 
 def table_calls(family: str) -> list[Call]:

@@ -2,6 +2,8 @@
 //
 // With G_j = Σ_{i>=s} (W^q_ij/C_ij) dO_i and h_j = Σ_{i>=s} (d log C_ij)/C_ij, both kept scaled by C_sj:
 // t_sj = dω_sj = p_sj (⟨G_j, v_s⟩ + h_j), p_sj = e^{ω_sj}/C_sj;  dv_s = Σ_j p_sj G_j.
+// The gradient of the final state is where G and h begin, and they end at that of the initial one.  Γ_s moves ω_s alone
+// against it, and the final state: d log γ_s = Σ_j (⟨dN_j, N_j⟩ + dC_j C_j) − Σ_{r>=s} Σ_j dω_rj.
 #pragma once
 #include "causal.h"
 #include "gradients.h"
@@ -12,7 +14,7 @@ namespace {
 template <class F>
 class CausalBackwardWorker {
  public:
-  explicit CausalBackwardWorker(const AttentionParams& p)
+  explicit CausalBackwardWorker(const CausalParams& p)
       : p_(p),
         refs_(p),
         grads_(refs_, p.d_references.data, p.d_hyper.data),
@@ -21,7 +23,10 @@ class CausalBackwardWorker {
         Mp_(refs_.Mp),
         Ep_(pad<F>(p.E)),
         scan_(p.M, Mp_, Ep_),
+        carried_(p.M, Mp_, p.E, Ep_),
+        gates_(p, rows_),
         la_(p.S),
+        log_decay_(p.S),
         top_(p.S * Mp_),
         sum_(p.S * Mp_),
         weight_(p.S * Mp_),
@@ -44,7 +49,8 @@ class CausalBackwardWorker {
         G_(Mp_ * Ep_),
         mask_(Mp_),
         h_(Mp_) {
-    grads_.balanced = true;
+    // A state that came in, or a gradient of the one that went out, takes a share of what the dω sum to.
+    grads_.balanced = !p.initial && !p.d_final;
   }
 
   void run(int64_t item) {
@@ -52,14 +58,14 @@ class CausalBackwardWorker {
     refs_.pack(p_, h);
     grads_.clear(refs_);
     source_.b = b, source_.h = h, source_.lo = 0, source_.la = la_;
-    load_log_mass<F>(p_, b, h, 0, p_.S, la_);
+    load_masses<F>(p_, b, h, la_);
     fill(d_log_b_.data(), Mp_, F(0));
-    scan_.reset();
+    carried_.load_state(p_.initial, b, h);
     for (int64_t row0 = 0; row0 < p_.S; row0 += rows_) forward_block(b, h, row0, std::min(rows_, p_.S - row0));
-    fill(G_.data(), Mp_ * Ep_, F(0));
-    fill(h_.data(), Mp_, 0.0);
+    begin_reverse(b, h);
     for (int64_t row0 = (p_.S - 1) / rows_ * rows_; p_.S && row0 >= 0; row0 -= rows_)
       reverse_block(b, h, row0, std::min(rows_, p_.S - row0));
+    if (p_.d_initial) end_reverse(b, h);
     store_ref_grads<F>(refs_, b, h, grads_, p_.d_references, p_.d_ref_pos);
     const Block<F> d_log_b(p_.d_log_b, b, h), d_hyper(p_.d_hyper, b, h);
     for (int64_t j = 0; d_log_b && j < p_.M; ++j) d_log_b(j, 0) = d_log_b_[j];
@@ -79,7 +85,11 @@ class CausalBackwardWorker {
     if (refs_.P) load_rows<F>(p_.query_pos, b, h, row0, n, nullptr, pos, refs_.P);
     kernel_tile<F>(refs_, n, x, inv, kappa_);
     logit_tile<F>(refs_, n, kappa_, pos, ds_);
+    gates_.load(p_, b, h, row0, n);
+    std::copy(gates_.log.data(), gates_.log + n, log_decay_ + row0);
+    scan_.begin(carried_);
     for (int64_t i = 0; i < n; ++i) forward_step(b, h, row0, i);
+    if (row0 + n < p_.S || p_.d_final) carried_.add(n, tile_, gates_.fading(), v_, gates_.sum);
     logit_grads<F>(refs_, n, kappa_, pos, ds_, static_cast<const F*>(nullptr), grads_);
     for (int64_t k = 0; k < n * Mp_; ++k) ds_[k] *= refs_.inv_eps;
     kernel_grads<F>(refs_, n, x, inv, kappa_, ds_, p_.d_query ? d_x_.data() : nullptr, grads_);
@@ -89,7 +99,7 @@ class CausalBackwardWorker {
   void forward_step(int64_t b, int64_t h, int64_t row0, int64_t i) {
     const int64_t s = row0 + i;
     F *w = weight_ + s * Mp_, *d_log_c = d_log_c_ + s * Mp_, *ds = ds_ + i * Mp_;
-    la_[s] == -kInf<F> ? scan_.stay() : scan_.advance(tile_ + i * Mp_);
+    la_[s] == -kInf<F> ? scan_.stay() : scan_.advance(tile_ + i * Mp_, gates_.log[i]);
     std::copy(scan_.top.data(), scan_.top + Mp_, top_ + s * Mp_);
     std::copy(scan_.sum.data(), scan_.sum + Mp_, sum_ + s * Mp_);
     if (!scan_.seen) {
@@ -128,6 +138,46 @@ class CausalBackwardWorker {
     for (int64_t j = p_.M; j < Mp_; ++j) ds[j] = w[j] = d_log_c[j] = 0;
   }
 
+  // G and h after the last token, in units of C there; what the gates' gradients begin with.
+  void begin_reverse(int64_t b, int64_t h) {
+    fill(G_.data(), Mp_ * Ep_, F(0));
+    fill(h_.data(), Mp_, 0.0);
+    d_gate_ = 0;
+    Buffer<F> row(2 * p_.E + 3);
+    for (int64_t j = 0; p_.d_final && j < p_.M; ++j) {
+      load_row_of<F>(p_.d_final, b, h, j, row);
+      const F c = carried_.c[j] + carried_.c_lost[j];
+      for (int64_t e = 0; e < p_.E; ++e) {
+        const int64_t at = j * Ep_ + e;
+        G_[at] = row[e] * c;
+        d_gate_ += static_cast<double>(row[e]) * (carried_.n[at] + carried_.n_lost[at]);
+      }
+      h_[j] = static_cast<double>(row[p_.E]) * c;
+      d_gate_ += h_[j];
+    }
+  }
+
+  // The gradient of the initial state, from G and h of the first token.
+  void end_reverse(int64_t b, int64_t h) {
+    Buffer<F> row(2 * p_.E + 3);
+    carried_.load_state(p_.initial, b, h);
+    scan_.begin(carried_);
+    for (int64_t j = 0; j < p_.M; ++j) {
+      const bool held = scan_.sum[j] > 0;
+      const F ratio = held && p_.S ? ratio_of(j, scan_.top, scan_.sum, top_, sum_, log_decay_[0]) : F(1);
+      const F unit = held ? ratio / scan_.sum[j] : F(0);
+      for (int64_t e = 0; e < p_.E; ++e) row[e] = row[p_.E + 1 + e] = G_[j * Ep_ + e] * unit;
+      row[p_.E] = row[2 * p_.E + 1] = static_cast<F>(h_[j] * unit);
+      row[2 * p_.E + 2] = 0;
+      store_row_of<F>(p_.d_initial, b, h, j, row);
+    }
+  }
+
+  // γ C/C' of a token's sums C and those C' of the next, whose log gate is given.
+  static F ratio_of(int64_t j, const F* top, const F* sum, const F* next_top, const F* next_sum, F log_decay) {
+    return std::exp(top[j] - next_top[j] + log_decay) * sum[j] / next_sum[j];
+  }
+
   void reverse_block(int64_t b, int64_t h, int64_t row0, int64_t n) {
     source_.load_keys(row0, n);
     kernel_tile<F>(refs_, n, source_.x, source_.inv, kappa_);
@@ -153,8 +203,10 @@ class CausalBackwardWorker {
     fill(dv, Ep_, F(0));
     F df = 0;
     for (int64_t j = 0; j < p_.M; ++j) {
-      // C_sj/C_{s+1,j} and e^{ω_sj}/C_sj; sums start at the first key, and none comes before it.
-      const F ratio = later && top[j] != -kInf<F> ? std::exp(top[j] - top[Mp_ + j]) * sum[j] / sum[Mp_ + j] : F(0);
+      // γ C_sj/C_{s+1,j} and e^{ω_sj}/C_sj; sums start at the first key, and none comes before it.
+      const F ratio = top[j] == -kInf<F> ? F(0)
+                      : later            ? ratio_of(j, top, sum, top + Mp_, sum + Mp_, log_decay_[s + 1])
+                                         : F(1);
       const F p = present ? std::exp(omega[j] - top[j]) / sum[j] : F(0);
       h_[j] = h_[j] * ratio + d_log_c_[s * Mp_ + j];
       Vec<F> acc{};
@@ -168,7 +220,8 @@ class CausalBackwardWorker {
       dp_[j] = present ? static_cast<F>(p * (reduce_add<F>(acc) + h_[j])) : F(0);
       df += dp_[j];
     }
-    if (p_.T && present) grads_.hyper[kLambdaA] -= df * (static_cast<double>(lse_[i]) - refs_.middle_logit());
+    const F middle = grads_.balanced ? refs_.middle_logit() : F(0);
+    if (p_.T && present) grads_.hyper[kLambdaA] -= df * (static_cast<double>(lse_[i]) - middle);
     const F back = p_.T && present ? -refs_.lam_a * df : F(0);
     totals_[i] = df + back;
     for (int64_t j = 0; j < p_.M; ++j) {
@@ -180,23 +233,31 @@ class CausalBackwardWorker {
     if (p_.d_log_a)
       static_cast<F*>(p_.d_log_a.data)[b * p_.d_log_a.stride[0] + h * p_.d_log_a.stride[1] + s * p_.d_log_a.stride[2]] =
           df;
+    d_gate_ -= df;
+    if (p_.d_log_decay) {
+      const View& v = p_.d_log_decay;
+      static_cast<F*>(v.data)[b * v.stride[0] + h * v.stride[1] + s * v.stride[2]] = static_cast<F>(d_gate_);
+    }
   }
 
-  const AttentionParams& p_;
+  const CausalParams& p_;
   Refs<F> refs_;
   RefGrads<F> grads_;
   KeySource<F> source_;
   int64_t rows_, Mp_, Ep_;
   Scan<F> scan_;
+  Carried<F> carried_;
+  BlockGates<F> gates_;
+  double d_gate_ = 0;  // of the gate of the token that the reverse scan is at
   // Column maxima and sums, W^q (dropped) and d log C of every token of one head: what the reverse scan needs.
-  Buffer<F> la_, top_, sum_, weight_, log_c_, d_log_c_, kappa_, tile_, ds_, v_, d_o_, dv_, d_x_, lse_, row_top_,
-      row_sum_, totals_, g_, dp_, d_log_b_, G_;
+  Buffer<F> la_, log_decay_, top_, sum_, weight_, log_c_, d_log_c_, kappa_, tile_, ds_, v_, d_o_, dv_, d_x_, lse_,
+      row_top_, row_sum_, totals_, g_, dp_, d_log_b_, G_;
   Buffer<F> mask_;
   Buffer<double> h_;  // a long sum that cancels against ⟨G, v⟩
 };
 
 template <class F>
-void causal_backward(const AttentionParams& p) {
+void causal_backward(const CausalParams& p) {
   run_heads<CausalBackwardWorker<F>>(p);
 }
 

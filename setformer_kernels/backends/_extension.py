@@ -118,7 +118,7 @@ def _load() -> tuple[ModuleType | None, str]:
         if any((folder / f"_C{suffix}").exists() for suffix in EXTENSION_SUFFIXES):
             return None, f"the C++ extension {name} cannot be loaded ({error})"
         return None, _absence(folder)
-    if getattr(module, "OPERANDS", None) != Operands._fields[:-1] or not hasattr(module, "attention_weights"):
+    if getattr(module, "OPERANDS", None) != Operands._fields[:-1] or not hasattr(module, "step"):
         return None, f"the C++ extension {name} is of another version of this package: pip install -e . builds it again"
     return module, ""
 
