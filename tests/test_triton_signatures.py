@@ -87,6 +87,9 @@ def launches() -> Iterator[Any]:
             call = Call(op, T=1 if op in ("causal", "step") else 3, B=2, L=1024, dtype=dtype, rich=rich)
             for one in (call, replace(call, backward=True)):
                 yield from workloads.launches(one, "sm_90")
+    for backward in (False, True):
+        call = Call("causal", backward, T=1, B=2, L=1024, given=workloads.STREAM)
+        yield from workloads.launches(call, "sm_90")
     for backward in (False, True):  # what stays in registers
         yield from workloads.launches(Call("sinkhorn", backward, L=64, dtype=torch.float32), "sm_90")
 

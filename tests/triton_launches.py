@@ -76,6 +76,9 @@ def _all_recorded() -> Iterator[Any]:
                 call = Call(op, T=1 if op in ("causal", "step") else 3, B=2, H=3, L=40, M=32, dtype=dtype, rich=rich)
                 for one in (call, replace(call, backward=True)):
                     yield from workloads.launches(one, "sm_90")
+    call = Call("causal", T=1, B=2, H=3, L=40, M=32, given=workloads.STREAM)
+    for one in (call, replace(call, backward=True)):
+        yield from workloads.launches(one, "sm_90")
 
 
 def _form(value: Any) -> Any:

@@ -53,8 +53,8 @@ class Call:
         return " ".join(parts)
 
     def has(self, name: str) -> bool:
-        """Whether an operand of OPTIONAL is there."""
-        return name in self.given if self.given is not None else self.rich
+        """Whether an operand of OPTIONAL or STREAM is there."""
+        return name in self.given if self.given is not None else self.rich and name not in STREAM
 
 
 def operands(call: Call) -> Operands:
@@ -194,6 +194,7 @@ def _options(dtype: torch.dtype) -> Iterator[Call]:
         yield from _both(call)
     for call in (replace(rich, op="causal", T=1), replace(rich, op="features")):
         yield from _both(call)
+    yield from _both(replace(base, op="causal", T=1, given=STREAM))
     yield replace(rich, op="step", T=1)
 
 
@@ -214,6 +215,8 @@ def _amd_calls(family: str) -> Iterator[Call]:
     for base in (half, single, replace(half, D=128, E=128, M=128)) if family == "gfx942" else (half,):
         for call in (base, replace(base, op="causal", T=1), replace(base, op="features")):
             yield from _both(call)
+        yield from _both(replace(base, op="causal", T=1, given=STREAM))
+        yield replace(base, op="step", T=1)
     for rows in (64, 4096):
         yield from _both(Call("sinkhorn", T=20, dtype=torch.float32, L=rows))
 
@@ -238,6 +241,11 @@ def every_operand() -> Iterator[Call]:
         yield from _every_operand(call)
     for call in (replace(base, T=1), replace(base, T=0), replace(base, op="causal", T=0), replace(base, kernel="dot")):
         yield from _both(call)
+    step = replace(base, op="step", T=1)
+    for given in (STREAM[:1], STREAM[1:], STREAM):
+        yield from _both(replace(base, op="causal", T=1, given=given))
+        yield replace(step, given=(*given, "log_a"))
+    yield from (step, replace(step, rich=True))
     features = replace(base, op="features")
     for call in (features, replace(features, rich=True)):
         yield from _both(call)

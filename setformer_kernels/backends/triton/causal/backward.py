@@ -90,7 +90,7 @@ class Work(NamedTuple):
     d_logits: Tensor  # [heads, chunks, BC, MP] dS, then dω
     later_o: Tensor  # [heads, chunks, MP, EP] G
     later_c: Tensor  # [heads, chunks, MP] η
-    crossing: Tensor | None  # [heads, chunks, BC] what passes each key from and to its chunk's keys, see `crossings`
+    crossing: Tensor | None  # [heads, chunks, BC] what each key gives to later chunks, then `crossings` with it
     incoming: Tensor | None  # [heads, chunks, BC] what each query gets from earlier chunks; both where gates need them
     sums: Tensor | None  # [heads, chunks, SUMS] as in Partials
 
@@ -196,11 +196,44 @@ def causal_keys_backward_kernel(
         if d_value is not None:
             dv = dot(to_values, do, cut.PRECISION) + dot(carried_operand, later, cut.PRECISION)
             store_rows(d_values, rows, asked, e, sizes.E, dv)
-    to_later = carried * from_later
-    tl.store(tile_at(work.d_logits, at, cut.ROWS, sizes), d_omega + to_later)
+    tl.store(tile_at(work.d_logits, at, cut.ROWS, sizes), d_omega + carried * from_later)
     if work.crossing is not None:
-        crossing = crossings(w, d_c, d, a, known, tl.sum(to_later, 1), FACTOR, cut.PRECISION)
-        tl.store(work.crossing + at * cut.ROWS + tl.arange(0, cut.ROWS), crossing)
+        tl.store(work.crossing + at * cut.ROWS + tl.arange(0, cut.ROWS), tl.sum(carried * from_later, 1))
+
+
+@kernel
+def causal_gates_backward_kernel(
+    key, stride_kb, stride_kh, stride_kn,  # [B, H, L, D], strides in units of cut.STEP
+    value, stride_vb, stride_vh, stride_vn,  # [B, H, L, E], likewise
+    log_a, stride_ab, stride_ah, stride_an,  # [B, H, L] or None
+    position, stride_pb, stride_ph, stride_pn,  # [B, H, L, P] or None
+    d_o, stride_ob, stride_oh, stride_on,  # [B, H, L, E], as the keys
+    references, scalars, work,  # References, Scalars, Work
+    H, L, chunks, first_head, first_chunk,
+    rule, sizes, cut,
+):  # fmt: skip
+    """One chunk's sums over the pairs of its tokens and over what its keys give to later chunks, for each key between.
+
+    Apart from the keys' kernel, whose registers it would take.
+    """
+    token: tl.constexpr = value.dtype.element_ty
+    FACTOR: tl.constexpr = tl.float32 if token == tl.float16 else token
+    at, number, chunk = place(chunks, first_head, first_chunk)
+    number = number.to(tl.int64)
+    b, h = number // H, number % H
+    keys = rows_of(key, b, h, stride_kb, stride_kh, stride_kn, L, cut.STEP)
+    values = rows_of(value, b, h, stride_vb, stride_vh, stride_vn, L, cut.STEP)
+    gradients = rows_of(d_o, b, h, stride_ob, stride_oh, stride_on, L, cut.STEP)
+    masses = rows_of(log_a, b, h, stride_ab, stride_ah, stride_an, L, 1) if log_a is not None else None
+    places = places_of(position, references, b, h, stride_pb, stride_ph, stride_pn, sizes) if sizes.P > 0 else None
+    head = head_of(references, h, sizes, cut)
+    rows, asked, log_b, known = chunk_keys(
+        keys, masses, places, head, work.log_c, at, number, chunk, scalars, rule, sizes, cut
+    )
+    d = pair_products(gradients, values, rows, asked, known, scalars.seed, sizes, cut)
+    w, d_c = (tl.load(tile_at(work.weights, at, cut.ROWS, sizes)), tl.load(tile_at(work.d_sums, at, cut.ROWS, sizes)))
+    crossing = work.crossing + at * cut.ROWS + tl.arange(0, cut.ROWS)
+    tl.store(crossing, crossings(w, d_c, d, known, tl.load(crossing), FACTOR, cut.PRECISION))
 
 
 class Call(NamedTuple):
@@ -330,6 +363,8 @@ def _part_backward(call: Call, part: Part, passed: Tensor, passed_back: tuple[Te
     args = (*arguments.keys, *arguments.output, *strided(out["value"]), *groups, *counts)
     launch(causal_keys_backward_kernel, programs, args, arguments.of_keys, arguments.tile)
     if call.d_gates is not None:
+        args = (*arguments.keys, *arguments.output, *groups, *counts)
+        launch(causal_gates_backward_kernel, programs, args, arguments.of_keys, arguments.tile)
         mine, chunks = slice(part.first_head, None), slice(part.first_chunk, None)
         found = gate_gradient(work.crossing, work.incoming, products)
         call.d_gates[mine, chunks][: part.heads, : part.chunks] = found

@@ -265,7 +265,7 @@ def key_gradient(w, d_log_c, d, chunk, FACTOR: tl.constexpr, cut):
 
 
 @triton.jit
-def crossings(w, d_log_c, d, a, chunk, from_keys, FACTOR: tl.constexpr, PRECISION: tl.constexpr):
+def crossings(w, d_log_c, d, chunk, from_keys, FACTOR: tl.constexpr, PRECISION: tl.constexpr):
     """What passes each key r of the chunk [BC]: from its earlier keys to its own later queries, and to later chunks.
 
     Σ_{i≥r>s} Σ_j e^{ω_sj}/C_ij (W_ij ⟨do_i, v_s⟩ + d log C_ij) + Σ_{s<r} from_keys_s, as sums over the pairs that
@@ -274,15 +274,17 @@ def crossings(w, d_log_c, d, a, chunk, from_keys, FACTOR: tl.constexpr, PRECISIO
     i = tl.arange(0, d.shape[0])
     seen = chunk.log_c > -INF
     safe = finite_or_zero(chunk.log_c)
-    pairs = a * d
+    pairs = d
     if chunk.narrow:
-        e = tl.exp2(chunk.omega - chunk.ref[None, :])
+        e = tl.trans(rounded(tl.exp2(chunk.omega - chunk.ref[None, :]), FACTOR))
         fade = tl.where(seen, tl.exp2(chunk.ref[None, :] - safe), 0.0)
-        pairs += lower(dot(rounded(d_log_c * fade, FACTOR), tl.trans(rounded(e, FACTOR)), PRECISION))
+        pairs = d * dot(rounded(w * fade, FACTOR), e, PRECISION)
+        pairs = lower(pairs + dot(rounded(d_log_c * fade, FACTOR), e, PRECISION))
     else:
+        pairs = tl.zeros_like(d)
         for s in range(chunk.count):
-            column = tl.sum(d_log_c * _ratio(chunk, safe, s), 1)
-            pairs += tl.where((i == s)[None, :], column[:, None], 0.0)
+            column = tl.sum((column_of(d, s)[:, None] * w + d_log_c) * _ratio(chunk, safe, s), 1)
+            pairs = tl.where((i == s)[None, :], column[:, None], pairs)
     later = tl.cumsum(pairs, 0, reverse=True)
     inside = tl.sum(tl.where(i[:, None] > i[None, :], later, 0.0), 1)
     return inside + tl.sum(tl.where(i[:, None] > i[None, :], from_keys[None, :], 0.0), 1)
