@@ -10,12 +10,12 @@ PIP := $(RUN) -m pip
 CSRC := $(shell find csrc -name '*.cpp' -o -name '*.hpp' -o -name '*.h' -o -name '*.inc' -o -name '*.cu' -o -name '*.cuh' 2>/dev/null)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-rest test-all test-models bench gpu resources cuda-resources model docs lint types wheel sanitize clean
+.PHONY: help demo test test-rest test-all test-models bench gpu resources cuda-resources model docs lint types wheel sanitize aarch64 clean
 
 help:
 	@echo "make demo      train and compare on real input (3 minutes); results in demo_output/"
 	@echo "make test      every op on every backend, the module's contract (5 minutes on two cores)"
-	@echo "make test-all  that and the rest: every case on the stand-ins for a GPU, benchmarks, installation, pages"
+	@echo "make test-all  that and the rest: every case on the stand-ins for a GPU, benchmarks, installation, pages (25 minutes)"
 	@echo "make test-models  the models in timm and transformers, and the recipes, in .venv-models with the newest torch"
 	@echo "make bench     the side-by-side benchmark table; results in benchmarks/results/"
 	@echo "make gpu       on a machine with a GPU: tests on real kernels, benchmarks, profiles, sanitizer (no installation)"
@@ -27,6 +27,7 @@ help:
 	@echo "make types     mypy on the package"
 	@echo "make wheel     an sdist and a manylinux wheel in dist/, checked and tried in an empty environment"
 	@echo "make sanitize  the C++ tests under AddressSanitizer and UBSan"
+	@echo "make aarch64   the C++ tests compiled for Arm, run by an emulator (apt: g++-aarch64-linux-gnu qemu-user)"
 	@echo "make clean     remove what was built and installed"
 	@echo "PYTHON=python3.12 picks the interpreter, VENV=dir the environment, PYTEST_FLAGS='-x -k name' what pytest gets"
 	@echo "GPU_FLAGS='--only canary --only headline' picks steps of make gpu"
@@ -87,6 +88,9 @@ wheel:
 
 sanitize:
 	$(MAKE) -C csrc -j$(CORES) sanitize cuda-sanitize
+
+aarch64:
+	$(MAKE) -C csrc -j$(CORES) aarch64
 
 clean:
 	rm -rf $(VENV)/.installed $(VENV)/.lint $(VENV)/.docs .venv-models/.installed build dist site demo_output *.egg-info setformer_kernels/_C*.so

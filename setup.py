@@ -2,7 +2,9 @@
 
 The extension needs neither torch nor its headers.  One build holds the kernels for every instruction set of the
 architecture and chooses at run time.  What is built stays in build/, and only what changed, or includes what changed,
-is compiled again.  Without a compiler the package still installs, on the reference: the build says
+is compiled again, by the records that ninja would keep: the compiler's of what a source includes, and the arguments'
+beside each object.  A pool of threads runs the compilers; ninja would do no more with these few files, whose longest
+ends the build.  Without a compiler the package still installs, on the reference: the build says
 what was missing, and leaves it beside the package for `python -m setformer_kernels info`.
 
 SETFORMER_KERNELS_CPU_BUILD=all|native: the kernels of every instruction set, or of this machine's widest alone, for a
@@ -36,6 +38,7 @@ PLAIN = ["python/bindings.cpp", "cpu/isa/dispatch.cpp", "cpu/base/scratch.cpp", 
 # Compiled once for each instruction set; those that take longest first.
 UNITS = [
     "sinkhorn",
+    "packed",
     "attention_backward",
     "attention",
     "causal_backward",
@@ -46,22 +49,30 @@ UNITS = [
     "features",
     "table",
 ]
+TILE_UNITS = ["amx"]  # compiled where there are tile registers
 WIDE = ["-mprefer-vector-width=512"]  # gcc and clang prefer 256 bits on some targets
 
 
 class Isa(NamedTuple):
-    """An instruction set: the flags that allow it, and the macros by which a compiler says that it may be used."""
+    """An instruction set: the flags that allow it, and the macros by which a compiler says that it may be used.
+
+    One with units of its own has the rest from the instruction set that it is `beside`.
+    """
 
     flags: list[str]
     macros: list[str]
+    units: list[str] = UNITS
+    beside: str = ""
 
 
 AVX512 = ["f", "bw", "dq", "vl"]
 AVX512_FLAGS = [*(f"-mavx512{part}" for part in AVX512), "-mfma", *WIDE]
+AVX512_MACROS = [f"__AVX512{part.upper()}__" for part in AVX512]
+AMX_FLAGS = ["-mavx512bf16", "-mamx-tile", "-mamx-bf16"]  # gcc 11, clang 12
+AMX_MACROS = ["__AVX512BF16__", "__AMX_TILE__", "__AMX_BF16__"]
 ISAS = {  # the widest first
-    "avx512": Isa(
-        [*(f"-mavx512{part}" for part in AVX512), "-mfma", *WIDE], [f"__AVX512{x.upper()}__" for x in AVX512]
-    ),
+    "amx": Isa([*AVX512_FLAGS, *AMX_FLAGS], [*AVX512_MACROS, *AMX_MACROS], TILE_UNITS, "avx512"),
+    "avx512": Isa(AVX512_FLAGS, AVX512_MACROS),
     "avx2": Isa(["-mavx2", "-mfma"], ["__AVX2__", "__FMA__"]),
     "generic": Isa([], []),
 }
@@ -118,10 +129,12 @@ def isas(compiler: list[str]) -> list[str]:
     if not X86:
         return ["generic"]
     if choice == "all":
-        return list(ISAS)
+        tiles = sys.platform == "linux" and compiles(compiler, AMX_FLAGS)
+        return [name for name in ISAS if tiles or name != "amx"]
     command = [*compiler, "-march=native", "-dM", "-E", "-x", "c++", os.devnull]
     defined = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout.split()
-    return [next(name for name, isa in ISAS.items() if set(isa.macros) <= set(defined))]
+    widest = next(name for name, isa in ISAS.items() if set(isa.macros) <= set(defined))
+    return [name for name in (widest, ISAS[widest].beside) if name]
 
 
 def up_to_date(built: Path, arguments: str) -> bool:
@@ -152,10 +165,10 @@ class Build(build_ext):
         notes = [Path(self.get_ext_fullpath(ext.name)).with_name(MISSING)]
         if getattr(self, "editable_mode", False):  # built elsewhere, then copied to the sources if it could be
             notes.append(Path("setformer_kernels", MISSING))
+            self.build_temp = str(Path("build", f"temp.{self.plat_name}-{sys.implementation.cache_tag}"))
         for note in notes:
             note.unlink(missing_ok=True)
         try:
-            self.add_pybind11(ext)
             self.compile_extension(ext)
         except (BaseError, CCompilerError):
             for note in notes:
@@ -176,15 +189,14 @@ class Build(build_ext):
             return f"no C++ compiler was found when it was installed ({compiler[0]!r} does not run): {again}"
         return f"the C++ compiler {compiler[0]!r} could not compile it; pip install -v shows its messages"
 
-    def add_pybind11(self, ext: Extension) -> None:
+    def compile_extension(self, ext: Extension) -> None:
         try:
             import pybind11
         except ImportError as error:
             raise CompileError("pybind11 is missing") from error
-        ext.include_dirs = [*ext.include_dirs, pybind11.get_include()]
-
-    def compile_extension(self, ext: Extension) -> None:
+        self.binding = [pybind11.get_include()]
         if self.compiler.compiler_type != "unix":
+            ext.include_dirs = [*ext.include_dirs, *self.binding]
             return super().build_extension(ext)
         self.set_unix_flags(ext)
         plain = list(ext.define_macros)
@@ -202,7 +214,8 @@ class Build(build_ext):
     def objects(self, ext: Extension) -> list[str]:
         """The compiled sources: each kernel once for every instruction set."""
         chosen = isas(list(self.compiler.compiler_cxx))
-        units = [(f"cpu/isa/{unit}.cpp", isa) for unit in UNITS for isa in chosen]
+        every = [*UNITS, *TILE_UNITS]
+        units = [(f"cpu/isa/{unit}.cpp", isa) for unit in every for isa in chosen if unit in ISAS[isa].units]
         plain = [*PLAIN, *(["python/cuda_bindings.cpp"] if ("SFK_CUDA", "1") in ext.define_macros else [])]
         jobs = [(plain[0], ""), *units, *((source, "") for source in plain[1:])]
         with ThreadPoolExecutor(max_workers=os.cpu_count() or 1) as pool:
@@ -217,11 +230,13 @@ class Build(build_ext):
             macros += [(f"SFK_{name.upper()}", "1") for name in chosen]
         folder = Path(self.build_temp, isa or "plain")
         built = folder / Path("csrc", source).with_suffix(".o")
-        arguments = repr((self.compiler.compiler_cxx, flags, macros, ext.include_dirs))
+        # Of the bindings alone: pip has a folder of its own for pybind11 each time.
+        folders = [*ext.include_dirs, *(self.binding if source.startswith("python/") else [])]
+        arguments = repr((self.compiler.compiler_cxx, flags, macros, folders))
         if self.force or not up_to_date(built, arguments):
             made_by = built.with_suffix(".flags")
             made_by.unlink(missing_ok=True)
-            options = {"macros": macros, "include_dirs": ext.include_dirs, "extra_postargs": flags}
+            options = {"macros": macros, "include_dirs": folders, "extra_postargs": flags}
             self.compiler.compile([f"csrc/{source}"], output_dir=str(folder), **options)
             made_by.write_text(arguments, encoding="utf-8")
         return str(built)
@@ -289,7 +304,7 @@ def extension() -> Extension:
     """The extension; optional, so that an installation never fails for want of it."""
     return Extension(
         "setformer_kernels._C",
-        sources=[f"csrc/{name}" for name in [*PLAIN, *(f"cpu/isa/{unit}.cpp" for unit in UNITS)]],
+        sources=[f"csrc/{name}" for name in [*PLAIN, *(f"cpu/isa/{unit}.cpp" for unit in [*UNITS, *TILE_UNITS])]],
         include_dirs=["csrc"],
         depends=[str(path) for path in Path("csrc").rglob("*") if path.suffix in (".h", ".cuh", ".cu")]
         + ["csrc/python/cuda_bindings.cpp"],

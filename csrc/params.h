@@ -41,9 +41,12 @@ struct AttentionParams {
   View query_pos, key_pos, ref_pos;  // [B,H,L,P] [B,H,S,P] [H,M,P] F
   View o;                            // [B,H,L,E] in the dtype of the query
   View z, c;                         // [B,H,M,E] [B,H,max(T,1),M] F
+  View g;                            // [B,H,M] F: g^T, −inf where no key takes part
   View w_q, w_k;                     // [B,H,L,M] [B,H,S,M] F
+  bool reading = false;              // z and g are given, there are no keys: the read alone
 
-  View d_o, d_z, d_c;            // incoming gradients, shaped as o, z, c
+  View d_o, d_z, d_c;            // incoming gradients, shaped as o, z, c; reading, dz is outgoing, as is
+  View d_g;                      // [B,H,M] F
   View d_query, d_key, d_value;  // outgoing, in the dtype of q, k, v
   View d_log_a;                  // [B,H,S] F
   // [B,H,M,D] [B,H,M] [B,H,5] [B,H,M,P] F: not yet summed over B (cuda: over its groups of batch elements)
@@ -57,13 +60,30 @@ struct MaskedParams : AttentionParams {
   View d_mask;          // as mask, added to
 };
 
-// ψ(x) = ‖x‖ W κ(w, x̂) with a given whitening W = (K_ww + δI)^{-1/2}.
+// attention, pool and causal of N segments, whose rows lie one after another; B = 1, L and S are rows of all.  z, c,
+// their gradients and the parameters' have an element a segment where B is written above.
+struct PackedParams : AttentionParams {
+  int64_t N = 0;
+  const int64_t *cu_q = nullptr,
+                *cu_k = nullptr;  // [N + 1] from 0 on, not decreasing, at most L and S; cu_q null: pool
+  bool causal = false;
+
+  int64_t first_query(int64_t n) const { return cu_q ? cu_q[n] : 0; }
+  int64_t queries(int64_t n) const { return first_query(n + 1) - first_query(n); }
+  int64_t keys(int64_t n) const { return cu_k[n + 1] - cu_k[n]; }
+};
+
+// The numbers of κ̃ = s (e^{β(ĉ − c₀)} − 1), as reference/centring.py has them.
+enum CentringNumber { kOffset, kGain, kMean, kGrowth, kNumCentring };
+
+// ψ(x) = ‖x‖ W κ(w, x̂) with a given whitening W = (K_ww + δI)^{-1/2}; κ̃ in place of κ where `centring` is given.
 struct FeatureParams {
   int64_t B = 0, H = 0, N = 0, D = 0, R = 0;
   double bandwidth = 1;
   int32_t threads = 1;
   bool f64 = false;
   View x, landmarks, bandwidths, whitening;    // [B,H,N,D] [H,R,D] F [H] F [H,R,R] F
+  View centring;                               // [H,1,kNumCentring] F
   View psi;                                    // [B,H,N,R] in the dtype of x
   View d_psi, d_x;                             // as psi, as x
   View d_landmarks, d_bandwidth, d_whitening;  // [B,H,R,D] [B,H,1] [B,H,R,R] F: not yet summed over B

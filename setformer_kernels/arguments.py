@@ -8,11 +8,10 @@ from types import NoneType
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from . import checks
-from .problem import HYPER, Operands, Options, compute_dtype, replaced
+from .problem import HYPER, SCALARS, Operands, Options, compute_dtype, with_an_absent_key
 from .reference.dense import additive, normalise_masses
 
 Hyper = float | Tensor
@@ -69,28 +68,42 @@ def normalise(
         hyper, opt = _checked(constants, tensors, positions)
         _remember(facts, opt)
 
+    given = hyper if facts is None else None
+    return _operands(tensors, positions, given, seed_of(seed, opt.dropout_p, key), normalised), opt
+
+
+def _operands(
+    tensors: tuple[Any, ...],
+    positions: tuple[Any, ...],
+    hyper: tuple[Hyper, ...] | None,
+    seed: Tensor | None,
+    normalised: bool,
+) -> Operands:
+    """Checked tensors, as `normalise` orders them, in their dtypes and full shapes; hyper: None if all are numbers."""
+    query, key, value, references, key_mask, log_mass = tensors
+    query_position, key_position, reference_position = positions
     b, h, s, _ = key.shape
     key, value, *rest = autocast(key, value, *(() if query is None else (query,)))
     dtype = compute_dtype(key.dtype)
-    beta, epsilon, lam_a, lam_b, tau = hyper_tensors(hyper, h, dtype) if facts is None else [None] * len(HYPER)
+    beta, epsilon, lam_a, lam_b, tau = [None] * len(HYPER) if hyper is None else hyper_tensors(hyper, h, dtype)
     operands = Operands(
         query=rest[0] if rest else None,
         key=key,
         value=value,
         references=references.to(dtype),
         log_a=None if key_mask is None else _log_mass(key_mask, dtype, (b, h, s), normalised),
-        log_b=None if reference_log_mass is None else reference_log_mass.to(dtype).log_softmax(-1),
+        log_b=None if log_mass is None else log_mass.to(dtype).log_softmax(-1),
         bandwidth=beta,
         epsilon=epsilon,
         key_relaxation=lam_a,
         reference_relaxation=lam_b,
         position_scale=tau,
-        query_position=None if query_position is None else _token_position(query_position, b, h, dtype),
-        key_position=None if key_position is None else _token_position(key_position, b, h, dtype),
+        query_position=None if query_position is None else token_position(query_position, b, h, dtype),
+        key_position=None if key_position is None else token_position(key_position, b, h, dtype),
         reference_position=None if reference_position is None else reference_position.to(dtype),
-        seed=_seed(seed, opt.dropout_p, key),
+        seed=seed,
     )
-    return (_with_an_absent_key(operands) if s == 0 else operands), opt
+    return with_an_absent_key(operands) if s == 0 else operands
 
 
 _passed: dict[tuple[Any, ...], Options] = {}  # the facts of calls that passed every check, and their constants
@@ -132,7 +145,7 @@ def _checked(
     query_position, key_position, reference_position = positions
     _check_tokens(query, key, value, references)
     (b, h, s, _), m = key.shape, references.shape[1]
-    checked = _checked_hyper(tuple(hyper), h)
+    checked = checked_hyper(tuple(hyper), h)
     plain = (checks.kernel(kernel), checks.iterations(num_iters), checks.probability("dropout_p", dropout_p))
     _check_masses(key_mask, (b, h, s), reference_log_mass, (h, m))
     tokens: dict[str, Any] = {"key_position": (key_position, b, s)}
@@ -150,22 +163,10 @@ def from_options(
     query: Tensor, key: Tensor, value: Tensor, references: Tensor, options: dict[str, Any]
 ) -> tuple[Operands, Options]:
     """`normalise` of keyword arguments of `set_attention`, of which the tensors and hyperparameters may be missing."""
-    hyper = tuple(options.get(name, scalar) for name, scalar in zip(HYPER, Options().scalars, strict=True))
+    hyper = tuple(options.get(name, scalar) for name, scalar in zip(HYPER, SCALARS, strict=True))
     tensors = ("key_mask", "reference_log_mass", "query_position", "key_position", "reference_position")
     constants = {name: options[name] for name in ("kernel", "num_iters", "dropout_p", "seed", "backend")}
     return normalise(query, key, value, references, hyper, *(options.get(name) for name in tensors), **constants)
-
-
-def _with_an_absent_key(x: Operands) -> Operands:
-    """No key at all is one key without mass: zeros out, and zero gradients for everything."""
-    position = x.key_position
-    return replaced(
-        x,
-        key=F.pad(x.key, (0, 0, 0, 1)),
-        value=F.pad(x.value, (0, 0, 0, 1)),
-        log_a=x.references.new_full((*x.key.shape[:2], 1), -math.inf),
-        key_position=None if position is None else F.pad(position, (0, 0, 0, 1), value=math.nan),
-    )
 
 
 def _check_masses(
@@ -188,14 +189,16 @@ def _check_tokens(query: Tensor | None, key: Tensor, value: Tensor, references: 
     checks.nonempty("references", references, "HMD", references.shape)
     checks.shape("value", value, (b, h, s, None), "B, H and S of the key")
     checks.nonempty("value", value, "E", value.shape[3:])
-    checks.shape("references", references, (h, None, d), "H and D of the key")
+    grouped = query is not None and query.shape[1] != h
+    checks.shape("references", references, (h, None, d), f"H and D of the key{', not of the query' if grouped else ''}")
     checks.same_dtype("key", key, "value", value)
     if query is not None:
-        checks.shape("query", query, (b, h, None, d), "B, H and D of the key")
+        checks.heads("query", query, "key", h)
+        checks.shape("query", query, (b, query.shape[1], None, d), "B and D of the key")
         checks.same_dtype("key", key, "query", query)
 
 
-def _checked_hyper(hyper: tuple[Hyper, ...], heads: int) -> tuple[Hyper, ...]:
+def checked_hyper(hyper: tuple[Hyper, ...], heads: int) -> tuple[Hyper, ...]:
     """The hyperparameters, numbers among them as floats; in the order of `HYPER`."""
     bounds = (
         (0.0, math.inf, True),
@@ -224,7 +227,7 @@ def query_mask(x: Operands, attn_mask: Tensor | None, s: int) -> Tensor | None:
     if attn_mask is None:
         return None
     assert x.query is not None
-    b, h, length, _ = x.query.shape
+    b, h, length, _ = x.query.shape  # H of the query
     checks.mask("attn_mask", attn_mask, [(length, s), (b, length, s), (b, h, length, s)])
     checks.same_device("key", x.key, attn_mask=attn_mask)
     if attn_mask.dtype != torch.bool:
@@ -234,14 +237,14 @@ def query_mask(x: Operands, attn_mask: Tensor | None, s: int) -> Tensor | None:
     return attn_mask.unsqueeze(1) if attn_mask.ndim == 3 else attn_mask
 
 
-def _token_position(position: Tensor, b: int, h: int, dtype: torch.dtype) -> Tensor:
+def token_position(position: Tensor, b: int, h: int, dtype: torch.dtype) -> Tensor:
     """[N, P] or [B, N, P] -> a view [B, H, N, P]."""
     position = position.to(dtype)
     position = position[None, None] if position.ndim == 2 else position.unsqueeze(1)
     return position.expand(b, h, -1, -1)
 
 
-def _seed(seed: Tensor | None, dropout_p: float, key: Tensor) -> Tensor | None:
+def seed_of(seed: Tensor | None, dropout_p: float, key: Tensor) -> Tensor | None:
     """The dropout seed, an int64 scalar; drawn only when dropout needs one and none is given."""
     if dropout_p == 0.0:
         return None

@@ -46,6 +46,13 @@ def shape(name: str, value: Tensor, expected: Sequence[Size], why: str) -> None:
         raise ValueError(f"{name} must have shape {_show(expected)} ({why}), got {list(value.shape)}")
 
 
+def heads(name: str, value: Tensor, of: str, key_heads: int) -> None:
+    """`value` [B, H, ...] has as many heads as `of`, or a multiple of them."""
+    if value.shape[1] == 0 or value.shape[1] % key_heads != 0:
+        wants = f"a multiple of the {key_heads} heads of the {of}"
+        raise ValueError(f"{name} must have H, {wants} (H of the {of}, or grouped), got {list(value.shape)}")
+
+
 def same_dtype(first: str, a: Tensor, second: str, b: Tensor) -> None:
     if a.dtype != b.dtype:
         raise TypeError(f"{second} must have the dtype of {first}, {a.dtype}, got {b.dtype}")
@@ -160,6 +167,29 @@ def mask(name: str, value: Any, allowed: Sequence[Sequence[int]]) -> None:
         raise TypeError(f"{name} must be bool (True takes part) or floating point (log mass), got {value.dtype}")
     if not any(_fits(value, s) for s in allowed):
         raise ValueError(f"{name} must have shape {' or '.join(_show(s) for s in allowed)}, got {list(value.shape)}")
+
+
+def offsets(name: str, value: Any) -> Tensor:
+    """Offsets [N + 1], int32 or int64."""
+    if not isinstance(value, Tensor) or value.dtype not in (torch.int32, torch.int64):
+        got = value.dtype if isinstance(value, Tensor) else type(value).__name__
+        raise TypeError(f"{name} must be an int32 or int64 Tensor [N + 1], got {got}")
+    if value.ndim != 1 or value.shape[0] == 0:
+        raise ValueError(f"{name} must have shape [N + 1], got {list(value.shape)}")
+    return value
+
+
+def offsets_within(name: str, value: Tensor, total: int, what: str) -> None:
+    """On the CPU, where reading them waits for nobody: offsets count up from 0 to at most `total`."""
+    if value.device.type != "cpu":
+        return
+    first, last = int(value[0]), int(value[-1])
+    if first != 0:
+        raise ValueError(f"{name} must begin with 0, got {first}")
+    if bool((value[1:] < value[:-1]).any()):
+        raise ValueError(f"{name} must not decrease, got {value.tolist() if value.numel() <= 32 else 'a lower offset'}")
+    if last > total:
+        raise ValueError(f"{name} must end at most at the {total} {what}, got {last}")
 
 
 def positions(tokens: dict[str, tuple[Any, int, int]], reference: Any, heads: int, m: int) -> None:

@@ -13,22 +13,30 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import checks, dispatch, ops, reference, streaming
+from . import advice, checks, dispatch, ops, packed, reference, streaming
 from .arguments import Hyper, autocast, from_options, hyper_tensors, normalise, numbers, query_mask
+from .grouping import folded, repeated, unfolded
+from .memory import SetMemory, set_read, set_transport
 from .ops.operands import attention_problem, logits
+from .packed import set_attention_varlen, set_pool_varlen
 from .problem import Operands, Options, compute_dtype, replaced
 from .streaming import empty_state, merge_states, set_causal, set_step
 from .tracing import leaf
 
 __all__ = [
+    "SetMemory",
     "empty_state",
     "merge_states",
     "nystrom_features",
     "set_attention",
+    "set_attention_varlen",
     "set_attention_weights",
     "set_causal",
     "set_pool",
+    "set_pool_varlen",
+    "set_read",
     "set_step",
+    "set_transport",
     "sinkhorn",
 ]
 
@@ -58,7 +66,10 @@ def set_attention(
     seed: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """Self-optimal transport attention, linear in L and S: [B,H,L,D], [B,H,S,D], [B,H,S,E], [H,M,D] -> [B,H,L,E].
+    """Self-optimal transport attention, linear in L and S: [B,H,L,D], [B,Hk,S,D], [B,Hk,S,E], [Hk,M,D] -> [B,H,L,E].
+
+    H is Hk or a multiple of it: queries of head h read the keys and references of head h // (H / Hk), and whatever is
+    [H] below is [Hk].
 
     Logits ℓ_ij = (κ(x_i, y_j) − 1)/ε − τ²‖p_i − π_j‖² with κ = exp(β(⟨x̂, ŷ⟩ − 1)) (`rbf`) or ⟨x, y⟩ (`dot`).  The
     keys, with masses a, are transported onto the references, with masses b, by T log-domain Sinkhorn iterations:
@@ -68,7 +79,8 @@ def set_attention(
 
     Args:
         query, key, value: one dtype (float32, bfloat16, float16; float64 on the reference and CPU backends), any
-            strides.  Under autocast they are cast to its dtype first.
+            strides.  Under autocast they are cast to its dtype first.  Nested tensors of the layout torch.jagged,
+            [B,H,*,D], are a packed batch (`set_attention_varlen`): not padded, and o has the lengths of the query.
         references: y, [H, M, D], of any floating dtype, as all further tensors.
         bandwidth, epsilon, position_scale: β > 0, ε > 0, τ ≥ 0: floats, or tensors [H] (differentiable, not checked).
         num_iters: T ≥ 0; gradients are exact for the T iterations that ran.  Each costs a pass over the keys.  Those
@@ -77,8 +89,10 @@ def set_attention(
         key_mask: [B, S] or [B, H, S], bool (True takes part) or float (unnormalised log mass, −inf = not there;
             differentiable).
         attn_mask: [L, S], [B, L, S] or [B, H, L, S], likewise; query i is answered as if its row were its key mask.
-            O(T·L·S·M) time for what the mask leaves: the one path that is not linear.
+            O(T·L·S·M) time for what the mask leaves: the one path that is not linear.  For the causal mask, without
+            a gradient, give `causal=True` instead: `set_attention(q, k, v, y, causal=True)` is linear.
         causal: query i sees keys s ≤ i + S − L.  A linear scan for T ≤ 1 and L = S, else the cost of an `attn_mask`.
+            A call that could be a scan but for these arguments warns once (`setformer_kernels.advice.enabled`).
         reference_log_mass: [H, M] unnormalised log b; uniform when None.
         key_relaxation, reference_relaxation: λ in [0, 1], 1 = balanced; λ = ρ/(ρ + ε) is a KL penalty of strength ρ.
         query_position, key_position: [N, P] or [B, N, P] in any unit, without gradient; a row of NaN has no position
@@ -91,6 +105,14 @@ def set_attention(
     """
     if query is None:  # which stands for no query
         checks.tensor("query", query, "BHLD")
+    if type(query) is not Tensor and packed.is_jagged(query, key, value):
+        return packed.jagged_attention(
+            query, key, value, references, attn_mask=attn_mask, key_mask=key_mask, query_position=query_position,
+            key_position=key_position, kernel=kernel, bandwidth=bandwidth, epsilon=epsilon, num_iters=num_iters,
+            causal=causal, reference_log_mass=reference_log_mass, key_relaxation=key_relaxation,
+            reference_relaxation=reference_relaxation, reference_position=reference_position,
+            position_scale=position_scale, dropout_p=dropout_p, seed=seed, backend=backend,
+        )  # fmt: skip
     x, opt = normalise(
         query, key, value, references, (bandwidth, epsilon, key_relaxation, reference_relaxation, position_scale),
         key_mask, reference_log_mass, query_position, key_position, reference_position,
@@ -100,11 +122,21 @@ def set_attention(
     length, s = query.shape[2], key.shape[2]
     mask = query_mask(x, attn_mask, s)
     causal = causal and s > 0
-    if s > 0 and (mask is not None or (causal and (opt.num_iters > 1 or length != s))):
+    dense = s > 0 and (mask is not None or (causal and (opt.num_iters > 1 or length != s)))
+    grouped = query.shape[1] != key.shape[1]
+    if grouped:
+        x = repeated(x) if dense or causal else folded(x)
+    if dense:
+        advice.slower_than_linear(mask, causal, opt.num_iters, square=length == s)
         return _masked(x, opt, mask, causal)
     if causal:
         return streaming.scan(x, opt)[0]
-    if dispatch.choose(attention_problem("attention", x, opt), backend, logits(x)) == dispatch.REFERENCE:
+    return unfolded(_attention(x, opt), query) if grouped else _attention(x, opt)
+
+
+def _attention(x: Operands, opt: Options) -> Tensor:
+    """o [B, H, L, E] of queries that all see the same keys, of as many heads as there are key heads."""
+    if dispatch.choose(attention_problem("attention", x, opt), opt.backend, logits(x)) == dispatch.REFERENCE:
         return reference.attention(x, opt)
     return ops.attention.set_attention(*x, *opt)[0]
 
@@ -151,6 +183,7 @@ def set_attention_weights(
     mask = query_mask(x, attn_mask, s)
     if s > 0 and (mask is not None or causal):
         dispatch.select(attention_problem("weights", x, opt), _dense_backend(backend))
+        x = repeated(x) if query.shape[1] != key.shape[1] else x
         return reference.masked_weights(x, opt, mask, causal)
     return _with_weights(x, opt, s, average=False)[1]
 
@@ -169,6 +202,10 @@ def attention_and_weights(
 
 def _with_weights(x: Operands, opt: Options, s: int, average: bool) -> tuple[Tensor, Tensor]:
     """o and A = W^q W^kᵀ [B, H, L, s], or its mean over heads [B, L, s] as one product over heads and references."""
+    assert x.query is not None
+    if x.query.shape[1] != x.key.shape[1]:
+        o, a = (unfolded(t, x.query) for t in _with_weights(folded(x), opt, s, False))
+        return o, a.mean(1) if average else a
     if dispatch.choose(attention_problem("attention", x, opt), opt.backend, logits(x)) == dispatch.REFERENCE:
         o, a = reference.attention(x, opt), reference.weights(x, opt)[..., :s]
         return o, a.mean(1) if average else a
@@ -206,6 +243,13 @@ def set_pool(
     z_j = Σ_s W^k_sj v_s, in the dtype of the values.
     The columns of W^k = exp(ℓ + f^T − c^T) sum to 1; z = 0 where no key takes part.  Arguments as in `set_attention`.
     """
+    if type(key) is not Tensor and packed.is_jagged(key, value):
+        return packed.jagged_pool(
+            key, value, references, key_mask=key_mask, key_position=key_position, kernel=kernel, bandwidth=bandwidth,
+            epsilon=epsilon, num_iters=num_iters, reference_log_mass=reference_log_mass, backend=backend,
+            key_relaxation=key_relaxation, reference_relaxation=reference_relaxation,
+            reference_position=reference_position, position_scale=position_scale,
+        )  # fmt: skip
     x, opt = normalise(
         None, key, value, references, (bandwidth, epsilon, key_relaxation, reference_relaxation, position_scale),
         key_mask, reference_log_mass, None, key_position, reference_position,
@@ -218,12 +262,22 @@ def set_pool(
 
 @leaf
 def nystrom_features(
-    x: Tensor, landmarks: Tensor, *, bandwidth: Hyper = 1.0, ridge: float = 1e-3, backend: str = "auto"
-) -> Tensor:
+    x: Tensor, landmarks: Tensor, *, bandwidth: Hyper = 1.0, ridge: float = 1e-3, center: bool = False,
+    backend: str = "auto",
+) -> Tensor:  # fmt: skip
     """ψ(x) = ‖x‖ (K_ww + δI)^{−1/2} κ(w, x̂): [B, H, N, D], landmarks w [H, R, D] -> [B, H, N, R], in the dtype of x.
 
     The projection of the homogeneous RKHS map ‖x‖φ(x̂) of the Gaussian kernel κ on the landmarks; K_ww = κ(ŵ, ŵ),
     δ = `ridge` > 0, β = `bandwidth` > 0 (float, or tensor [H]).  Source: CKN (Mairal, NeurIPS 2016), OTKE.
+
+    With `center` κ̃ = (κ − κ₀)/a₁ takes the place of κ in both, without unit: κ without the constant κ₀ that all
+    directions share, in units of its linear part a₁⟨x̂, ŷ⟩ (κ₀ and a₁: the kernel's means over the directions of R^D).
+    Its values lie in [−1, κ̃(1)], κ̃(1) ≥ 1, and κ̃(x, y) → ⟨x̂, ŷ⟩ as β → 0.  A zero landmark's are 0.
+
+    Raises:
+        ValueError: shapes, ridge, bandwidth; with `center` also a bandwidth (a number; tensors are not looked at) so
+            large for D that κ̃(1) could exceed 1e10.
+        TypeError: arguments of the wrong type or dtype.
     """
     checks.tensor("x", x, "BHND")
     checks.tensor("landmarks", landmarks, "HRD")
@@ -233,14 +287,21 @@ def nystrom_features(
     checks.same_device("x", x, landmarks=landmarks, bandwidth=bandwidth)
     bandwidth = checks.hyperparameter("bandwidth", bandwidth, h, 0.0, math.inf, open_low=True)
     ridge, backend = checks.number("ridge", ridge, 0.0, open_low=True), checks.plain(backend)
+    center = checks.flag("center", center)
+    if center and not isinstance(bandwidth, Tensor) and reference.log_bound(bandwidth, d) > math.log(reference.LARGEST):
+        raise ValueError(
+            f"bandwidth must be smaller for centred features of D = {d}, got {bandwidth}: the kernel has next to no "
+            f"linear part left, and divided by it exceeds {reference.LARGEST:.0e}"
+        )
     (x,) = autocast(x)
     dtype = compute_dtype(x.dtype)
     landmarks, tensors, scalars = landmarks.to(dtype), hyper_tensors((bandwidth,), h, dtype), numbers((bandwidth,))
     size = math.prod(x.shape[:3]) * landmarks.shape[1]
     if dispatch.choose(ops.features.features_problem(x, landmarks), backend, size) != dispatch.REFERENCE:
-        return ops.features.nystrom_features(x, landmarks, tensors[0], scalars[0], ridge, backend)
+        return ops.features.nystrom_features(x, landmarks, tensors[0], scalars[0], ridge, center, backend)
     beta = landmarks.new_full((h,), scalars[0]) if tensors[0] is None else tensors[0]
-    return reference.nystrom_features(x.to(dtype), landmarks, beta[:, None, None], ridge).to(x.dtype)
+    largest = reference.limit(tensors[0], scalars[0], d)
+    return reference.nystrom_features(x.to(dtype), landmarks, beta[:, None, None], ridge, center, largest).to(x.dtype)
 
 
 @leaf

@@ -7,11 +7,13 @@ of `Operands`; it stands here and nowhere else.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 KERNELS = ("rbf", "dot")
@@ -44,14 +46,15 @@ class Operands(NamedTuple):
 
 
 HYPER = ("bandwidth", "epsilon", "key_relaxation", "reference_relaxation", "position_scale")
+SCALARS = (1.0, 0.05, 1.0, 1.0, 1.0)  # what they are unless given
 
 
 class Options(NamedTuple):
     """The constants of one call; `scalars` holds the five hyperparameters of `HYPER` for those that are no tensor."""
 
-    scalars: tuple[float, ...] = (1.0, 0.05, 1.0, 1.0, 1.0)
-    kernel: str = "rbf"
-    num_iters: int = 3
+    scalars: tuple[float, ...]
+    kernel: str
+    num_iters: int  # its default is the public functions' affair, and not the same for all of them
     dropout_p: float = 0.0
     backend: str = "auto"
 
@@ -90,6 +93,18 @@ def replaced(x: Fields, **changes: Any) -> Fields:
     return kind(*[changes.get(name, getattr(x, name)) for name in kind._fields])
 
 
+def with_an_absent_key(x: Operands) -> Operands:
+    """No key at all is one key without mass: zeros out, and zero gradients for everything."""
+    position = x.key_position
+    return replaced(
+        x,
+        key=F.pad(x.key, (0, 0, 0, 1)),
+        value=F.pad(x.value, (0, 0, 0, 1)),
+        log_a=x.references.new_full((*x.key.shape[:2], 1), -math.inf),
+        key_position=None if position is None else F.pad(position, (0, 0, 0, 1), value=math.nan),
+    )
+
+
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype of potentials, sums and parameters: float64 for float64 inputs, float32 for all others."""
     return torch.float64 if dtype == torch.float64 else torch.float32
@@ -102,7 +117,9 @@ class Problem:
     Lengths are 0 where a call is traced with unknown ones; inside the ops they are real integers.
     """
 
-    op: str  # "attention", "pool", "causal", "masked", "features", "sinkhorn"
+    # "attention", "pool", "causal", each also with "packed_" before it; "transport", "read", "masked", "features",
+    # "sinkhorn"
+    op: str
     device: str  # device type
     dtype: torch.dtype
     D: int = 0
@@ -132,7 +149,7 @@ def beyond(p: Problem, dtypes: tuple[torch.dtype, ...], references: int, head_di
         reasons.append(f"holds at most {references} references, not {p.M}")
     if max(p.D, p.E) > head_dim:
         reasons.append(f"holds head dims of at most {head_dim}, not {max(p.D, p.E)}")
-    if p.op == "causal" and p.num_iters > 1:
+    if p.op in ("causal", "packed_causal") and p.num_iters > 1:
         reasons.append("the causal scan needs num_iters <= 1")
     return reasons
 

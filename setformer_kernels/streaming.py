@@ -1,6 +1,7 @@
 """Causal attention whose past is a state of constant size: prefill in pieces, and decoding token by token.
 
-Letters as in `functional`; Hk heads of keys, as many as queries have.  What a state holds: `reference/state.py`.
+Letters as in `functional`; Hk heads of keys, of which queries have a multiple.  What a state holds:
+`reference/state.py`.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from . import checks, dispatch, ops, reference
 from .arguments import Hyper, normalise
+from .grouping import repeated, repeated_heads
 from .ops.direct import unwatched
 from .ops.operands import attention_problem, logits
 from .problem import NO_STREAM, Operands, Options, Stream, compute_dtype
@@ -80,12 +82,15 @@ def set_causal(
     _check_iterations("set_causal", opt)
     checks.shape("query", query, (None, None, key.shape[2], None), "L = S: a query for every key")
     stream = _stream(x, key.shape[:3], initial_state, log_decay)
+    groups = query.shape[1] // key.shape[1]
+    if groups > 1:
+        x, stream = repeated(x), Stream(*(t if t is None else repeated_heads(t, 1, groups) for t in stream))
     if key.shape[2] == 0:
         x = x._replace(key=x.key[:, :, :0], value=x.value[:, :, :0])
         o, state = reference.causal_with_state(x, opt, stream)
     else:
         o, state = scan(x, opt, stream, wanted)
-    return o, state if wanted else None
+    return o, state[:, ::groups] if wanted else None
 
 
 def scan(x: Operands, opt: Options, stream: Stream = NO_STREAM, with_state: bool = False) -> tuple[Tensor, Tensor]:
@@ -151,9 +156,20 @@ def set_step(
     gates = _stream(x, (b, h, 1), None, decay).log_decay
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (state, *x, gates)):
         raise ValueError("set_step has no gradient: call it under torch.no_grad(), or set_causal with initial_state")
+    groups = query.shape[1] // h
+    if groups == 1:
+        return _step(x, opt, state, gates, state_indices)
+    wide, gates = repeated_heads(state, 1, groups), None if gates is None else repeated_heads(gates, 1, groups)
+    o = _step(repeated(x), opt, wide, gates, state_indices)
+    state.copy_(wide[:, ::groups])
+    return o
+
+
+def _step(x: Operands, opt: Options, state: Tensor, gates: Tensor | None, rows: Tensor | None) -> Tensor:
+    """o [B, H, E] of a checked call with as many heads of queries as of keys."""
     if dispatch.choose(attention_problem("causal", x, opt), opt.backend, logits(x)) == dispatch.REFERENCE:
-        return reference.step(x, opt, state, gates, state_indices).squeeze(2)
-    return ops.step.set_step(state, *x, gates, state_indices, *opt).squeeze(2)
+        return reference.step(x, opt, state, gates, rows).squeeze(2)
+    return ops.step.set_step(state, *x, gates, rows, *opt).squeeze(2)
 
 
 def merge_states(a: Tensor, b: Tensor) -> Tensor:

@@ -21,8 +21,9 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic pro
 
 import selection
 
-from setformer_kernels import dispatch
+from setformer_kernels import advice, dispatch
 
+advice.enabled = False  # tests/test_advice.py has it on; elsewhere a slow path is what is tested
 NATIVE = tuple(name for name in dispatch.NATIVE if name != "cuda")  # it has part of the ops, and tests of its own
 GPU_BACKENDS = ("triton",)
 # Written in float64, which GPU backends do not have.
@@ -32,6 +33,14 @@ FLOAT64_TESTS = (
     "test_gates_are_masses_that_depend_on_the_query", "test_pieces_and_steps_equal_one_call",
     "test_gradients_pass_from_piece_to_piece", "test_gradcheck_with_a_state_and_gates",
     "test_dropout_is_the_same_on_every_backend_and_in_the_weights", "test_no_random_number_is_drawn_without_dropout",
+    "test_a_mask_that_bans_nothing_equals_no_mask", "test_causal_counts_from_the_last_query_and_key",
+    "test_masks_in_every_form", "test_a_query_does_not_depend_on_keys_it_may_not_see",
+)  # fmt: skip
+# Minutes long on Triton's interpreter, for which test_triton_masked.py has smaller problems.
+LONG_INTERPRETED = (
+    "test_masked_output_and_every_gradient_within_the_error_budget",
+    "test_masked_small_gradients_within_the_error_budget",
+    "test_masked_results_repeat_bit_for_bit_on_any_number_of_threads", "test_masks_of_any_size_stay_exact",
 )  # fmt: skip
 
 # What a machine with nothing but torch, triton, numpy and pytest (`make gpu`) leaves out, and what only `make
@@ -63,13 +72,29 @@ def pytest_report_header(config: pytest.Config) -> list[str]:
         else "every op on every backend, the module's contract"
     )
     rest = "that `make test` leaves out" if config.option.markexpr == EXHAUSTIVE else "(`make test-all` runs all cases)"
-    return [f"{what} {rest}: some {took} minutes on two quiet cores, one thread a process"]
+    told = [f"{what} {rest}: some {took} minutes on two quiet cores, one thread a process"]
+    if selection.share().of > 1:
+        told.append(
+            f"{selection.SHARE}={selection.share()}: of the products on stand-ins this share alone, which is faster"
+        )
+    return told
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    here = selection.share()
+    if left := [item for item in items if not here.has(item)]:
+        config.hook.pytest_deselected(items=left)
+        items[:] = [item for item in items if here.has(item)]
     for item in items:
         if selection.is_exhaustive(item):
             item.add_marker(EXHAUSTIVE)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """How to run again what failed in a share, which the next run need not have."""
+    if selection.share().of > 1:
+        for report in terminalreporter.getreports("failed") + terminalreporter.getreports("error"):
+            terminalreporter.write_line(f"again: python -m pytest '{report.nodeid}'")
 
 
 @pytest.fixture(autouse=True)
@@ -111,6 +136,9 @@ def native(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> I
     callspec = getattr(request.node, "callspec", None)
     if request.param in GPU_BACKENDS and getattr(request.node, "originalname", "") in FLOAT64_TESTS:
         pytest.skip("in float64")
+    interpreted = request.param in GPU_BACKENDS and device_of(request.param) == "cpu"
+    if interpreted and getattr(request.node, "originalname", "") in LONG_INTERPRETED:
+        pytest.skip("test_triton_masked.py has smaller problems for the interpreter")
     device, dtype = device_of(request.param), callspec.params.get("dtype", torch.float32) if callspec else torch.float32
     problem = replace(dispatch.typical_problem(device), dtype=dtype, op=getattr(request.module, "OP", "attention"))
     if reasons := dispatch.available_backends(problem)[request.param]:

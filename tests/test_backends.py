@@ -77,12 +77,22 @@ def test_pooling_within_the_error_budget(case: Case, dtype: torch.dtype, native:
     measure.pooling(case, dtype, native).check(case.name)
 
 
+FEW_CENTRED = (
+    ("centred_few", True, torch.float32),  # 24 heads for the gradient of the bandwidth
+    ("centred_few", False, torch.float32),
+    ("centred_few", False, torch.bfloat16),
+    ("centred_square", False, torch.float32),  # landmarks in several blocks
+)
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("tensor_bandwidth", [False, True])
 @pytest.mark.parametrize("name", measure.FEATURES)
 def test_nystrom_features_within_the_error_budget(
     name: str, tensor_bandwidth: bool, dtype: torch.dtype, native: str
 ) -> None:
+    if native == "triton" and INTERPRETED and "centred" in name and (name, tensor_bandwidth, dtype) not in FEW_CENTRED:
+        pytest.skip("on the interpreter other cases stand for this one")
     found = measure.features(name, tensor_bandwidth, dtype, native)
     if dtype == torch.float64:  # both whiten in float64, two algorithms at condition (R + δ)/δ: no model of one's error
         for key, value in found.fast.items():

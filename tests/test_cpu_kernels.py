@@ -15,7 +15,7 @@ from torch import Tensor
 import setformer_kernels.functional as SF
 from setformer_kernels.backends import cpu, eager
 from setformer_kernels.backends._extension import MODULE, REASON
-from setformer_kernels.problem import Operands, Options, Sinkhorn
+from setformer_kernels.problem import SCALARS, Operands, Options, Sinkhorn
 from setformer_kernels.testing import (
     ALL_CASES,
     Case,
@@ -29,7 +29,7 @@ from setformer_kernels.testing import (
 from setformer_kernels.testing.budget import cast
 
 pytestmark = pytest.mark.skipif(MODULE is None, reason=REASON or "extension loaded")
-ISAS = ("generic", "avx2", "avx512")
+ISAS = ("generic", "avx2", "avx512", "amx")
 reference = functools.partial(SF.set_attention, backend="reference")
 native = functools.partial(SF.set_attention, backend="cpu")
 
@@ -132,7 +132,7 @@ def strided(t: Tensor, kind: str) -> Tensor:
 @pytest.mark.parametrize("kind", ["every second element", "transposed", "rows apart", "permuted"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_strides_change_nothing(kind: str, dtype: torch.dtype) -> None:
-    x, opt = random_operands(dtype), Options(num_iters=2)
+    x, opt = random_operands(dtype), Options(SCALARS, "rbf", 2)
     d_o = torch.randn(2, 3, 150, 40).to(dtype)
     expected = run_all(x, opt, d_o)
     y = Operands(*(None if t is None else strided(t, kind) for t in x))
@@ -141,7 +141,7 @@ def test_strides_change_nothing(kind: str, dtype: torch.dtype) -> None:
 
 
 def test_expanded_operands_get_full_gradients() -> None:
-    x, opt = random_operands(), Options()
+    x, opt = random_operands(), Options(SCALARS, "rbf", 3)
     x = x._replace(key=x.key[:, :1].expand_as(x.key), log_a=x.log_a[:, :1].expand_as(x.log_a))
     d_o = torch.randn(2, 3, 150, 40)
     contiguous = Operands(*(None if t is None else t.contiguous() for t in x))
@@ -151,7 +151,7 @@ def test_expanded_operands_get_full_gradients() -> None:
 
 @pytest.mark.parametrize("T", [0, 1, 3])
 def test_masked_rows_are_never_read(T: int) -> None:
-    x, opt = random_operands(), Options(num_iters=T)
+    x, opt = random_operands(), Options(SCALARS, "rbf", T)
     d_o = torch.randn(2, 3, 150, 40)
     expected = run_all(x, opt, d_o)
     key, value, position = x.key.clone(), x.value.clone(), x.key_position.clone()
@@ -164,20 +164,22 @@ def test_masked_rows_are_never_read(T: int) -> None:
 
 def test_every_output_is_written(poisoned_memory: None) -> None:
     x = random_operands()
-    assert all(t.isfinite().all() for t in run_all(x, Options(), torch.randn(2, 3, 150, 40)))
+    assert all(t.isfinite().all() for t in run_all(x, Options(SCALARS, "rbf", 3), torch.randn(2, 3, 150, 40)))
 
 
 @pytest.mark.parametrize("num_threads", [1, 2, 5])
 def test_results_repeat_bit_for_bit(num_threads: int, threads: None) -> None:
     torch.set_num_threads(num_threads)
     x, d_o = random_operands(n=500, b=1), torch.randn(1, 3, 500, 40)
-    first = run_all(x, Options(), d_o)
+    first = run_all(x, Options(SCALARS, "rbf", 3), d_o)
     for _ in range(3):
-        assert all(torch.equal(a, b) for a, b in zip(run_all(x, Options(), d_o), first, strict=True))
+        assert all(torch.equal(a, b) for a, b in zip(run_all(x, Options(SCALARS, "rbf", 3), d_o), first, strict=True))
 
 
 @pytest.mark.parametrize("scale", [1e-20, 1e-13, 1.0, 1e10, 1e15])
-@pytest.mark.parametrize("opt", [Options(), Options((1.0, 0.005, 1.0, 1.0, 1.0), num_iters=50), Options(num_iters=1)])
+@pytest.mark.parametrize(
+    "opt", [Options(SCALARS, "rbf", 3), Options((1.0, 0.005, 1.0, 1.0, 1.0), "rbf", 50), Options(SCALARS, "rbf", 1)]
+)
 def test_extreme_scales_stay_finite(scale: float, opt: Options) -> None:
     x = random_operands()
     x = x._replace(query=x.query * scale, key=x.key * scale)
@@ -190,14 +192,14 @@ def test_empty_batches_and_lengths() -> None:
     for b, n in ((0, 5), (2, 0)):
         x = random_operands(b=b, n=max(n, 9))
         x = x._replace(query=x.query[:, :, :n], query_position=x.query_position[:, :, :n])
-        outputs = run_all(x, Options(), torch.randn(b, 3, n, 40))
+        outputs = run_all(x, Options(SCALARS, "rbf", 3), torch.randn(b, 3, n, 40))
         assert outputs[0].shape == (b, 3, n, 40)
         assert all(t.isfinite().all() for t in outputs)
 
 
 @pytest.mark.parametrize("T", [0, 1, 3])
 def test_pool_gradients_through_z_and_c(T: int) -> None:
-    x, opt = random_operands(torch.float64), Options(num_iters=T)
+    x, opt = random_operands(torch.float64), Options(SCALARS, "rbf", T)
     x = x._replace(query=None, query_position=None)
     needs = [t is not None and i not in (11, 12, 14) for i, t in enumerate(x)]
     z, c = cpu.pool(x, opt)
@@ -211,7 +213,7 @@ def test_pool_gradients_through_z_and_c(T: int) -> None:
 
 @pytest.mark.parametrize("causal", [False, True])
 def test_only_the_gradients_asked_for_are_made(causal: bool) -> None:
-    x, opt = random_operands(), Options(num_iters=1)
+    x, opt = random_operands(), Options(SCALARS, "rbf", 1)
     d_o = torch.randn(2, 3, 150, 40)
     everything = [t is not None and i not in (11, 12, 14) for i, t in enumerate(x)]
     z, c = cpu.pool(x, opt)
@@ -264,18 +266,43 @@ def test_wrong_sizes_are_refused_before_any_kernel_runs() -> None:
         x._replace(query_position=None),
     ):
         with pytest.raises(ValueError, match="tensor '"):
-            cpu.attention(bad, Options())
+            cpu.attention(bad, Options(SCALARS, "rbf", 3))
 
 
-def test_features_gradients_in_float64(isa: str) -> None:
+@pytest.mark.parametrize("center", [False, True])
+def test_features_gradients_in_float64(isa: str, center: bool) -> None:
     x, w = torch.randn(2, 3, 70, 19, dtype=torch.float64), torch.randn(3, 13, 19, dtype=torch.float64)
     beta: Any = torch.rand(3, dtype=torch.float64) + 0.5
-    psi, expected = cpu.features(x, w, beta, 1.0, 1e-3), eager.features(x, w, beta, 1.0, 1e-3)
+    psi, expected = (backend.features(x, w, beta, 1.0, 1e-3, center) for backend in (cpu, eager))
     assert torch.allclose(psi, expected, rtol=1e-9, atol=1e-10)
     d_psi, needs = torch.randn_like(psi), (True, True, True)
     pairs = zip(
-        cpu.features_backward(x, w, beta, 1.0, 1e-3, d_psi, needs),
-        eager.features_backward(x, w, beta, 1.0, 1e-3, d_psi, needs),
+        cpu.features_backward(x, w, beta, 1.0, 1e-3, center, d_psi, needs),
+        eager.features_backward(x, w, beta, 1.0, 1e-3, center, d_psi, needs),
         strict=True,
     )
     assert all(torch.allclose(a, b, rtol=1e-7, atol=1e-8) for a, b in pairs)
+
+
+def test_bfloat16_tokens_as_large_as_they_get(isa: str) -> None:
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1, 2, n, 48).bfloat16() for n in (70, 100, 100))
+    y = torch.randn(2, 20, 48)
+    expected = native(q, k, v, y)
+    for far_q, far_k in ((2.0**100, 1.0), (1.0, 2.0**100), (2.0**-30, 2.0**-30)):
+        found = native(q * far_q, k * far_k, v, y)
+        assert (found - expected).float().norm() <= 8e-3 * expected.float().norm()
+
+
+def test_bfloat16_heads_in_and_out_of_range_share_a_call(isa: str, threads: None) -> None:
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, 3, 130, 40).bfloat16() for _ in range(3))
+    y, epsilon = torch.randn(3, 33, 40), torch.tensor([0.05, 0.004, 0.1])
+    mask = torch.rand(2, 130) < 0.7
+    mask[1, 1:] = False  # a lone key, whose value is everyone's output
+    expected = reference(q.float(), k.float(), v.float(), y, epsilon=epsilon, key_mask=mask, num_iters=2)
+    for count in (1, 4):
+        torch.set_num_threads(count)
+        found = native(q, k, v, y, epsilon=epsilon, key_mask=mask, num_iters=2).float()
+        assert (found - expected).norm() <= 1e-2 * expected.norm()
+        assert torch.equal(found[1], v[1, :, :1].float().expand_as(found[1]))

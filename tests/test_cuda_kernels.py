@@ -148,7 +148,7 @@ def test_attention_of_every_layout(
     exact, model = model_inputs(reference, inputs, dtype, cotangent)
     given = {name: t.detach() for name, t in cast(inputs, torch.float32, dtype).items()}
     x = Operands(**{name: given.get(name) for name in Operands._fields})
-    options, results = Options(scalars=(1.0, epsilon, 1.0, 1.0, 1.0), num_iters=3), []
+    options, results = Options((1.0, epsilon, 1.0, 1.0, 1.0), "rbf", 3), []
     for schedule in reversed(shim.SCHEDULES):  # the first one last: the others' tests have it
         shim.set_schedule(schedule)
         o, z, c = cuda.attention(x, options)
@@ -170,7 +170,7 @@ def test_pooling_passes_on_the_gradient_of_c(
     k, v, y = torch.randn(2, 1, 70, 16), torch.randn(2, 1, 70, 24), torch.randn(1, 9, 16)
     log_b = torch.randn(1, 9).log_softmax(-1)
     given = {"key": k, "value": v, "references": y, "log_b": log_b}
-    options = Options(scalars=(1.0, epsilon, 0.8, 0.9, 1.0), num_iters=num_iters)
+    options = Options((1.0, epsilon, 0.8, 0.9, 1.0), "rbf", num_iters)
     x = Operands(**{name: given.get(name) for name in Operands._fields})
     z, c = cuda.pool(x, options)
     d_z, d_c = torch.randn_like(z), torch.randn_like(c)

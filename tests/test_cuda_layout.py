@@ -13,7 +13,7 @@ from test_cuda_kernels import both_ways, on_shim, problem, shim
 
 from setformer_kernels import dispatch
 from setformer_kernels.backends import cuda
-from setformer_kernels.problem import Operands, Options
+from setformer_kernels.problem import SCALARS, Operands, Options
 
 __all__ = ["on_shim", "shim"]  # fixtures
 
@@ -35,7 +35,7 @@ def takes(facts: dict[str, Any], shim: ModuleType) -> tuple[bool, bool]:
     given["references"] = torch.empty(()).expand(h, m, d)
     x = Operands(**{name: given.get(name) for name in Operands._fields})
     x = x if facts["L"] else x._replace(query=None)
-    views, options = cuda._common(x, Options(num_iters=facts["num_iters"]))[:2]
+    views, options = cuda._common(x, Options(SCALARS, "rbf", facts["num_iters"]))[:2]
     backward = shim.cuda_gradient_parts(views, options, facts["num_iters"], 0) > 0
     return shim.forward_fits(views, options, facts["num_iters"]), backward
 
@@ -63,7 +63,7 @@ def test_few_keys_and_many_queries_run_both_ways(
     s, length, m, d, e, iterations = sizes
     q, k, v = (torch.randn(1, 1, n, w, dtype=dtype) for n, w in ((length, d), (s, d), (s, e)))
     given = {"query": q, "key": k, "value": v, "references": torch.randn(1, m, d)}
-    x, options = Operands(**{name: given.get(name) for name in Operands._fields}), Options(num_iters=iterations)
+    x, options = Operands(**{name: given.get(name) for name in Operands._fields}), Options(SCALARS, "rbf", iterations)
     for backward in (False, True):
         facts = {"B": 1, "H": 1, "L": length, "N": s, "M": m, "D": d, "E": e, "num_iters": iterations}
         assert cuda.unsupported_reasons(dispatch.Problem("attention", "cpu", dtype, **facts, backward=backward)) == []

@@ -14,6 +14,7 @@ from torch import Tensor
 
 import setformer_kernels.functional as SF
 from setformer_kernels.backends import cuda
+from setformer_kernels.problem import SCALARS, Options
 from setformer_kernels.testing import assert_within_budget, model_inputs
 from setformer_kernels.testing.budget import cast
 
@@ -116,7 +117,7 @@ def test_pooled_values_and_column_sums(dtype: torch.dtype, on_shim: ModuleType) 
     mask[1] = False  # no key at all
     log_a = torch.where(mask, 0.0, -torch.inf).log_softmax(-1).nan_to_num(-torch.inf, neginf=-torch.inf)
     x = {k: given.get(k) for k in cuda.Operands._fields} | {"log_a": log_a[:, None]}
-    options = cuda.Options(num_iters=3)
+    options = Options(SCALARS, "rbf", 3)
     found = cuda.pool(cuda.Operands(**x), options)
     exact = cuda.pool(cuda.Operands(**x | {"epsilon": torch.tensor([0.05])}), options)
     assert torch.equal(found[1] == -torch.inf, exact[1] == -torch.inf)

@@ -130,6 +130,11 @@ CALLS: list[tuple[Callable[[], Any], type[Exception], str]] = [
         "ridge must be",
     ),
     (lambda: SF.nystrom_features(torch.randn(B, S, D), torch.randn(H, M, D)), ValueError, "x must have shape"),
+    (
+        lambda: SF.nystrom_features(torch.randn(B, H, S, D), torch.randn(H, M, D), bandwidth=1e6, center=True),
+        ValueError,
+        f"bandwidth must be smaller for centred features of D = {D}",
+    ),
     (lambda: SF.sinkhorn(torch.randn(4)), ValueError, r"log_kernel must have shape \[..., N, M\]"),
     (lambda: SF.sinkhorn(torch.randn(4, 3), torch.zeros(5)), ValueError, r"log_a must broadcast to \[4\], got \[5\]"),
     (lambda: SF.sinkhorn(torch.randn(4, 3), tol=-1.0), ValueError, "tol must be finite and ≥ 0"),

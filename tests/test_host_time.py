@@ -18,7 +18,7 @@ import setformer_kernels.functional as SF
 from setformer_kernels import SeTAttention, arguments
 from setformer_kernels.backends.cpu import ABSENT
 from setformer_kernels.ops import direct
-from setformer_kernels.problem import Operands, Options
+from setformer_kernels.problem import SCALARS, Operands, Options
 
 native_cpu = pytest.mark.skipif(bool(ABSENT), reason=ABSENT)
 
@@ -89,7 +89,7 @@ def test_a_call_on_triton_takes_few_launches_and_few_python_functions(op: str, T
     from setformer_kernels.backends.triton.host.launch import Device, recorded
 
     q, k, v = (torch.empty(1, 16, 1024, 64, dtype=torch.bfloat16) for _ in range(3))
-    x, opt = Operands(q, k, v, torch.empty(16, 64, 64), *[None] * 11), Options(num_iters=T)
+    x, opt = Operands(q, k, v, torch.empty(16, 64, 64), *[None] * 11), Options(SCALARS, "rbf", T)
     state = (torch.empty(1, 16, 64, 64), torch.empty(1, 16, T, 64)) if op == "attention" else ()
     run: Any = getattr(face, f"{op}_backward" if backward else op)
     rest = (*state, q, [t is not None for t in x]) if backward else ()

@@ -64,15 +64,22 @@ def tree(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def compiled(tree: Path, **environment: str) -> list[str]:
+EDITABLE = ("-c", "import setuptools.build_meta as backend; backend.build_editable('wheels')")  # as pip install -e
+
+
+def compiled(tree: Path, *command: str, **environment: str) -> list[str]:
     """What a build in `tree` compiles, in alphabetical order."""
     record = tree / "compiled.txt"
     record.write_text("")
     compiler = {"CC": str(tree / "compiler"), "CXX": str(tree / "compiler"), "COMPILED": str(record)}
     chosen = {"SETFORMER_KERNELS_CUDA": "0", "SETFORMER_KERNELS_CPU_BUILD": "native"} | environment
-    command = [sys.executable, "setup.py", "build_ext"]
     done = subprocess.run(
-        command, cwd=tree, env=os.environ | compiler | chosen, capture_output=True, text=True, timeout=300
+        [sys.executable, *(command or ("setup.py", "build_ext"))],
+        cwd=tree,
+        env=os.environ | compiler | chosen,
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
     assert done.returncode == 0, done.stderr
     assert "WITHOUT" not in done.stderr, done.stderr
@@ -89,6 +96,17 @@ def test_only_what_includes_an_edited_file_is_compiled_again(tree: Path) -> None
     assert compiled(tree) == ["attention_backward", "masked_backward", "sinkhorn"]
     (tree / "csrc" / "cuda" / "launch.cuh").touch()
     assert compiled(tree) == []
+
+
+def test_another_editable_install_compiles_the_bindings_alone(tree: Path) -> None:
+    """pip gives pybind11 a folder of its own each time, which the kernels know nothing of."""
+    import pybind11
+
+    (tree / "wheels").mkdir()
+    assert {"bindings", "attention"} < set(compiled(tree, *EDITABLE))
+    assert compiled(tree, *EDITABLE) == []
+    shutil.copytree(Path(pybind11.__file__).parent, tree / "elsewhere" / "pybind11")
+    assert compiled(tree, *EDITABLE, PYTHONPATH=str(tree / "elsewhere")) == ["bindings"]
 
 
 @pytest.fixture

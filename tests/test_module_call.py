@@ -30,7 +30,8 @@ def test_forward_has_torchs_arguments_first():
     ours = inspect.signature(SeTAttention.forward).parameters
     torchs = inspect.signature(nn.MultiheadAttention.forward).parameters
     assert list(ours)[: len(torchs)] == list(torchs)
-    assert all(ours[name].default == parameter.default for name, parameter in torchs.items())
+    for name, parameter in torchs.items():  # keys and values may be left out where there is a memory
+        assert ours[name].default == (None if name in ("key", "value") else parameter.default), name
 
 
 def test_every_constructor_argument_works_by_position():

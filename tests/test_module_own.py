@@ -66,7 +66,7 @@ def test_rkhs_values_are_nystrom_features():
     module = trainable(SeTAttention(E, H, batch_first=True, num_references=M, value_map="rkhs", bandwidth=2.0))
     x = tokens(module, dtype=torch.float64)
     q, k, v = heads(module, *x)
-    features = SF.nystrom_features(v, module.landmarks, bandwidth=2.0)
+    features = SF.nystrom_features(v, module.landmarks, bandwidth=2.0, center=True)
     assert features.shape == (B, H, S, D)
     want = SF.set_attention(q, k, features, module.references, bandwidth=2.0)
     torch.testing.assert_close(module(*x)[0], merged(module, want))
@@ -273,7 +273,7 @@ def test_pooling_is_set_pool(own):
     mask = torch.randn(B, S, dtype=torch.float64)
     k, v = (y.unflatten(-1, (H, D)).transpose(1, 2) for y in module.kv_proj(x).chunk(2, -1))
     if module.landmarks is not None:
-        v = SF.nystrom_features(v, module.landmarks)
+        v = SF.nystrom_features(v, module.landmarks, center=True)
     options = {"key_mask": mask, "reference_log_mass": module.reference_log_mass}
     if module.log_epsilon is not None:
         options["epsilon"] = module.log_epsilon.exp()

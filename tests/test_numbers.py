@@ -149,7 +149,7 @@ def calls(backend: str) -> dict[str, tuple[Callable[..., Any], dict[str, Any]]]:
         "pool": (lambda **o: SF.set_pool(q, q, y, **key, **o), common),
         "features": (
             lambda **o: SF.nystrom_features(q, y, **o),
-            {"bandwidth": 2.0, "ridge": 0.125, "backend": backend},
+            {"bandwidth": 2.0, "ridge": 0.125, "center": True, "backend": backend},
         ),
         "sinkhorn": (
             lambda **o: torch.cat(SF.sinkhorn(q, **o), -1),

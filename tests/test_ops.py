@@ -72,9 +72,19 @@ def masked_arguments() -> list[Any]:
     return [*tensors, mask.requires_grad_(), *constants, True]
 
 
+def packed_arguments(causal: bool = False, pool: bool = False) -> list[Any]:
+    """Three segments, one of them without keys, and a row behind them; log masses that are not normalised."""
+    full = operands(causal, pool)
+    tensors = [t[:1] if isinstance(t, Tensor) and t.ndim > 2 and t.shape[0] == B else t for t in full[:-5]]
+    tensors = [t.detach().clone().requires_grad_() if isinstance(t, Tensor) and t.requires_grad else t for t in tensors]
+    keys = torch.tensor([0, 3, 3, L - 1])
+    offsets = [keys] if causal or pool else [torch.tensor([0, 2, 4, L - 1]), keys]
+    return [*tensors, *offsets, *full[-5:]]
+
+
 def feature_arguments() -> list[Any]:
     x = torch.randn(B, L, H, D, dtype=torch.float64).transpose(1, 2).requires_grad_()
-    return [x, torch.randn(H, 6, D, dtype=torch.float64, requires_grad=True), hyper()[0], 1.0, 1e-3, "auto"]
+    return [x, torch.randn(H, 6, D, dtype=torch.float64, requires_grad=True), hyper()[0], 1.0, 1e-3, True, "auto"]
 
 
 def sinkhorn_arguments() -> list[Any]:
@@ -90,6 +100,9 @@ ARGUMENTS: dict[str, Callable[[], list[Any]]] = {
     "set_causal": causal_arguments,
     "set_masked": masked_arguments,
     "set_attention_weights": lambda: [*operands(), True],
+    "set_attention_varlen": packed_arguments,
+    "set_pool_varlen": functools.partial(packed_arguments, pool=True),
+    "set_causal_varlen": functools.partial(packed_arguments, causal=True),
     "nystrom_features": feature_arguments,
     "sinkhorn": sinkhorn_arguments,
 }

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.common.results import read_csv
-from benchmarks.cpu.table import render
+from benchmarks.common.results import OK, Row, read_csv
+from benchmarks.cpu.table import masked, render
 from setformer_kernels import available_backends
 
 ROOT = Path(__file__).parents[1]
@@ -21,6 +21,27 @@ def test_the_cpu_table_is_that_of_the_results_it_names() -> None:
     table = render(*read_csv(ROOT / "benchmarks" / "results" / names[0])).strip().split("\n\n")[0]
     missing = [line for line in table.splitlines() if line not in README]
     assert not missing, "\n".join(missing)
+
+
+def test_causal_and_masked_calls_show_what_they_cost_or_that_nobody_measured() -> None:
+    (name,) = set(re.findall(r"\(benchmarks/results/(cpu_\S+\.csv)\)", README))
+    table = masked(read_csv(ROOT / "benchmarks" / "results" / name)[0])
+    assert ("| causal | 1 | forward |" in README) == bool(table)
+    assert table in README
+    assert ("not measured yet: causal and masked calls" in README) == (not table)
+
+
+def test_the_table_of_masks_has_both_iteration_counts() -> None:
+    rows = [
+        Row("causal", "sdpa", "forward", "time", "s", OK, L=L, ratio=ratio, ratio_t1=2 * ratio)
+        for L, ratio in ((256, 0.4), (1024, 0.5))
+    ]
+    lines = masked(rows).splitlines()
+    assert lines[0] == "| mask | T | mode | L = 256 | L = 1024 |"
+    assert "| causal | 1 | forward | 0.8× | 1× |" in lines
+    assert "| causal | 3 | forward | 0.4× | 0.5× |" in lines
+    assert "| window | 3 | forward+backward | – | – |" in lines
+    assert masked([]) == ""
 
 
 def test_the_backends_stand_in_the_order_in_which_auto_tries_them() -> None:

@@ -343,7 +343,10 @@ def test_gradcheck_of_pool_features_and_sinkhorn() -> None:
         return SF.set_pool(k, v, y, **dict(zip(names, h, strict=True)), backend="reference")
 
     assert torch.autograd.gradcheck(pool, (k, v, y, *hyper))
-    assert torch.autograd.gradcheck(lambda x, w: SF.nystrom_features(x, w, backend="reference"), (k, y))
+    for center in (False, True):
+        features = functools.partial(SF.nystrom_features, backend="reference", center=center)
+        assert torch.autograd.gradcheck(lambda x, w, b: features(x, w, bandwidth=b), (k, y, hyper[0]))  # noqa: B023
+    assert torch.autograd.gradgradcheck(lambda b: features(k, y, bandwidth=b), (hyper[0],))
     l = torch.randn(2, 4, 3, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradgradcheck(lambda l: SF.sinkhorn(l, num_iters=3, backend="reference"), (l,))
 

@@ -92,14 +92,16 @@ def every_function(q, k, v, references, landmarks):
     features = SF.nystrom_features(v, landmarks)
     out = SF.set_attention(q, k, features, references=references, num_iters=2) + f[..., None]
     weights = SF.set_attention_weights(q, k, references)
-    return out, weights, SF.set_pool(k, v, references), g
+    read = SF.set_read(q, SF.set_transport(k, v, references), references)
+    return out, weights, SF.set_pool(k, v, references), g, read
 
 
 def test_functions_are_leaves():
     args = [torch.randn(1, 2, 5, 4) for _ in range(3)] + [torch.randn(2, 3, 4), torch.randn(2, 4, 4)]
     traced = symbolic_trace(every_function)
     called = {node.target for node in traced.graph.nodes if node.op == "call_function"}
-    assert {SF.set_attention, SF.set_attention_weights, SF.set_pool, SF.nystrom_features, SF.sinkhorn} <= called
+    own = {SF.set_attention, SF.set_attention_weights, SF.set_pool, SF.nystrom_features, SF.sinkhorn}
+    assert own | {SF.set_transport, SF.set_read} <= called
     for got, want in zip(pickle.loads(pickle.dumps(traced))(*args), every_function(*args), strict=True):
         torch.testing.assert_close(got, want)
     with pytest.raises(TypeError, match="query must be a Tensor"):

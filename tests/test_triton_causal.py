@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import setformer_kernels.functional as SF
-from setformer_kernels.problem import Operands, Options
+from setformer_kernels.problem import SCALARS, Operands, Options
 from setformer_kernels.testing import gradients, measure, model_inputs
 from setformer_kernels.testing.budget import cast
 from setformer_kernels.testing.cases import ALL_CASES, make
@@ -156,7 +156,7 @@ def both(B: int, H: int, L: int, D: int, dtype: torch.dtype) -> tuple[Operands, 
     q, k, v, d_o = (torch.empty(B, H, L, D, dtype=dtype) for _ in range(4))
     x = Operands(q, k, v, torch.empty(H, D, D), *[None] * 11)
     back = functools.partial(face.causal_backward, d_o=d_o, needs=[t is not None for t in x])
-    return x, [functools.partial(call, x, Options(num_iters=1)) for call in (face.causal, back)]
+    return x, [functools.partial(call, x, Options(SCALARS, "rbf", 1)) for call in (face.causal, back)]
 
 
 def workspaces(B: int, H: int, L: int, D: int, dtype: torch.dtype) -> tuple[list[int], int]:

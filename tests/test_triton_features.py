@@ -54,11 +54,11 @@ def error(found: Tensor, exact: Tensor) -> float:
     return ((found.double() - exact).norm() / exact.norm()).item()
 
 
-def prepared_for(w: Tensor) -> tuple[Tensor, ModuleType]:
+def prepared_for(w: Tensor, center: bool = False) -> tuple[Tensor, ModuleType]:
     from setformer_kernels.backends.triton.features import problem
 
     w = w.to(DEVICE)
-    return w, problem.prepared_landmarks(w[None], w, None, 1.0)
+    return w, problem.prepared_landmarks(w[None], w, None, 1.0, center)
 
 
 @pytest.mark.parametrize(("r", "kind"), [(7, "pairs"), (64, "equal"), (64, "pairs"), (64, "random"), (100, "pairs")])

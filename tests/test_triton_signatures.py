@@ -25,7 +25,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "setformer_kernels"
 BACKEND = PACKAGE / "backends" / "triton"
 MOST_PARAMETERS = 40
 MOST_LINES = 100
-OPS = ("attention", "pool", "causal", "step", "features", "sinkhorn")
+OPS = ("attention", "pool", "packed", "packed_pool", "causal", "step", "masked", "features", "sinkhorn")
 
 
 def functions(folder: Path) -> Iterator[tuple[Path, ast.FunctionDef]]:
@@ -84,7 +84,7 @@ def launches() -> Iterator[Any]:
     for op in OPS:
         dtype = torch.float32 if op == "sinkhorn" else torch.bfloat16
         for rich in (False, True):
-            call = Call(op, T=1 if op in ("causal", "step") else 3, B=2, L=1024, dtype=dtype, rich=rich)
+            call = Call(op, T=1 if op in ("causal", "step") else 3, B=2, L=1024, dtype=dtype, rich=rich, mask="float")
             for one in (call, replace(call, backward=True)):
                 yield from workloads.launches(one, "sm_90")
     for backward in (False, True):

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.compiled.gpus import AMD, GPUS
-from setformer_kernels.problem import HYPER, Operands, Options, Sinkhorn, Stream
+from setformer_kernels.problem import HYPER, SCALARS, Operands, Options, Sinkhorn, Stream
 
 MULTIPROCESSORS = {gpu.family: gpu.multiprocessors for gpu in GPUS.values()}
 
@@ -28,7 +28,9 @@ STREAM = ("log_decay", "initial_state")  # what a causal call may also come with
 class Call:
     """One call, forward or backward."""
 
-    op: str  # "attention", "pool", "causal", "step", "features", "sinkhorn"
+    # "attention", "pool", "packed", "packed_pool" (B segments of L), "read", "causal", "step", "masked", "features",
+    # "sinkhorn"
+    op: str
     backward: bool = False
     T: int = 3
     dtype: torch.dtype = torch.bfloat16
@@ -40,13 +42,18 @@ class Call:
     M: int = 64
     rich: bool = False  # with everything of OPTIONAL and all its gradients
     kernel: str = "rbf"
+    center: bool = False  # of features
+    mask: str = "causal"  # of `masked`: "causal", or a mask [L, S] that is "bool" or "float"
     given: tuple[str, ...] | None = None  # of OPTIONAL and STREAM, if neither all nor nothing
     wanted: str = ""  # the operand whose gradient alone is asked for, if not that of each
 
     def __str__(self) -> str:
         parts = [self.op, "backward" if self.backward else "forward"]
-        parts += [f"T={self.T}"] if self.op in ("attention", "pool", "causal", "step") else []
+        iterated = ("attention", "pool", "packed", "packed_pool", "causal", "step", "masked")
+        parts += [f"T={self.T}"] if self.op in iterated else []
+        parts += [self.mask] if self.op == "masked" else []
         parts += [] if self.kernel == "rbf" else [self.kernel]
+        parts += ["centred"] if self.center else []
         parts += ["rich"] if self.rich else []
         parts += [] if self.given is None else ["with", *(self.given or ["nothing"])]
         parts += ["for", self.wanted] if self.wanted else []
@@ -60,11 +67,13 @@ class Call:
 def operands(call: Call) -> Operands:
     """The tensors of a call, not initialised."""
     B, H, L, D, E, M = call.B, call.H, call.L, call.D, call.E, call.M
+    if call.op.startswith("packed"):
+        B, L = 1, B * L
 
     def token(width: int) -> Tensor:
         return torch.empty(B, H, L, width, dtype=call.dtype)
 
-    query = None if call.op == "pool" else token(D)
+    query = None if call.op.endswith("pool") else token(D)
     plain = Operands(query, token(D), token(E), torch.empty(H, M, D), *[None] * 11)
     position = torch.empty(1, 1, L, 2).expand(B, H, L, 2)
     optional: dict[str, dict[str, Tensor | None]] = {
@@ -83,16 +92,25 @@ def operands(call: Call) -> Operands:
 
 def _run_attention(backend: Any, call: Call) -> None:
     x = operands(call)
-    dropped = 0.1 if call.has("dropout") and call.op != "pool" else 0.0
-    opt = Options(num_iters=call.T, kernel=call.kernel, dropout_p=dropped)
-    learned = [
-        t is not None and name not in ("query_position", "key_position", "seed") and call.wanted in ("", name)
-        for name, t in zip(x._fields, x, strict=True)
-    ]
+    dropped = 0.1 if call.has("dropout") and x.query is not None else 0.0
+    opt = Options(SCALARS, call.kernel, call.T, dropped)
+    learned = _learned(x, call)[:-1]
     shape = (call.B, call.H, max(call.T, 1), call.M)
     d_o, z, c = torch.empty_like(x.value), torch.empty(*shape[:2], call.M, call.E), torch.empty(shape)
     if call.op == "attention":
         backend.attention_backward(x, opt, z, c, d_o, learned) if call.backward else backend.attention(x, opt)
+    elif call.op == "packed":
+        cu = _offsets(call)
+        if call.backward:
+            backend.packed_backward(x, opt, cu, cu, z, c, d_o, learned)
+        else:
+            backend.packed(x, opt, cu, cu)
+    elif call.op == "packed_pool":
+        cu = _offsets(call)
+        if call.backward:
+            backend.packed_pool_backward(x, opt, cu, z, c, torch.empty_like(z), learned)
+        else:
+            backend.packed_pool(x, opt, cu)
     elif call.op == "causal":
         _run_causal(backend, call, x, opt, d_o, learned)
     elif call.backward:
@@ -119,10 +137,52 @@ def _run_step(backend: Any, call: Call) -> None:
     backend.step(x._replace(seed=None), Options(num_iters=call.T, kernel=call.kernel), states, decay, rows)
 
 
+def _run_masked(backend: Any, call: Call) -> None:
+    x, causal = operands(call), call.mask == "causal"
+    opt = Options(SCALARS, call.kernel, call.T, 0.1 if call.has("dropout") else 0.0)
+    mask = None if causal else torch.empty(1, 1, call.L, call.L, dtype=MASKS[call.mask])
+    if call.backward:
+        backend.masked_backward(x, mask, opt, causal, torch.empty_like(x.value), _learned(x, call, mask))
+    else:
+        backend.masked(x, mask, opt, causal)
+
+
+MASKS = {"bool": torch.bool, "float": torch.float32}
+
+
+def _learned(x: Operands, call: Call, mask: Tensor | None = None) -> list[bool]:
+    """Which operands get a gradient, and whether a mask does."""
+    given = [*zip(x._fields, x, strict=True), ("mask", mask if call.mask == "float" else None)]
+    without = ("query_position", "key_position", "seed")
+    return [t is not None and name not in without and call.wanted in ("", name) for name, t in given]
+
+
+def _offsets(call: Call) -> Tensor:
+    """Of B segments of L tokens each."""
+    return torch.arange(call.B + 1) * call.L
+
+
+def _run_read(backend: Any, call: Call) -> None:
+    """The second half of attention, from z and g."""
+    x, none = operands(call), dict.fromkeys(("log_a", "log_b", "key_relaxation", "reference_relaxation"))
+    places = None if x.key_position is None else x.key_position[:, :, :0]
+    x = x._replace(key=x.key[:, :, :0], value=x.value[:, :, :0], key_position=places, **none)
+    opt = Options(SCALARS, call.kernel, 1, 0.1 if call.has("dropout") else 0.0)
+    z, g = torch.empty(call.B, call.H, call.M, call.E), torch.empty(call.B, call.H, call.M)
+    if not call.backward:
+        backend.read(x, opt, z, g)
+        return
+    graded = ("query", "references", "bandwidth", "epsilon", "position_scale", "reference_position")
+    learned = [
+        name in graded and t is not None and call.wanted in ("", name) for name, t in zip(x._fields, x, strict=True)
+    ]
+    backend.read_backward(x, opt, z, g, torch.empty(call.B, call.H, call.L, call.E, dtype=call.dtype), learned)
+
+
 def _run_features(backend: Any, call: Call) -> None:
     x, landmarks = torch.empty(call.B, call.H, call.L, call.D, dtype=call.dtype), torch.empty(call.H, call.M, call.D)
     bandwidth = torch.empty(call.H) if call.rich else None
-    arguments = (x, landmarks, bandwidth, 1.0, 1e-3)
+    arguments = (x, landmarks, bandwidth, 1.0, 1e-3, call.center)
     if call.backward:
         d_psi = torch.empty(call.B, call.H, call.L, call.M, dtype=call.dtype)
         needs = [call.wanted in ("", name) for name in ("key", "references", "bandwidth")]
@@ -150,8 +210,12 @@ def _run_sinkhorn(backend: Any, call: Call) -> None:
 RUN: dict[str, Callable[[Any, Call], None]] = {
     "attention": _run_attention,
     "pool": _run_attention,
+    "packed": _run_attention,
+    "packed_pool": _run_attention,
+    "read": _run_read,
     "causal": _run_attention,
     "step": _run_step,
+    "masked": _run_masked,
     "features": _run_features,
     "sinkhorn": _run_sinkhorn,
 }
@@ -192,10 +256,23 @@ def _options(dtype: torch.dtype) -> Iterator[Call]:
     rich = replace(base, rich=True)
     for call in (replace(base, T=1), replace(base, T=0), replace(base, kernel="dot"), replace(base, op="pool"), rich):
         yield from _both(call)
-    for call in (replace(rich, op="causal", T=1), replace(rich, op="features")):
+    for call in (replace(base, op="packed", B=2), replace(rich, op="packed", B=2)):
         yield from _both(call)
     yield from _both(replace(base, op="causal", T=1, given=STREAM))
     yield replace(rich, op="step", T=1)
+    yield from _both(replace(base, op="read"))
+    features = replace(rich, op="features")
+    for call in (replace(rich, op="causal", T=1), features, replace(features, center=True)):
+        yield from _both(call)
+
+
+def _masked(dtype: torch.dtype) -> Iterator[Call]:
+    """Masks of every query: both kinds of walks at one size, the longer one at a larger size in half precision."""
+    base = Call("masked", dtype=dtype, mask="float")
+    yield from _both(replace(base, T=1, mask="causal"))
+    yield from _both(replace(base, rich=True))
+    if dtype == torch.bfloat16:
+        yield from _both(replace(base, D=128, E=128, M=128))
 
 
 def table_calls(family: str) -> list[Call]:
@@ -203,6 +280,7 @@ def table_calls(family: str) -> list[Call]:
     if family in AMD:
         return list(_amd_calls(family))
     found = [call for dtype in (torch.bfloat16, torch.float32) for part in (_sizes, _options) for call in part(dtype)]
+    found += [call for dtype in (torch.bfloat16, torch.float32) for call in _masked(dtype)]
     for rows, columns in ((64, 64), (256, 256), (4096, 64), (4096, 1024)):
         found += _both(Call("sinkhorn", T=20, dtype=torch.float32, L=rows, M=columns))
     found += _both(Call("sinkhorn", T=20, dtype=torch.float32, L=256, M=64, rich=True))
@@ -217,6 +295,7 @@ def _amd_calls(family: str) -> Iterator[Call]:
             yield from _both(call)
         yield from _both(replace(base, op="causal", T=1, given=STREAM))
         yield replace(base, op="step", T=1)
+    yield from _both(replace(half, op="masked", mask="float", rich=True))
     for rows in (64, 4096):
         yield from _both(Call("sinkhorn", T=20, dtype=torch.float32, L=rows))
 
@@ -234,11 +313,26 @@ def _every_operand(base: Call) -> Iterator[Call]:
         yield replace(base, backward=True, wanted=name)
 
 
+def _every_mask(base: Call) -> Iterator[Call]:
+    """Calls under masks of every kind, and with one operand alone; few of each, as these kernels are the longest."""
+    for mask in ("float", "bool", "causal"):
+        for rich in (False, True):
+            yield from _both(replace(base, mask=mask, rich=rich))
+    for name in OPTIONAL:
+        yield from _both(replace(base, given=(name,)))
+    for name in ("query", "key", "value", "references", "mask"):
+        yield replace(base, backward=True, rich=True, mask="float", wanted=name)
+    for call in (replace(base, T=1), replace(base, T=0), replace(base, kernel="dot")):
+        yield from _both(call)
+
+
 def every_operand() -> Iterator[Call]:
     """Every kernel, with each operand that may be absent absent and present, alone and among the others."""
     base = Call("attention", B=2, D=16, E=16, M=16, L=1024)
-    for call in (replace(base, op="causal", T=1), base, replace(base, op="pool")):
+    attention = (base, replace(base, op="pool"), replace(base, op="read"), replace(base, op="packed"))
+    for call in (replace(base, op="causal", T=1), *attention):
         yield from _every_operand(call)
+    yield from _both(replace(base, op="packed_pool"))
     for call in (replace(base, T=1), replace(base, T=0), replace(base, op="causal", T=0), replace(base, kernel="dot")):
         yield from _both(call)
     step = replace(base, op="step", T=1)
@@ -246,8 +340,9 @@ def every_operand() -> Iterator[Call]:
         yield from _both(replace(base, op="causal", T=1, given=given))
         yield replace(step, given=(*given, "log_a"))
     yield from (step, replace(step, rich=True))
+    yield from _every_mask(replace(base, op="masked"))
     features = replace(base, op="features")
-    for call in (features, replace(features, rich=True)):
+    for call in (features, replace(features, rich=True), replace(features, center=True)):
         yield from _both(call)
         for name in ("key", "references", "bandwidth"):
             yield replace(call, backward=True, wanted=name)

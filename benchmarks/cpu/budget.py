@@ -36,6 +36,7 @@ SETTINGS = {
     "isa generic": {"SETFORMER_KERNELS_CPU_ISA": "generic"},
     "isa avx2": {"SETFORMER_KERNELS_CPU_ISA": "avx2"},
     "isa avx512": {"SETFORMER_KERNELS_CPU_ISA": "avx512"},
+    "isa amx": {"SETFORMER_KERNELS_CPU_ISA": "amx"},
     "two threads": {"OMP_NUM_THREADS": "2"},
 }
 BACKENDS = ("cpu", "triton", "cuda")  # the last two on the interpreter and on the shim

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 
-from benchmarks.common.cases import BOTH, FORWARD
+from benchmarks.common.cases import BOTH, FORWARD, MASKS, MODES
 from benchmarks.common.results import OK, Row
 from benchmarks.common.targets import FMA_PEAK, Measured, Target, break_even, find
 
@@ -146,6 +147,21 @@ def solvers(rows: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
+def masked(rows: Sequence[Row]) -> str:
+    """SDPA's time over SeT's under the same mask, by length; empty where nothing was measured."""
+    found = [row for row in rows if row.case in MASKS and row.impl == "sdpa" and row.status == OK]
+    lengths = sorted({row.L or 0 for row in found})
+    lines = [
+        f"| mask | T | mode | {' | '.join(f'L = {L}' for L in lengths)} |",
+        "|---|---|---" + "|---" * len(lengths) + "|",
+    ]
+    for mask, T, mode in itertools.product(MASKS, (1, 3), MODES):
+        at = {row.L: row.ratio_t1 if T == 1 else row.ratio for row in found if (row.case, row.mode) == (mask, mode)}
+        cells = ["–" if math.isnan(ratio) else f"{ratio:.3g}×" for ratio in (at.get(L, math.nan) for L in lengths)]
+        lines.append(f"| {mask} | {T} | {mode} | {' | '.join(cells)} |")
+    return "\n".join(lines) if found else ""
+
+
 def floor(rows: Sequence[Row]) -> str:
     """What this machine could do at best for the headline forward, from its own measured limits."""
     times = _headline(rows, FORWARD, "set", 3)
@@ -173,4 +189,4 @@ def render(rows: Sequence[Row], stamp: Mapping[str, str]) -> str:
         f"commit {stamp['commit']}, {stamp['date']}."
     )
     lines = [*head, *(target.line(rows) for target in TARGETS)]
-    return "\n".join([*lines, "", where, "", floor(rows), "", headline(rows), "", solvers(rows)])
+    return "\n".join([*lines, "", where, "", floor(rows), "", headline(rows), "", masked(rows), "", solvers(rows)])

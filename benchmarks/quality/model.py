@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from benchmarks.common.implementations import elu_attention
 from benchmarks.tasks.encoder import Attention, Block
 from setformer_kernels import SeTAttention
-from setformer_kernels.nn.attention import merge_heads, split_heads
+from setformer_kernels.nn.projections import merge_heads, split_heads
 
 
 class Mixing(nn.MultiheadAttention):

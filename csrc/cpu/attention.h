@@ -41,6 +41,24 @@ bool load_log_mass(const AttentionParams& p, int64_t b, int64_t h, int64_t lo, i
   return any;
 }
 
+// Element j of one head's vector of a tensor [B,H,M].
+inline int64_t vector_offset(const View& v, int64_t b, int64_t h, int64_t j) {
+  return b * v.stride[0] + h * v.stride[1] + j * v.stride[2];
+}
+
+// The given z [Mp][Ep] and g [Mp] of one head; false where g says that no key takes part.
+template <class F>
+bool load_memory(const AttentionParams& p, int64_t b, int64_t h, F* z, F* g) {
+  const int64_t Ep = pad<F>(p.E), Mp = pad<F>(p.M);
+  fill(z, Mp * Ep, F(0));
+  fill(g, Mp, -kInf<F>);
+  const Block<F> given(p.z, b, h);
+  for (int64_t j = 0; j < p.M; ++j)
+    for (int64_t e = 0; e < p.E; ++e) z[j * Ep + e] = given(j, e);
+  load_row<F>(p.g, vector_offset(p.g, b, h, 0), p.g.stride[2], p.M, g);
+  return std::any_of(g, g + p.M, [](F x) { return x != -kInf<F>; });
+}
+
 // Keys lo.. of one head as rows of logits, and their values.
 template <class F>
 struct KeySource {
@@ -67,6 +85,12 @@ struct KeySource {
     load_keys(row0, n);
     Ahead ahead = ahead_of(p.key, b, h, lo + row0, n);
     logits_of<F>(refs, n, x, inv, pos, tile, &ahead);
+  }
+  F least() const { return refs.least(); }
+  void kernels(int64_t row0, int64_t n, F* tile) {
+    load_keys(row0, n);
+    Ahead ahead = ahead_of(p.key, b, h, lo + row0, n);
+    exp_logits_of<F>(refs, n, x, inv, static_cast<const F*>(nullptr), tile, static_cast<F*>(nullptr), &ahead);
   }
   void values(int64_t row0, int64_t n, F* tile) { load_rows<F>(p.value, b, h, lo + row0, n, la + row0, tile, Ep); }
   Ahead values_ahead(int64_t row0, int64_t n) const { return ahead_of(p.value, b, h, lo + row0, n); }
@@ -123,12 +147,14 @@ class ForwardWorker {
         transport_(p.S, cache_rows<F>(p, threads), tile_rows(refs_.Mp), refs_.Mp, pad<F>(p.E), p.T, bool(p.w_k)),
         weights_(tile_rows(refs_.Mp) * refs_.Mp),
         out_(tile_rows(refs_.Mp) * pad<F>(p.E)),
-        scale_(tile_rows(refs_.Mp)) {}
+        scale_(tile_rows(refs_.Mp)),
+        shift_(refs_.Mp) {}
   ColumnState<F>& shared() { return transport_.state; }
 
   void run(int64_t item, const Team& team) {
     const int64_t h = item / p_.B, b = item % p_.B;
     refs_.pack(p_, h);
+    if (p_.reading) return read(b, h, team, load_memory<F>(p_, b, h, transport_.z, transport_.g));
     const auto [lo, hi] = team.share(p_.S, tile_rows(refs_.Mp));
     source_.b = b, source_.h = h, source_.lo = lo, source_.la = transport_.la;
     const Marginals<F> marg{p_.M, refs_.Mp, p_.T, refs_.lam_a, refs_.lam_b, refs_.log_b};
@@ -146,11 +172,15 @@ class ForwardWorker {
 
  private:
   void store_state(int64_t b, int64_t h) {
-    const Block<F> c(p_.c, b, h), z(p_.z, b, h);
     for (int64_t t = 0; t < std::max<int64_t>(p_.T, 1); ++t)
-      for (int64_t j = 0; j < p_.M; ++j) c(t, j) = transport_.c[t * refs_.Mp + j];
-    for (int64_t j = 0; j < p_.M; ++j)
-      for (int64_t e = 0; e < p_.E; ++e) z(j, e) = transport_.z[j * pad<F>(p_.E) + e];
+      store_row_of<F>(p_.c, b, h, t, transport_.c + t * refs_.Mp);
+    for (int64_t j = 0; p_.E > 0 && j < p_.M; ++j) store_row_of<F>(p_.z, b, h, j, transport_.z + j * pad<F>(p_.E));
+    if (!p_.g) return;
+    const F* last = transport_.c + (std::max<int64_t>(p_.T, 1) - 1) * refs_.Mp;
+    for (int64_t j = 0; j < p_.M; ++j) {
+      const F g = last[j] == -kInf<F> ? -kInf<F> : transport_.g[j];
+      store_row<F>(p_.g, vector_offset(p_.g, b, h, j), 1, 1, &g);
+    }
   }
 
   // Rows lo..hi of W^k.
@@ -164,9 +194,18 @@ class ForwardWorker {
     }
   }
 
+  // g, less its maximum, beside the logits of any query; false where that may leave the range of F.
+  bool set_shift() {
+    const F top = *std::max_element(transport_.g + 0, transport_.g + p_.M);
+    const F slope = static_cast<F>(kLog2e * refs_.inv_eps);
+    for (int64_t j = 0; j < refs_.Mp; ++j) shift_[j] = static_cast<F>(kLog2e) * (transport_.g[j] - top) - slope;
+    return refs_.least() >= -Limits<F>::kRange / 2 && top > -kInf<F>;
+  }
+
   void read(int64_t b, int64_t h, const Team& team, bool any) {
     const int64_t rows = tile_rows(refs_.Mp), Mp = refs_.Mp, Ep = pad<F>(p_.E);
     const auto [lo, hi] = team.share(p_.L, rows);
+    const bool close = any && set_shift();
     for (int64_t row0 = lo; row0 < hi; row0 += rows) {
       const int64_t n = std::min(rows, hi - row0);
       if (any) {
@@ -174,8 +213,13 @@ class ForwardWorker {
         if (refs_.rbf) inverse_norms<F>(source_.x, n, refs_.Dp, source_.inv);
         if (refs_.P) load_rows<F>(p_.query_pos, b, h, row0, n, nullptr, source_.pos, refs_.P);
         Ahead ahead = ahead_of(p_.query, b, h, row0, n), ahead_o = ahead_of(p_.o, b, h, row0, n);
-        logits_of<F>(refs_, n, source_.x, source_.inv, source_.pos, weights_, &ahead);
-        exp_rows<F>(n, Mp, weights_, transport_.g, scale_);
+        if (close) {
+          exp_logits_of<F>(refs_, n, source_.x, source_.inv, shift_, weights_, scale_, &ahead);
+          for (int64_t i = 0; i < n; ++i) scale_[i] = 1 / scale_[i];
+        } else {
+          logits_of<F>(refs_, n, source_.x, source_.inv, source_.pos, weights_, &ahead);
+          exp_rows<F>(n, Mp, weights_, transport_.g, scale_);
+        }
         drop<F>(p_, b, h, row0, n, Mp, weights_);
         gemm<F>(n, Ep, p_.M, weights_, Mp, 1, transport_.z, Ep, out_, Ep, false, &ahead_o);
       } else {
@@ -192,7 +236,7 @@ class ForwardWorker {
   Refs<F> refs_;
   KeySource<F> source_;
   Transport<F, KeySource<F>> transport_;
-  Buffer<F> weights_, out_, scale_;
+  Buffer<F> weights_, out_, scale_, shift_;
 };
 
 template <class F>

@@ -108,13 +108,14 @@ class BackwardWorker {
     refs_.pack(p_, h);
     const auto [lo, hi] = team.share(p_.S, tile_rows(Mp));
     query_grads_.clear(refs_), key_grads_.clear(refs_);
+    if (p_.reading) return read(b, h, team);
     if (!load_log_mass<F>(p_, b, h, lo, hi, transport_.given.la)) return store_zeros(b, h, lo, hi, team);
     load_state(b, h);
     fill(shared_.dz.data(), Mp * Ep_, F(0));
     fill(shared_.dg.data(), Mp, 0.0);
     if (p_.d_o) queries(b, h, team);
     team.sync();
-    merge_queries(b, h, team);
+    merge_queries(b, h, team, bool(p_.d_z));
     team.sync();
     source_.begin(b, h, lo, transport_.given.la);
     transport_.given.center = transport_.given.balanced ? refs_.middle_logit() : F(0);
@@ -134,6 +135,33 @@ class BackwardWorker {
   }
 
  private:
+  // The read alone: dz and dg are results.
+  void read(int64_t b, int64_t h, const Team& team) {
+    const int64_t Mp = refs_.Mp;
+    const bool any = load_memory<F>(p_, b, h, transport_.given.z, g_);
+    for (int64_t e = 0; e < p_.E; ++e)
+      for (int64_t j = 0; j < Mp; ++j) zt_[e * Mp + j] = transport_.given.z[j * Ep_ + e];
+    fill(shared_.dz.data(), Mp * Ep_, F(0));
+    fill(shared_.dg.data(), Mp, 0.0);
+    if (any) queries(b, h, team);
+    team.sync();
+    if (team.rank == 0) {
+      merge_queries(b, h, team, false);
+      store_memory(b, h);
+      any ? store_parameters(b, h, team) : store_zero_parameters(b, h);
+    }
+    if (!any) clear_queries(b, h, team);
+    team.sync();
+  }
+
+  void store_memory(int64_t b, int64_t h) {
+    const Block<F> d_z(p_.d_z, b, h);
+    for (int64_t j = 0; d_z && j < p_.M; ++j)
+      for (int64_t e = 0; e < p_.E; ++e) d_z(j, e) = transport_.given.dz[j * Ep_ + e];
+    for (int64_t j = 0; p_.d_g && j < p_.M; ++j)
+      store_row<F>(p_.d_g, vector_offset(p_.d_g, b, h, j), 1, 1, transport_.given.dg + j);
+  }
+
   void load_state(int64_t b, int64_t h) {
     const int64_t Mp = refs_.Mp, steps = std::max<int64_t>(p_.T, 1);
     const Block<F> c(p_.c, b, h), z(p_.z, b, h), d_c(p_.d_c, b, h);
@@ -195,12 +223,13 @@ class BackwardWorker {
     if (p_.d_query) store_rows<F>(p_.d_query, b, h, row0, n, d_x_.data(), refs_.Dp, static_cast<const F*>(nullptr));
   }
 
-  void merge_queries(int64_t b, int64_t h, const Team& team) {
+  // dz and dg^T from all of the team, and what arrives at z besides.
+  void merge_queries(int64_t b, int64_t h, const Team& team, bool arriving) {
     const int64_t Mp = refs_.Mp;
     const Block<F> d_z(p_.d_z, b, h);
     for (int64_t j = 0; j < Mp; ++j)
       for (int64_t e = 0; e < Ep_; ++e)
-        transport_.given.dz[j * Ep_ + e] = d_z && j < p_.M && e < p_.E ? d_z(j, e) : F(0);
+        transport_.given.dz[j * Ep_ + e] = arriving && j < p_.M && e < p_.E ? d_z(j, e) : F(0);
     for (int i = 0; i < team.size; ++i) {
       const Shared& s = team.template member<Shared>(i);
       for (int64_t k = 0; k < Mp * Ep_; ++k) transport_.given.dz[k] += s.dz[k];
@@ -224,21 +253,27 @@ class BackwardWorker {
     for (int i = 0; d_hyper && i < kNumHyper; ++i) d_hyper(i, 0) = static_cast<F>(query_grads_.hyper[i]);
   }
 
+  void clear(const View& v, int64_t b, int64_t h, int64_t from, int64_t to) {
+    const std::vector<F> zeros(std::max({p_.D, p_.E, p_.P, int64_t(1)}), F(0));
+    for (int64_t i = from; v && i < to; ++i)
+      store_row<F>(v, b * v.stride[0] + h * v.stride[1] + i * v.stride[2], v.stride[3], v.size[3], zeros.data());
+  }
+
   // No key of this head takes part: every gradient is 0.
   void store_zeros(int64_t b, int64_t h, int64_t lo, int64_t hi, const Team& team) {
-    const auto [q_lo, q_hi] = team.share(p_.L, tile_rows(refs_.Mp));
-    std::vector<F> zeros(std::max({p_.D, p_.E, p_.P, int64_t(1)}), F(0));
-    const auto clear = [&](const View& v, int64_t from, int64_t to) {
-      for (int64_t i = from; v && i < to; ++i)
-        store_row<F>(v, b * v.stride[0] + h * v.stride[1] + i * v.stride[2], v.stride[3], v.size[3], zeros.data());
-    };
-    clear(p_.d_query, q_lo, q_hi), clear(p_.d_key, lo, hi), clear(p_.d_value, lo, hi);
+    clear_queries(b, h, team);
+    clear(p_.d_key, b, h, lo, hi), clear(p_.d_value, b, h, lo, hi);
     for (int64_t s = lo; p_.d_log_a && s < hi; ++s)
-      static_cast<F*>(p_.d_log_a.data)[b * p_.d_log_a.stride[0] + h * p_.d_log_a.stride[1] + s * p_.d_log_a.stride[2]] =
-          0;
-    if (team.rank != 0) return;
-    clear(p_.d_references, 0, p_.M), clear(p_.d_log_b, 0, p_.M), clear(p_.d_hyper, 0, kNumHyper);
-    clear(p_.d_ref_pos, 0, p_.M);
+      static_cast<F*>(p_.d_log_a.data)[vector_offset(p_.d_log_a, b, h, s)] = 0;
+    if (team.rank == 0) store_zero_parameters(b, h);
+  }
+  void clear_queries(int64_t b, int64_t h, const Team& team) {
+    const auto [lo, hi] = team.share(p_.L, tile_rows(refs_.Mp));
+    clear(p_.d_query, b, h, lo, hi);
+  }
+  void store_zero_parameters(int64_t b, int64_t h) {
+    clear(p_.d_references, b, h, 0, p_.M), clear(p_.d_log_b, b, h, 0, p_.M), clear(p_.d_hyper, b, h, 0, kNumHyper);
+    clear(p_.d_ref_pos, b, h, 0, p_.M);
   }
 
   const AttentionParams& p_;

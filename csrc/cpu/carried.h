@@ -44,7 +44,7 @@ SFK_INLINE Vec<F> less_turns(Vec<F> x, Vec<F> k) {
   return (x - k * F(0.693359375)) - k * F(-2.121944400546905827679e-4);
 }
 
-constexpr double kLn2 = 0.69314718055994530942, kLog2e = 1.44269504088896340736;
+constexpr double kLn2 = 0.69314718055994530942;
 
 // e^decay = 2^turns (1 + fade).
 template <class F>

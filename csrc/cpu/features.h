@@ -1,4 +1,7 @@
 // Nyström features ψ(x) = ‖x‖ W κ(w, x̂), W the whitening matrix that the caller computed, forward and backward.
+//
+// Centred, κ̃ = s (e^{β(ĉ − c₀)} − 1) takes the place of κ, and is 0 for a landmark without direction:
+//   dκ̃/dĉ = β (κ̃ + s),   dκ̃/dβ = (κ̃ + s)(ĉ − A) + κ̃ d log s/dβ.
 #pragma once
 #include "base/team.h"
 #include "gradients.h"
@@ -27,9 +30,12 @@ class FeatureWorker {
         norm_(rows_),
         along_(rows_),
         kappa_(rows_ * refs_.Mp),
+        cosine_(p.centring ? rows_ * refs_.Mp : 0),
+        gain_(refs_.Mp),
         psi_(rows_ * refs_.Mp),
         d_kappa_(rows_ * refs_.Mp) {
     shared_.grads = &grads_;
+    grads_.wants_hyper = !p.centring;  // dβ is summed here then
     shared_.d_whitening.reset(p.R * refs_.Mp);
   }
   Shared& shared() { return shared_; }
@@ -44,7 +50,7 @@ class FeatureWorker {
       const int64_t n = std::min(rows_, hi - row0);
       load_rows<F>(p_.x, b, h, row0, n, nullptr, x_, refs_.Dp);
       inverse_norms<F>(x_, n, refs_.Dp, inv_, norm_);
-      kernel_tile<F>(refs_, n, x_, inv_, kappa_);
+      p_.centring ? centred_tile(n) : kernel_tile<F>(refs_, n, x_, inv_, kappa_);
       if (p_.psi) {
         gemm<F>(n, Rp, p_.R, kappa_, Rp, 1, whitening_, Rp, psi_, Rp, false);
         store_rows<F>(p_.psi, b, h, row0, n, psi_.data(), Rp, norm_.data());
@@ -66,12 +72,45 @@ class FeatureWorker {
                                       : static_cast<F>(p_.bandwidth);
     refs_.set_kernel(bandwidth, 1);
     refs_.pack_points(p_.landmarks, h);
+    if (p_.centring) {
+      const Block<F> numbers(p_.centring, h);
+      for (int i = 0; i < kNumCentring; ++i) centring_[i] = numbers(0, i);
+      fill(gain_.data(), refs_.Mp, F(0));
+      for (int64_t j = 0; j < p_.R; ++j) gain_[j] = refs_.inv_norm[j] > 0 ? centring_[kGain] : F(0);
+    }
     const Block<F> w(p_.whitening, h);
     for (int64_t i = 0; i < p_.R; ++i)
       for (int64_t j = 0; j < refs_.Mp; ++j) {
         whitening_[i * refs_.Mp + j] = j < p_.R ? w(i, j) : F(0);
         whitening_t_[i * refs_.Mp + j] = j < p_.R ? w(j, i) : F(0);
       }
+  }
+
+  // ĉ and κ̃ of n rows.
+  void centred_tile(int64_t n) {
+    const int64_t Rp = refs_.Mp;
+    gemm<F>(n, Rp, p_.D, x_, refs_.Dp, 1, refs_.yt, Rp, cosine_, Rp, false);
+    const F beta = refs_.beta, shift = beta * centring_[kOffset];
+    for (int64_t i = 0; i < n; ++i)
+      for (int64_t j = 0; j < Rp; j += kLanes<F>) {
+        const Vec<F> cosine = load(cosine_ + i * Rp + j) * inv_[i];
+        store(cosine_ + i * Rp + j, cosine);
+        store(kappa_ + i * Rp + j, vexpm1<F>(cosine * beta - shift) * load(gain_ + j));
+      }
+  }
+
+  // Adds to dβ, and leaves dκ̃/dĉ / β in place of κ̃.
+  void centred_grads(int64_t n) {
+    const int64_t Rp = refs_.Mp;
+    for (int64_t i = 0; i < n; ++i) {
+      Vec<F> d_beta{};
+      for (int64_t j = i * Rp; j < (i + 1) * Rp; j += kLanes<F>) {
+        const Vec<F> kappa = load(kappa_ + j), slope = kappa + load(gain_ + (j - i * Rp));
+        d_beta += load(d_kappa_ + j) * (slope * (load(cosine_ + j) - centring_[kMean]) + kappa * centring_[kGrowth]);
+        store(kappa_ + j, slope);
+      }
+      grads_.hyper[kBandwidth] += reduce_add<F>(d_beta);
+    }
   }
 
   void backward_block(int64_t b, int64_t h, int64_t row0, int64_t n) {
@@ -88,6 +127,7 @@ class FeatureWorker {
       along_[i] = reduce_add<F>(dot);  // d‖x‖
     }
     gemm<F>(p_.R, Rp, n, kappa_, 1, Rp, psi_, Rp, shared_.d_whitening, Rp, true);
+    if (p_.centring) centred_grads(n);
     kernel_grads<F>(refs_, n, x_, inv_, kappa_, d_kappa_, p_.d_x ? d_x_.data() : nullptr, grads_);
     if (!p_.d_x) return;
     for (int64_t i = 0; i < n; ++i)
@@ -114,7 +154,8 @@ class FeatureWorker {
   RefGrads<F> grads_;
   Shared shared_;
   int64_t rows_;
-  Buffer<F> whitening_, whitening_t_, x_, d_x_, inv_, norm_, along_, kappa_, psi_, d_kappa_;
+  F centring_[kNumCentring];
+  Buffer<F> whitening_, whitening_t_, x_, d_x_, inv_, norm_, along_, kappa_, cosine_, gain_, psi_, d_kappa_;
 };
 
 template <class F>

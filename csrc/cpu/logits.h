@@ -3,6 +3,7 @@
 #include "base/explog.h"
 #include "base/gemm.h"
 #include "base/tiles.h"
+#include "base/transpose.h"
 
 namespace sfk {
 namespace {
@@ -17,7 +18,7 @@ struct Refs {
   bool rbf;
   F beta, inv_eps, inv_eps_low, lam_a, lam_b, tau;  // 1/ε = inv_eps + inv_eps_low to twice the precision of F
   F middle;                                         // κ of orthogonal vectors
-  Buffer<F> yt;                                     // [D][Mp] ŷ transposed (raw y for "dot")
+  Buffer<F> yt;                                     // [Dp][Mp] ŷ transposed (raw y for "dot")
   Buffer<F> y;                                      // [Mp][Dp] the same by rows
   Buffer<F> inv_norm;                               // [Mp]
   Buffer<F> log_b, b;                               // [Mp] padded with −inf and 0
@@ -32,7 +33,7 @@ struct Refs {
         Dp(pad<F>(D_)),
         P(P_),
         rbf(rbf_),
-        yt(D_ * Mp),
+        yt(Dp * Mp),
         y(Mp * Dp),
         inv_norm(Mp),
         log_b(Mp),
@@ -72,6 +73,9 @@ struct Refs {
   // ℓ of orthogonal vectors at one place.
   F middle_logit() const { return (middle - 1) * inv_eps; }
 
+  // The least ℓ of any token, as β and ε alone tell; −inf where they do not.  The largest is 0.
+  F least() const { return rbf && !P ? static_cast<F>(std::expm1(-2.0 * beta)) * inv_eps : -kInf<F>; }
+
   void set_kernel(F bandwidth, double epsilon) {
     beta = bandwidth;
     middle = rbf ? std::exp(-beta) : F(0);
@@ -83,14 +87,15 @@ struct Refs {
     fill(y.data(), Mp * Dp, F(0));
     for (int64_t j = 0; j < M; ++j) load_row_of<F>(points, 0, h, j, y + j * Dp);
     for (int64_t j = 0; rbf && j < M; ++j) {  // in double: an error of ŷ's length would be the same for every token
-      double sum = 0;
-      for (int64_t d = 0; d < D; ++d) sum += static_cast<double>(y[j * Dp + d]) * y[j * Dp + d];
+      double parts[kLanes<F>] = {}, sum = 0;
+      for (int64_t d = 0; d < Dp; d += kLanes<F>)
+        for (int i = 0; i < kLanes<F>; ++i) parts[i] += static_cast<double>(y[j * Dp + d + i]) * y[j * Dp + d + i];
+      for (const double part : parts) sum += part;
       const double inv = sum <= 1e-24 ? 0 : 1 / std::sqrt(sum);
       inv_norm[j] = static_cast<F>(inv);
       for (int64_t d = 0; d < D; ++d) y[j * Dp + d] = static_cast<F>(y[j * Dp + d] * inv);
     }
-    for (int64_t d = 0; d < D; ++d)
-      for (int64_t j = 0; j < Mp; ++j) yt[d * Mp + j] = y[j * Dp + d];
+    transpose<F>(Mp, Dp, y, Dp, yt, Mp);
   }
 };
 
@@ -171,6 +176,26 @@ void logits_of(const Refs<F>& r, int64_t n, const F* x, const F* inv, const F* p
       const Vec<F> d = vexp<F>(load(tile + j) * scale - r.beta) - F(1);
       store(tile + j, d * r.inv_eps + d * r.inv_eps_low);
     }
+  }
+}
+
+// e^ℓ of the rows where Refs::least() is finite, and of columns M.. whatever: two exponentials, without a maximum.  A
+// row's factors e^{add_j} [Mp], by their logarithms to base 2, or null for 1.
+template <class F>
+void exp_logits_of(const Refs<F>& r, int64_t n, const F* x, const F* inv, const F* add, F* tile, F* sums,
+                   Ahead* ahead = nullptr) {
+  gemm<F>(n, r.Mp, r.D, x, r.Dp, 1, r.yt, r.Mp, tile, r.Mp, false, ahead);
+  const F away = static_cast<F>(kLog2e * r.beta), slope = static_cast<F>(kLog2e * r.inv_eps);
+  for (int64_t i = 0; i < n; ++i, tile += r.Mp) {
+    const F scale = away * inv[i];
+    Vec<F> sum{};
+    for (int64_t j = 0; j < r.Mp; j += kLanes<F>) {
+      const Vec<F> kappa = vexp2<F>(load(tile + j) * scale - away);
+      const Vec<F> w = vexp2<F>(kappa * slope + (add ? load(add + j) : splat(-slope)));
+      sum += w;
+      store(tile + j, w);
+    }
+    if (sums) sums[i] = reduce_add<F>(sum);
   }
 }
 

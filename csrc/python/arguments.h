@@ -171,11 +171,16 @@ inline AttentionParams attention_params(const py::tuple& operands, const py::tup
   return p;
 }
 
-inline void state(AttentionParams& p, const py::handle& z, const py::handle& c, bool required) {
+// `elements`: how many problems a head has, B but for packed batches.
+inline void state(AttentionParams& p, const py::handle& z, const py::handle& c, bool required, int64_t elements) {
   const Dtype compute = compute_dtype(p.f64);
-  p.z = view(z, "z", {p.B, p.H, p.M, p.E}, compute);
-  p.c = view(c, "c", {p.B, p.H, p.T > 1 ? p.T : 1, p.M}, compute);
+  p.z = view(z, "z", {elements, p.H, p.M, p.E}, compute);
+  p.c = view(c, "c", {elements, p.H, p.T > 1 ? p.T : 1, p.M}, compute);
   if (required) need(p.z, "z"), need(p.c, "c");
+}
+
+inline void state(AttentionParams& p, const py::handle& z, const py::handle& c, bool required) {
+  state(p, z, c, required, p.B);
 }
 
 // The parameters' gradients come in `parts`, for the caller to add up.
@@ -207,12 +212,12 @@ constexpr const char* kGradients[kNumGradients] = {
     "d_reference_position",
 };
 
-inline void gradients(AttentionParams& p, const py::tuple& grads, int64_t parts) {
+inline void gradients(AttentionParams& p, const py::tuple& grads, int64_t parts, int64_t elements) {
   const Tensors x(grads, kGradients);
   const Dtype dtype = p.key.dtype, compute = compute_dtype(p.f64);
   p.d_o = x.view(kDO, {p.B, p.H, p.L, p.E}, dtype);
-  p.d_z = x.view(kDZ, {p.B, p.H, p.M, p.E}, compute);
-  p.d_c = x.view(kDC, {p.B, p.H, p.T > 1 ? p.T : 1, p.M}, compute);
+  p.d_z = x.view(kDZ, {elements, p.H, p.M, p.E}, compute);
+  p.d_c = x.view(kDC, {elements, p.H, p.T > 1 ? p.T : 1, p.M}, compute);
   p.d_query = x.view(kDQuery, {p.B, p.H, p.L, p.D}, dtype);
   p.d_key = x.view(kDKey, {p.B, p.H, p.S, p.D}, dtype);
   p.d_value = x.view(kDValue, {p.B, p.H, p.S, p.E}, dtype);
@@ -235,6 +240,34 @@ inline CausalParams causal_params(const AttentionParams& attention, const py::ob
   if (p.L != p.S || p.T > 1) throw std::invalid_argument("causal needs L = S and T <= 1");
   p.log_decay = view(log_decay, "log_decay", {p.B, p.H, p.S}, compute_dtype(p.f64));
   p.initial = state_view(p, initial, "initial_state");
+  return p;
+}
+
+inline void gradients(AttentionParams& p, const py::tuple& grads, int64_t parts) { gradients(p, grads, parts, p.B); }
+
+// Offsets of N segments within `rows`.
+inline const int64_t* offsets(const py::handle& o, const char* name, int64_t N, int64_t rows) {
+  const View v = view(o, name, {N + 1}, kInt64);
+  if (!v) return nullptr;
+  const int64_t* at = static_cast<const int64_t*>(v.data);
+  bool fits = (N == 0 || v.stride[0] == 1) && at[0] >= 0 && at[N] <= rows;
+  for (int64_t n = 0; n < N; ++n) fits = fits && at[n] <= at[n + 1];
+  if (!fits) throw std::invalid_argument(std::string("tensor '") + name + "' does not hold offsets of the tokens");
+  return at;
+}
+
+inline PackedParams packed_params(const AttentionParams& attention, const py::object& cu_q, const py::tuple& cu_k,
+                                  bool causal) {
+  PackedParams p;
+  static_cast<AttentionParams&>(p) = attention;
+  if (p.B != 1) throw std::invalid_argument("a packed batch has B = 1");
+  const py::tuple sizes = cu_k[1].cast<py::tuple>();
+  p.N = sizes.size() == 1 ? integer(sizes[0].ptr()) - 1 : -1;
+  if (p.N < 0) throw std::invalid_argument("tensor 'cu_k' has the wrong number of dimensions");
+  p.cu_q = offsets(cu_q, "cu_q", p.N, p.L), p.cu_k = offsets(cu_k, "cu_k", p.N, p.S), p.causal = causal;
+  if (p.query && !p.cu_q) throw std::invalid_argument("tensor 'cu_q' is missing");
+  if (causal && (p.cu_q != p.cu_k || p.L != p.S || p.T > 1))
+    throw std::invalid_argument("causal needs segments of L = S and T <= 1");
   return p;
 }
 

@@ -18,6 +18,50 @@ void attention(const py::tuple& x, const py::tuple& scalars, bool dot, int64_t T
   kernels().attention(p);
 }
 
+// The two halves of attention: z, c and g of the keys; o of the queries from z and g.
+void transport(const py::tuple& x, const py::tuple& scalars, bool dot, int64_t T, double dropout_p, uint64_t seed,
+               int threads, const py::object& z, const py::object& c, const py::object& g) {
+  AttentionParams p = attention_params(x, scalars, dot, T, dropout_p, seed, threads);
+  state(p, z, c, true);
+  p.g = view(g, "g", {p.B, p.H, p.M}, compute_dtype(p.f64));
+  need(p.g, "g");
+  py::gil_scoped_release nogil;
+  kernels().attention(p);
+}
+
+AttentionParams memory_params(const py::tuple& x, const py::tuple& scalars, bool dot, double dropout_p, uint64_t seed,
+                              int threads, const py::object& z, const py::object& g) {
+  AttentionParams p = attention_params(x, scalars, dot, 1, dropout_p, seed, threads);
+  need(p.query, "query");
+  if (p.S) throw std::invalid_argument("a memory is read without keys");
+  p.reading = true;
+  p.z = view(z, "z", {p.B, p.H, p.M, p.E}, compute_dtype(p.f64));
+  p.g = view(g, "g", {p.B, p.H, p.M}, compute_dtype(p.f64));
+  need(p.z, "z"), need(p.g, "g");
+  return p;
+}
+
+void read_memory(const py::tuple& x, const py::tuple& scalars, bool dot, double dropout_p, uint64_t seed, int threads,
+                 const py::object& z, const py::object& g, const py::object& o) {
+  AttentionParams p = memory_params(x, scalars, dot, dropout_p, seed, threads, z, g);
+  p.o = view(o, "o", {p.B, p.H, p.L, p.E}, p.key.dtype);
+  need(p.o, "o");
+  py::gil_scoped_release nogil;
+  kernels().attention(p);
+}
+
+// The second of `grads`, dz, is a result here, and so is d_g.
+void read_memory_backward(const py::tuple& x, const py::tuple& scalars, bool dot, double dropout_p, uint64_t seed,
+                          int threads, const py::object& z, const py::object& g, const py::tuple& grads,
+                          const py::object& d_g) {
+  AttentionParams p = memory_params(x, scalars, dot, dropout_p, seed, threads, z, g);
+  gradients(p, grads, p.B);
+  need(p.d_o, "d_o");
+  p.d_g = view(d_g, "d_g", {p.B, p.H, p.M}, compute_dtype(p.f64));
+  py::gil_scoped_release nogil;
+  kernels().attention_backward(p);
+}
+
 void attention_weights(const py::tuple& x, const py::tuple& scalars, bool dot, int64_t T, double dropout_p,
                        uint64_t seed, int threads, const py::object& o, const py::object& z, const py::object& c,
                        const py::object& w_q, const py::object& w_k) {
@@ -106,11 +150,34 @@ void masked_backward(const py::tuple& x, const py::tuple& scalars, bool dot, int
   kernels().masked_backward(p);
 }
 
+void packed(const py::tuple& x, const py::tuple& scalars, bool dot, int64_t T, double dropout_p, uint64_t seed,
+            int threads, const py::object& cu_q, const py::tuple& cu_k, const py::object& o, const py::object& z,
+            const py::object& c, bool causal) {
+  PackedParams p = packed_params(attention_params(x, scalars, dot, T, dropout_p, seed, threads), cu_q, cu_k, causal);
+  p.o = view(o, "o", {p.B, p.H, p.L, p.E}, p.key.dtype);
+  if (p.o || causal) need(p.query, "query"), need(p.o, "o");
+  state(p, z, c, !causal, p.N);
+  py::gil_scoped_release nogil;
+  kernels().packed(p);
+}
+
+void packed_backward(const py::tuple& x, const py::tuple& scalars, bool dot, int64_t T, double dropout_p, uint64_t seed,
+                     int threads, const py::object& cu_q, const py::tuple& cu_k, const py::object& z,
+                     const py::object& c, const py::tuple& grads, bool causal) {
+  PackedParams p = packed_params(attention_params(x, scalars, dot, T, dropout_p, seed, threads), cu_q, cu_k, causal);
+  state(p, z, c, !causal, p.N);
+  gradients(p, grads, p.N, p.N);
+  if (causal) need(p.d_o, "d_o");
+  py::gil_scoped_release nogil;
+  kernels().packed_backward(p);
+}
+
 enum FeatureTensor {
   kX,
   kLandmarks,
   kBandwidths,
   kWhitening,
+  kCentring,
   kPsi,
   kDPsi,
   kDX,
@@ -120,7 +187,8 @@ enum FeatureTensor {
   kNumFeatures
 };
 constexpr const char* kFeatures[kNumFeatures] = {
-    "x", "landmarks", "bandwidth", "whitening", "psi", "d_psi", "d_x", "d_landmarks", "d_bandwidth", "d_whitening",
+    "x",     "landmarks", "bandwidth",   "whitening",   "centring",    "psi",
+    "d_psi", "d_x",       "d_landmarks", "d_bandwidth", "d_whitening",
 };
 
 void features(const py::tuple& tensors, double bandwidth, int threads, bool backward) {
@@ -137,6 +205,7 @@ void features(const py::tuple& tensors, double bandwidth, int threads, bool back
   p.landmarks = x.needed(kLandmarks, {p.H, p.R, p.D}, compute);
   p.bandwidths = x.view(kBandwidths, {p.H}, compute);
   p.whitening = x.needed(kWhitening, {p.H, p.R, p.R}, compute);
+  p.centring = x.view(kCentring, {p.H, 1, kNumCentring}, compute);
   p.psi = x.view(kPsi, {p.B, p.H, p.N, p.R}, dtype);
   p.d_psi = x.view(kDPsi, {p.B, p.H, p.N, p.R}, dtype);
   p.d_x = x.view(kDX, {p.B, p.H, p.N, p.D}, dtype);
@@ -160,12 +229,17 @@ PYBIND11_MODULE(_C, m) {
   m.attr("OPERANDS") = operand_names();
   m.def("attention", &attention);
   m.def("attention_weights", &attention_weights);
+  m.def("transport", &transport);
+  m.def("read", &read_memory);
+  m.def("read_backward", &read_memory_backward);
   m.def("attention_backward", &attention_backward);
   m.def("causal", &causal);
   m.def("causal_backward", &causal_backward);
   m.def("step", &step);
   m.def("masked", &masked);
   m.def("masked_backward", &masked_backward);
+  m.def("packed", &packed);
+  m.def("packed_backward", &packed_backward);
   m.def("features", &features);
   m.def("sinkhorn", &sinkhorn);
   m.def("cpu_isa", [] { return kernels().isa; }, "the instruction set in use");

@@ -191,6 +191,38 @@ void attention_case(const KernelTable& kernels, bool causal, bool factors = fals
   check_gradient(c, c.log_b, b_grad, "d_log_b");
 }
 
+// Attention of bfloat16 tokens, whose rounding the loops see too.
+void rounded_case(const KernelTable& kernels) {
+  const int64_t S = pick({1, 7, 64, 97, 200});
+  Case<float> c(false, pick({1, 2}), pick({1, 3}), pick({1, 5, 64, 100}), S, pick({1, 7, 18, 33, 64}),
+                pick({1, 5, 18, 64}), pick({1, 3, 17, 48}), 0, pick({0, 1, 3}));
+  Tensor<Rounded> q({c.B, c.H, c.L, c.D}, Case<float>::layout()), k({c.B, c.H, c.S, c.D}, Case<float>::layout()),
+      v({c.B, c.H, c.S, c.E}, Case<float>::layout()), o({c.B, c.H, c.L, c.E}, Case<float>::layout());
+  const auto round = [](Tensor<float>& exact, Tensor<Rounded>& to) {
+    exact.each([&](int64_t b, int64_t h, int64_t i, int64_t d, float& x) {
+      to(b, h, i, d) = Rounded(x);
+      x = to(b, h, i, d);
+    });
+  };
+  round(c.q, q), round(c.k, k), round(c.v, v);
+  Tensor<float> z({c.B, c.H, c.M, c.E}, 0), state({c.B, c.H, c.T > 1 ? c.T : 1, c.M}, 0);
+  AttentionParams p = c.params(static_cast<int>(pick({1, 2, 5})));
+  p.query = q.view, p.key = k.view, p.value = v.view, p.o = o.view, p.z = z.view, p.c = state.view;
+  kernels.attention(p);
+  std::vector<double> want;
+  double error = 0, norm = 0;
+  for (int64_t b = 0; b < c.B; ++b)
+    for (int64_t h = 0; h < c.H; ++h)
+      for (int64_t i = 0; i < c.L; ++i) {
+        c.attend(b, h, i, S, want);
+        for (int64_t e = 0; e < c.E; ++e) {
+          error += std::pow(static_cast<double>(o(b, h, i, e)) - want[e], 2);
+          norm += std::pow(want[e], 2);
+        }
+      }
+  expect(std::sqrt(error) <= 2e-2 * (std::sqrt(norm) + 1e-3), "attention of bfloat16", error, norm);
+}
+
 template <class F>
 struct Features {
   int64_t B, H, N, D, R;

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
+#include <cstring>
 #include <limits>
 #include <memory>
 #include <random>
@@ -27,6 +28,24 @@ void expect(bool ok, const char* what, double got, double want) {
   std::printf("FAILED %s: got %.17g, want %.17g\n", what, got, want);
 }
 
+// bfloat16, rounded to nearest.
+struct Rounded {
+  uint16_t bits;
+  Rounded() = default;
+  explicit Rounded(double value) {
+    const float x = static_cast<float>(value);
+    uint32_t u;
+    std::memcpy(&u, &x, sizeof(u));
+    bits = static_cast<uint16_t>(std::isnan(x) ? 0x7fc0 : (u + 0x7fff + ((u >> 16) & 1)) >> 16);
+  }
+  operator float() const {
+    const uint32_t u = static_cast<uint32_t>(bits) << 16;
+    float x;
+    std::memcpy(&x, &u, sizeof(x));
+    return x;
+  }
+};
+
 // A strided tensor of F; layout 0 contiguous, 1 rows apart, 2 last two dimensions swapped, 3 every second element.
 template <class F>
 struct Tensor {
@@ -35,7 +54,7 @@ struct Tensor {
 
   Tensor(std::vector<int64_t> size, int layout) {
     view.ndim = static_cast<int32_t>(size.size());
-    view.dtype = sizeof(F) == 8 ? Dtype::f64 : Dtype::f32;
+    view.dtype = sizeof(F) == 8 ? Dtype::f64 : sizeof(F) == 4 ? Dtype::f32 : Dtype::bf16;
     std::vector<int> order;
     for (int i = view.ndim - 1; i >= 0; --i) order.push_back(i);
     if (layout == 2 && order.size() > 1) std::swap(order[0], order[1]);

@@ -5,12 +5,14 @@ Called below autograd on real CPU tensors; any strides.  The kernels are in csrc
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .. import reference
 from ..problem import (
     DTYPES,
     NO_STREAM,
@@ -25,6 +27,7 @@ from ..problem import (
     empty_in_order,
     in_order,
 )
+from ..reference.packed import masses, segments
 from ..reference.state import empty_like as empty_state_like
 from . import _extension
 from ._extension import MODULE, REASON, views
@@ -85,6 +88,43 @@ def pool(x: Operands, opt: Options) -> tuple[Tensor, Tensor]:
     return z, c
 
 
+def transport(x: Operands, opt: Options) -> tuple[Tensor, Tensor, Tensor]:
+    """z [B, H, M, E], g [B, H, M], c [B, H, max(T, 1), M]."""
+    z, c = _new_state(x, opt)
+    g = z.new_empty(z.shape[:3])
+    _C.transport(*_common(x, opt), *views((z, c, g)))
+    return z, g, c
+
+
+def _reading(x: Operands, opt: Options) -> tuple[Any, ...]:
+    """`_common` without T: a memory is read as it is."""
+    operands, scalars, dot, _, *rest = _common(x, opt)
+    return operands, scalars, dot, *rest
+
+
+def read(x: Operands, opt: Options, z: Tensor, g: Tensor) -> Tensor:
+    """o [B, H, L, E]."""
+    assert x.query is not None
+    o = empty_in_order(x.query, (*x.query.shape[:-1], x.value.shape[-1]))
+    _C.read(*_reading(x, opt), *views((z, g, o)))
+    return o
+
+
+def read_backward(
+    x: Operands, opt: Options, z: Tensor, g: Tensor, d_o: Tensor, needs: Sequence[bool]
+) -> tuple[Operands, Tensor, Tensor]:
+    """Gradients in the order of `Operands`, None where not needed; dz and dg."""
+    d_z, d_g = z.new_empty(z.shape), g.new_empty(g.shape)
+    incoming, memory, (of_g,) = views((d_o, d_z, None)), views((z, g)), views((d_g,))
+    grads = _extension.attention_backward(
+        x,
+        needs,
+        x.key.shape[0],
+        lambda grads: _C.read_backward(*_reading(x, opt), *memory, (*incoming, *grads), of_g),
+    )
+    return grads, d_z, d_g
+
+
 def causal(x: Operands, opt: Options, stream: Stream = NO_STREAM, with_state: bool = False) -> tuple[Tensor, Tensor]:
     """o [B, H, L, E] for T <= 1, and the state after the last key."""
     assert x.query is not None
@@ -126,6 +166,99 @@ def masked_backward(
         lambda grads: _C.masked_backward(*_common(x, opt), given, causal, (incoming, None, None, *grads), found),
     )
     return *grads, d_mask
+
+
+def _unpacked_masses(x: Operands, cu: Tensor) -> Operands:
+    """With log masses normalised segment by segment, as those of one alone are, bit for bit."""
+    if x.log_a is None:
+        return x
+    given = x.log_a[:, :1] if x.log_a.stride(1) == 0 else x.log_a
+    log_a = torch.full_like(given, -math.inf)
+    for first, last in segments(cu, given.shape[2]):
+        if first < last:
+            log_a[:, :, first:last] = masses(given[:, :, first:last])
+    return x._replace(log_a=log_a.expand(x.log_a.shape))
+
+
+def _clear_slack(t: Tensor | None, cu: Tensor) -> None:
+    """0 for the tokens behind the last segment, which no kernel goes to."""
+    if t is not None:
+        t[:, :, int(cu[-1]) :].zero_()
+
+
+def _packed(x: Operands, opt: Options, cu_q: Tensor | None, cu_k: Tensor, causal: bool) -> tuple[Tensor, ...]:
+    """(o where there are queries, z [N, H, M, E] and c [N, H, max(T, 1), M] where not causal)."""
+    x = _unpacked_masses(x, cu_k)
+    o = None if x.query is None else empty_in_order(x.query, (*x.query.shape[:-1], x.value.shape[-1]))
+    state: tuple[Tensor | None, ...] = (None, None)
+    if not causal:
+        (h, m, _), n, wide = x.references.shape, cu_k.shape[0] - 1, compute_dtype(x.key.dtype)
+        shapes = ((n, h, m, x.value.shape[3]), (n, h, max(opt.num_iters, 1), m))
+        state = tuple(x.key.new_empty(shape, dtype=wide) for shape in shapes)
+    _C.packed(*_common(x, opt), *views((cu_q, cu_k, o, *state)), causal)
+    if cu_q is not None:
+        _clear_slack(o, cu_q)
+    return tuple(t for t in (o, *state) if t is not None)
+
+
+def _packed_backward(
+    x: Operands,
+    opt: Options,
+    offsets: tuple[Tensor | None, Tensor],
+    state: tuple[Tensor | None, Tensor | None],
+    incoming: tuple[Tensor | None, ...],
+    needs: Sequence[bool],
+    causal: bool,
+) -> Operands:
+    normalised, (cu_q, cu_k) = _unpacked_masses(x, offsets[1]), offsets
+    given = (*_common(normalised, opt), *views((*offsets, *state)))
+    # No gradient passes through the masses' normaliser: shifting them all by one number changes nothing.
+    grads = _extension.attention_backward(
+        normalised,
+        needs,
+        cu_k.shape[0] - 1,
+        lambda grads: _C.packed_backward(*given, (*views(incoming), *grads), causal),
+    )
+    for t in (grads.key, grads.value, grads.log_a):
+        _clear_slack(t, cu_k)
+    if cu_q is not None:
+        _clear_slack(grads.query, cu_q)
+    return grads
+
+
+def packed(x: Operands, opt: Options, cu_q: Tensor, cu_k: Tensor) -> tuple[Tensor, ...]:
+    """o [1, H, L, E], z [N, H, M, E], c [N, H, max(T, 1), M] of a packed batch; x.log_a: unnormalised log masses."""
+    return _packed(x, opt, cu_q, cu_k, False)
+
+
+def packed_pool(x: Operands, opt: Options, cu: Tensor) -> tuple[Tensor, ...]:
+    """z [N, H, M, E], c [N, H, max(T, 1), M]."""
+    return _packed(x._replace(query=None, query_position=None), opt, None, cu, False)
+
+
+def packed_causal(x: Operands, opt: Options, cu: Tensor) -> Tensor:
+    """o [1, H, L, E], for T <= 1."""
+    return _packed(x, opt, cu, cu, True)[0]
+
+
+def packed_backward(
+    x: Operands, opt: Options, cu_q: Tensor, cu_k: Tensor, z: Tensor, c: Tensor, d_o: Tensor, needs: Sequence[bool]
+) -> Operands:
+    """As `attention_backward`, of a packed batch."""
+    return _packed_backward(x, opt, (cu_q, cu_k), (z, c), (d_o, None, None), needs, False)
+
+
+def packed_pool_backward(
+    x: Operands, opt: Options, cu: Tensor, z: Tensor, c: Tensor, d_z: Tensor, needs: Sequence[bool]
+) -> Operands:
+    """As `pool_backward`, of a packed batch."""
+    x = x._replace(query=None, query_position=None)
+    return _packed_backward(x, opt, (None, cu), (z, c), (None, d_z, None), needs, False)
+
+
+def packed_causal_backward(x: Operands, opt: Options, cu: Tensor, d_o: Tensor, needs: Sequence[bool]) -> Operands:
+    """As `causal_backward`, of a packed batch."""
+    return _packed_backward(x, opt, (cu, cu), (None, None), (d_o, None, None), needs, True)
 
 
 def attention_backward(x: Operands, opt: Options, z: Tensor, c: Tensor, d_o: Tensor, needs: Sequence[bool]) -> Operands:
@@ -177,9 +310,11 @@ def _backward(
 
 
 class _Whitening:
-    """(K_ww + δI)^{-1/2} [H, R, R] in float64, and its backward."""
+    """(K_ww + δI)^{-1/2} [H, R, R] in float64, and its backward; centred, of K̃_ww."""
 
-    def __init__(self, landmarks: Tensor, bandwidth: Tensor | None, scalar: float, ridge: float) -> None:
+    def __init__(
+        self, landmarks: Tensor, bandwidth: Tensor | None, scalar: float, ridge: float, center: bool
+    ) -> None:  # fmt: skip
         w = landmarks.double()
         norm = w.norm(dim=-1, keepdim=True)
         self.inverse_norm = torch.where(norm > 1e-12, 1 / norm, 0.0)  # [H, R, 1]
@@ -187,30 +322,48 @@ class _Whitening:
         beta = w.new_full((w.shape[0],), scalar) if bandwidth is None else bandwidth.double()
         self.beta = beta[:, None, None]
         self.cosine = self.w_hat @ self.w_hat.mT
-        self.kernel = (self.beta * (self.cosine - 1)).exp()  # [H, R, R]
+        self.centring = reference.centring(self.beta, w.shape[-1]) if center else None
+        if self.centring is None:
+            self.kernel = self.slope = (self.beta * (self.cosine - 1)).exp()  # [H, R, R]; slope: dκ/dĉ / β
+        else:
+            directed = self.inverse_norm > 0
+            gain = self.centring.gain * (directed & directed.mT)
+            self.kernel = gain * (self.beta * (self.cosine - self.centring.offset)).expm1()
+            self.slope = self.kernel + gain
         eye = torch.eye(w.shape[1], dtype=torch.float64)
         self.values, self.vectors = torch.linalg.eigh(self.kernel + ridge * eye)
         self.values = self.values.clamp_min(ridge)  # rounding may leave an eigenvalue of K_ww just below 0
         self.matrix = (self.vectors * self.values.rsqrt().unsqueeze(-2)) @ self.vectors.mT
+
+    def numbers(self, dtype: torch.dtype) -> Tensor | None:
+        """The centring's [H, 1, 4], as the kernels take it."""
+        return None if self.centring is None else torch.cat(self.centring, -1).to(dtype)
 
     def backward(self, d_matrix: Tensor) -> tuple[Tensor, Tensor]:
         """(dw [H, R, D], dβ [H]).  √A X + X √A = −W dW W, solved in the eigenbasis of A = K_ww + δI."""
         u, root = self.vectors, self.values.sqrt()
         rotated = u.mT @ d_matrix.double() @ u
         pairs = root.unsqueeze(-1) * root.unsqueeze(-2) * (root.unsqueeze(-1) + root.unsqueeze(-2))
-        d_log = (u @ (-rotated / pairs) @ u.mT) * self.kernel
+        d_kernel = u @ (-rotated / pairs) @ u.mT
+        d_log = d_kernel * self.slope
         d_cosine = d_log * self.beta
         d_hat = (d_cosine + d_cosine.mT) @ self.w_hat
         along = (d_hat * self.w_hat).sum(-1, keepdim=True)
-        return (d_hat - self.w_hat * along) * self.inverse_norm, (d_log * (self.cosine - 1)).sum((-2, -1))
+        d_w = (d_hat - self.w_hat * along) * self.inverse_norm
+        if self.centring is None:
+            return d_w, (d_log * (self.cosine - 1)).sum((-2, -1))
+        d_beta = d_log * (self.cosine - self.centring.mean) + d_kernel * self.kernel * self.centring.growth
+        return d_w, d_beta.sum((-2, -1))
 
 
-def features(x: Tensor, landmarks: Tensor, bandwidth: Tensor | None, scalar: float, ridge: float) -> Tensor:
+def features(
+    x: Tensor, landmarks: Tensor, bandwidth: Tensor | None, scalar: float, ridge: float, center: bool
+) -> Tensor:
     """x [B, H, N, D], landmarks [H, R, D] -> ψ [B, H, N, R]."""
-    whitening = _Whitening(landmarks, bandwidth, scalar, ridge).matrix.to(landmarks.dtype)
+    whitening, wide = _Whitening(landmarks, bandwidth, scalar, ridge, center), landmarks.dtype
     psi = empty_in_order(x, (*x.shape[:-1], landmarks.shape[1]))
-    tensors = (x, landmarks, bandwidth, whitening, psi, None, None, None, None, None)
-    _C.features(views(tensors), scalar, torch.get_num_threads(), False)
+    given = (x, landmarks, bandwidth, whitening.matrix.to(wide), whitening.numbers(wide))
+    _C.features(views((*given, psi, None, None, None, None, None)), scalar, torch.get_num_threads(), False)
     return psi
 
 
@@ -220,19 +373,20 @@ def features_backward(
     bandwidth: Tensor | None,
     scalar: float,
     ridge: float,
+    center: bool,
     d_psi: Tensor,
     needs: Sequence[bool],
 ) -> tuple[Tensor | None, ...]:
     """(dx, d landmarks, d bandwidth), None where not needed."""
     b, h, _, d = x.shape
     r, wide = landmarks.shape[1], landmarks.dtype
-    whitening = _Whitening(landmarks, bandwidth, scalar, ridge)
+    whitening = _Whitening(landmarks, bandwidth, scalar, ridge, center)
     d_x = empty_in_order(x, x.shape) if needs[0] else None
     parameters = needs[1] or (needs[2] and bandwidth is not None)
     d_w, d_beta, d_whitening = (
         x.new_empty((b, h, *s), dtype=wide) if parameters else None for s in ((r, d), (1, 1), (r, r))
     )
-    given = (x, landmarks, bandwidth, whitening.matrix.to(wide), None, d_psi)
+    given = (x, landmarks, bandwidth, whitening.matrix.to(wide), whitening.numbers(wide), None, d_psi)
     tensors = (*given, d_x, d_w, d_beta, d_whitening)
     _C.features(views(tensors), scalar, torch.get_num_threads(), True)
     if d_w is None or d_beta is None or d_whitening is None:

@@ -15,6 +15,7 @@ from torch import Tensor
 from .. import reference
 from ..problem import NO_STREAM, Operands, Options, Sinkhorn, Stream, compute_dtype, empty_in_order, memory_order
 from ..reference.attention import attention_with_state, pool_with_state
+from ..reference.packed import packed_pool_with_state, packed_with_state
 from ..reference.state import empty_like as empty_state_like
 
 NAME = "eager"
@@ -85,6 +86,27 @@ def pool_backward(
     return _vjp(lambda *t: pool_with_state(Operands(*t), opt), x, needs, [d_z, d_c])
 
 
+def transport(x: Operands, opt: Options) -> tuple[Tensor, Tensor, Tensor]:
+    # Without an iteration g may be log b itself, which no output of an op may be.
+    z, g, c = (t.clone(memory_format=torch.contiguous_format) for t in reference.transport(x, opt))
+    return z, g, c
+
+
+def read(x: Operands, opt: Options, z: Tensor, g: Tensor) -> Tensor:
+    assert x.query is not None
+    return _in_order(x.query, reference.read(x, opt, z, g))
+
+
+def read_backward(
+    x: Operands, opt: Options, z: Tensor, g: Tensor, d_o: Tensor, needs: Sequence[bool]
+) -> tuple[Gradients, Tensor | None, Tensor | None]:
+    *grads, d_z, d_g = _vjp(
+        lambda *t: reference.read(Operands(*t[:-2]), opt, t[-2], t[-1]),
+        (*x, z, g), (*needs, True, True), [d_o],
+    )  # fmt: skip
+    return grads, d_z, d_g
+
+
 def attention_weights(x: Operands, opt: Options, by_token: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     o, z, c = attention(x, opt)
     return o, z, c, *weight_factors(x, opt, c, by_token)
@@ -136,6 +158,37 @@ def step(x: Operands, opt: Options, states: Tensor, log_decay: Tensor | None, ro
     return _in_order(x.query, reference.step(x, opt, states, log_decay, rows))
 
 
+def packed(x: Operands, opt: Options, cu_q: Tensor, cu_k: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    assert x.query is not None
+    o, z, c = packed_with_state(x, opt, cu_q, cu_k)
+    return _in_order(x.query, o), z, c
+
+
+def packed_backward(
+    x: Operands, opt: Options, cu_q: Tensor, cu_k: Tensor, z: Tensor, c: Tensor, d_o: Tensor, needs: Sequence[bool]
+) -> Gradients:
+    return _vjp(lambda *t: reference.packed(Operands(*t), opt, cu_q, cu_k), x, needs, [d_o])
+
+
+def packed_pool(x: Operands, opt: Options, cu: Tensor) -> tuple[Tensor, Tensor]:
+    return packed_pool_with_state(x, opt, cu)
+
+
+def packed_pool_backward(
+    x: Operands, opt: Options, cu: Tensor, z: Tensor, c: Tensor, d_z: Tensor, needs: Sequence[bool]
+) -> Gradients:
+    return _vjp(lambda *t: packed_pool_with_state(Operands(*t), opt, cu), x, needs, [d_z, None])
+
+
+def packed_causal(x: Operands, opt: Options, cu: Tensor) -> Tensor:
+    assert x.query is not None
+    return _in_order(x.query, reference.packed_causal(x, opt, cu))
+
+
+def packed_causal_backward(x: Operands, opt: Options, cu: Tensor, d_o: Tensor, needs: Sequence[bool]) -> Gradients:
+    return _vjp(lambda *t: reference.packed_causal(Operands(*t), opt, cu), x, needs, [d_o])
+
+
 def masked(x: Operands, mask: Tensor | None, opt: Options, causal: bool) -> Tensor:
     assert x.query is not None
     return _in_order(x.query, reference.masked(x, opt, mask, causal))
@@ -147,14 +200,19 @@ def masked_backward(
     return _vjp(lambda *t: reference.masked(Operands(*t[:-1]), opt, t[-1], causal), (*x, mask), needs, [d_o])
 
 
-def features(x: Tensor, landmarks: Tensor, bandwidth: Tensor | None, scalar: float, ridge: float) -> Tensor:
-    return _in_order(x, _features(x, landmarks, bandwidth, scalar, ridge))
+def features(
+    x: Tensor, landmarks: Tensor, bandwidth: Tensor | None, scalar: float, ridge: float, center: bool
+) -> Tensor:
+    return _in_order(x, _features(x, landmarks, bandwidth, scalar, ridge, center))
 
 
-def _features(x: Tensor, landmarks: Tensor, bandwidth: Tensor | None, scalar: float, ridge: float) -> Tensor:
+def _features(
+    x: Tensor, landmarks: Tensor, bandwidth: Tensor | None, scalar: float, ridge: float, center: bool
+) -> Tensor:
     beta = landmarks.new_full((landmarks.shape[0],), scalar) if bandwidth is None else bandwidth
-    psi = reference.nystrom_features(x.to(compute_dtype(x.dtype)), landmarks, beta[:, None, None], ridge)
-    return psi.to(x.dtype)
+    largest = reference.limit(bandwidth, scalar, x.shape[-1])
+    wide = x.to(compute_dtype(x.dtype))
+    return reference.nystrom_features(wide, landmarks, beta[:, None, None], ridge, center, largest).to(x.dtype)
 
 
 def features_backward(
@@ -163,11 +221,12 @@ def features_backward(
     bandwidth: Tensor | None,
     scalar: float,
     ridge: float,
+    center: bool,
     d_psi: Tensor,
     needs: Sequence[bool],
 ) -> Gradients:
     tensors = (x, landmarks, bandwidth)
-    return _vjp(lambda x, w, beta: _features(x, w, beta, scalar, ridge), tensors, needs, [d_psi])
+    return _vjp(lambda x, w, beta: _features(x, w, beta, scalar, ridge, center), tensors, needs, [d_psi])
 
 
 def _sinkhorn(x: Sinkhorn) -> tuple[Tensor, ...]:

@@ -1,5 +1,6 @@
 """SeTformer models: transformers for images and text whose attention is SeT attention."""
 
+from .causal import CausalDecoder, CausalLM, Past
 from .convert import ReplacementReport, replace_attention
 from .layers import initialize_references
 from .sizes import VISION_SIZES, VisionSize
@@ -8,7 +9,10 @@ from .vision import SeTformer, setformer_base, setformer_nano, setformer_small, 
 
 __all__ = [
     "VISION_SIZES",
+    "CausalDecoder",
+    "CausalLM",
     "MaskedLMHead",
+    "Past",
     "Pooler",
     "ReplacementReport",
     "SeTformer",

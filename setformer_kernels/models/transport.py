@@ -12,11 +12,11 @@ from .. import functional as SF
 from ..nn import SeTAttention
 from ..nn.reference_set import ReferenceSet
 
-# What SeTAttention takes beyond nn.MultiheadAttention, with its defaults.
+# What SeTAttention takes beyond nn.MultiheadAttention, with its defaults; how many key heads there are, keys say.
 OWN_DEFAULTS = {
     name: parameter.default
     for name, parameter in inspect.signature(SeTAttention).parameters.items()
-    if parameter.kind is inspect.Parameter.KEYWORD_ONLY
+    if parameter.kind is inspect.Parameter.KEYWORD_ONLY and name != "num_kv_heads"
 }
 
 

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import itertools
-import math
-from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import checks
@@ -21,42 +17,20 @@ from .contract import (
     check_pairs,
     check_tensors,
     check_width,
+    key_heads,
     sizes,
 )  # fmt: skip
 from .fastpath import PythonForward, keep_python_forward  # noqa: F401  (pickles of earlier versions name it here)
 from .masks import attention_mask_of, blank_padding, key_mask_of
-from .nested import nest_like, pad_all, pad_position
+from .nested import from_rows, nest_like, packs, pad, pad_all, pad_position, same_lengths, tokens_first
+from .projections import OUT_PROJ, PROJECTIONS, Projections, merge_heads
 from .reference_set import ReferenceSet
-from .writing import Init, Reset, redraw
+from .writing import Reset, redraw
 
-# How nn.MultiheadAttention draws its parameters, in its order.
-PROJECTIONS: dict[str, Init] = {
-    "in_proj_weight": nn.init.xavier_uniform_,
-    "q_proj_weight": nn.init.xavier_uniform_,
-    "k_proj_weight": nn.init.xavier_uniform_,
-    "v_proj_weight": nn.init.xavier_uniform_,
-    "in_proj_bias": nn.init.zeros_,
-    "bias_k": nn.init.xavier_normal_,
-    "bias_v": nn.init.xavier_normal_,
-}
-OUT_PROJ: dict[str, Init] = {
-    "weight": partial(nn.init.kaiming_uniform_, a=math.sqrt(5.0)),
-    "bias": nn.init.zeros_,
-}
+READ = ("kernel", "bandwidth", "epsilon", "backend")  # of the options of transport, those of a read
 
 
-def split_heads(x: Tensor, num_heads: int, batch_first: bool) -> Tensor:
-    """[B, N, H·D] (batch_first) or [N, B, H·D] -> a view [B, H, N, D]."""
-    x = x.view(*x.shape[:-1], num_heads, x.shape[-1] // num_heads)
-    return x.transpose(1, 2) if batch_first else x.permute(1, 2, 0, 3)
-
-
-def merge_heads(x: Tensor, batch_first: bool) -> Tensor:
-    """[B, H, N, D] -> [B, N, H·D] (batch_first) or [N, B, H·D]."""
-    return (x.transpose(1, 2) if batch_first else x.permute(2, 0, 1, 3)).flatten(-2)
-
-
-class SeTAttention(PythonForward, ReferenceSet, nn.MultiheadAttention):
+class SeTAttention(PythonForward, ReferenceSet, Projections):
     """SeT attention with the constructor, call, masks, attributes and state of `nn.MultiheadAttention`.
 
     Per head, with q, k, v the projected tokens (L queries, S keys), y the M references, ℓ the kernel logits, and c, g
@@ -81,8 +55,8 @@ class SeTAttention(PythonForward, ReferenceSet, nn.MultiheadAttention):
         epsilon: ε > 0, entropic regularisation, in units of the kernel (whose values lie in (0, 1] for "rbf").
         bandwidth: β > 0 of the "rbf" kernel exp(β(⟨x̂, ŷ⟩ − 1)), without unit; unused by "dot".
         kernel: "rbf" (on directions; lengths are ignored) or "dot" (⟨x, y⟩, for projections that are features).
-        value_map: "linear" pools v itself; "rkhs" pools its Nyström features on head_dim learned landmarks (the form of
-            the SeTformer paper).
+        value_map: "linear" pools v itself; "rkhs" pools its centred Nyström features (`functional.
+            nystrom_features`) on head_dim learned landmarks: the form of the SeTformer paper, without its constant.
         position_dim: P > 0 adds −τ²‖p − π‖² to the logits, p the token positions that forward must then be given, π
             learned `reference_position` [H, M, P], τ learned `position_scale` [H].  Positions come in any unit;
             references start in the unit cube, so use positions in [0, 1] or call `initialize_references`.
@@ -91,6 +65,8 @@ class SeTAttention(PythonForward, ReferenceSet, nn.MultiheadAttention):
         key_relaxation, reference_relaxation: λ in [0, 1], 1 = balanced marginals.
         backend: "auto", or a name of `setformer_kernels.available_backends()`.
         position_scale: τ ≥ 0 at the start.
+        num_kv_heads: Hk, a divisor of num_heads, which it is by default: grouped queries, head h on key head
+            h // (num_heads / Hk).  Key and value projections, and all that is per head above, are then Hk heads'.
 
     Shape:
         query [L, B, embed_dim], key [S, B, kdim], value [S, B, vdim]; with batch_first B leads; unbatched without B.
@@ -110,21 +86,25 @@ class SeTAttention(PythonForward, ReferenceSet, nn.MultiheadAttention):
         num_iters: int = 1, epsilon: float = 0.05, bandwidth: float = 1.0, kernel: str = "rbf",
         value_map: str = "linear", position_dim: int = 0, learn_epsilon: bool = False, learn_log_mass: bool = False,
         key_relaxation: float = 1.0, reference_relaxation: float = 1.0, backend: str = "auto",
-        position_scale: float = 1.0,
+        position_scale: float = 1.0, num_kv_heads: int | None = None,
     ) -> None:  # fmt: skip
         embed_dim, num_heads, kdim, vdim = sizes(embed_dim, num_heads, kdim, vdim)
+        num_kv_heads = key_heads(num_heads, num_kv_heads)
         dropout = checks.probability("dropout", dropout)
         super().__init__(
             embed_dim, num_heads, dropout, bool(bias), bool(add_bias_kv), bool(add_zero_attn), kdim, vdim,
             bool(batch_first), device, dtype,
         )  # fmt: skip
+        self._narrow_keys(num_kv_heads)
         self._add_references(
-            num_heads, self.head_dim, {"device": device, "dtype": dtype}, num_references=num_references,
+            num_kv_heads, self.head_dim, {"device": device, "dtype": dtype}, num_references=num_references,
             num_iters=num_iters, epsilon=epsilon, bandwidth=bandwidth, kernel=kernel, value_map=value_map,
             position_dim=position_dim, learn_epsilon=learn_epsilon, learn_log_mass=learn_log_mass,
             key_relaxation=key_relaxation, reference_relaxation=reference_relaxation, backend=backend,
             position_scale=position_scale,
         )  # fmt: skip
+        if num_kv_heads != num_heads:
+            redraw(self, PROJECTIONS)
         Reset(self.out_proj, OUT_PROJ)
         self._ensure_hook()
 
@@ -140,33 +120,46 @@ class SeTAttention(PythonForward, ReferenceSet, nn.MultiheadAttention):
     reset_parameters = _reset_parameters
 
     def extra_repr(self) -> str:
-        layout = f"embed_dim={self.embed_dim}, num_heads={self.num_heads}, batch_first={self.batch_first}"
+        grouped = "" if self.key_heads == self.num_heads else f", num_kv_heads={self.key_heads}"
+        layout = f"embed_dim={self.embed_dim}, num_heads={self.num_heads}{grouped}, batch_first={self.batch_first}"
         return f"{layout}, {self._own_repr()}"
 
     def forward(
-        self, query: Tensor, key: Tensor, value: Tensor, key_padding_mask: Tensor | None = None,
-        need_weights: bool = True, attn_mask: Tensor | None = None, average_attn_weights: bool = True,
-        is_causal: bool = False, *, query_position: Tensor | None = None, key_position: Tensor | None = None,
+        self, query: Tensor, key: Tensor | None = None, value: Tensor | None = None,
+        key_padding_mask: Tensor | None = None, need_weights: bool = True, attn_mask: Tensor | None = None,
+        average_attn_weights: bool = True, is_causal: bool = False, *, query_position: Tensor | None = None,
+        key_position: Tensor | None = None, memory: SF.SetMemory | None = None,
     ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
         """Output and, if need_weights, attention weights; arguments as in `nn.MultiheadAttention.forward`.
 
         Args:
             query, key, value: see the class.  A NestedTensor (all three, batch_first, no masks) gives a nested output,
-                and weights as of its padded form; positions may be nested then.
+                and weights as of its padded form; positions may be nested then.  A jagged one without weights (and
+                without slots, and num_iters ≤ 1 if causal) is not padded: its rows are a packed batch.
             key_padding_mask: [B, S] or [S] (unbatched); bool True = ignore, or float, added to the keys' log masses.
             need_weights: whether to return the weights; the output does not depend on it.
             attn_mask: [L, S], [B·H, L, S] or, unbatched, [H, L, S]; bool True = forbid, or float, added to log masses.
             average_attn_weights: mean over heads.
-            is_causal: beside a square attn_mask, the promise that it is the causal mask; alone, causal attention.
+            is_causal: beside a square attn_mask, the promise that it is the causal mask; alone, causal attention:
+                linear for num_iters ≤ 1, which the mask without this promise is not, and a warning says so once.
             query_position, key_position: [L, P] and [S, P], or [B, L, P] and [B, S, P] (batch first in both layouts),
                 exactly when position_dim > 0.
+            memory: what `memory` returned, in place of keys, values and masks: O(L·M) time whatever their number was.
+                There are no weights then: None, also with need_weights.
         """
+        if memory is not None:
+            given = {"key": key, "value": value, "key_padding_mask": key_padding_mask, "attn_mask": attn_mask}
+            return self._read(query, memory, query_position, {**given, "key_position": key_position}, is_causal), None
         masks = {"key_padding_mask": key_padding_mask, "attn_mask": attn_mask}
         positions = {"query_position": query_position, "key_position": key_position}
         optional = {**masks, **positions}
         check_tensors({"query": query, "key": key, "value": value}, optional)
+        assert key is not None
+        assert value is not None
         if query.is_nested or key.is_nested or value.is_nested:
             nested = query
+            if not need_weights and self._packs((query, key, value), {**masks, **positions}, is_causal):
+                return self._forward_packed(query, key, value, is_causal, positions), None
             (query, key, value), padding = pad_all(
                 {"query": query, "key": key, "value": value}, masks, self.batch_first
             )
@@ -204,6 +197,94 @@ class SeTAttention(PythonForward, ReferenceSet, nn.MultiheadAttention):
             return output, weights
         return output.squeeze(0), None if weights is None else weights.squeeze(0)
 
+    def _packs(self, tokens: tuple[Any, ...], optional: dict[str, Any], is_causal: bool) -> bool:
+        """Whether a nested call can go without padding: jagged, no slots or masks, causal only as a scan."""
+        masks, positions = list(optional.values())[:2], [p for p in list(optional.values())[2:] if p is not None]
+        query, key, value = tokens
+        return (
+            self.batch_first
+            and self.bias_k is None
+            and not self.add_zero_attn
+            and all(mask is None for mask in masks)
+            and all(position.is_nested for position in positions)
+            and packs(*tokens, *positions)
+            and same_lengths(key, value)
+            and all(same_lengths(*pair) for pair in zip(positions, tokens, strict=False))
+            and (not is_causal or (self.num_iters <= 1 and same_lengths(query, key)))
+        )
+
+    def _forward_packed(
+        self, query: Any, key: Any, value: Any, is_causal: bool, positions: dict[str, Any]
+    ) -> Tensor:  # fmt: skip
+        """Output of a nested call, from the rows of its tensors; one tensor given thrice stays one."""
+        q = query.values()
+        k = q if key is query else key.values()
+        v = q if value is query else k if value is key else value.values()
+        self._check_call(q, k, v, None, None)
+        q, k, v = self._project(q, k, v)
+        places = {name: None if at is None else at.values() for name, at in positions.items()}
+        heads = SF.set_attention_varlen(
+            tokens_first(q), tokens_first(k), tokens_first(self._map_values(v)), self.references, query.offsets(),
+            key.offsets(), causal=is_causal, **self._transport_options(), **self._dropout_options(q.device),
+            **self._position_options(0, **places),
+        )  # fmt: skip
+        return from_rows(self.out_proj(heads.flatten(-2)), query)
+
+    def memory(
+        self, key: Tensor, value: Tensor, key_padding_mask: Tensor | None = None, *, key_position: Tensor | None = None
+    ) -> SF.SetMemory:  # fmt: skip
+        """Keys and values carried onto the references, for `forward(query, memory=...)` of any number of queries.
+
+        `forward(query, key, value, key_padding_mask)` is the same, but with weights.  Differentiable.
+
+        Args:
+            key, value, key_padding_mask, key_position: as in `forward`; nested where forward takes them nested.
+
+        Returns:
+            z [B, Hk, M, D] and g [B, Hk, M] in float32 (float64 of a float64 module); B = 1 of unbatched keys.
+        """
+        masks, places = {"key_padding_mask": key_padding_mask}, {"key_position": key_position}
+        check_tensors({"key": key, "value": value}, {**masks, **places})
+        if key.is_nested or value.is_nested:
+            (key, value), key_padding_mask = pad_all({"key": key, "value": value}, masks, self.batch_first)
+            key_position = pad_position("key_position", key_position)
+        check_dense({"key_padding_mask": key_padding_mask, "key_position": key_position})
+        batched = check_layout(key, key, value, key_padding_mask, None)
+        check_pairs(key, value, packed=self._qkv_same_embed_dim)
+        check_width("key", key, self.kdim)
+        check_width("value", value, self.vdim)
+        B, S = self._sizes(key, batched)
+        check_masks(key_padding_mask, None, B, self.num_heads, 0, S, batched)
+        if key_padding_mask is not None and torch.is_grad_enabled():
+            key, value = blank_padding(key, value, key_padding_mask, self.batch_first)
+        k, v, slots = self._append_slots(*self._project_keys(key, value))
+        if key_padding_mask is not None and not batched:
+            key_padding_mask = key_padding_mask.unsqueeze(0)
+        places = self._position_options(slots, key_position=key_position)
+        options = {**self._transport_options(), **places, "key_mask": key_mask_of(key_padding_mask, slots)}
+        return SF.set_transport(k, self._map_values(v), self.references, **options)
+
+    def _read(
+        self, query: Tensor, memory: SF.SetMemory, query_position: Tensor | None, keys: dict[str, Any], is_causal: bool
+    ) -> Tensor:  # fmt: skip
+        """The output of `forward` from a memory; `keys` are the arguments that it stands for."""
+        given = [name for name, t in keys.items() if t is not None] + ["is_causal"] * bool(is_causal)
+        if given:
+            raise AttentionInputError(f"memory stands for keys, values and their masks, got {', '.join(given)} as well")
+        check_tensors({"query": query}, {"query_position": query_position})
+        if query.is_nested:
+            position = pad_position("query_position", query_position)
+            return nest_like(self._read(pad("query", query)[0], memory, position, {}, False), query)
+        batched = check_layout(query, query, query, None, None)
+        check_width("query", query, self.embed_dim)
+        (q,), transport = self._heads(query, 0, 1), self._transport_options()
+        heads = SF.set_read(
+            q, memory, self.references, **{name: transport[name] for name in READ}, **self._dropout_options(q.device),
+            **self._position_options(0, query_position=query_position),
+        )  # fmt: skip
+        output = self.out_proj(merge_heads(heads, self.batch_first or not batched))
+        return output if batched else output.squeeze(0)
+
     def _check_call(
         self, query: Tensor, key: Tensor, value: Tensor, key_padding_mask: Tensor | None, attn_mask: Tensor | None
     ) -> tuple[bool, int]:
@@ -224,67 +305,6 @@ class SeTAttention(PythonForward, ReferenceSet, nn.MultiheadAttention):
         if key_padding_mask is not None or attn_mask is not None:
             check_masks(key_padding_mask, attn_mask, B, self.num_heads, L, S, batched)
         return batched, B
-
-    def _sizes(self, x: Tensor, batched: bool) -> tuple[int, int]:
-        """Batch size and length of x in the layout of forward's arguments."""
-        if not batched:
-            return 1, x.shape[0]
-        return (x.shape[0], x.shape[1]) if self.batch_first else (x.shape[1], x.shape[0])
-
-    def _project(self, query: Tensor, key: Tensor, value: Tensor) -> list[Tensor]:
-        """q, k, v as views [B, H, N, D], by as few matmuls as there are distinct tensors in a row (self-attention:
-        one)."""
-        if self._qkv_same_embed_dim and key is query and value is key:
-            return self._heads(self._projection(query, 0, 3), 3)
-        inputs = (query, key, value)
-        cuts = [0, *(i for i in (1, 2) if not self._qkv_same_embed_dim or inputs[i] is not inputs[i - 1]), 3]
-        projected: list[Tensor] = []
-        for first, last in itertools.pairwise(cuts):
-            projected += self._heads(self._projection(inputs[first], first, last), last - first)
-        return projected
-
-    def _projection(self, x: Tensor, first: int, last: int) -> Tensor:
-        """x through the projections first..last-1 of (q, k, v); parameters are read here, at every call, because tools
-        replace them (peft, prune, parametrize)."""
-        weight: Tensor = self.in_proj_weight
-        bias: Tensor | None = self.in_proj_bias
-        if last - first < 3:
-            rows = slice(first * self.embed_dim, last * self.embed_dim)
-            bias = None if bias is None else bias[rows]
-            own = None if self._qkv_same_embed_dim else (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
-            weight = weight[rows] if own is None else own[first]
-        return F.linear(x, weight, bias)
-
-    def _heads(self, x: Tensor, projections: int) -> list[Tensor]:
-        """Projected tokens [..., projections · H·D] in any layout -> views [B, H, N, D]."""
-        x = x.view(*x.shape[:-1], projections, self.num_heads, self.head_dim)
-        if x.dim() == 4:
-            return [one.transpose(0, 1).unsqueeze(0) for one in x.unbind(1)]
-        if self.batch_first:
-            return [one.transpose(1, 2) for one in x.unbind(2)]
-        return [one.permute(1, 2, 0, 3) for one in x.unbind(2)]
-
-    def _append_slots(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, int]:
-        """k, v [B, H, S, D] with the rows of add_bias_kv, then of add_zero_attn, appended; and how many these are."""
-        bias_k, bias_v = self.bias_k, self.bias_v
-        if (bias_k is None) != (bias_v is None):
-            raise AttentionInputError("bias_k and bias_v go together: one of them is set and the other is None")
-        if bias_k is None and not self.add_zero_attn:
-            return k, v, 0
-        keys, values = [k], [v]
-        if bias_k is not None and bias_v is not None:
-            for rows, bias in ((keys, bias_k), (values, bias_v)):
-                rows.append(bias.view(self.num_heads, 1, -1).to(k.dtype).expand(k.shape[0], -1, -1, -1))
-        if self.add_zero_attn:
-            for rows in (keys, values):
-                rows.append(k.new_zeros(()).expand(*k.shape[:2], 1, k.shape[-1]))
-        return torch.cat(keys, -2), torch.cat(values, -2), len(keys) - 1
-
-    def _dropout_options(self, device: torch.device) -> dict[str, Any]:
-        """One seed for output and weights, so that they share the dropout mask; drawn only where dropout acts."""
-        p = self.dropout if self.training else 0.0
-        seed = torch.randint(2**63 - 1, (), device=device) if p > 0.0 else None
-        return {"dropout_p": p, "seed": seed}
 
     def initialize_references(
         self, tokens: Tensor, key_padding_mask: Tensor | None = None, *, value: Tensor | None = None,
@@ -329,10 +349,10 @@ class SeTAttention(PythonForward, ReferenceSet, nn.MultiheadAttention):
         check_masks(key_padding_mask, None, B, self.num_heads, S, S, batched)
         if key_padding_mask is not None and not batched:
             key_padding_mask = key_padding_mask.unsqueeze(0)
-        (key,) = self._heads(self._projection(tokens, 1, 2), 1)
+        (key,) = self._heads(tokens, 1, 2)
         if value is not None and self.landmarks is not None:
             check_width("value", value, self.vdim)
-            (value,) = self._heads(self._projection(value, 2, 3), 1)
+            (value,) = self._heads(value, 2, 3)
         self._place_references(
             key, value, key_padding_mask, key_position, num_iters=num_iters, init=init, generator=generator
         )

@@ -47,6 +47,16 @@ def sizes(
     return embed_dim, num_heads, kdim, vdim
 
 
+def key_heads(num_heads: int, num_kv_heads: Any) -> int:
+    """The number of key heads, which divides that of query heads; the same where none is given."""
+    if num_kv_heads is None:
+        return num_heads
+    heads = checks.integer("num_kv_heads", num_kv_heads)
+    if heads <= 0 or num_heads % heads != 0:
+        raise AttentionInputError(f"num_kv_heads must divide num_heads, {num_heads}, got {heads}")
+    return heads
+
+
 def own_options(
     *, num_references: Any, num_iters: Any, epsilon: Any, bandwidth: Any, kernel: Any, value_map: Any,
     position_dim: Any, learn_epsilon: Any, learn_log_mass: Any, key_relaxation: Any, reference_relaxation: Any,

@@ -16,6 +16,27 @@ def lengths_of(x: Tensor) -> list[int]:
     return [sequence.shape[0] for sequence in x.unbind()]
 
 
+def packs(*tensors: Any) -> bool:
+    """Whether the rows of these [N, *, C] are their sequences one after another, of one number: no need to pad them."""
+    cut = (x.layout == torch.jagged and x.dim() == 3 and x._ragged_idx == 1 and x.lengths() is None for x in tensors)
+    return all(cut) and tensors[0].size(0) > 0 and all(x.size(0) == tensors[0].size(0) for x in tensors)
+
+
+def same_lengths(a: Any, b: Any) -> bool:
+    """Whether two that `packs` cuts agree: mostly because they share their offsets, which nobody has to read then."""
+    return a is b or a.offsets() is b.offsets() or torch.equal(a.offsets(), b.offsets())
+
+
+def tokens_first(x: Tensor) -> Tensor:
+    """Projected rows [1, H, T, D] -> a view [T, H, D]."""
+    return x.squeeze(0).transpose(0, 1)
+
+
+def from_rows(rows: Tensor, x: Any) -> Tensor:
+    """Rows [T, C] as sequences of the lengths of x, to which they can be added."""
+    return torch.nested.nested_tensor_from_jagged(rows, offsets=x.offsets())
+
+
 def pad(name: str, x: Tensor) -> tuple[Tensor, Tensor]:
     """Nested [N, *, E] -> (padded [N, S, E], key padding mask [N, S], True = padding); S = 0 where all are empty."""
     sequences = list(x.unbind()) if x.dim() == 3 else []

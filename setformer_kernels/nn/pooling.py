@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from .. import functional as SF
-from .attention import OUT_PROJ, merge_heads, split_heads
 from .contract import AttentionInputError, check_dense, check_layout, check_masks, check_tensors, sizes
 from .masks import key_mask_of
-from .nested import pad_all, pad_position
+from .nested import packs, pad_all, pad_position, same_lengths, tokens_first
+from .projections import OUT_PROJ, merge_heads, split_heads
 from .reference_set import ReferenceSet
 from .writing import Init, Reset
 
@@ -85,11 +87,31 @@ class SeTPooling(ReferenceSet):
             key_padding_mask: [B, S]; bool True = ignore, or float, added to the tokens' log masses.
             key_position: [S, P] or [B, S, P], exactly when position_dim > 0.
         """
+        if self._packs(x, key_padding_mask, key_position):
+            return self._forward_packed(x, key_position)
         x, key_padding_mask, key_position = self._padded("x", x, key_padding_mask, key_position)
         k, v = self._keys_values("x", x, key_padding_mask)
         options = {**self._transport_options(), **self._position_options(0, key_position=key_position)}
         options["key_mask"] = key_mask_of(key_padding_mask, 0)
         z = SF.set_pool(k, self._map_values(v), self.references, **options)
+        return self.out_proj(merge_heads(z, batch_first=True))
+
+    def _packs(self, x: Any, key_padding_mask: Any, key_position: Any) -> bool:
+        """Whether a nested call can go without padding."""
+        if not isinstance(x, Tensor) or not x.is_nested or not x.is_floating_point() or key_padding_mask is not None:
+            return False
+        if key_position is None:
+            return packs(x)
+        nested = isinstance(key_position, Tensor) and key_position.is_nested
+        return nested and packs(x, key_position) and same_lengths(x, key_position)
+
+    def _forward_packed(self, x: Any, key_position: Any) -> Tensor:
+        """[B, M, embed_dim] from the rows of a jagged x."""
+        k, v = self._keys_values("x", x.values().unsqueeze(0), None)
+        place = None if key_position is None else key_position.values()
+        options = {**self._transport_options(), **self._position_options(0, key_position=place)}
+        rows = tokens_first(k), tokens_first(self._map_values(v))
+        z = SF.set_pool_varlen(*rows, self.references, x.offsets(), **options)
         return self.out_proj(merge_heads(z, batch_first=True))
 
     def initialize_references(

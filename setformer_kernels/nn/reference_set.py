@@ -133,10 +133,10 @@ class ReferenceSet(Leaf, FloatInPython):
         return options
 
     def _map_values(self, value: Tensor) -> Tensor:
-        """value [B, H, S, D] itself, or its Nyström features ψ(v) [B, H, S, R = D]."""
+        """value [B, H, S, D] itself, or its centred Nyström features ψ(v) [B, H, S, R = D]."""
         if self.landmarks is None:
             return value
-        return SF.nystrom_features(value, self.landmarks, bandwidth=self.bandwidth, backend=self.backend)
+        return SF.nystrom_features(value, self.landmarks, bandwidth=self.bandwidth, center=True, backend=self.backend)
 
     @torch.no_grad()
     def _place_references(

@@ -1,6 +1,6 @@
 """The op of Nyström features.
 
-nystrom_features  x [B, H, N, D], landmarks [H, R, D], bandwidth [H]? -> ψ [B, H, N, R]
+nystrom_features  x [B, H, N, D], landmarks [H, R, D], bandwidth [H]? -> ψ [B, H, N, R]; `center` as in functional.py
 """
 
 from __future__ import annotations
@@ -21,8 +21,10 @@ def features_problem(x: Tensor, landmarks: Tensor) -> Problem:
     return Problem("features", x.device.type, x.dtype, D=x.shape[-1], M=landmarks.shape[-2])
 
 
-def _run_features(x: Tensor, w: Tensor, bandwidth: Tensor | None, scalar: float, ridge: float, backend: str) -> Tensor:
-    return dispatch.implementation(features_problem(x, w), backend).features(x, w, bandwidth, scalar, ridge)
+def _run_features(
+    x: Tensor, w: Tensor, bandwidth: Tensor | None, scalar: float, ridge: float, center: bool, backend: str
+) -> Tensor:
+    return dispatch.implementation(features_problem(x, w), backend).features(x, w, bandwidth, scalar, ridge, center)
 
 
 def _run_features_backward(
@@ -32,11 +34,12 @@ def _run_features_backward(
     bandwidth: Tensor | None,
     scalar: float,
     ridge: float,
+    center: bool,
     backend: str,
     needs: Sequence[bool],
 ) -> Sequence[Tensor | None]:
     module = dispatch.implementation(features_problem(x, w), backend)
-    return module.features_backward(x, w, bandwidth, scalar, ridge, d_psi, needs)
+    return module.features_backward(x, w, bandwidth, scalar, ridge, center, d_psi, needs)
 
 
 def _fake_features(x: Tensor, w: Tensor, *_: Any) -> Tensor:
@@ -47,7 +50,7 @@ nystrom_features = register(
     Spec(
         name="nystrom_features",
         tensors={"x": (TOKEN, False), "landmarks": (HEAD, False), "bandwidth": (HEAD, True)},
-        constants="float scalar_bandwidth, float ridge, str backend",
+        constants="float scalar_bandwidth, float ridge, bool center, str backend",
         outputs={"psi": TOKEN},
         differentiable=("psi",),
         saved=(),

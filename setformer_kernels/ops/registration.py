@@ -44,7 +44,7 @@ class Spec:
     run: Callable[..., Any]
     run_backward: Callable[..., Sequence[Tensor | None]]
     fake: Callable[..., Any]
-    decomposition: Callable[..., Any]  # the op as PyTorch operations
+    decomposition: Callable[..., Any] | None  # the op as PyTorch operations
     apart: bool = False  # whether the backward gets None, not zeros, for an output that no gradient reached
 
     @property
@@ -366,5 +366,6 @@ def _decompose(op: Any, spec: Spec) -> None:
 
     Fake tensors with unknown lengths would take them too, in place of the fake kernel, but for a second table.
     """
-    register_decomposition(op)(spec.decomposition)
+    if spec.decomposition is not None:
+        register_decomposition(op)(spec.decomposition)
     register_decomposition(op, type="meta")(spec.fake)

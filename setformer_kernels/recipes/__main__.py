@@ -10,6 +10,7 @@ from collections.abc import Sequence
 COMMANDS = {
     "classify": "images in an ImageFolder tree (ImageNet-1K's layout); top-1 and top-5 accuracy",
     "glue": "the nine GLUE tasks from their TSV files; each task's own metrics",
+    "lm": "a causal language model of text or bytes; bits per byte and perplexity",
     "detect": "object detection with Mask R-CNN in COCO's format; mAP of boxes and masks",
     "segment": "semantic segmentation with UPerNet in ADE20K's format; mean IoU",
     "samples": "writes small data sets in these formats",

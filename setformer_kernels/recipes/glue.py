@@ -12,7 +12,7 @@ import torch
 from accelerate import PartialState
 from torch import Tensor
 from torch.utils.data import Dataset
-from transformers import AutoTokenizer, EvalPrediction, PreTrainedModel, PreTrainedTokenizerFast, set_seed
+from transformers import EvalPrediction, PreTrainedModel, PreTrainedTokenizerFast, set_seed
 
 from ..models.layers import initialize_references_of
 from ..models.transformers import SeTformerForSequenceClassification, SeTformerTextConfig
@@ -21,7 +21,7 @@ from .errors import RecipeError
 from .glue_tasks import TASKS, Example, GlueTask, read_examples
 from .placing import place_references
 from .training import Job, execute, load_model, load_weights, read_json
-from .wordpiece import SPECIAL, train_tokenizer
+from .wordpiece import SPECIAL, load_tokenizer, train_tokenizer
 
 SIZES = {  # width, blocks, heads, MLP units: those of BERT's sizes
     "tiny": (128, 2, 2, 512), "small": (512, 4, 8, 2048), "base": (768, 12, 12, 3072),
@@ -95,12 +95,7 @@ def find_tokenizer(args: argparse.Namespace, examples: list[Example] | None) -> 
         texts = (sentence for row in examples for sentence in row.sentences)
         train_tokenizer(texts, args.vocabulary).save_pretrained(saved)
     processes.wait_for_everyone()
-    if not (saved / "tokenizer_config.json").is_file():
-        raise RecipeError(f"{saved} holds no tokenizer: tokenizer_config.json is missing")
-    try:
-        return AutoTokenizer.from_pretrained(saved)
-    except Exception as error:  # of tokenizers or transformers
-        raise RecipeError(f"{saved} holds no tokenizer that can be read: {error}") from error
+    return load_tokenizer(saved)
 
 
 def build(args: argparse.Namespace, tokenizer: PreTrainedTokenizerFast) -> SeTformerForSequenceClassification:

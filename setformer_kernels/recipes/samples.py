@@ -19,12 +19,12 @@ from .glue_tasks import TASKS
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("kind", choices=["classify", "detect", "segment", *(f"glue/{task}" for task in TASKS)])
+    parser.add_argument("kind", choices=["classify", "detect", "segment", "lm", *(f"glue/{task}" for task in TASKS)])
     parser.add_argument("folder", type=Path, metavar="FOLDER")
     parser.add_argument(
         "--size",
         type=int,
-        help="training samples (default: all 1347 digits, 160 images of shapes, 48 scenes, 600 texts)",
+        help="training samples (default: all 1347 digits, 160 images of shapes, 48 scenes, 600 texts, 40 files)",
     )
     parser.add_argument("--seed", type=int, default=0)
 
@@ -43,6 +43,8 @@ def run(args: argparse.Namespace) -> None:
         write_shapes(args.folder, args.size or 160, args.seed)
     elif args.kind == "segment":
         write_scenes(args.folder, args.size or 48, args.seed)
+    elif args.kind == "lm":
+        write_texts(args.folder, args.size or 40, args.seed)
     else:
         write_glue(args.folder, args.kind.partition("/")[2], args.size or 600, args.seed)
     print(f"written: {args.folder}")
@@ -147,6 +149,15 @@ THINGS = ("film", "book", "song", "plan", "day", "house", "meal", "story", "city
 def sentence(draw: random.Random, words: tuple[str, ...]) -> str:
     a, b = draw.sample(THINGS, 2)
     return f"the {a} and the {b} were {draw.choice(words)} , {draw.choice(words)} and {draw.choice(words)}"
+
+
+def write_texts(folder: Path, size: int, seed: int = 0) -> None:
+    """`size` files of ten sentences each."""
+    draw = random.Random(seed)
+    folder.mkdir(parents=True, exist_ok=True)
+    for n in range(size):
+        lines = [sentence(draw, draw.choice((GOOD, BAD))) for _ in range(10)]
+        (folder / f"{n:04}.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 def pair(draw: random.Random, good: bool) -> tuple[str, str]:

@@ -1,11 +1,14 @@
-"""A WordPiece tokenizer made of the texts at hand, as BERT's: lower case, [CLS] a [SEP] b [SEP]."""
+"""Tokenizers: a WordPiece made of the texts at hand, as BERT's (lower case, [CLS] a [SEP] b [SEP]), and saved ones."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from .errors import RecipeError
 
 SPECIAL = {
     "pad_token": "[PAD]",
@@ -33,3 +36,13 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
     )  # fmt: skip
     names = ["input_ids", "token_type_ids", "attention_mask"]
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_input_names=names, **SPECIAL)
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
+    """What `save_pretrained` of a tokenizer left."""
+    if not (folder / "tokenizer_config.json").is_file():
+        raise RecipeError(f"{folder} holds no tokenizer: tokenizer_config.json is missing")
+    try:
+        return AutoTokenizer.from_pretrained(folder)
+    except Exception as error:  # of tokenizers or transformers
+        raise RecipeError(f"{folder} holds no tokenizer that can be read: {error}") from error

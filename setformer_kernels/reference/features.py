@@ -1,4 +1,4 @@
-"""Nyström features of the homogeneous kernel: ψ(x) = ‖x‖ (K_ww + δI)^{−1/2} κ(w, x̂).
+"""Nyström features of the homogeneous kernel: ψ(x) = ‖x‖ (K_ww + δI)^{−1/2} κ(w, x̂); centred: κ̃ in place of κ.
 
 Source: CKN (Mairal, NeurIPS 2016), OTKE (Mialon et al., ICLR 2021).
 """
@@ -10,7 +10,8 @@ import math
 import torch
 from torch import Tensor
 
-from .logits import kernel_matrix, norm
+from .centring import LARGEST, Centring, centred, centring
+from .logits import kernel_matrix, norm, normalise
 
 
 def inverse_sqrt(a: Tensor, largest: float, smallest: float) -> Tensor:
@@ -29,12 +30,32 @@ def inverse_sqrt(a: Tensor, largest: float, smallest: float) -> Tensor:
     return (z / math.sqrt(largest)).to(a.dtype)
 
 
-def nystrom_features(x: Tensor, w: Tensor, bandwidth: Tensor, ridge: float) -> Tensor:
-    """x [B, H, N, D], landmarks w [H, R, D], β [H, 1, 1] -> ψ [B, H, N, R], in the dtype of x."""
-    r = w.shape[-2]
-    wide = w.double()
-    k_ww = kernel_matrix(wide, wide, bandwidth.double(), "rbf") + ridge * torch.eye(
-        r, dtype=torch.float64, device=w.device
-    )
-    whitening = inverse_sqrt(k_ww, r + ridge, ridge).to(x.dtype)
-    return norm(x) * (kernel_matrix(x, w, bandwidth, "rbf") @ whitening)
+def feature_kernel(x: Tensor, w: Tensor, bandwidth: Tensor, found: Centring | None) -> Tensor:
+    """κ(x_i, w_j), or κ̃ where `found` is given: [..., N, D], [..., R, D] -> [..., N, R]; β of shape [..., 1, 1].
+
+    κ̃ of a zero vector is 0: it has no direction, and the mean over all directions is what κ̃ is centred at.
+    """
+    if found is None:
+        return kernel_matrix(x, w, bandwidth, "rbf")
+    directed = (norm(x) > 0) & (norm(w) > 0).mT
+    return torch.where(directed, centred(normalise(x) @ normalise(w).mT, bandwidth, found), 0.0)
+
+
+def nystrom_features(
+    x: Tensor, w: Tensor, bandwidth: Tensor, ridge: float, center: bool = False, largest: float = LARGEST
+) -> Tensor:
+    """x [B, H, N, D], landmarks w [H, R, D], β [H, 1, 1] -> ψ [B, H, N, R], in the dtype of x.
+
+    Centred, κ̃(1) ≤ `largest` says how many steps the inverse root takes: it is that of K̃_ww/κ̃(1), of diagonal 1.
+    """
+    r, wide, beta = w.shape[-2], w.double(), bandwidth.double()
+    found = centring(bandwidth, x.shape[-1]) if center else None
+    k_ww = feature_kernel(wide, wide, beta, found)
+    eye = torch.eye(r, dtype=torch.float64, device=w.device)
+    if found is None:
+        whitening = inverse_sqrt(k_ww + ridge * eye, r + ridge, ridge)
+    else:
+        top = centred(torch.ones_like(beta), beta, found)  # κ̃(1) ≥ 1
+        whitening = inverse_sqrt((k_ww + ridge * eye) / top, r + ridge, ridge / largest) / top.sqrt()
+        found = Centring(*[number.to(x.dtype) for number in found])
+    return norm(x) * (feature_kernel(x, w, bandwidth, found) @ whitening.to(x.dtype))

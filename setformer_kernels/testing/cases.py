@@ -165,15 +165,20 @@ def _make(case: Case, g: torch.Generator) -> tuple[dict[str, Tensor], dict[str, 
     if case.P:
         keywords |= _positions(case, normal)
     if case.tensors:
-        keywords |= {
-            "bandwidth": 1 + 0.2 * normal(case.H),
-            "epsilon": 0.1 + 0.02 * normal(case.H),
-            "key_relaxation": torch.sigmoid(normal(case.H)),
-            "reference_relaxation": torch.sigmoid(normal(case.H)),
-        }
+        keywords |= _hyper(case.H, normal)
     if keywords.get("dropout_p"):
         keywords["seed"] = torch.tensor(1234567890123)
     return tokens, keywords
+
+
+def _hyper(heads: int, normal: Any) -> dict[str, Tensor]:
+    """A value for each head, [H]."""
+    return {
+        "bandwidth": 1 + 0.2 * normal(heads),
+        "epsilon": 0.1 + 0.02 * normal(heads),
+        "key_relaxation": torch.sigmoid(normal(heads)),
+        "reference_relaxation": torch.sigmoid(normal(heads)),
+    }
 
 
 def _laid_out(case: Case, t: Tensor, shared: bool = False) -> Tensor:

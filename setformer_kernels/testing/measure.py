@@ -88,10 +88,12 @@ def expected(
     return (tokens | keywords, cotangent, *model_inputs(reference, tokens | keywords, dtype, cotangent))
 
 
-def attention(case: Case, dtype: torch.dtype, backend: str, draw: int = 0) -> Measured:
-    """Output and every gradient."""
+def attention(
+    case: Case, dtype: torch.dtype, backend: str, draw: int = 0, function: Callable[..., Tensor] = SF.set_attention
+) -> Measured:
+    """Output and every gradient, of `set_attention` or of a function that is to be the same."""
     inputs, cotangent, exact, model = expected(case.name, dtype, torch.get_default_device(), draw)
-    return Measured(_fast(SF.set_attention, inputs, dtype, cotangent, backend), exact, model)
+    return Measured(_fast(function, inputs, dtype, cotangent, backend), exact, model)
 
 
 def many_heads(case: Case) -> Case:
@@ -99,18 +101,32 @@ def many_heads(case: Case) -> Case:
     return replace(case, B=1, H=24, L=32, S=32)
 
 
-def small_gradients(case: Case, dtype: torch.dtype, backend: str, draw: int = 0, draws: int = DRAWS) -> Measured:
+def small_gradients(
+    case: Case, dtype: torch.dtype, backend: str, draw: int = 0, draws: int = DRAWS,
+    function: Callable[..., Tensor] = SF.set_attention,
+) -> Measured:  # fmt: skip
     """The gradients SMALL of many heads, [draws, H, ..]."""
     short, found = many_heads(case), []
     for i in range(draws):
         tokens, keywords = make(short, draw * draws + i)
         cotangent = _normal((short.B, short.H, short.L, short.E), draw * draws + i)
-        found.append(beside(SF.set_attention, tokens | keywords, dtype, cotangent, backend))
+        found.append(beside(function, tokens | keywords, dtype, cotangent, backend))
     names = [name for name in SMALL if name in found[0].fast]
     fast, exact, model = (
         {n: torch.stack([r[n] for r in results]) for n in names} for results in zip(*found, strict=True)
     )
     return Measured(fast, exact, model)
+
+
+READ = (*("kernel", "bandwidth", "epsilon", "reference_position", "position_scale", "backend"),
+        *("query_position", "dropout_p", "seed"))  # fmt: skip
+
+
+def halves(query: Tensor, key: Tensor, value: Tensor, references: Tensor, **options: Any) -> Tensor:
+    """`set_attention` as `set_read` of `set_transport`."""
+    carried = {name: option for name, option in options.items() if name not in READ[-3:]}
+    memory = SF.set_transport(key, value, references, **carried)
+    return SF.set_read(query, memory, references, **{name: options[name] for name in READ if name in options})
 
 
 def _pool(query: Tensor | None = None, query_position: Tensor | None = None, **keywords: Any) -> Tensor:
@@ -136,7 +152,15 @@ def weights(case: Case, dtype: torch.dtype, backend: str, draw: int = 0) -> Meas
     return beside(_weights, inputs, dtype, _normal((case.B, case.H, case.L, case.S), draw), backend)
 
 
-FEATURES = {"plain": (100, 7, 16), "square": (65, 64, 64), "one": (1, 1, 5), "wide": (33, 16, 256)}  # N, R, D
+FEATURES = {  # N, R, D, center
+    "plain": (100, 7, 16, False),
+    "square": (65, 64, 64, False),
+    "one": (1, 1, 5, False),
+    "wide": (33, 16, 256, False),
+    "centred": (100, 7, 16, True),
+    "centred_square": (65, 64, 64, True),
+    "centred_few": (33, 3, 6, True),
+}
 
 
 def _features(key: Tensor, landmarks: Tensor, **keywords: Any) -> Tensor:
@@ -145,11 +169,13 @@ def _features(key: Tensor, landmarks: Tensor, **keywords: Any) -> Tensor:
 
 def features(name: str, tensor_bandwidth: bool, dtype: torch.dtype, backend: str, draw: int = 0) -> Measured:
     """nystrom_features; with many heads where the bandwidth's gradient is looked at."""
-    n, r, d = FEATURES[name]
+    n, r, d, center = FEATURES[name]
     heads = 24 if tensor_bandwidth else 3
     key, landmarks = _normal((2, heads, n, d), draw), _normal((heads, r, d), draw + 1)
     key[0, 0, 0] = 0
-    inputs = {"key": key, "landmarks": landmarks}
+    if center:
+        landmarks[0, 0] = 0
+    inputs: dict[str, Any] = {"key": key, "landmarks": landmarks, "center": center}
     if tensor_bandwidth:
         inputs["bandwidth"] = torch.linspace(0.7, 1.5, heads, dtype=torch.float64)
     return beside(_features, inputs, dtype, _normal((2, heads, n, r), draw + 2), backend)

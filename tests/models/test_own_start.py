@@ -9,7 +9,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from setformer_kernels.models import MaskedLMHead, SequenceHead, SeTformer, TextEncoder, TextModel, TokenHead
+from setformer_kernels.models import (
+    CausalDecoder,
+    MaskedLMHead,
+    SequenceHead,
+    SeTformer,
+    TextEncoder,
+    TextModel,
+    TokenHead,
+)
 from setformer_kernels.models.transport import SetTransport
 from setformer_kernels.nn import SeTAttention, SeTPooling
 
@@ -38,7 +46,12 @@ def of_transformers(kind: str, **config: object) -> Callable[[], nn.Module]:
         pytest.importorskip("transformers")
         from setformer_kernels.models import transformers as ours
 
-        if kind.startswith("Text") or kind in ("MaskedLM", "SequenceClassification", "TokenClassification"):
+        if kind == "CausalLM":
+            settings: object = ours.SeTformerCausalConfig(
+                vocab_size=50, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64,
+                initializer_range=0.1, num_references=4, **config,
+            )  # fmt: skip
+        elif kind.startswith("Text") or kind in ("MaskedLM", "SequenceClassification", "TokenClassification"):
             settings = ours.SeTformerTextConfig(
                 vocab_size=50, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64,
                 initializer_range=0.1, num_references=4, **config,
@@ -67,11 +80,13 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "text, head": lambda: TextModel(text(), SequenceHead(32, 3)),
     "text, tokens": lambda: TextModel(text(), TokenHead(32, 3)),
     "text, words": tied,
+    "causal": lambda: CausalDecoder(50, 32, 1, 2, 64, num_references=4, pad_token_id=3, attention=EVERYTHING),
     "timm": timm_model,
     "image classifier": of_transformers("ImageClassification", pool="set", layer_scale=0.2),
     "backbone": of_transformers("Backbone"),
     "masked words": of_transformers("MaskedLM", position_scale=2.0),
     "sequences": of_transformers("SequenceClassification"),
+    "language model": of_transformers("CausalLM", pad_token_id=3),
 }
 
 

@@ -9,15 +9,20 @@ from typing import Any
 import pytest
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from small_models import TEXT, VISION, built, inputs
+from small_models import CAUSAL, TEXT, VISION, built, inputs
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from setformer_kernels.models.transformers import SeTformerConfig, SeTformerModel, SeTformerTextConfig
+from setformer_kernels.models.transformers import (
+    SeTformerCausalConfig,
+    SeTformerConfig,
+    SeTformerModel,
+    SeTformerTextConfig,
+)
 
-LABELLED = (*TEXT[1:], "ForImageClassification")
+LABELLED = (*TEXT[1:], "ForImageClassification", "ForCausalLM")
 
 
-@pytest.mark.parametrize("kind", [*TEXT, *VISION])
+@pytest.mark.parametrize("kind", [*TEXT, *CAUSAL, *VISION])
 def test_hidden_states_by_argument_and_by_configuration(kind: str) -> None:
     x = inputs(kind)
     asked = built(kind)(**x, output_hidden_states=True).hidden_states
@@ -29,7 +34,7 @@ def test_hidden_states_by_argument_and_by_configuration(kind: str) -> None:
     assert built(kind)(**x).hidden_states is None
     shapes = [tuple(state.shape[1:]) for state in asked]
     maps = [(8, 8, 16), (8, 8, 16), (8, 4, 8), (16, 2, 4), (16, 1, 2)]
-    assert shapes == ([(7, 16)] * 3 if kind in TEXT else maps)
+    assert shapes == ([(7, 16)] * 3 if kind in (*TEXT, *CAUSAL) else maps)
 
 
 def test_hidden_states_of_chosen_places() -> None:
@@ -49,7 +54,7 @@ def test_the_first_hidden_state_of_a_text_is_its_embedding_and_the_last_the_outp
     assert output.hidden_states[-1] is output.last_hidden_state
 
 
-@pytest.mark.parametrize("kind", ["TextModel", "Model"])
+@pytest.mark.parametrize("kind", ["TextModel", "CausalModel", "Model"])
 def test_hidden_states_are_on_the_path(kind: str) -> None:
     output = built(kind)(**inputs(kind), output_hidden_states=True)
     for state in output.hidden_states[:-1]:
@@ -80,9 +85,11 @@ def test_attention_weights_of_images_are_refused(kind: str) -> None:
     assert built(kind)(**inputs(kind), output_attentions=False) is not None
 
 
-@pytest.mark.parametrize("kind", [*TEXT, *VISION])
+@pytest.mark.parametrize("kind", [*TEXT, *CAUSAL, *VISION])
 def test_tuples_hold_what_the_dictionary_holds(kind: str) -> None:
     x, options = inputs(kind), {"output_hidden_states": True}
+    if kind in CAUSAL:
+        options["use_cache"] = False
     want = built(kind)(**x, **options).to_tuple()
     for got in (built(kind)(**x, **options, return_dict=False), built(kind, return_dict=False)(**x, **options)):
         assert isinstance(got, tuple)
@@ -109,7 +116,15 @@ def test_arguments_without_a_meaning_are_refused(kind: str, argument: dict[str, 
         built(kind)(**inputs(kind), **argument)
 
 
-@pytest.mark.parametrize("kind", [*TEXT, *VISION])
+@pytest.mark.parametrize(
+    "argument", ["nonsense", "position_ids", "encoder_hidden_states", "head_mask", "cu_seq_lens_q", "output_attentions"]
+)
+def test_arguments_without_a_meaning_to_the_causal_model_are_refused(argument: str) -> None:
+    with pytest.raises(TypeError if argument == "nonsense" else ValueError, match=argument):
+        built("ForCausalLM")(**inputs("ForCausalLM"), **{argument: True})
+
+
+@pytest.mark.parametrize("kind", [*TEXT, *CAUSAL, *VISION])
 def test_arguments_handed_on_empty_are_taken(kind: str) -> None:
     """Wrappers (peft, encoder-decoder models) pass all that transformers knows, most of it None."""
     x = inputs(kind)
@@ -156,7 +171,7 @@ def test_activation_checkpointing_as_it_was_asked_for(kind: str) -> None:
 @pytest.mark.parametrize("kind", LABELLED)
 def test_losses_by_the_items_of_a_whole_batch(kind: str) -> None:
     model, x = built(kind), inputs(kind, labelled=True)
-    items = x["labels"].numel()
+    items = x["labels"].numel() - (2 if kind == "ForCausalLM" else 0)  # whose labels are shifted
     for number in (2 * items, torch.tensor(2 * items)):
         torch.testing.assert_close(model(**x, num_items_in_batch=number).loss * 2, model(**x).loss)
 
@@ -167,11 +182,11 @@ def test_losses_that_are_means_refuse_the_items_of_a_whole_batch() -> None:
         model(**inputs("TextModel"), labels=torch.tensor([0.5, 2.0]), num_items_in_batch=4)
 
 
-@pytest.mark.parametrize("kind", [*TEXT, *VISION])
+@pytest.mark.parametrize("kind", [*TEXT, *CAUSAL, *VISION])
 def test_input_embeddings_can_be_read_and_set(kind: str) -> None:
     model = built(kind)
     old = model.get_input_embeddings()
-    new = torch.nn.Embedding(50, 16) if kind in TEXT else torch.nn.Conv2d(3, 8, 4, 4)
+    new = torch.nn.Embedding(50, 16) if kind in (*TEXT, *CAUSAL) else torch.nn.Conv2d(3, 8, 4, 4)
     model.set_input_embeddings(new)
     assert model.get_input_embeddings() is new is not old
     model(**inputs(kind))
@@ -189,6 +204,7 @@ def test_feed_forward_in_chunks() -> None:
     [
         ("TextModel", {"is_decoder": True}),
         ("ForMaskedLM", {"hidden_act": "relu"}),
+        ("CausalModel", {"hidden_act": "relu"}),
         ("Model", {"hidden_act": "relu"}),
         ("Backbone", {"qkv_bias": False}),
     ],
@@ -228,6 +244,8 @@ WRONG = [
     (SeTformerTextConfig, "tie_word_embeddings", "yes"), (SeTformerTextConfig, "attention", "fast"),
     (SeTformerTextConfig, "attention", {"num_heads": 2}), (SeTformerTextConfig, "attention", {"epsilon": -1.0}),
     (SeTformerTextConfig, "attention", {"dropout": 2.0}), (SeTformerTextConfig, "layer_norm_eps", -1.0),
+    (SeTformerCausalConfig, "conv_width", 0), (SeTformerCausalConfig, "gate", "yes"),
+    (SeTformerCausalConfig, "attention", {"num_iters": 2}), (SeTformerCausalConfig, "attention", {"dropout": 0.1}),
     (SeTformerConfig, "widths", "wide"), (SeTformerConfig, "widths", [8, 8, 8, 0]),
     (SeTformerConfig, "depths", [1, 1, 1, "1"]), (SeTformerConfig, "num_heads", []),
     (SeTformerConfig, "num_references", 0), (SeTformerConfig, "pool", "max"), (SeTformerConfig, "drop_path_rate", 1.0),

@@ -40,6 +40,27 @@ SFK_INLINE Vec<double> scale_by_power(Vec<double> p, Vec<double> n) {
 }
 #endif
 
+// x = n log 2 + r with |r| <= log(2)/2, for x in the range of the result: e^r − 1; `shifted` is n and kMagic.
+template <class F>
+SFK_INLINE Vec<F> reduced_expm1(Vec<F> x, Vec<F>& shifted) {
+  using C = ExpTable<F>;
+  shifted = x * C::kLog2e + C::kMagic;
+  const Vec<F> n = shifted - C::kMagic;
+  Vec<F> r = x - n * C::kLn2Hi;
+  r = r - n * C::kLn2Lo;
+  Vec<F> p = splat<F>(C::c[0]);
+  SFK_UNROLL
+  for (int i = 1; i < C::kTerms; ++i) p = p * r + C::c[i];
+  return (p * r) * r + r;
+}
+
+// 2^n of a normal result; the low bits of `shifted` hold n, and what stands above them is shifted out.
+template <class F>
+SFK_INLINE Vec<F> power_of(Vec<F> shifted) {
+  using C = ExpTable<F>;
+  return bit_cast<Vec<F>>((bit_cast<IVec<F>>(shifted) + C::kBias) << C::kBits);
+}
+
 // exp(x); 0 below the normal range (so exp(−inf) = 0; AVX-512 goes on into the denormals), finite above it, NaN for
 // NaN.
 template <class F>
@@ -51,22 +72,44 @@ SFK_INLINE Vec<F> vexp(Vec<F> x) {
   const F low = C::kLow;
 #endif
   const Vec<F> xc = vmin(splat<F>(C::kHigh), vmax(splat<F>(low), x));
-  const Vec<F> shifted = xc * C::kLog2e + C::kMagic;
-  const Vec<F> n = shifted - C::kMagic;
-  Vec<F> r = xc - n * C::kLn2Hi;
-  r = r - n * C::kLn2Lo;
-  Vec<F> p = splat<F>(C::c[0]);
-  SFK_UNROLL
-  for (int i = 1; i < C::kTerms; ++i) p = p * r + C::c[i];
-  p = (p * r) * r + r + F(1);
+  Vec<F> shifted;
+  const Vec<F> p = reduced_expm1<F>(xc, shifted) + F(1);
 #if defined(__AVX512F__)
-  return scale_by_power(p, n);
+  return scale_by_power(p, shifted - C::kMagic);
 #else
-  // The low bits of `shifted` hold n; what stands above them is shifted out.
-  const IVec<F> exponent = (bit_cast<IVec<F>>(shifted) + C::kBias) << C::kBits;
-  p = p * bit_cast<Vec<F>>(exponent);
-  return x < C::kLow ? Vec<F>{} : p;
+  return x < C::kLow ? Vec<F>{} : p * power_of<F>(shifted);
 #endif
+}
+
+// exp(x) − 1 to the last places also where it is small; finite above the normal range of exp, NaN for NaN.
+template <class F>
+SFK_INLINE Vec<F> vexpm1(Vec<F> x) {
+  using C = ExpTable<F>;
+  Vec<F> shifted;
+  const Vec<F> p = reduced_expm1<F>(vmin(splat<F>(C::kHigh), vmax(splat<F>(C::kLow), x)), shifted);
+  const Vec<F> power = power_of<F>(shifted);
+  return p * power + (power - F(1));
+}
+
+constexpr double kLog2e = 1.4426950408889634;
+
+// 2^x for x < 128: vexp without its reduction, for what can be scaled by log₂e beforehand.  0 for −inf.
+template <class F>
+SFK_INLINE Vec<F> vexp2(Vec<F> x) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(F) == 4) {
+    constexpr int kFloor = 9;
+    const Vec<float> r = (Vec<float>)_mm512_reduce_ps((__m512)x, kFloor);
+    Vec<float> p = splat(1.8775767e-3f);  // minimax on [0, 1), 8e-8; what is left of x is the exponent
+    p = p * r + 8.9893397e-3f;
+    p = p * r + 5.5826318e-2f;
+    p = p * r + 2.4015361e-1f;
+    p = p * r + 6.9315308e-1f;
+    p = p * r + 9.9999994e-1f;
+    return scale_by_power(p, x);
+  }
+#endif
+  return vexp<F>(x * F(1 / kLog2e));
 }
 
 template <class F>

@@ -2,6 +2,11 @@
 #include <cstdlib>
 #include <cstring>
 #include <stdexcept>
+#if defined(SFK_AMX)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 #include "table.h"
 
@@ -13,12 +18,36 @@ struct Entry {
   bool runs;
 };
 
-// Those of this build, the widest first: a build says which it holds (setup.py).
-int entries(Entry out[3]) {
-  int n = 0;
 #if defined(SFK_AVX512)
-  out[n++] = {&avx512::table, __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                                  __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")};
+bool runs_avx512() {
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+}
+#endif
+#if defined(SFK_AMX)
+// Whether the processor has tile registers of bfloat16 and the system saves them; asks Linux for their use, which it
+// grants to a process, for all of its threads.
+bool may_use_tiles() {
+  constexpr unsigned kSaves = 1u << 27, kBf16 = 1u << 22, kTile = 1u << 24, kAvx512Bf16 = 1u << 5, kState = 3u << 17;
+  constexpr int kAskForUse = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  unsigned a, b, c, d;
+  if (!__get_cpuid(1, &a, &b, &c, &d) || !(c & kSaves)) return false;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d & kBf16) || !(d & kTile)) return false;
+  if (!__get_cpuid_count(7, 1, &a, &b, &c, &d) || !(a & kAvx512Bf16)) return false;
+  __asm__ volatile("xgetbv" : "=a"(a), "=d"(d) : "c"(0));
+  return (a & kState) == kState && syscall(SYS_arch_prctl, kAskForUse, kTileData) == 0;
+}
+#endif
+
+// Those of this build, the widest first: a build says which it holds (setup.py).
+int entries(Entry out[4]) {
+  int n = 0;
+#if defined(SFK_AMX)
+  static const bool tiles = may_use_tiles();
+  out[n++] = {&amx::table, tiles && runs_avx512()};
+#endif
+#if defined(SFK_AVX512)
+  out[n++] = {&avx512::table, runs_avx512()};
 #endif
 #if defined(SFK_AVX2)
   out[n++] = {&avx2::table, __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")};
@@ -30,7 +59,7 @@ int entries(Entry out[3]) {
 }
 
 const KernelTable* find(const char* isa) {
-  Entry all[3];
+  Entry all[4];
   const int n = entries(all);
   for (int i = 0; i < n; ++i)
     if (all[i].runs && (!isa || !*isa || std::strcmp(isa, all[i].table->isa) == 0)) return all[i].table;

@@ -12,6 +12,8 @@
   X(step, StepParams)                    \
   X(masked, MaskedParams)                \
   X(masked_backward, MaskedParams)       \
+  X(packed, PackedParams)                \
+  X(packed_backward, PackedParams)       \
   X(features, FeatureParams)             \
   X(features_backward, FeatureParams)    \
   X(sinkhorn, SinkhornParams)            \
@@ -35,6 +37,9 @@ namespace avx2 {
 extern const KernelTable table;
 }
 namespace avx512 {
+extern const KernelTable table;
+}
+namespace amx {
 extern const KernelTable table;
 }
 

@@ -5,9 +5,12 @@ using namespace sfk;
 
 int main(int argc, char** argv) {
   const int rounds = argc > 1 ? std::atoi(argv[1]) : 20;
-  for (const char* isa : {"generic", "avx2", "avx512"}) {
+  for (const char* isa : {"generic", "avx2", "avx512", "amx"}) {
     if (!set_isa(isa)) continue;
+    const bool all = std::strcmp(isa, "amx") != 0;  // it has the rest from avx512
     for (int i = 0; i < rounds; ++i) {
+      for (int k = 0; k < 4; ++k) rounded_case(kernels());
+      if (!all) continue;
       attention_case<double>(kernels(), false, i % 2), attention_case<float>(kernels(), false, i % 2);
       attention_case<double>(kernels(), true), attention_case<float>(kernels(), true);
       features_case<double>(kernels()), features_case<float>(kernels());

@@ -52,8 +52,8 @@ def unsupported_reasons(p: Problem) -> list[str]:
     reasons = [ABSENT] if ABSENT else []
     if p.device != "cuda" and not (p.device == "cpu" and INTERPRETED):
         reasons.append(f"runs on cuda tensors (on cpu tensors only under TRITON_INTERPRET=1), not on {p.device}")
-    if p.op == "masked":
-        reasons.append("has no kernel for masked yet")
+    if p.op == "packed_causal":
+        reasons.append(f"has no kernel for {p.op} yet")
     return reasons + beyond(p, DTYPES, MAX_REFERENCES, MAX_HEAD_DIM)
 
 
@@ -99,6 +99,78 @@ def pool_backward(
         return backward.pool_backward(x, opt, z, c, d_z, d_c, needs)
 
 
+def packed(x: Operands, opt: Options, cu_q: Tensor, cu_k: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """o [1, H, L, E], z [N, H, M, E], c [N, H, max(T, 1), M] of a packed batch; x.log_a: unnormalised log masses."""
+    from .attention import forward
+
+    with _on_device(x.key):
+        return forward.packed(*_of_segments(x, opt, cu_q, cu_k))
+
+
+def packed_backward(
+    x: Operands, opt: Options, cu_q: Tensor, cu_k: Tensor, z: Tensor, c: Tensor, d_o: Tensor, needs: Sequence[bool]
+) -> Operands:
+    """As `attention_backward`, of a packed batch."""
+    from .attention import backward
+
+    with _on_device(x.key):
+        return backward.packed_backward(*_of_segments(x, opt, cu_q, cu_k), (z, c), (d_o, None, None), needs)
+
+
+def packed_pool(x: Operands, opt: Options, cu: Tensor) -> tuple[Tensor, Tensor]:
+    """z [N, H, M, E], c [N, H, max(T, 1), M]."""
+    from .attention import forward
+
+    with _on_device(x.key):
+        x, opt, (_, keys_at) = _of_segments(x, opt, cu, cu)
+        return forward.packed_pool(x, opt, keys_at)
+
+
+def packed_pool_backward(
+    x: Operands, opt: Options, cu: Tensor, z: Tensor, c: Tensor, d_z: Tensor, needs: Sequence[bool]
+) -> Operands:
+    """As `pool_backward`, of a packed batch."""
+    from .attention import backward
+
+    x = x._replace(query=None, query_position=None)
+    with _on_device(x.key):
+        return backward.packed_backward(*_of_segments(x, opt, cu, cu), (z, c), (None, d_z, None), needs)
+
+
+def _of_segments(x: Operands, opt: Options, cu_q: Tensor, cu_k: Tensor) -> tuple[Operands, Options, Any]:
+    """The operands with masses that float32 holds in every segment, and the tables of queries' and keys' segments."""
+    from .host.packed import beside_the_largest, segments_of
+
+    length = 0 if x.query is None else x.query.shape[2]
+    return beside_the_largest(x, cu_k), opt, (segments_of(cu_q, length), segments_of(cu_k, x.key.shape[2]))
+
+
+def transport(x: Operands, opt: Options) -> tuple[Tensor, Tensor, Tensor]:
+    """z [B, H, M, E], g [B, H, M], c [B, H, max(T, 1), M]."""
+    from .attention import forward
+
+    with _on_device(x.key):
+        return forward.transport(x, opt)
+
+
+def read(x: Operands, opt: Options, z: Tensor, g: Tensor) -> Tensor:
+    """o [B, H, L, E]."""
+    from .attention import forward
+
+    with _on_device(x.key):
+        return forward.read(x, opt, z, g)
+
+
+def read_backward(
+    x: Operands, opt: Options, z: Tensor, g: Tensor, d_o: Tensor, needs: Sequence[bool]
+) -> tuple[Operands, Tensor, Tensor]:
+    """Gradients in the order of `Operands`, None where not needed; dz and dg."""
+    from .attention import backward
+
+    with _on_device(x.key):
+        return backward.read_backward(x, opt, z, g, d_o, needs)
+
+
 def causal(x: Operands, opt: Options, stream: Stream = NO_STREAM, with_state: bool = False) -> tuple[Tensor, Tensor]:
     """o [B, H, L, E] for T <= 1, and the state after the last key."""
     from .causal import forward
@@ -130,12 +202,32 @@ def step(x: Operands, opt: Options, states: Tensor, log_decay: Tensor | None, ro
         return step.step(x, opt, states, log_decay, rows)
 
 
-def features(x: Tensor, landmarks: Tensor, bandwidth: Tensor | None, scalar: float, ridge: float) -> Tensor:
+def masked(x: Operands, mask: Tensor | None, opt: Options, causal: bool) -> Tensor:
+    """o [B, H, L, E]; mask [B or 1, H or 1, L, S], bool or log masses in float32."""
+    from .masked import forward
+
+    with _on_device(x.key):
+        return forward.masked(x, mask, opt, causal)
+
+
+def masked_backward(
+    x: Operands, mask: Tensor | None, opt: Options, causal: bool, d_o: Tensor, needs: Sequence[bool]
+) -> Gradients:
+    """As `attention_backward`, and the gradient of the mask."""
+    from .masked import backward
+
+    with _on_device(x.key):
+        return backward.masked_backward(x, mask, opt, causal, d_o, needs)
+
+
+def features(
+    x: Tensor, landmarks: Tensor, bandwidth: Tensor | None, scalar: float, ridge: float, center: bool
+) -> Tensor:
     """x [B, H, N, D], landmarks [H, R, D] -> ψ [B, H, N, R]."""
     from .features import forward
 
     with _on_device(x):
-        return forward.features(x, landmarks, bandwidth, scalar, ridge)
+        return forward.features(x, landmarks, bandwidth, scalar, ridge, center)
 
 
 def features_backward(x: Tensor, landmarks: Tensor, *args: Any) -> tuple[Tensor | None, ...]:

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from ...nn import SeTAttention
-from ...nn.attention import PROJECTIONS
+from ...nn.projections import PROJECTIONS
 from ...nn.writing import recomputed
 from .report import Refusal
 from .weights import like

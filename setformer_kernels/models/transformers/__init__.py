@@ -2,7 +2,8 @@
 
 import transformers
 
-from .configuration import SeTformerConfig, SeTformerTextConfig
+from .causal import SeTformerCausalModel, SeTformerForCausalLM
+from .configuration import SeTformerCausalConfig, SeTformerConfig, SeTformerTextConfig
 from .conversion import from_pretrained
 from .text import (
     SeTformerForMaskedLM,
@@ -14,7 +15,10 @@ from .vision import SeTformerBackbone, SeTformerForImageClassification, SeTforme
 
 __all__ = [
     "SeTformerBackbone",
+    "SeTformerCausalConfig",
+    "SeTformerCausalModel",
     "SeTformerConfig",
+    "SeTformerForCausalLM",
     "SeTformerForImageClassification",
     "SeTformerForMaskedLM",
     "SeTformerForSequenceClassification",
@@ -25,7 +29,7 @@ __all__ = [
     "from_pretrained",
 ]
 
-for _config in (SeTformerConfig, SeTformerTextConfig):
+for _config in (SeTformerConfig, SeTformerTextConfig, SeTformerCausalConfig):
     transformers.AutoConfig.register(_config.model_type, _config)
     for _auto, _model in _config.auto_classes.items():
         getattr(transformers, _auto).register(_config, globals()[_model])

@@ -22,15 +22,25 @@ ABSENT = {
     "num_items_in_batch": "only a model with labels has a loss",
     "output_router_logits": "SeTformer has no experts",
 }
+UNPLACED = "SeTformer's decoder has no positions: convolutions and gates know the order"
+# The same of the causal language model.
+ABSENT_CAUSAL = {
+    **dict.fromkeys(("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx"), PACKED),
+    **dict.fromkeys(("encoder_hidden_states", "encoder_attention_mask"), "SeTformer's decoder has no cross-attention"),
+    **dict.fromkeys(("position_ids", "cache_position"), UNPLACED),
+    "token_type_ids": "SeTformer's decoder has no token types",
+    "output_attentions": "the weights of a scan are not computed (L squared numbers a head)",
+    **{name: ABSENT[name] for name in ("head_mask", "output_router_logits")},
+}
 
 
-def refuse_arguments(model: object, arguments: Mapping[str, Any]) -> None:
+def refuse_arguments(model: object, arguments: Mapping[str, Any], absent: Mapping[str, str] = ABSENT) -> None:
     """Raises for keyword arguments that would change nothing."""
     for name, value in arguments.items():
-        if name not in ABSENT:
+        if name not in absent:
             raise TypeError(f"{type(model).__name__}.forward() got an unexpected keyword argument {name!r}")
         if value is not None and value is not False:
-            raise ValueError(f"{name} must be None: {ABSENT[name]}, got {type(value).__name__}")
+            raise ValueError(f"{name} must be None: {absent[name]}, got {type(value).__name__}")
 
 
 def either(argument: Any, config: object, name: str) -> Any:

@@ -14,15 +14,17 @@ from transformers import PretrainedConfig
 from transformers.backbone_utils import BackboneConfigMixin
 
 from ...nn import SeTAttention
+from ..causal import CausalAttention
 from ..sizes import VISION_SIZES
 from ..transport import OWN_DEFAULTS
 
 # What `attention` may set of SeTAttention; the rest follows from other fields.
-ATTENTION_OPTIONS = {"dropout", "bias", "add_bias_kv", "add_zero_attn", *OWN_DEFAULTS} - {
+ATTENTION_OPTIONS = {"dropout", "bias", "add_bias_kv", "add_zero_attn", "num_kv_heads", *OWN_DEFAULTS} - {
     "num_references",
     "position_dim",
     "position_scale",
 }
+CAUSAL_OPTIONS = ATTENTION_OPTIONS & set(OWN_DEFAULTS)  # of CausalAttention, likewise
 Sizes = list[int] | tuple[int, ...]
 
 
@@ -51,16 +53,27 @@ def check_drop_path_rate(value: float) -> None:
         raise ValueError(f"must be in [0, 1), got {value}")
 
 
+def check_options(value: Mapping[str, Any] | None, known: set[str]) -> dict[str, Any]:
+    """The options, all of them known and what JSON holds."""
+    options = dict(value or {})
+    if unknown := options.keys() - known:
+        raise ValueError(f"has unknown keys {sorted(unknown)}, known are {', '.join(sorted(known))}")
+    for name, option in options.items():
+        if not isinstance(option, (bool, int, float, str)):
+            raise TypeError(f"{name} must be a Python number or string, got {type(option).__name__}")
+    return options
+
+
 def check_attention(value: Mapping[str, Any] | None) -> None:
     """Options of SeTAttention by the rules of its constructor."""
-    options = value or {}
-    if unknown := options.keys() - ATTENTION_OPTIONS:
-        raise ValueError(f"has unknown keys {sorted(unknown)}, known are {', '.join(sorted(ATTENTION_OPTIONS))}")
-    for name, option in options.items():
-        if not isinstance(option, (bool, int, float, str)):  # what JSON holds
-            raise TypeError(f"{name} must be a Python number or string, got {type(option).__name__}")
+    options = check_options(value, ATTENTION_OPTIONS)
     check_probability(options.get("dropout", 0.0))
     SeTAttention(2, 1, device="meta", **options)
+
+
+def check_causal_attention(value: Mapping[str, Any] | None) -> None:
+    """Options of CausalAttention, likewise."""
+    CausalAttention(2, 1, **check_options(value, CAUSAL_OPTIONS))
 
 
 def field(check: Callable[[Any], None], default: Any) -> Any:
@@ -187,3 +200,46 @@ class SeTformerTextConfig(SavedWithModule, PretrainedConfig):
     @property
     def head_dropout(self) -> float:
         return self.hidden_dropout_prob if self.classifier_dropout is None else self.classifier_dropout
+
+
+@strict
+class SeTformerCausalConfig(SavedWithModule, PretrainedConfig):
+    """Arguments of `CausalDecoder` by the names that transformers gives them; the defaults are GPT-2's sizes."""
+
+    model_type = "setformer_causal"
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values", "cache"]
+    auto_classes: ClassVar[dict[str, str]] = {
+        "AutoModel": "SeTformerCausalModel",
+        "AutoModelForCausalLM": "SeTformerForCausalLM",
+    }
+
+    vocab_size: int = field(check_count, 50257)
+    hidden_size: int = field(check_count, 768)
+    num_hidden_layers: int = field(check_count, 12)
+    num_attention_heads: int = field(check_count, 12)
+    intermediate_size: int = field(check_count, 3072)
+    num_references: int = field(check_count, 64)
+    conv_width: int = field(check_count, 4)
+    gate: bool = True
+    hidden_dropout_prob: float | int = field(check_probability, 0.0)
+    attention: dict[str, Any] | None = field(check_causal_attention, None)
+    initializer_range: float | int = field(check_not_negative, 0.02)
+    layer_norm_eps: float | int = field(check_not_negative, 1e-5)
+    pad_token_id: int | None = None
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+    tie_word_embeddings: bool = True
+    use_cache: bool = True
+
+    def __post_init__(self, auto_map: Any = None, **kwargs: Any) -> None:
+        super().__post_init__(**kwargs)
+
+    @property
+    def layer_types(self) -> list[str]:
+        """What transformers builds caches by."""
+        return ["linear_attention"] * self.num_hidden_layers
+
+    @property
+    def number_of_conv_states(self) -> int:
+        """Of a cache's layer: inputs of the convolution, and in the first layer how many tokens there were."""
+        return 2

@@ -10,6 +10,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, initialization
 
 from ...nn import SeTAttention, SeTPooling
 from ...nn.reference_set import ReferenceSet
+from ..causal import Gates, ShortConvolution
 from ..layers import own_start
 from ..transport import SetTransport
 from ..vision import VisionBlock
@@ -42,7 +43,7 @@ class SeTPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        if isinstance(module, ReferenceSet):
+        if isinstance(module, (ReferenceSet, Gates, ShortConvolution)):
             draw_missing(module)
         elif isinstance(module, VisionBlock):
             for gamma in (module.gamma1, module.gamma2):
@@ -69,10 +70,10 @@ class SeTPreTrainedModel(PreTrainedModel):
         return loss
 
 
-def draw_missing(module: ReferenceSet) -> None:
-    """Draws the parameters of an attention or pooling layer anew, those that were loaded left as they are."""
+def draw_missing(module: nn.Module) -> None:
+    """Draws the parameters of a layer anew as it draws them itself, those that were loaded left as they are."""
     loaded = [(p, p.clone()) for p in module.parameters() if getattr(p, "_is_hf_initialized", False)]
-    assert isinstance(module, (SeTAttention, SeTPooling, SetTransport))
+    assert isinstance(module, (SeTAttention, SeTPooling, SetTransport, Gates, ShortConvolution))
     module.reset_parameters()
     for parameter, value in loaded:
         parameter.copy_(value)

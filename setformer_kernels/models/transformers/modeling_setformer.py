@@ -5,7 +5,10 @@ pip install "setformer-kernels[transformers]", then AutoModel.from_pretrained(fo
 
 from setformer_kernels.models.transformers import (  # noqa: F401
     SeTformerBackbone,
+    SeTformerCausalConfig,
+    SeTformerCausalModel,
     SeTformerConfig,
+    SeTformerForCausalLM,
     SeTformerForImageClassification,
     SeTformerForMaskedLM,
     SeTformerForSequenceClassification,

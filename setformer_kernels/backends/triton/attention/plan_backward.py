@@ -20,10 +20,10 @@ from ..device.gradients import sum_slots
 from ..device.head import head_parameters
 from ..device.plan import potentials_narrow, range_known, row_factor, row_update
 from ..device.primitives import INF, LOG2E, finite_or_zero, rounded
-from ..device.rows import few_keys, rows_of
-from ..host.groups import rule_of, sizes_of
+from ..device.rows import few_keys, rows_of, segment_of
+from ..host.groups import Segments, rule_of, sizes_of
 from ..host.launch import kernel, launch
-from ..host.rows import log2_uniform, strided
+from ..host.rows import log2_uniform, strided_rows
 from ..host.tiles import Tile
 from ..parameters.gradients import Partials
 from ..parameters.prepare import References
@@ -46,6 +46,9 @@ class State(NamedTuple):
     d_c: Tensor | None  # likewise, what arrives there
     first_d_g: Tensor | None  # [BH, splits, MP] parts of dg^1, once the last of these passes comes
     uniform: float  # log2 of a key's mass where none is given
+    first: Tensor | None  # and the following: the keys' Segments
+    length: Tensor | None
+    uniforms: Tensor | None
 
 
 class Cotangents(NamedTuple):
@@ -150,6 +153,7 @@ def transport_state_backward_kernel(
         at, log_b = bh * iterations + t - 1, references.log_b + h * sizes.MP
         _store_columns(log_b, beta, scale, lam_a, lam_b, state, at, t, rule, sizes)
     else:
+        b, S = segment_of(state, b, S)
         masses = rows_of(log_a, b, h, stride_ab, stride_ah, stride_an, S, 1) if log_a is not None else None
         _store_rows(
             part_z, part_g, d_z, z, masses, lam_b, state, bh, task * ROWS, S, splits, slots, iterations, rule, sizes,
@@ -223,8 +227,9 @@ def pooling_weights(first, second, live, use):
 
 
 def merged_state(
-    x: Operands, opt: Options, prepared: References, state: tuple[Tensor, Tensor], given: Cotangents, parts: Partials
-) -> State:
+    x: Operands, opt: Options, prepared: References, state: tuple[Tensor, Tensor], given: Cotangents, parts: Partials,
+    keys_at: Segments,
+) -> State:  # fmt: skip
     """dz in the values' dtype, its offsets, dg^T and the columns of every iteration."""
     (z, c), sizes = state, sizes_of(x)
     b, h, iterations, _ = c.shape
@@ -236,10 +241,18 @@ def merged_state(
         new((heads, iterations, mp)),
         new((heads, iterations, COLUMNS.value, mp)),
         new((heads, iterations, FACTORS.value)),
-        *(c, given.d_c, None, log2_uniform(x.key.shape[2])),
+        *(c, given.d_c, None, log2_uniform(x.key.shape[2]), *keys_at),
     )
     rows = max(1, TILE.depth // sizes.EP)
-    tensors = (*strided(x.log_a), prepared, out, given.part_z, parts.log_b, given.d_z, z)
+    tensors = (
+        *strided_rows(x.log_a, keys_at.first is not None),
+        prepared,
+        out,
+        given.part_z,
+        parts.log_b,
+        given.d_z,
+        z,
+    )
     counts = (h, x.key.shape[2], given.splits, parts.log_b.shape[1], iterations)
     constants = {"rule": rule_of(opt, range_known(x, opt)).compiled, "sizes": sizes.compiled, "ROWS": rows}
     launch(transport_state_backward_kernel, heads * (mp // rows + iterations), (*tensors, *counts), constants, TILE)

@@ -17,16 +17,15 @@ from ..device.gradients import across, gradient_tile, leave_tile, no_sums, store
 from ..device.head import gradient_factor, head_of, load_references
 from ..device.logits import token_logits
 from ..device.places import places_of
-from ..device.plan import range_known
 from ..device.primitives import dot, rounded, tokens_by
-from ..device.rows import few_keys, load_rows, rows_of
-from ..device.softmax import below_top, dropout_constants, numerators, read_gradient
-from ..host.groups import Dropout, cut_of, rule_of, sizes_of
+from ..device.rows import few_keys, load_rows, rows_of, segment_of
+from ..device.softmax import below_top, dropout_constants, dropout_stream, numerators, read_gradient
+from ..host.groups import Dropout, Segments, cut_of, rule_of, sizes_of
 from ..host.launch import Split, device_of, kernel, launch
-from ..host.rows import stride_step, strided, unit_rows
+from ..host.rows import stride_step, strided_rows, unit_rows
 from ..parameters.gradients import Partials
 from ..parameters.prepare import References
-from .read import Pooled, dual_potential, load_pooled
+from .read import Pooled, dual_potential, given_potential, load_pooled, read_range, seeds_of, store_zeros
 
 
 @triton.jit
@@ -50,7 +49,7 @@ def read_backward_kernel(
     log_a, stride_ab, stride_ah, stride_an,  # [B, H, S] or None
     position, stride_pb, stride_ph, stride_pn,  # [B, H, L, P] or None
     d_query, stride_db, stride_dh, stride_dn,  # [B, H, L, D] or None, as the queries
-    references, pooled, dropout,  # References, Pooled, Dropout
+    references, queries_at, keys_at, pooled, dropout,  # References, Segments twice, Pooled, Dropout
     part_z, parts,  # [BH, splits, MP, EP] or None, Partials
     H, L, S, stretch, splits, slots, iterations, threshold,
     rule, sizes, cut,
@@ -64,12 +63,15 @@ def read_backward_kernel(
     split = tl.program_id(0) // blocks % splits
     bh = (tl.program_id(0) // (blocks * splits)).to(tl.int64)
     b, h = bh // H, bh % H
+    stream, counter = dropout_stream(queries_at, dropout, b, h, bh)
+    key_b, S = segment_of(keys_at, b, S)
+    b, L = segment_of(queries_at, b, L)
     j = tl.arange(0, MP)
     d = block % d_blocks * cut.DEPTH + tl.arange(0, cut.DEPTH)
     e = block % e_blocks * cut.VDEPTH + tl.arange(0, cut.VDEPTH)
     queries = rows_of(query, b, h, stride_qb, stride_qh, stride_qn, L, cut.STEP)
     gradients = rows_of(d_o, b, h, stride_ob, stride_oh, stride_on, L, cut.STEP)
-    masses = rows_of(log_a, b, h, stride_ab, stride_ah, stride_an, S, 1) if log_a is not None else None
+    masses = rows_of(log_a, key_b, h, stride_ab, stride_ah, stride_an, S, 1) if log_a is not None else None
     out = rows_of(d_query, b, h, stride_db, stride_dh, stride_dn, L, cut.STEP) if d_query is not None else None
     places = places_of(position, references, b, h, stride_pb, stride_ph, stride_pn, sizes) if sizes.P > 0 else None
     head = head_of(references, h, sizes, cut)
@@ -84,6 +86,12 @@ def read_backward_kernel(
     d_g = tl.zeros([MP], tl.float32)
     sums = no_sums(sizes, cut)
     end = tl.minimum(L, (split + 1) * stretch)
+    if pooled.g is not None:
+        given, seen = given_potential(pooled.g, bh, sizes)
+        if not seen:
+            if out is not None:
+                store_zeros(out, split * stretch, end, sizes.D, cut.DEPTH, sizes.DP, cut)
+            end = split * stretch
     for start in range(split * stretch, end, cut.ROWS):
         rows = start + tl.arange(0, cut.ROWS)
         live = rows < end
@@ -92,7 +100,7 @@ def read_backward_kernel(
         g = dual_potential(head, pooled, bh, iterations, rule.UPDATE_ROWS, sizes)
         w = numerators(l, kappa, g, below_top(g, head.scale), head.scale, rule.RANGE)
         d_o_z, do = output_products(gradients, rows, live, pooled.z, bh, z_t, use, operand, sizes, cut)
-        kept, d_s = read_gradient(w, d_o_z, dropout, bh, L, rows, threshold, sizes)
+        kept, d_s = read_gradient(w, d_o_z, stream, counter, L, rows, threshold, sizes)
         if e_blocks > 1:
             do = load_rows(gradients, rows, live, e, sizes.E)
         if part_z is not None:
@@ -114,23 +122,28 @@ def read_backward_kernel(
 
 
 def read_backward(
-    x: Operands, opt: Options, prepared: References, state: tuple[Tensor, Tensor], d_o: Tensor, split: Split,
-    d_query: Tensor | None, part_z: Tensor | None, parts: Partials,
+    x: Operands, opt: Options, prepared: References, pooled: Pooled, d_o: Tensor, split: Split,
+    d_query: Tensor | None, part_z: Tensor | None, parts: Partials, at: tuple[Segments, Segments] | None = None,
 ) -> None:  # fmt: skip
     """One pass over the queries: d_query [B, H, L, D], part_z [BH, splits, MP, EP] and the first slots of `parts`.
 
-    `state` is (z, c).  Without part_z neither dz nor dg^T is wanted.
+    Without part_z neither dz nor dg^T is wanted.  at: the segments of queries and of keys.
     """
     assert x.query is not None
     query, d_o, sizes = unit_rows(x.query), unit_rows(d_o), sizes_of(x)
-    b, h, l, _ = query.shape
+    (b, h), l, packed = pooled.z.shape[:2], query.shape[2], at is not None
+    queries_at, keys_at = at or (Segments(), Segments())
     device, t = device_of(query), gradient_tile(x, opt)
     threshold, keep_scale = dropout_constants(opt.dropout_p)
+    # Of a memory nothing is known of its keys: as many as keep every gradient.
+    keys, iterations = (2, 1) if pooled.c is None else (x.key.shape[2], pooled.c.shape[2])
     step = stride_step(query, d_o, d_query)
-    tokens = (*strided(query, step), *strided(d_o, step), *strided(x.log_a), *strided(unit_rows(x.query_position)))
-    groups = (prepared, Pooled(*state), Dropout(x.seed, keep_scale), part_z, parts)
-    counts = (h, l, x.key.shape[2], *split, parts.log_b.shape[1], state[1].shape[2], threshold)
+    tokens = (*strided_rows(query, packed, step), *strided_rows(d_o, packed, step), *strided_rows(x.log_a, packed))
+    tokens = (*tokens, *strided_rows(unit_rows(x.query_position), packed), *strided_rows(d_query, packed, step))
+    dropout = Dropout(seeds_of(x, queries_at), keep_scale)
+    groups = (prepared, queries_at, keys_at, pooled, dropout, part_z, parts)
+    counts = (h, l, keys, *split, parts.log_b.shape[1], iterations, threshold)
     cut = cut_of(t, sizes, device, step, across(device, query))
-    constants = {"rule": rule_of(opt, range_known(x, opt)).compiled, "sizes": sizes.compiled, "cut": cut.compiled}
+    constants = {"rule": rule_of(opt, read_range(x, opt)).compiled, "sizes": sizes.compiled, "cut": cut.compiled}
     programs = b * h * split.programs * max(sizes.DP // cut.DEPTH, sizes.EP // cut.VDEPTH)
-    launch(read_backward_kernel, programs, (*tokens, *strided(d_query, step), *groups, *counts), constants, t)
+    launch(read_backward_kernel, programs, (*tokens, *groups, *counts), constants, t)

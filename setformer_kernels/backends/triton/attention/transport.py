@@ -20,17 +20,19 @@ import triton.language as tl
 from torch import Tensor
 
 from ....problem import Operands, Options
-from ..device.head import head_of
+from ..device.head import head_of, head_parameters
 from ..device.logits import token_logits
 from ..device.places import farthest, places_of
 from ..device.plan import log_domain_weights, narrow_weights, potentials_narrow, range_known
 from ..device.primitives import INF, LN2, column_sum, dot, finite_or_zero, merged_log_sum, rounded
-from ..device.rows import key_mass, load_rows, rows_of
-from ..host.groups import Sizes, cut_of, rule_of, sizes_of
+from ..device.rows import key_mass, load_rows, rows_of, segment_of, uniform_mass
+from ..host.groups import Segments, Sizes, cut_of, rule_of, sizes_of
 from ..host.launch import Split, device_of, kernel, launch, split_tokens
-from ..host.rows import log2_uniform, stride_step, strided, unit_rows
+from ..host.rows import log2_uniform, stride_step, strided_rows, unit_rows
 from ..host.tiles import Tile, tile
 from ..parameters.prepare import References
+
+BATCH = Segments()  # no packed one
 
 
 class Sums(NamedTuple):
@@ -95,7 +97,7 @@ def transport_kernel(
     value, stride_vb, stride_vh, stride_vn,  # [B, H, S, E], likewise
     log_a, stride_ab, stride_ah, stride_an,  # [B, H, S] or None
     position, stride_pb, stride_ph, stride_pn,  # [B, H, S, P] or None
-    references, before, after,  # References; Sums of iteration − 1, of this one
+    references, keys_at, before, after,  # References, Segments; Sums of iteration − 1, of this one
     pooled, c,  # [BH, splits, MP, EP], [B, H, iterations, M]
     H, S, stretch, splits, iteration, iterations, uniform,
     FIRST: tl.constexpr, LAST: tl.constexpr, rule, sizes, cut,
@@ -110,6 +112,8 @@ def transport_kernel(
     split = tl.program_id(0) // v_blocks % splits
     bh = (tl.program_id(0) // (v_blocks * splits)).to(tl.int64)
     b, h = bh // H, bh % H
+    uniform = uniform_mass(keys_at, b, uniform)
+    b, S = segment_of(keys_at, b, S)
     j, e = tl.arange(0, MP), block * cut.VDEPTH + tl.arange(0, cut.VDEPTH)
     keys = rows_of(key, b, h, stride_kb, stride_kh, stride_kn, S, cut.STEP)
     values = rows_of(value, b, h, stride_vb, stride_vh, stride_vn, S, cut.STEP)
@@ -150,12 +154,13 @@ def transport_kernel(
 
 @kernel
 def transport_finish_kernel(
-    sums,  # Sums of the last pass
-    pooled, c, z,  # [BH, splits, MP, EP], [B, H, iterations, M], [B, H, M, E]
-    splits, iterations,
-    M: tl.constexpr, MP: tl.constexpr, E: tl.constexpr, EP: tl.constexpr, BLOCK: tl.constexpr,
+    references, sums,  # References; Sums of the last pass
+    pooled, c, g, z,  # [BH, splits, MP, EP], [B, H, iterations, M], [B, H, M], [B, H, M, E]
+    H, splits, iterations,
+    UPDATE_ROWS: tl.constexpr, M: tl.constexpr, MP: tl.constexpr, E: tl.constexpr, EP: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The partial sums of the last pass, merged: its c [M], and BLOCK numbers of z [M, E]."""
+    """The partial sums of the last pass, merged: its c and g [M], and BLOCK numbers of z [M, E]."""
     blocks: tl.constexpr = MP * EP // BLOCK
     bh = (tl.program_id(0) // blocks).to(tl.int64)
     block = tl.program_id(0) % blocks
@@ -165,6 +170,12 @@ def transport_finish_kernel(
     if block == 0:
         last = merged_log_sum(peaks, totals, splits, MP)
         tl.store(c + (bh * iterations + iterations - 1) * M + j, last * LN2, mask=j < M)
+        h = bh % H
+        dual = tl.load(references.log_b + h * MP + j)
+        if UPDATE_ROWS:
+            beta, scale, lam_a, lam_b, tau = head_parameters(references.parameters, h)
+            dual -= lam_b * finite_or_zero(last)
+        tl.store(g + bh * M + j, tl.where(last > -INF, dual * LN2, -INF), mask=j < M)
     index = block * BLOCK + tl.arange(0, BLOCK)
     row, e, i = index // EP, index % EP, tl.arange(0, 16)
     peak = tl.full([BLOCK], -INF, tl.float32)
@@ -189,17 +200,22 @@ def transport_finish_kernel(
 FINISH = Tile(rows=16, depth=256, warps=4, stages=1)  # a [16 splits, 256] tile is 32 numbers a thread
 
 
-def transport(x: Operands, opt: Options, prepared: References) -> tuple[Tensor, Tensor]:
-    """z [B, H, M, E] and c [B, H, max(T, 1), M] of the keys and values."""
+def transport(
+    x: Operands, opt: Options, prepared: References, keys_at: Segments = BATCH
+) -> tuple[Tensor, Tensor, Tensor]:
+    """z [B, H, M, E], g [B, H, M] and c [B, H, max(T, 1), M] of the keys and values; of a packed batch, B counts
+    segments."""
     (b, h), sizes = x.key.shape[:2], sizes_of(x)
-    iterations = max(opt.num_iters, 1)
-    z, c = (x.references.new_empty((b, h, *shape)) for shape in ((sizes.M, sizes.E), (iterations, sizes.M)))
-    split, sums, pooled = column_sums(x, opt, prepared, sizes, c)
+    b = b if keys_at.first is None else keys_at.first.shape[0]
+    iterations, new = max(opt.num_iters, 1), x.references.new_empty
+    z, g, c = new((b, h, sizes.M, sizes.E)), new((b, h, sizes.M)), new((b, h, iterations, sizes.M))
+    split, sums, pooled = column_sums(x, opt, prepared, sizes, c, keys_at)
     block = min(256, sizes.MP * sizes.EP)
-    constants = {"M": sizes.M, "MP": sizes.MP, "E": sizes.E, "EP": sizes.EP, "BLOCK": block}
+    constants = {"UPDATE_ROWS": opt.num_iters > 0, "M": sizes.M, "MP": sizes.MP, "E": sizes.E, "EP": sizes.EP}
     programs = b * h * sizes.MP * sizes.EP // block
-    launch(transport_finish_kernel, programs, (sums, pooled, c, z, split.programs, iterations), constants, FINISH)
-    return z, c
+    args = (prepared, sums, pooled, c, g, z, h, split.programs, iterations)
+    launch(transport_finish_kernel, programs, args, constants | {"BLOCK": block}, FINISH)
+    return z, g, c
 
 
 def _range(x: Operands, opt: Options) -> str:
@@ -218,23 +234,26 @@ def warps_across(references: int, known: str, itemsize: int) -> bool:
     return references > (128 if known == "always" and itemsize == 2 else 64)
 
 
-def column_sums(x: Operands, opt: Options, prepared: References, sizes: Sizes, c: Tensor) -> tuple[Split, Sums, Tensor]:
+def column_sums(
+    x: Operands, opt: Options, prepared: References, sizes: Sizes, c: Tensor, keys_at: Segments = BATCH
+) -> tuple[Split, Sums, Tensor]:
     """Writes c^1..c^{T−1}; the last iteration's sums, and the pooled values in their units [BH, splits, MP, EP]."""
     key, value, position = unit_rows(x.key), unit_rows(x.value), unit_rows(x.key_position)
-    b, h, s, _ = key.shape
+    (b, h), s, packed = c.shape[:2], key.shape[2], keys_at.first is not None
     device, known = device_of(key), _range(x, opt)
     across = warps_across(sizes.MP, known, key.element_size())
     kinds = ("column", "pooling") if known == "always" and not across else ("across", "across")
     widest = max(sizes.MP, sizes.DP, sizes.EP)
     t, pooling = (tile(kind, device.family, widest, key.element_size()) for kind in kinds)
-    split = split_tokens(s, t.rows, b * h, device.multiprocessors)
+    split = Split(max(s, 1), 1) if packed else split_tokens(s, t.rows, b * h, device.multiprocessors)
     new = x.references.new_empty
     shape = (b * h, split.programs, sizes.MP)
     before, after = Sums(new(shape), new(shape)), Sums(new(shape), new(shape))
     pooled = new((*shape, sizes.EP))
     step = stride_step(key, value)
     cuts = [cut_of(own, sizes, device, step, across) for own in (t, pooling)]
-    tokens = (*strided(key, step), *strided(value, step), *strided(x.log_a), *strided(position), prepared)
+    rows = (*strided_rows(key, packed, step), *strided_rows(value, packed, step))
+    tokens = (*rows, *strided_rows(x.log_a, packed), *strided_rows(position, packed), prepared, keys_at)
     constants: dict[str, Any] = {"rule": rule_of(opt, known).compiled, "sizes": sizes.compiled}
     iterations, uniform = c.shape[2], log2_uniform(s)
     for iteration in range(1, iterations + 1):

@@ -24,10 +24,10 @@ from ..device.logits import token_logits
 from ..device.places import places_of
 from ..device.plan import range_known
 from ..device.primitives import INF, LN2, finite_or_zero, rounded, tokens_by
-from ..device.rows import key_mass, load_rows, row_starts, rows_of, store_rows
-from ..host.groups import cut_of, rule_of, sizes_of
+from ..device.rows import key_mass, load_rows, row_starts, rows_of, segment_of, store_rows, uniform_mass
+from ..host.groups import Segments, cut_of, rule_of, sizes_of
 from ..host.launch import Split, device_of, kernel, launch
-from ..host.rows import stride_step, strided, unit_rows
+from ..host.rows import stride_step, strided_rows, unit_rows
 from ..parameters.gradients import Partials
 from ..parameters.prepare import References
 from .plan_backward import Cotangents, column_gradient, load_columns, merged_state, plan_terms, pooling_weights
@@ -83,6 +83,8 @@ def transport_columns_backward_kernel(
     split = tl.program_id(0) % splits
     bh = (tl.program_id(0) // splits).to(tl.int64)
     b, h = bh // H, bh % H
+    uniform = uniform_mass(state, b, state.uniform)
+    b, S = segment_of(state, b, S)
     j = tl.arange(0, MP)
     keys = rows_of(key, b, h, stride_kb, stride_kh, stride_kn, S, cut.STEP)
     values = rows_of(value, b, h, stride_vb, stride_vh, stride_vn, S, cut.STEP)
@@ -105,7 +107,7 @@ def transport_columns_backward_kernel(
     end = tl.minimum(S, (split + 1) * stretch)
     for start in range(split * stretch, end, cut.ROWS):
         rows = start + tl.arange(0, cut.ROWS)
-        live, mass = key_mass(masses, rows, end, state.uniform)
+        live, mass = key_mass(masses, rows, end, uniform)
         l, kappa, cosine, inverse, x = token_logits(keys, rows, live, places, head, rule.DOT, sizes, cut)
         p, r, lse, first = plan_terms(kappa, l, mass, head, column, rule, sizes)
         if LAST:
@@ -219,6 +221,8 @@ def transport_keys_backward_kernel(
     split = tl.program_id(0) // d_blocks % splits
     bh = (tl.program_id(0) // (d_blocks * splits)).to(tl.int64)
     b, h = bh // H, bh % H
+    uniform = uniform_mass(state, b, state.uniform)
+    b, S = segment_of(state, b, S)
     j, d = tl.arange(0, MP), block * cut.DEPTH + tl.arange(0, cut.DEPTH)
     keys = rows_of(key, b, h, stride_kb, stride_kh, stride_kn, S, cut.STEP)
     values = rows_of(value, b, h, stride_vb, stride_vh, stride_vn, S, cut.STEP)
@@ -243,7 +247,7 @@ def transport_keys_backward_kernel(
     for start in range(split * stretch, end, cut.ROWS):
         rows = start + tl.arange(0, cut.ROWS)
         inside = rows < end
-        live, mass = key_mass(masses, rows, end, state.uniform)
+        live, mass = key_mass(masses, rows, end, uniform)
         l, kappa, cosine, inverse, x = token_logits(keys, rows, live, places, head, rule.DOT, sizes, cut)
         # Columns are read in the loop: a thread cannot hold its share of them beside the tiles.
         column = load_columns(state, bh * iterations + iterations - 1, sizes)
@@ -292,15 +296,16 @@ class KeyGradients(NamedTuple):
 
 def transport_backward(
     x: Operands, opt: Options, prepared: References, state: tuple[Tensor, Tensor], given: Cotangents,
-    split: Split, out: KeyGradients, parts: Partials, log_b: bool,
+    split: Split, out: KeyGradients, parts: Partials, log_b: bool, keys_at: Segments,
 ) -> None:  # fmt: skip
     """All passes over the keys: `out`, and the slots of `parts` after those of the queries (log_b: that one too)."""
-    merged, sizes = merged_state(x, opt, prepared, state, given, parts), sizes_of(x)
+    merged, sizes = merged_state(x, opt, prepared, state, given, parts, keys_at), sizes_of(x)
     key, value, position = unit_rows(x.key), unit_rows(x.value), unit_rows(x.key_position)
-    b, h, s, _ = key.shape
+    (b, h), s, packed = state[1].shape[:2], key.shape[2], keys_at.first is not None
     iterations, device, t = state[1].shape[2], device_of(key), gradient_tile(x, opt)
     step = stride_step(key, value, out.key, out.value)
-    tokens = (*strided(key, step), *strided(value, step), *strided(x.log_a), *strided(position))
+    tokens = (*strided_rows(key, packed, step), *strided_rows(value, packed, step))
+    tokens = (*tokens, *strided_rows(x.log_a, packed), *strided_rows(position, packed))
     cut = cut_of(t, sizes, device, step, across(device, key))
     rule = rule_of(opt, range_known(x, opt))
     sums = [x.references.new_empty((b * h, split.programs, sizes.MP)) for _ in range(min(2, iterations - 1))]
@@ -315,7 +320,8 @@ def transport_backward(
         launch(transport_columns_backward_kernel, b * h * split.programs, args, constants, t)
         sums.reverse()
     merged = merged._replace(first_d_g=sums[0] if sums else None)
-    gradients = (*strided(out.key, step), *strided(out.value, step), *strided(out.log_a))
+    gradients = (*strided_rows(out.key, packed, step), *strided_rows(out.value, packed, step))
+    gradients = (*gradients, *strided_rows(out.log_a, packed))
     parts = parts if log_b else replaced(parts, log_b=None)
     args = (*tokens, *gradients, prepared, merged, parts, h, s, *split, given.splits, iterations)
     programs = b * h * split.programs * (sizes.DP // cut.DEPTH)

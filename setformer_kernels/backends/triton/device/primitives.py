@@ -47,6 +47,14 @@ def rounded(x, dtype: tl.constexpr):
 
 
 @triton.jit
+def expm1(x):
+    """e^x − 1 to float32's last places also where x is small: there the series, elsewhere exp2."""
+    tail = 1.0 / 120 + x * (1.0 / 720 + x * (1.0 / 5040 + x * (1.0 / 40320)))
+    series = x * (1.0 + x * (0.5 + x * (1.0 / 6 + x * (1.0 / 24 + x * tail))))
+    return tl.where(tl.abs(x) < 0.5, series, tl.exp2(x * LOG2E) - 1.0)
+
+
+@triton.jit
 def column_sum(x):
     """Σ over tokens of x [BN, M].  A GPU adds in a tree; numpy, and so the interpreter, one row after the other."""
     if _INTERPRETED:

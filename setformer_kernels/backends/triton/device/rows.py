@@ -33,6 +33,25 @@ def rows_of(x, b, h, stride_b, stride_h, stride_n, count, STEP: tl.constexpr):
 
 
 @triton.jit
+def segment_of(segments, b, count):
+    """(what stands for b, the number of rows): of a batch, what is given; of segment b of a packed one, its first row,
+    as the host passes the stride of rows as that of elements, and how many it has."""
+    if segments.first is None:
+        return b, count
+    else:
+        return tl.load(segments.first + b), tl.load(segments.length + b)
+
+
+@triton.jit
+def uniform_mass(segments, b, uniform):
+    """log2 of a key's mass where none is given, in batch element or segment b."""
+    if segments.uniforms is None:
+        return uniform
+    else:
+        return tl.load(segments.uniforms + b)
+
+
+@triton.jit
 def row_starts(x, rows):
     """Where the given rows begin."""
     return x.start + rows * x.stride

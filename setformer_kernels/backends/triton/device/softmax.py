@@ -5,6 +5,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from ..host.groups import Dropout
+
 
 def dropout_constants(p: float) -> tuple[int, float]:
     """(⌊p·2³²⌋, 1/(1 − p)): p = 1 keeps nothing, by a factor 0."""
@@ -20,6 +22,15 @@ def keep_mask(seed, head, length, rows, threshold, sizes):
     zero = low * 0
     word, _, _, _ = tl.philox(tl.load(seed), low, high, zero, zero)
     return word.to(tl.uint32, bitcast=True) >= threshold.to(tl.uint32)
+
+
+@triton.jit
+def dropout_stream(segments, dropout, b, h, bh):
+    """(the random numbers, which of them a head begins with): a segment of a packed batch has a seed of its own."""
+    if segments.first is None or dropout.seed is None:
+        return dropout, bh
+    else:
+        return Dropout(dropout.seed + b, dropout.keep_scale), h
 
 
 @triton.jit

@@ -1,12 +1,14 @@
 """Backward of the Nyström features: one pass over the tokens, then the landmarks.
 
-    dκ' = dψ Wᵀ (not yet times ‖x‖),  dĉ' = βκ dκ',  dx = dĉ' ŵ + x̂ (Σ_r κ dκ' − Σ_r dĉ' ĉ),
-    dŵ = dĉ'ᵀ x,   dW = (‖x‖κ)ᵀ dψ,   dβ = Σ ‖x‖ κ dκ' (ĉ − 1)
+    dκ' = dψ Wᵀ (not yet times ‖x‖),  dĉ' = βκ' dκ',  dx = dĉ' ŵ + x̂ (Σ_r κ dκ' − Σ_r dĉ' ĉ),
+    dŵ = dĉ'ᵀ x,   dW = (‖x‖κ)ᵀ dψ,   dβ = Σ ‖x‖ dκ' ∂κ/∂β
+
+with κ' = κ and ∂κ/∂β = κ (ĉ − 1); for the centred κ̃ (problem.py) κ' = κ̃ + s and ∂κ̃/∂β = κ' (ĉ − A) + κ̃ d log s/dβ.
 
 The norms cancel from dx and dŵ.  A program walks a stretch of the tokens of one head and keeps a few landmarks' rows of
 dW and dŵ; partial sums of all programs are added in a fixed order.  Then dA from dW (whitening.py), and
 
-    dĉ_ww = β (dA + dAᵀ) K_ww,   dŵ += dĉ_ww ŵ,   dβ += Σ dA K_ww (ĉ_ww − 1),   dw = (dŵ − ŵ⟨ŵ, dŵ⟩)/‖w‖
+    dĉ_ww = β (dA + dAᵀ) K'_ww,   dŵ += dĉ_ww ŵ,   dβ += Σ dA ∂K_ww/∂β,   dw = (dŵ − ŵ⟨ŵ, dŵ⟩)/‖w‖
 """
 
 from __future__ import annotations
@@ -19,13 +21,20 @@ from torch import Tensor
 
 from ....problem import empty_in_order
 from ..device.head import head_parameters, plain_parameters
-from ..device.logits import kernel_value
 from ..device.primitives import dot, rounded
 from ..device.rows import load_rows, rows_of, store_rows, wide
 from ..host.launch import device_of, kernel, launch, split_tokens
 from ..host.rows import rows_like, stride_step, strided, unit_rows
 from ..host.tiles import INTERPRETER, Tile
-from .problem import Landmarks, inverse_lengths, landmark_cut, landmark_products, prepared_landmarks
+from .problem import (
+    Landmarks,
+    centring_of,
+    inverse_lengths,
+    landmark_cut,
+    landmark_products,
+    prepared_landmarks,
+    value_and_slope,
+)
 from .whitening import landmark_cosines, whitening, whitening_backward
 
 EXTRA = 16  # numbers behind dW and dŵ in a partial sum: dβ of up to 16 blocks of landmarks
@@ -38,7 +47,7 @@ def features_backward_kernel(
     x, stride_xb, stride_xh, stride_xn,  # [B, H, N, D], strides in units of cut.STEP
     d_psi, stride_pb, stride_ph, stride_pn,  # [B, H, N, R], likewise
     d_x, stride_db, stride_dh, stride_dn,  # [B, H, N, D] or None, likewise
-    y, parameters, whitening,  # as in Landmarks, [H, RP, RP]
+    y, inverse_norm, parameters, whitening,  # as in Landmarks, [H, RP, RP]
     sums,  # [BH, splits, SIZE] or None
     H, N, stretch, splits,
     SIZE: tl.constexpr, cut,
@@ -61,6 +70,7 @@ def features_backward_kernel(
     last = RP if d_x is not None else first + RC
     log2_beta, scale, lam_a, lam_b, squared_tau = head_parameters(parameters, h)
     beta, epsilon, tau = plain_parameters(parameters, h)
+    offset, gain, mean, growth = centring_of(parameters, h)
     if sums is not None:
         d_w, d_y = tl.zeros([RC, RP], tl.float32), tl.zeros([RC, DP], tl.float32)
         d_beta = tl.zeros([cut.ROWS], tl.float32)
@@ -74,23 +84,28 @@ def features_backward_kernel(
         for landmark in range(first, last, RC):
             r = landmark + near
             product = landmark_products(tokens, rows, live, y, r, cut)
-            kappa = kernel_value(product, inverse, log2_beta, False)
+            cosine = product * inverse[:, None]
+            directed = (tl.load(inverse_norm + h * RP + r) > 0)[None, :]
+            kappa, slope = value_and_slope(cosine, directed, beta, log2_beta, offset, gain, cut.CENTER)
             d_kappa = tl.zeros([cut.ROWS, RC], tl.float32)
             for other in range(0, RP, RC):
                 columns = other + near
                 w = tl.load(whitening + r[:, None] * RP + columns[None, :])
                 d_kappa += dot(load_rows(gradients, rows, live, columns, cut.R), tl.trans(w), cut.PRECISION)
-            d_log = tl.where((inverse > 0)[:, None], kappa * d_kappa, 0.0)
-            cosine = product * inverse[:, None]
+            d_kappa = tl.where((inverse > 0)[:, None], d_kappa, 0.0)
+            d_log = slope * d_kappa
             d_product = rounded(beta * d_log, x.dtype.element_ty)
             if d_x is not None:
-                along += tl.sum(d_log * (1.0 - beta * cosine), 1)
+                along += tl.sum(d_kappa * kappa - d_log * (beta * cosine), 1)
                 out += dot(d_product, tl.load(y + r[:, None] * DP + d[None, :]), cut.PRECISION)
             if sums is not None:
                 d_y += dot(tl.trans(d_product), load_rows(tokens, rows, live, d, cut.D), cut.PRECISION)
                 scaled = rounded(kappa * length[:, None], x.dtype.element_ty)
                 d_w += dot(tl.trans(scaled), load_rows(gradients, rows, live, j, cut.R), cut.PRECISION)
-                d_beta += tl.sum(d_log * (cosine - 1.0), 1) * length
+                if cut.CENTER:
+                    d_beta += tl.sum(d_log * (cosine - mean) + d_kappa * kappa * growth, 1) * length
+                else:
+                    d_beta += tl.sum(d_log * (cosine - 1.0), 1) * length
         if d_x is not None:
             own = load_rows(tokens, rows, live, d, cut.D).to(tl.float32)
             out += own * (along * inverse)[:, None]
@@ -127,7 +142,7 @@ def features_landmarks_backward_kernel(
     inverse_norm, parameters,  # as in Landmarks
     d_a, sums,  # [H, RP, RP], [H, SIZE]
     R: tl.constexpr, RP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, SIZE: tl.constexpr,
-    BLOCKS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCKS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PRECISION: tl.constexpr, CENTER: tl.constexpr,
 ):  # fmt: skip
     """d landmarks and dβ of one head, from dA and the summed dŵ and dβ of the tokens."""
     h = tl.program_id(0).to(tl.int64)
@@ -138,6 +153,7 @@ def features_landmarks_backward_kernel(
     sums += h * SIZE + RP * RP
     log2_beta, scale, lam_a, lam_b, squared_tau = head_parameters(parameters, h)
     beta, epsilon, tau = plain_parameters(parameters, h)
+    offset, gain, mean, growth = centring_of(parameters, h)
     d = tl.arange(0, DP)
     blocks = tl.arange(0, 16)
     d_beta = tl.sum(tl.load(sums + RP * DP + blocks, mask=blocks < BLOCKS, other=0.0))
@@ -147,10 +163,14 @@ def features_landmarks_backward_kernel(
         for other in range(0, RP, COLUMNS):
             j = other + tl.arange(0, COLUMNS)
             cosine = landmark_cosines(landmarks, inverse, i, j, stride_r, R, D, DP)
-            kappa = tl.exp2(log2_beta * (cosine - 1.0))
-            here = tl.load(d_a + i[:, None] * RP + j[None, :]) * kappa
-            there = tl.load(d_a + j[None, :] * RP + i[:, None]) * kappa
-            d_beta += tl.sum(here * (cosine - 1.0))
+            directed = (tl.load(inverse + i) > 0)[:, None] & (tl.load(inverse + j) > 0)[None, :]
+            kappa, slope = value_and_slope(cosine, directed, beta, log2_beta, offset, gain, CENTER)
+            here = tl.load(d_a + i[:, None] * RP + j[None, :])
+            if CENTER:
+                d_beta += tl.sum(here * kappa) * growth
+            here *= slope
+            there = tl.load(d_a + j[None, :] * RP + i[:, None]) * slope
+            d_beta += tl.sum(here * (cosine - (mean if CENTER else 1.0)))
             inside = (j < R)[:, None] & (d < D)[None, :]
             other_w = tl.load(landmarks + j[:, None] * stride_r + d[None, :], mask=inside, other=0.0)
             other_w *= tl.load(inverse + j)[:, None]
@@ -172,19 +192,20 @@ def _over_tokens(
     """Writes dx where it is wanted; (dW, dŵ, dβ summed over tokens and batch [H, SIZE], how many parts dβ has)."""
     b, h, n, _ = x.shape
     step = stride_step(x, d_psi, d_x)
-    t, cut = landmark_cut(x, landmarks, "features_backward", step)
+    t, cut = landmark_cut(x, landmarks, "features_backward", step, prepared.largest is not None)
     blocks, size = cut.RP // cut.RC, cut.RP * (cut.RP + cut.DP) + EXTRA
     split = split_tokens(n, t.rows, b * h, device_of(x).multiprocessors)
     constants = {"SIZE": size, "cut": cut.compiled}
     tokens, counts = (*strided(x, step), *strided(d_psi, step)), (h, n, *split)
+    given = (prepared.y, prepared.inverse_norm, prepared.parameters, w)
     sums = landmarks.new_empty((b, h, split.programs, size)) if parameters else None
     programs = b * h * split.programs
     if parameters and d_x is not None and blocks > 1:
-        args = (*tokens, *strided(d_x, step), prepared.y, prepared.parameters, w, None, *counts)
+        args = (*tokens, *strided(d_x, step), *given, None, *counts)
         launch(features_backward_kernel, programs, args, constants, t)
         d_x = None
     programs *= blocks if d_x is None else 1
-    args = (*tokens, *strided(d_x, step), prepared.y, prepared.parameters, w, sums, *counts)
+    args = (*tokens, *strided(d_x, step), *given, sums, *counts)
     launch(features_backward_kernel, programs, args, constants, t)
     out = landmarks.new_empty((h, size))
     if sums is not None:
@@ -196,13 +217,13 @@ def _over_tokens(
 
 
 def features_backward(
-    x: Tensor, landmarks: Tensor, bandwidth: Tensor | None, scalar: float, ridge: float,
+    x: Tensor, landmarks: Tensor, bandwidth: Tensor | None, scalar: float, ridge: float, center: bool,
     d_psi: Tensor, needs: Sequence[bool],
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
     """(dx, d landmarks, d bandwidth), None where not needed."""
     x_, d_psi, landmarks_ = unit_rows(x), unit_rows(d_psi), unit_rows(landmarks)
     d_x = rows_like(x, x.shape[-1]) if needs[0] else None
-    prepared = prepared_landmarks(x_, landmarks_, bandwidth, scalar)
+    prepared = prepared_landmarks(x_, landmarks_, bandwidth, scalar, center)
     w = whitening(landmarks_, prepared, ridge, x.dtype)
     wants_bandwidth = needs[2] and bandwidth is not None
     written = None if d_x is None else d_x.rows
@@ -220,7 +241,7 @@ def features_backward(
     t = INTERPRETER if device.family == "interpreter" else LANDMARK_TILE
     constants = {
         "R": r, "RP": rp, "D": d, "DP": dp, "SIZE": sums.shape[1], "BLOCKS": blocks, "PRECISION": device.precision,
-        "ROWS": min(t.rows, rp), "COLUMNS": min(t.depth, rp),
+        "ROWS": min(t.rows, rp), "COLUMNS": min(t.depth, rp), "CENTER": center,
     }  # fmt: skip
     launch(features_landmarks_backward_kernel, h, args, constants, t)
     return result, d_landmarks, d_bandwidth

@@ -9,6 +9,9 @@ instead of 1.5, so half of the steps do, and half of the rounding.  V vanishes a
 products add nothing but small numbers to Y and Z.  Y and Z must stay as they come: making them symmetric would break
 their commuting, on which the stability of the coupled form rests.
 
+Centred features have K̃_ww in the place of K_ww: A is divided by κ̃(1) ≥ 1, the diagonal of K̃_ww, first, and
+A^{−1/2} = (A/κ̃(1))^{−1/2}/√κ̃(1) at the end.
+
 Backward: the derivative of the same iteration in the direction dW.  The derivative of A^{−1/2} is its own adjoint
 (A is symmetric), so this solves the Sylvester equation of reference/README.md, to the accuracy of the forward pass.
 
@@ -26,12 +29,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..device.head import head_parameters
+from ..device.head import head_parameters, plain_parameters
 from ..device.primitives import dot, rounded
 from ..device.rows import wide
 from ..host.launch import device_of, kernel, launch
 from ..host.tiles import INTERPRETER, Tile, padded
-from .problem import Landmarks
+from .problem import Landmarks, centred_value, centring_of
 
 # A [64, 64] block is 16 registers a thread; products take 16 columns at a time, since tf32x3 splits each into three.
 TILE = Tile(rows=64, depth=16, warps=8, stages=1)
@@ -84,9 +87,21 @@ def landmark_cosines(w, inverse, i, j, stride, R: tl.constexpr, D: tl.constexpr,
 
 
 @triton.jit
-def _regularised(w, inverse, i, j, stride, beta, ridge, R: tl.constexpr, D: tl.constexpr, DP: tl.constexpr):
-    """A [I, J]; rows and columns of padding belong to an identity, whose eigenvalue 1 + δ is in range."""
-    kappa = tl.exp2(beta * (landmark_cosines(w, inverse, i, j, stride, R, D, DP) - 1.0))
+def _regularised(
+    w, inverse, parameters, h, i, j, stride, top, ridge,
+    R: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, CENTER: tl.constexpr,
+):  # fmt: skip
+    """A/κ̃(1) [I, J]; rows and columns of padding belong to an identity, whose eigenvalue 1 + δ is in range."""
+    cosine = landmark_cosines(w, inverse, i, j, stride, R, D, DP)
+    if CENTER:
+        directed = (tl.load(inverse + i) > 0)[:, None] & (tl.load(inverse + j) > 0)[None, :]
+        beta, epsilon, tau = plain_parameters(parameters, h)
+        offset, gain, mean, growth = centring_of(parameters, h)
+        value, scale = centred_value(cosine, directed, beta, offset, gain)
+        kappa = value / top
+    else:
+        log2_beta, unused_scale, lam_a, lam_b, tau = head_parameters(parameters, h)
+        kappa = tl.exp2(log2_beta * (cosine - 1.0))
     real = (i < R)[:, None] & (j < R)[None, :]
     return tl.where(real, kappa, _identity(i, j)) + ridge * _identity(i, j)
 
@@ -114,9 +129,9 @@ def features_whitening_kernel(
     landmarks, stride_h, stride_r,  # [H, R, D]
     inverse_norm, parameters, d_whitening,  # as in Landmarks, [H, SIZE] or None
     out, workspace,  # [H, RP, RP], [H, 5 or 10, RP, RP]
-    ridge, low, steps,
+    ridge, least_ridge, low, steps,
     R: tl.constexpr, RP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, DEPTH: tl.constexpr, BLOCK: tl.constexpr,
-    GROWTH: tl.constexpr, SIZE: tl.constexpr, PRECISION: tl.constexpr,
+    GROWTH: tl.constexpr, SIZE: tl.constexpr, PRECISION: tl.constexpr, CENTER: tl.constexpr,
 ):  # fmt: skip
     """(K_ww + δI)^{−1/2} of one head, or dA where dW is given.
 
@@ -130,15 +145,21 @@ def features_whitening_kernel(
     v = workspace + h * (10 if tangent else 5) * size
     y, z, next_y, next_z = v + size, v + 2 * size, v + 3 * size, v + 4 * size
     near = tl.arange(0, BLOCK)
-    log2_beta, unused_scale, lam_a, lam_b, tau = head_parameters(parameters, h)
+    top = low * 0.0 + 1.0
+    if CENTER:
+        beta, epsilon, tau = plain_parameters(parameters, h)
+        offset, gain, mean, growth = centring_of(parameters, h)
+        one, unused_gain = centred_value(top, top > 0, beta, offset, gain)
+        top = tl.maximum(one, 1.0)
+    ridge = tl.maximum(ridge / top, least_ridge)
     largest = low * 0.0
     for row in range(side):
         i = row * BLOCK + near
         sums = tl.zeros([BLOCK], tl.float32)
         for column in range(0, RP, DEPTH):
             j = column + tl.arange(0, DEPTH)
-            a = _regularised(w, inverse_norm + h * RP, i, j, stride_r, log2_beta, ridge, R, D, DP)
-            sums += tl.sum(a, 1)
+            a = _regularised(w, inverse_norm + h * RP, parameters, h, i, j, stride_r, top, ridge, R, D, DP, CENTER)
+            sums += tl.sum(tl.abs(a), 1)
             tl.store(next_y + i[:, None] * RP + j[None, :], a)
         largest = tl.maximum(largest, tl.max(sums))
     tl.debug_barrier()
@@ -182,7 +203,7 @@ def features_whitening_kernel(
     for block in range(side * side):
         i, j = block // side * BLOCK + near, block % side * BLOCK + near
         index = i[:, None] * RP + j[None, :]
-        result = tl.load((z + 5 * size if tangent else z) + index) * tl.sqrt(scale)
+        result = tl.load((z + 5 * size if tangent else z) + index) * (tl.sqrt(scale / top) / (top if tangent else 1.0))
         tl.store(out + h * size + index, rounded(result, out.dtype.element_ty))
 
 
@@ -202,13 +223,14 @@ def whitening_backward(landmarks: Tensor, prepared: Landmarks, ridge: float, d_w
 
 def _whiten(landmarks: Tensor, prepared: Landmarks, ridge: float, d_whitening: Tensor | None, out: Tensor) -> None:
     h, r, d = landmarks.shape
-    rp, ridge = out.shape[-1], max(ridge, SMALLEST_RIDGE)
-    steps, low = schedule(r, ridge)
+    rp, largest = out.shape[-1], prepared.largest
+    steps, low = schedule(r, max(ridge / (largest or 1.0), SMALLEST_RIDGE))
     device = device_of(landmarks)
     cut = INTERPRETER if device.family == "interpreter" else TILE
     constants: dict[str, Any] = {
         "R": r, "RP": rp, "D": d, "DP": padded(d), "BLOCK": min(cut.rows, rp), "DEPTH": min(cut.depth, rp),
         "GROWTH": GROWTH, "SIZE": 0 if d_whitening is None else d_whitening.stride(0), "PRECISION": device.precision,
+        "CENTER": largest is not None,
     }  # fmt: skip
     workspace = landmarks.new_empty((h, 5 if d_whitening is None else 10, rp, rp))
     tensors = (
@@ -220,4 +242,4 @@ def _whiten(landmarks: Tensor, prepared: Landmarks, ridge: float, d_whitening: T
         out,
         workspace,
     )
-    launch(features_whitening_kernel, h, (*tensors, ridge, low, steps), constants, cut)
+    launch(features_whitening_kernel, h, (*tensors, ridge, SMALLEST_RIDGE, low, steps), constants, cut)

@@ -76,6 +76,14 @@ class Dropout(NamedTuple):
     keep_scale: float  # 1/(1 − p)
 
 
+class Segments(NamedTuple):
+    """Where the rows of a packed batch's segments lie, in tables [N] on the device; None: a batch like any other."""
+
+    first: Tensor | None = None  # int64
+    length: Tensor | None = None  # int32
+    uniforms: Tensor | None = None  # float32, log2 of a key's mass where none is given
+
+
 def sizes_of(x: Operands) -> Sizes:
     """The sizes of one call."""
     m, d = x.references.shape[1:]

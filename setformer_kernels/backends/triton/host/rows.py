@@ -67,6 +67,12 @@ def strided(t: Tensor | None, step: int = 1) -> tuple[Any, ...]:
     return (None, 0, 0, 0) if t is None else (t, *[s // step for s in t.stride()[:3]])
 
 
+def strided_rows(t: Tensor | None, packed: bool, step: int = 1) -> tuple[Any, ...]:
+    """As `strided`; of a packed batch, whose elements begin at any row, the stride of rows stands for theirs."""
+    given = strided(t, step)
+    return (given[0], given[3], *given[2:]) if packed else given
+
+
 def log2_uniform(length: int) -> float:
     """log2 of a key's mass where none are given."""
     return -math.log2(length) if length else 0.0

@@ -74,6 +74,33 @@ DEFAULT: dict[tuple[str, str, str], Tile] = {
     ("chunk_backward", "small", "single"): Tile(16, 32, 4, 1),
     ("chunk_backward", "medium", "single"): Tile(16, 32, 8, 1),
     ("chunk_backward", "large", "single"): Tile(16, 16, 8, 1),
+    # "masked" walk tiles of as many keys as queries beside [queries, M] sums and [queries, E] outputs: operands that
+    # many products share stay in registers, so tiles are small.  "masked_backward" hold [keys, M] and [keys, E] sums.
+    ("masked", "small", "half"): Tile(32, 64, 4, 1),
+    ("masked", "medium", "half"): Tile(32, 64, 8, 1),
+    ("masked", "large", "half"): Tile(16, 64, 8, 1),
+    ("masked", "small", "single"): Tile(16, 32, 4, 1),
+    ("masked", "medium", "single"): Tile(16, 32, 8, 1),
+    ("masked", "large", "single"): Tile(16, 16, 8, 1),
+    ("masked_backward", "small", "half"): Tile(16, 64, 8, 1),
+    ("masked_backward", "medium", "half"): Tile(16, 64, 8, 1),
+    ("masked_backward", "large", "half"): Tile(16, 64, 8, 1),
+    ("masked_backward", "small", "single"): Tile(16, 32, 8, 1),
+    ("masked_backward", "medium", "single"): Tile(16, 32, 8, 1),
+    ("masked_backward", "large", "single"): Tile(16, 16, 8, 1),
+    # "masked_logs": tiles of 16 queries and `rows` keys, with M numbers for each pair; the backward holds more of them.
+    ("masked_logs", "small", "half"): Tile(4, 64, 8, 1),
+    ("masked_logs", "medium", "half"): Tile(2, 64, 8, 1),
+    ("masked_logs", "large", "half"): Tile(1, 32, 8, 1),
+    ("masked_logs", "small", "single"): Tile(4, 32, 8, 1),
+    ("masked_logs", "medium", "single"): Tile(2, 32, 8, 1),
+    ("masked_logs", "large", "single"): Tile(1, 16, 8, 1),
+    ("masked_logs_backward", "small", "half"): Tile(2, 64, 8, 1),
+    ("masked_logs_backward", "medium", "half"): Tile(1, 64, 8, 1),
+    ("masked_logs_backward", "large", "half"): Tile(1, 32, 8, 1),
+    ("masked_logs_backward", "small", "single"): Tile(2, 32, 8, 1),
+    ("masked_logs_backward", "medium", "single"): Tile(1, 32, 8, 1),
+    ("masked_logs_backward", "large", "single"): Tile(1, 16, 8, 1),
     # "features" hold [rows, R] sums over blocks of `depth` landmarks; "features_backward" the [depth, R] and [depth, D]
     # sums of such a block, or [rows, D] ones: 16 rows keep the widest within 99 KiB of shared memory.
     ("features", "small", "half"): Tile(64, 64, 4, 2),
@@ -90,7 +117,13 @@ DEFAULT: dict[tuple[str, str, str], Tile] = {
     ("features_backward", "large", "single"): Tile(16, 32, 8, 1),
 }
 # Kinds that are cut as another where the tables say nothing of their own.
-LIKE = {"across": "column", "pooling": "column", "gradient_log": "gradient"}
+LIKE = {
+    "across": "column",
+    "pooling": "column",
+    "gradient_log": "gradient",
+    "masked_tokens": "gradient_log",
+    "masked_keys": "gradient",
+}
 # With 227 KiB of shared memory, 128 head dims stay in one product: nothing of the references is loaded twice.
 HOPPER: dict[tuple[str, str, str], Tile] = {
     ("row", "medium", "half"): Tile(64, 128, 4, 2),
@@ -118,6 +151,7 @@ AMPERE: dict[tuple[str, str, str], Tile] = {
     ("column", "medium", "half"): Tile(64, 32, 8, 2),
     ("gradient", "medium", "single"): Tile(16, 16, 8, 1),
     ("gradient_log", "small", "single"): Tile(16, 16, 8, 1),
+    ("masked_tokens", "small", "half"): Tile(16, 64, 8, 2),
     ("chunk", "medium", "single"): Tile(16, 16, 8, 1),
 }
 # A wavefront has 64 lanes: half as many hold a tile.

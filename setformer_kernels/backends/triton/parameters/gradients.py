@@ -49,10 +49,13 @@ class ParameterGradients(NamedTuple):
     reference_position: Tensor | None  # [H, M, P]
 
 
-def new_partials(x: Operands, prepared: References, slots: int, needs: Sequence[bool]) -> Partials:
-    """Empty slots for `slots` programs per head, of the sums that the needed gradients take."""
+def new_partials(
+    x: Operands, prepared: References, slots: int, needs: Sequence[bool], segments: int | None = None
+) -> Partials:
+    """Empty slots for `slots` programs per head, of the sums that the needed gradients take; segments: as B."""
     need = {name for name, n in zip(Operands._fields, needs, strict=True) if n and getattr(x, name) is not None}
-    heads, (_, mp, dp) = x.key.shape[0] * x.key.shape[1], prepared.y.shape
+    elements = x.key.shape[0] if segments is None else segments
+    heads, (_, mp, dp) = elements * x.key.shape[1], prepared.y.shape
     new, pi = x.references.new_empty, prepared.position
     return Partials(
         new((heads, slots, mp)),
@@ -147,7 +150,7 @@ def parameter_gradients(
         return out._asdict()
     h, sizes = x.references.shape[0], sizes_of(x)
     references = unit_rows(x.references)
-    b, slots, rows = x.key.shape[0], parts.log_b.shape[1], max(1, min(sizes.MP, BLOCK // sizes.DP))
+    b, slots, rows = parts.log_b.shape[0] // h, parts.log_b.shape[1], max(1, min(sizes.MP, BLOCK // sizes.DP))
     args = (references, *references.stride()[:2], prepared.parameters, parts, out, h, b, slots)
     constants = {"DOT": opt.kernel == "dot", "SUMS": SUMS, "ROWS": rows}
     constants |= {"M": sizes.M, "MP": sizes.MP, "D": sizes.D, "DP": sizes.DP, "P": sizes.P, "PP": sizes.PP}

@@ -1,0 +1,6 @@
+#include "../packed.h"
+
+#include "unit.h"
+
+SFK_KERNEL(packed, packed_forward, PackedParams)
+SFK_KERNEL(packed_backward, packed_backward, PackedParams)

@@ -1,0 +1,173 @@
+"""Backward of the keys under a mask: a block of keys walks the blocks of queries that see it, `terms`.
+
+It sums what the keys get of dℓ, dv and the log masses over the queries.  What the first iteration's row sums return is
+the same for all queries: `tokens` adds it.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+
+from ..device.head import head_of
+from ..device.primitives import INF, dot, rounded
+from ..device.rows import load_rows, row_starts, rows_of
+from ..host.launch import kernel
+from .masses import first_query, log_masses, mask_of, some
+from .terms import (
+    belongs,
+    column_terms,
+    forces,
+    load_do,
+    load_step,
+    log_row_sum,
+    plan_terms_of,
+    returned,
+    to_keys,
+    value_products,
+)
+from .walks import key_tile
+
+
+class KeyTerms(NamedTuple):
+    """What the keys get from all queries."""
+
+    logits: Any  # [heads, S, MP] of dℓ, but for what the first row sums return
+    mass: Any  # [heads, S] Σ_i Σ_t df^t
+    first: Any  # [heads, S] Σ_i df^1
+    relaxed: Any  # [heads, S] Σ_i Σ_{t>1} df^t log2 P^t
+
+
+class KeySums(NamedTuple):
+    """The same of one block of keys."""
+
+    tile: Any  # [BS, MP] of dEx, in logs of dℓ
+    value: Any  # [BS, EP] dv
+    mass: Any  # [BS] and the following
+    first: Any
+    relaxed: Any
+
+
+@triton.jit
+def add_step(
+    sums, x, tile, products, do, work, back, head, at, iterations, t, start, top, L,
+    LAST: tl.constexpr, FIRST: tl.constexpr, LOGS: tl.constexpr, UNIT: tl.constexpr, sizes, cut,
+):  # fmt: skip
+    """Adds an iteration of a block of queries."""
+    d_tile, d_value, mass, first, relaxed = sums
+    step = load_step(work, back, head, at, iterations, t, start, L, top.shape[0], FIRST, LOGS, sizes)
+    p, u = plan_terms_of(x, tile, step, top, head.lam_a, FIRST, LOGS, UNIT, cut)
+    d_f, a = forces(tile, u, step, products, LAST, LOGS, cut)
+    d_tile += column_terms(tile, u, step, products, LAST, LOGS, cut)
+    if LAST:
+        if LOGS:
+            d_value += tl.sum(a[:, :, None] * do.to(tl.float32)[:, None, :], 0)
+        else:
+            d_value += dot(tl.trans(rounded(a, tile.dtype)), do.to(tile.dtype), cut.PRECISION)
+    of_keys = tl.sum(d_f, 0)
+    mass += of_keys
+    if FIRST:
+        first += of_keys
+    else:
+        relaxed += tl.sum(d_f * log_row_sum(p, LOGS), 0)
+        d_tile += to_keys(tile, step.v, p, returned(p, d_f, head.lam_a, LOGS), LOGS, cut)
+    return KeySums(d_tile, d_value, mass, first, relaxed)
+
+
+@triton.jit
+def add_block(
+    sums, x, values, keys, column, gradients, work, back, head, at, iterations, start, rows, L, S,
+    KEYS: tl.constexpr, MORE: tl.constexpr, LOGS: tl.constexpr, UNIT: tl.constexpr, sizes, cut,
+):  # fmt: skip
+    """Adds all iterations of a block of queries and KEYS keys; x: their log masses without those of the keys.
+
+    The keys are read for every block: a thread cannot hold its shares of them in the layouts of all products.
+    """
+    columns = column + tl.arange(0, KEYS)
+    weight = tl.load(keys.weight + at * S + columns, mask=columns < S, other=-INF)
+    first = tl.load(keys.first + at * S + columns, mask=columns < S, other=-INF)
+    tile = key_tile(keys, at * S + column, S - column, KEYS, LOGS, sizes)
+    v = load_rows(values, columns, weight > -INF, tl.arange(0, sizes.EP), sizes.E)
+    top = tl.load(work.tops + at * L + rows, mask=rows < L, other=-INF)
+    do = load_do(gradients, rows, top > -INF, sizes)
+    products = value_products(do, v, tile.dtype, LOGS, cut)
+    x_first, x_later = x + first[None, :], x + weight[None, :]
+    if MORE:
+        sums = add_step(
+            sums, x_later, tile, products, do, work, back, head, at, iterations, iterations, start, top, L,
+            True, False, LOGS, UNIT, sizes, cut,
+        )  # fmt: skip
+        for step in range(1, iterations - 1):
+            sums = add_step(
+                sums, x_later, tile, products, do, work, back, head, at, iterations, iterations - step, start, top, L,
+                False, False, LOGS, UNIT, sizes, cut,
+            )  # fmt: skip
+    return add_step(
+        sums, x_first, tile, products, do, work, back, head, at, iterations, 1, start, top, L,
+        not MORE, True, LOGS, UNIT, sizes, cut,
+    )  # fmt: skip
+
+
+@kernel
+def masked_keys_backward_kernel(
+    value, stride_vb, stride_vh, stride_vn,  # [B, H, S, E], strides in units of cut.STEP
+    mask, stride_mb, stride_mh, stride_ml, stride_ms,  # [B or 1, H or 1, L, S] uint8 or log masses, or None
+    d_o, stride_ob, stride_oh, stride_on,  # [B, H, L, E], as the values
+    d_value, stride_db, stride_dh, stride_dn,  # [B, H, S, E], or None
+    references, keys, work, back, terms,  # References, Keys, Work, Back, KeyTerms
+    H, L, S, blocks, first_head, iterations,
+    way, rule, sizes, cut,
+):  # fmt: skip
+    """KEYS keys of one head and all blocks of queries in the range of products; LOGS: the others, added to those."""
+    ROWS: tl.constexpr = way.ROWS
+    KEYS: tl.constexpr = way.KEYS
+    BLOCK: tl.constexpr = way.BLOCK
+    MORE: tl.constexpr = way.MORE
+    LOGS: tl.constexpr = way.LOGS
+    CAUSAL: tl.constexpr = way.CAUSAL
+    UNIT: tl.constexpr = way.UNIT
+    at = (tl.program_id(0) // blocks).to(tl.int64)
+    block = tl.program_id(0) % blocks
+    number = at + first_head
+    b, h = number // H, number % H
+    columns = block * KEYS + tl.arange(0, KEYS)
+    values = rows_of(value, b, h, stride_vb, stride_vh, stride_vn, S, cut.STEP)
+    gradients = rows_of(d_o, b, h, stride_ob, stride_oh, stride_on, L, cut.STEP)
+    given = mask_of(mask, b, h, stride_mb, stride_mh, stride_ml, stride_ms) if mask is not None else None
+    head = head_of(references, h, sizes, cut)
+    j, e, inside = tl.arange(0, sizes.MP), tl.arange(0, sizes.EP), columns < S
+    zero = tl.zeros([KEYS], tl.float32)
+    sums = KeySums(tl.zeros([KEYS, sizes.MP], tl.float32), tl.zeros([KEYS, sizes.EP], tl.float32), zero, zero, zero)
+    for start in range(first_query(block * KEYS, L, S, CAUSAL) // ROWS * ROWS, L, ROWS):
+        if belongs(work, at, start, L, BLOCK, LOGS):
+            rows = start + tl.arange(0, ROWS)
+            x = log_masses(given, zero, rows, columns, L, S, CAUSAL)
+            if some(x):
+                sums = add_block(
+                    sums, x, values, keys, block * KEYS, gradients, work, back, head, at, iterations, start, rows, L, S,
+                    KEYS, MORE, LOGS, UNIT, sizes, cut,
+                )  # fmt: skip
+    logits = sums.tile
+    if not LOGS:
+        logits *= key_tile(keys, at * S + block * KEYS, S - block * KEYS, KEYS, LOGS, sizes).to(tl.float32)
+    place = at * S + columns
+    at_logits = terms.logits + place[:, None] * sizes.MP + j[None, :]
+    d_v, mass, of_first, relaxed = sums.value, sums.mass, sums.first, sums.relaxed
+    if d_value is not None:
+        out = rows_of(d_value, b, h, stride_db, stride_dh, stride_dn, S, 1)
+        at_value = row_starts(out, columns)[:, None] + e[None, :]
+        kept = inside[:, None] & (e < sizes.E)[None, :]
+        if LOGS:
+            d_v += tl.load(at_value, mask=kept, other=0.0).to(tl.float32)
+        tl.store(at_value, rounded(d_v, d_value.dtype.element_ty), mask=kept)
+    if LOGS:
+        logits += tl.load(at_logits, mask=inside[:, None], other=0.0)
+        mass += tl.load(terms.mass + place, mask=inside, other=0.0)
+        of_first += tl.load(terms.first + place, mask=inside, other=0.0)
+        relaxed += tl.load(terms.relaxed + place, mask=inside, other=0.0)
+    tl.store(at_logits, logits, mask=inside[:, None])
+    tl.store(terms.mass + place, mass, mask=inside)
+    tl.store(terms.first + place, of_first, mask=inside)
+    tl.store(terms.relaxed + place, relaxed, mask=inside)

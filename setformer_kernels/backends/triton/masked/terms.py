@@ -1,0 +1,174 @@
+"""What a tile of queries and keys adds in the backward pass, by products or in the log domain.
+
+With X_is = ⟨do_i, v_s⟩, W the weights with which the queries read, and dC = d log C / C:
+
+    df^T = U ⊙ (X ⊙ ((W/C) Exᵀ) + dC Exᵀ),   df^t = U ⊙ (dC Exᵀ) of t < T,   dP = −λ_a df/P
+    dEx += (U ⊙ X)ᵀ (W/C) of t = T,   dEx += Uᵀ dC + dPᵀ V^{t−1},   d log V^{t−1} = V ⊙ (dP Ex)
+
+In logs Q = e^{ℓ + f − log C}, whose columns sum to 1, and R = e^{ℓ + g − log P}, whose rows do, stand for the products:
+df = Σ_j Q (X W + d log C), dℓ += Q (X W + d log C) − λ_a R df, d log V = −λ_a Σ_s R df.
+"""
+
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+
+from ..device.primitives import dot, finite_or_zero, rounded
+from ..device.rows import load_rows
+from .walks import LEAST_ROW, masses, potentials, row_sums, step_at
+
+
+class Back(NamedTuple):
+    """What the blocks of queries leave beside `Work`, float32."""
+
+    weights: Any  # [heads, L, MP] W after dropout
+    d_sums: Any  # [heads, T, L, MP] d log C^t
+    d_logits: Any  # [heads, L, MP] dS, the gradient of the queries' logits
+    log_b: Any  # [heads, slots, MP] parts of Σ_i d log V^t
+    relaxation: Any  # [heads, slots] parts of Σ_ij d log V^t log2 C^t
+    excess: Any  # [heads, L] Σ_s Σ_t df^t, which is 0 but for rounding, over `Work.totals`; or None
+
+
+class Step(NamedTuple):
+    """An iteration as the tiles of a block of queries need it."""
+
+    c: Any  # [BL, MP] C^t, in logs log2 C^t
+    d_c: Any  # [BL, MP] dC, in logs d log C
+    y: Any  # [BL, MP] W/C, in logs W
+    v: Any  # [BL, MP] V^{t−1}
+
+
+@triton.jit
+def load_numbers(x, at, iterations, t, first, L, ROWS: tl.constexpr, sizes):
+    """Numbers [BL, MP] of iteration t of queries from `first` on; 1 beyond the last."""
+    inside = (first + tl.arange(0, ROWS) < L)[:, None]
+    return tl.load(step_at(x, at, iterations, t, first, L, ROWS, sizes), mask=inside, other=1.0)
+
+
+@triton.jit
+def load_step(work, back, head, at, iterations, t, first, L, ROWS, FIRST, LOGS: tl.constexpr, sizes):
+    """Iteration t of a block of queries."""
+    c = load_numbers(work.sums, at, iterations, t, first, L, ROWS, sizes)
+    d_c = load_numbers(back.d_sums, at, iterations, t, first, L, ROWS, sizes)
+    y = load_numbers(back.weights, at, 1, 1, first, L, ROWS, sizes)
+    v = c
+    if not FIRST:
+        v = potentials(load_numbers(work.sums, at, iterations, t - 1, first, L, ROWS, sizes), head, LOGS, sizes)
+    if not LOGS:
+        inverse = 1.0 / c
+        d_c *= inverse
+        y *= inverse
+    return Step(c, d_c, y, v)
+
+
+@triton.jit
+def value_products(do, v, dtype: tl.constexpr, LOGS: tl.constexpr, cut):
+    """X [BL, BS] of do [BL, E] and v [BS, E]."""
+    if LOGS:
+        x = tl.sum(do.to(tl.float32)[:, None, :] * v.to(tl.float32)[None, :, :], 2)
+    else:
+        x = dot(do.to(dtype), tl.trans(v.to(dtype)), cut.PRECISION)
+    return x
+
+
+@triton.jit
+def plan_terms_of(x, tile, step, top, lam, FIRST: tl.constexpr, LOGS: tl.constexpr, UNIT: tl.constexpr, cut):
+    """(P, U) [BL, BS] of an iteration."""
+    p = x if FIRST else row_sums(tile, step.v, LOGS, cut)
+    return p, masses(x, p, finite_or_zero(top), lam, LOGS, FIRST, UNIT)
+
+
+@triton.jit
+def column_weights(tile, u, c):
+    """Q [BL, BS, MP] in logs."""
+    return tl.exp2((tile[None, :, :] + u[:, :, None]) - c[:, None, :])
+
+
+@triton.jit
+def forces(tile, u, step, products, LAST: tl.constexpr, LOGS: tl.constexpr, cut):
+    """(df [BL, BS], A of the LAST iteration)."""
+    a = u
+    if LOGS:
+        q = column_weights(tile, u, step.c)
+        d_f = tl.sum(q * step.d_c[:, None, :], 2)
+        if LAST:
+            a = tl.sum(q * step.y[:, None, :], 2)
+            d_f += a * products
+    else:
+        d_f = u * dot(rounded(step.d_c, tile.dtype), tl.trans(tile), cut.PRECISION)
+        if LAST:
+            a = u * dot(rounded(step.y, tile.dtype), tl.trans(tile), cut.PRECISION)
+            d_f += a * products
+    return d_f, a
+
+
+@triton.jit
+def column_terms(tile, u, step, products, LAST: tl.constexpr, LOGS: tl.constexpr, cut):
+    """What the keys get from column sums [BS, MP]: of dEx, in logs of dℓ."""
+    if LOGS:
+        q = column_weights(tile, u, step.c)
+        terms = tl.sum(q * step.d_c[:, None, :], 0)
+        if LAST:
+            terms += tl.sum(q * products[:, :, None] * step.y[:, None, :], 0)
+    else:
+        terms = dot(tl.trans(rounded(u, tile.dtype)), rounded(step.d_c, tile.dtype), cut.PRECISION)
+        if LAST:
+            weighted = tl.trans(rounded(u * products, tile.dtype))
+            terms += dot(weighted, rounded(step.y, tile.dtype), cut.PRECISION)
+    return terms
+
+
+@triton.jit
+def returned(p, d_f, lam, LOGS: tl.constexpr):
+    """−λ_a df/P [BL, BS], in logs −λ_a df."""
+    back = -lam * d_f
+    return back if LOGS else tl.where(p >= LEAST_ROW, back / tl.where(p >= LEAST_ROW, p, 1.0), 0.0)
+
+
+@triton.jit
+def row_weights(tile, v, p):
+    """R [BL, BS, MP] in logs."""
+    return tl.exp2((tile[None, :, :] + v[:, None, :]) - p[:, :, None])
+
+
+@triton.jit
+def to_potentials(tile, v, p, back, LOGS: tl.constexpr, cut):
+    """What d log V gets from row sums [BL, MP]; by products that over V."""
+    if LOGS:
+        terms = tl.sum(row_weights(tile, v, p) * back[:, :, None], 1)
+    else:
+        terms = dot(rounded(back, tile.dtype), tile, cut.PRECISION)
+    return terms
+
+
+@triton.jit
+def to_keys(tile, v, p, back, LOGS: tl.constexpr, cut):
+    """What the keys get from row sums [BS, MP]."""
+    if LOGS:
+        terms = tl.sum(row_weights(tile, v, p) * back[:, :, None], 0)
+    else:
+        terms = dot(tl.trans(rounded(back, tile.dtype)), rounded(v, tile.dtype), cut.PRECISION)
+    return terms
+
+
+@triton.jit
+def log_row_sum(p, LOGS: tl.constexpr):
+    """log2 P, 0 where products do not hold."""
+    return p if LOGS else tl.log2(tl.where(p >= LEAST_ROW, p, 1.0))
+
+
+@triton.jit
+def belongs(work, at, first, L, BLOCK: tl.constexpr, LOGS: tl.constexpr):
+    """Whether the block of queries from `first` on is computed by products, or in logs."""
+    if work.out_of_range is None:
+        return first >= 0
+    else:
+        out = tl.load(work.out_of_range + at * ((L + BLOCK - 1) // BLOCK) + first // BLOCK) != 0
+        return out if LOGS else ~out
+
+
+@triton.jit
+def load_do(gradients, rows, seen, sizes):
+    """do [BL, EP]; 0 for queries that see nothing."""
+    return load_rows(gradients, rows, seen, tl.arange(0, sizes.EP), sizes.E)

@@ -1,0 +1,143 @@
+"""Steps of a walk over tiles of keys, for a block of queries: by products of e^{ℓ−m}, or in the log domain.
+
+    products:  P = V Exᵀ,  U = n P^{−λ_a},  C = Σ_s U Ex          logs:  the same of logarithms, all triples at once
+
+A tile of the log domain is [BL, BS, MP] numbers: few queries and keys, but whatever the range.  Sums, potentials and
+masses of a step have one form for both: C [BL, MP], V [BL, MP] and U [BL, BS], or their base-2 logarithms.
+"""
+
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+
+from ..device.primitives import INF, dot, finite_or_zero, log_sum, rounded
+
+# Where row sums (of V ≤ 1) and column sums stay above these, what underflows adds less to any sum than rounding:
+# 2^−126 of a factor, times 1/LEAST_ROW and 1/LEAST_COLUMN, is below 2^−23.
+LEAST_ROW = tl.constexpr(1e-12)
+LEAST_COLUMN = tl.constexpr(1e-19)
+MOST_COLUMN = tl.constexpr(1e30)
+SAFE = 25.0  # logits within so many units keep every sum above these: each is at least the smallest e^ℓ over M
+
+
+class Keys(NamedTuple):
+    """What every query shares of the keys, as `keys.masked_keys_kernel` leaves it; base 2."""
+
+    exp: Any  # [heads, S, MP] e^{ℓ−m}, 0 where a key takes no part or a reference is padding
+    logs: Any  # [heads, S, MP] ℓ − m, or None where products always hold
+    weight: Any  # [heads, S] log a + (1 − λ_a) m
+    first: Any  # [heads, S] the same less λ_a LSE_j(ℓ − m + log b): with P^{−λ_a} of the first iteration
+
+
+@triton.jit
+def key_tile(keys, first, count, KEYS: tl.constexpr, LOGS: tl.constexpr, sizes):
+    """e^{ℓ−m} or ℓ − m [BS, MP] of KEYS keys from `first` = head · S + s on, of which `count` are the head's."""
+    columns = tl.arange(0, KEYS)
+    place = columns[:, None] * sizes.MP + tl.arange(0, sizes.MP)[None, :]
+    inside = (columns < count)[:, None]
+    if LOGS:
+        tile = tl.load(keys.logs + first * sizes.MP + place, mask=inside, other=0.0)
+    else:
+        tile = tl.load(keys.exp + first * sizes.MP + place, mask=inside, other=0.0)
+    return tile
+
+
+@triton.jit
+def step_at(x, at, iterations, t, first, L, ROWS: tl.constexpr, sizes):
+    """Where numbers [BL, MP] of iteration t lie, of queries from `first` on; at: the head."""
+    start = x + ((at * iterations + t - 1) * L + first) * sizes.MP
+    return start + tl.arange(0, ROWS)[:, None] * sizes.MP + tl.arange(0, sizes.MP)[None, :]
+
+
+@triton.jit
+def log_row_sums(l, g):
+    """LSE_j(ℓ_sj + g_ij) [BL, BS]."""
+    u = l[None, :, :] + g[:, None, :]
+    top = tl.max(u, 2)
+    safe = finite_or_zero(top)
+    return safe + tl.log2(tl.sum(tl.exp2(u - safe[:, :, None]), 2))
+
+
+@triton.jit
+def row_sums(tile, v, LOGS: tl.constexpr, cut):
+    """P [BL, BS] of a tile."""
+    return log_row_sums(tile, v) if LOGS else dot(rounded(v, tile.dtype), tl.trans(tile), cut.PRECISION)
+
+
+@triton.jit
+def masses(x, p, top, lam, LOGS: tl.constexpr, FIRST: tl.constexpr, UNIT: tl.constexpr):
+    """U [BL, BS] from log masses x, of which those of FIRST iterations hold P's power; UNIT: λ_a = 1."""
+    if LOGS:
+        u = x if FIRST else tl.where(x > -INF, x - lam * p, -INF)
+    else:
+        u = tl.exp2(x - top[:, None])
+        if not FIRST:
+            p = tl.where((x > -INF) & (p >= LEAST_ROW), p, 1.0)
+            power = 1.0 / p if UNIT else tl.where(lam == 1.0, 1.0 / p, tl.exp2(-lam * tl.log2(p)))
+            u = tl.where(x > -INF, u * power, 0.0)
+    return u
+
+
+@triton.jit
+def add_columns(c, peak, tile, u, LOGS: tl.constexpr, cut):
+    """(C, peak) [BL, MP] with a tile's Σ_s U Ex; in logs Σ = C 2^peak."""
+    if LOGS:
+        h = tile[None, :, :] + u[:, :, None]
+        new = tl.maximum(peak, tl.max(h, 1))
+        safe = finite_or_zero(new)
+        c = c * tl.exp2(peak - safe) + tl.sum(tl.exp2(h - safe[:, None, :]), 1)
+        peak = new
+    else:
+        c += dot(rounded(u, tile.dtype), tile, cut.PRECISION)
+    return c, peak
+
+
+@triton.jit
+def settled(c, peak, seen, LOGS: tl.constexpr, sizes):
+    """(the column sums, in logs their logarithms, whether products hold); 1 (0) where they do not, for queries that
+    see nothing and for padding."""
+    there = seen[:, None] & (tl.arange(0, sizes.MP) < sizes.M)[None, :]
+    if LOGS:
+        held = there
+        c = log_sum(peak, c)
+    else:
+        held = there & (c >= LEAST_COLUMN) & (c <= MOST_COLUMN)
+    fits = tl.max(tl.max((there & ~held).to(tl.int32), 1), 0) == 0
+    return tl.where(held, c, 0.0 if LOGS else 1.0), fits
+
+
+@triton.jit
+def potentials(c, head, LOGS: tl.constexpr, sizes):
+    """V = b C^{−λ_b} [BL, MP] over its row's largest, or its logarithm; 0 (−∞) for padding."""
+    log_b = tl.load(head.log_b + tl.arange(0, sizes.MP))[None, :]
+    if LOGS:
+        g = log_b - head.lam_b * c
+        v = g - tl.max(g, 1)[:, None]
+    else:
+        v = tl.where(head.lam_b == 1.0, tl.exp2(log_b) / c, tl.exp2(log_b - head.lam_b * tl.log2(c)))
+        v = v * (1.0 / tl.max(v, 1))[:, None]
+    return v
+
+
+@triton.jit
+def log_columns(c, LOGS: tl.constexpr):
+    """log2 C."""
+    return c if LOGS else tl.log2(c)
+
+
+@triton.jit
+def pooled(tile, u, c, y, LOGS: tl.constexpr, cut):
+    """A = Σ_j U Ex (W/C)_j [BL, BS]; y: W/C by products, W in logs."""
+    if LOGS:
+        q = tl.exp2((tile[None, :, :] + u[:, :, None]) - c[:, None, :])
+        a = tl.sum(q * y[:, None, :], 2)
+    else:
+        a = u * dot(rounded(y, tile.dtype), tl.trans(tile), cut.PRECISION)
+    return a
+
+
+@triton.jit
+def by_values(a, v, LOGS: tl.constexpr, cut):
+    """a [BL, BS] · v [BS, E]: too few rows for a product in logs."""
+    return tl.sum(a[:, :, None] * v.to(tl.float32)[None, :, :], 1) if LOGS else dot(a, v, cut.PRECISION)

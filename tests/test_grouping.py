@@ -1,0 +1,173 @@
+"""Grouped queries: those of H = G·Hk heads on Hk key heads are those of repeated keys and references."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import setformer_kernels.functional as SF
+
+B, H, G, L, S, M, D, E, P = 2, 2, 3, 20, 30, 5, 16, 8, 2
+
+
+def grouped(dtype: torch.dtype = torch.float32, by_token: bool = False) -> dict[str, Tensor]:
+    """Arguments of which what belongs to a key head is there Hk times."""
+    shapes = {"query": (B, G * H, L, D), "key": (B, H, S, D), "value": (B, H, S, E), "references": (H, M, D)}
+    made = {
+        name: torch.randn(*shape).to(torch.float32 if name == "references" else dtype) for name, shape in shapes.items()
+    }
+    if by_token:
+        made["query"] = made["query"].transpose(1, 2).contiguous().transpose(1, 2)
+    made |= {"epsilon": torch.tensor([0.1, 0.3]), "reference_log_mass": torch.randn(H, M)}
+    return {name: t.requires_grad_() for name, t in made.items()}
+
+
+def placed() -> dict[str, Any]:
+    return {
+        "query_position": torch.randn(B, L, P),
+        "key_position": torch.randn(S, P),
+        "reference_position": torch.randn(H, M, P),
+    }
+
+
+def repeated(arguments: dict[str, Any]) -> dict[str, Any]:
+    at = {"key": 1, "value": 1, "references": 0, "epsilon": 0, "reference_log_mass": 0, "reference_position": 0}
+    return {name: t.repeat_interleave(G, at[name]) if name in at else t for name, t in arguments.items()}
+
+
+SEEN = torch.rand(B, G * H, L, S, generator=torch.Generator().manual_seed(0), device="cpu") < 0.6
+OPTIONS: dict[str, dict[str, Any]] = {
+    "plain": {"num_iters": 2},
+    "t0": {"num_iters": 0},
+    "dropout": {"dropout_p": 0.4, "seed": torch.tensor(3)},
+    "causal": {"causal": True, "num_iters": 1},
+    "few queries": {"causal": True, "num_iters": 2},
+    "masked": {
+        "num_iters": 2,
+        "attn_mask": torch.rand(B, G * H, L, S, generator=torch.Generator().manual_seed(0)) < 0.6,
+    },
+}
+
+
+def cut(arguments: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
+    """The scan wants as many queries as keys."""
+    arguments = arguments | placed()
+    if options.get("causal") and options["num_iters"] == 1:
+        arguments |= {name: arguments[name][:, :, :L] for name in ("key", "value")}
+        arguments["key_position"] = arguments["key_position"][:L]
+    return arguments
+
+
+@pytest.mark.parametrize("by_token", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", OPTIONS)
+def test_groups_are_repeated_keys_bit_for_bit(name: str, dtype: torch.dtype, by_token: bool, native: str) -> None:
+    options = {k: v.to(torch.get_default_device()) if isinstance(v, Tensor) else v for k, v in OPTIONS[name].items()}
+    for backend in (native, "reference"):
+        leaves = grouped(dtype, by_token)
+        arguments = cut(leaves, options)
+        found = SF.set_attention(**arguments, **options, backend=backend)
+        wanted = SF.set_attention(**repeated(arguments), **options, backend=backend)
+        assert found.shape == (B, G * H, L, E)
+        assert torch.equal(found, wanted), backend
+    cotangent = torch.randn(found.shape)
+    grads = [torch.autograd.grad((o.float() * cotangent).sum(), list(leaves.values())) for o in (found, wanted)]
+    for one, other in zip(*grads, strict=True):
+        tolerance = 1e-4 if dtype == torch.float32 else 3e-2
+        assert (one - other).norm() <= tolerance * other.norm()
+
+
+@pytest.mark.parametrize("average", [False, True])
+@pytest.mark.parametrize("causal", [False, True])
+def test_weights_of_groups(causal: bool, average: bool, native: str) -> None:
+    arguments = cut(grouped(), {"causal": causal, "num_iters": 1})
+    options: dict[str, Any] = {
+        "causal": causal, "num_iters": 1, "kernel": "rbf", "dropout_p": 0.0, "seed": None, "backend": native,
+    }  # fmt: skip
+    query, key, value, references, *rest = (dict.fromkeys(arguments) | arguments).values()
+    given = dict(zip(list(arguments)[4:], rest, strict=True)) | options
+    o, a = SF.attention_and_weights(query, key, value, references, average=average, **given)
+    wide = repeated(arguments)
+    wanted = SF.set_attention_weights(**{n: t for n, t in wide.items() if n != "value"}, **options)
+    torch.testing.assert_close(a, wanted.mean(1) if average else wanted)
+    torch.testing.assert_close(o, wanted @ wide["value"])
+
+
+def test_a_memory_is_read_by_groups(native: str) -> None:
+    arguments = grouped()
+    query, key, value, references = (arguments[name] for name in ("query", "key", "value", "references"))
+    memory = SF.set_transport(key, value, references, backend=native)
+    assert memory.z.shape == (B, H, M, E)
+    o = SF.set_read(query, memory, references, backend=native)
+    assert torch.equal(o, SF.set_attention(query, key, value, references, backend=native))
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_packed_groups(causal: bool) -> None:
+    q, k, v, y = torch.randn(L, G * H, D), torch.randn(L, H, D), torch.randn(L, H, E), torch.randn(H, M, D)
+    cu = torch.tensor([0, 4, 4, L])
+    found = SF.set_attention_varlen(q, k, v, y, cu, causal=causal)
+    for first, last in ((0, 4), (4, L)):
+        q1, k1, v1 = (t[first:last].transpose(0, 1).unsqueeze(0) for t in (q, k, v))
+        wanted = SF.set_attention(q1, k1, v1, y, causal=causal)
+        torch.testing.assert_close(found[first:last], wanted.squeeze(0).transpose(0, 1))
+
+
+def test_states_of_groups(native: str) -> None:
+    """A state a key head: a scan in two pieces, and the last token as a step."""
+    q, k, v, y, n = (
+        torch.randn(B, G * H, L, D),
+        torch.randn(B, H, L, D),
+        torch.randn(B, H, L, E),
+        torch.randn(H, M, D),
+        7,
+    )
+    gates = -torch.rand(B, H, L)
+    whole, last = SF.set_causal(q, k, v, y, log_decay=gates, output_final_state=True, backend=native)
+    wide = SF.set_causal(
+        q, *(t.repeat_interleave(G, 1) for t in (k, v)), y.repeat_interleave(G, 0), backend=native,
+        log_decay=gates.repeat_interleave(G, 1), output_final_state=True,
+    )  # fmt: skip
+    torch.testing.assert_close((whole, last), (wide[0], wide[1][:, ::G]))
+    assert last.shape[1] == H
+    cuts = [(t[:, :, :n], t[:, :, n:-1], t[:, :, -1]) for t in (q, k, v, gates)]
+    state, found = None, []
+    for piece in (0, 1):
+        query, key, value, decay = (cut[piece] for cut in cuts)
+        o, state = SF.set_causal(
+            query, key, value, y, initial_state=state, log_decay=decay, output_final_state=True, backend=native
+        )
+        found.append(o)
+    state = state.contiguous()
+    query, key, value, decay = (cut[2] for cut in cuts)
+    found.append(SF.set_step(state, query, key, value, y, log_decay=decay, backend=native).unsqueeze(2))
+    torch.testing.assert_close((torch.cat(found, 2), state), (whole, last))
+
+
+@pytest.mark.parametrize("empty", ["B", "L", "S"])
+def test_empty_groups(empty: str, native: str) -> None:
+    b, length, s = (0 if name == empty else size for name, size in (("B", B), ("L", L), ("S", S)))
+    q, k, v = torch.randn(b, G * H, length, D), torch.randn(b, H, s, D), torch.randn(b, H, s, E)
+    o = SF.set_attention(q, k, v, torch.randn(H, M, D), backend=native)
+    assert o.shape == (b, G * H, length, E)
+    assert (o == 0).all() or empty == "B"
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        ({"query": torch.zeros(B, 3, L, D)}, r"query must have H, a multiple of the 2 .*\[2, 3, 20, 16\]"),
+        ({"query": torch.zeros(B, 1, L, D)}, r"query must have H, a multiple of the 2 heads of the key"),
+        ({"references": torch.zeros(6, M, D)}, r"references must have shape \[2, \*, 16\] \(H and D of the key, not"),
+        ({"epsilon": torch.ones(6)}, r"epsilon must be a float or a floating-point tensor \[H\] = \[2\]"),
+        ({"reference_log_mass": torch.ones(6, M)}, r"reference_log_mass must have shape \[2, 5\]"),
+        ({"value": torch.zeros(B, 6, S, E)}, r"value must have shape \[2, 2, 30, \*\]"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_errors_of_groups(change: dict[str, Tensor], match: str) -> None:
+    with pytest.raises(ValueError, match=match):
+        SF.set_attention(**{k: v.detach() for k, v in grouped().items()} | change)

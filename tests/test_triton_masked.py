@@ -1,0 +1,123 @@
+"""Triton's kernels for masks of every query on small problems: the interpreter takes minutes for the shared cases."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import setformer_kernels.functional as SF
+from setformer_kernels.dispatch import NATIVE
+from setformer_kernels.problem import Problem
+from setformer_kernels.testing import ALL_CASES, Case, measure
+from setformer_kernels.testing.cases import make
+
+pytest.importorskip("triton")
+L, S = 20, 30  # two tiles of queries and of keys
+DTYPES = (torch.float32, torch.bfloat16)
+NAMES = ("causal", "t0", "banned", "tensors", "far_positions", "unbalanced", "dot_wide_range", "dropout")
+
+
+@pytest.fixture(autouse=True)
+def small_tiles(monkeypatch: pytest.MonkeyPatch) -> Iterator[torch.device]:
+    """Tiles of 16 tokens on the interpreter, so that a few tokens are several; the device of the tests."""
+    reasons = NATIVE["triton"].unsupported_reasons(Problem("masked", "cpu", torch.float32, 16, 16, 7))
+    device = torch.device("cuda" if reasons and torch.cuda.is_available() else "cpu")
+    if reasons and device.type == "cpu":
+        pytest.skip("; ".join(reasons))
+    from setformer_kernels.backends.triton.host import tiles
+
+    monkeypatch.setattr(tiles, "INTERPRETER", tiles.Tile(16, 16, 4, 1))
+    with device:
+        yield device
+
+
+def small(case: Case) -> Case:
+    return replace(case, B=1, H=2, L=L, S=S)
+
+
+def measured(case: Case, dtype: torch.dtype, **others: Any) -> measure.Measured:
+    """Output and every gradient of a case, with other keywords."""
+    inputs, keywords = make(case)
+    cotangent = torch.randn(case.B, case.H, case.L, case.E, dtype=torch.float64)
+    return measure.beside(SF.set_attention, inputs | keywords | others, dtype, cotangent, "triton")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", NAMES)
+def test_small_masked_problems_within_the_error_budget(
+    name: str, dtype: torch.dtype, small_tiles: torch.device, poisoned_memory: None
+) -> None:
+    if name == "far_positions" and dtype == torch.bfloat16:
+        pytest.skip("the model is recomputed for its gradient, where nothing rounds its products")
+    measured(small(ALL_CASES[f"masked_{name}"]), dtype).check(name)
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float16], ids=str)
+def test_every_dtype_under_a_mask_within_the_error_budget(dtype: torch.dtype, small_tiles: torch.device) -> None:
+    """At an ε at which no product of the model underflows in float16."""
+    case = small(replace(ALL_CASES["masked_float"], E=33, options={"num_iters": 2, "epsilon": 0.5}))
+    measured(case, dtype).check("every dtype")
+
+
+def masks() -> dict[str, Tensor]:
+    """By name: every form a mask comes in, float64."""
+    bias = torch.randn(L, S, dtype=torch.float64).masked_fill(torch.rand(L, S) < 0.3, -math.inf)
+    bias[3] = -math.inf
+    return {
+        "LS": bias,
+        "BLS": torch.randn(2, L, S, dtype=torch.float64),
+        "shared by the batch": torch.randn(1, 2, L, S, dtype=torch.float64).expand(2, 2, L, S),
+        "BHLS": torch.randn(2, 2, L, S, dtype=torch.float64),
+        "rows expanded": bias[:1].expand(L, S),
+        "transposed": bias.T.contiguous().T,
+        "bool": bias > 0,
+    }
+
+
+@pytest.mark.parametrize("name", masks())
+@pytest.mark.parametrize("causal", [False, True])
+def test_masks_of_every_form_on_triton(name: str, causal: bool, small_tiles: torch.device) -> None:
+    """Gradients of a mask that heads share are sums over them; queries come after S − L keys."""
+    case = replace(small(ALL_CASES["masked_t1"]), B=2, mask="bool", options={"num_iters": 2 if causal else 1})
+    measured(case, torch.float32, attn_mask=masks()[name], causal=causal).check(name)
+
+
+@pytest.mark.parametrize("spread", [30.0, 3000.0])
+def test_masks_beyond_the_range_of_float32_stay_exact(spread: float, small_tiles: torch.device) -> None:
+    """Blocks in which masses differ by more than products hold go to the log domain, and the others do not."""
+    case = replace(small(ALL_CASES["masked_bool"]), H=1)
+    inputs, _ = make(case)
+    mask = torch.randn(1, 1, L, S, dtype=torch.float64).float()
+    mask[:, :, 16:] = spread * torch.rand(1, 1, L - 16, S)
+    options: dict[str, Any] = {"num_iters": 2, "attn_mask": mask}
+    leaves = [t.to(small_tiles).float().requires_grad_() for t in inputs.values()]
+    exact = [t.detach().double().requires_grad_() for t in leaves]
+    found = SF.set_attention(*leaves, backend="triton", **options)
+    wanted = SF.set_attention(*exact, backend="reference", **options | {"attn_mask": mask.double()})
+    torch.testing.assert_close(found.double(), wanted, rtol=1e-3, atol=1e-3)
+    grads = [torch.autograd.grad(o.sin().sum(), t) for o, t in ((found, leaves), (wanted, exact))]
+    for a, b in zip(*grads, strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=1e-3, atol=1e-3 * b.abs().max().item())
+
+
+def test_results_under_a_mask_repeat_bit_for_bit(small_tiles: torch.device) -> None:
+    leaves = [torch.randn(1, 2, 20, 16, requires_grad=True) for _ in range(3)] + [torch.randn(2, 7, 16)]
+    mask, runs = torch.randn(20, 20, requires_grad=True), []
+    for _ in range(2):
+        o = SF.set_attention(*leaves, attn_mask=mask, causal=True, num_iters=2, backend="triton")
+        runs.append([o, *torch.autograd.grad(o.square().sum(), [*leaves[:3], mask])])
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
+def test_auto_takes_triton_for_masks_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    from setformer_kernels import dispatch
+
+    assert dispatch.select(Problem("masked", "cuda", torch.bfloat16, 64, 64, 64, num_iters=3)) == "triton"
+    too_many = dispatch.available_backends(Problem("masked", "cuda", torch.bfloat16, 64, 64, 300, num_iters=3))
+    assert too_many["triton"] == ["holds at most 256 references, not 300"]
