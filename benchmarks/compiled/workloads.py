@@ -134,7 +134,7 @@ def _run_step(backend: Any, call: Call) -> None:
     x, states = operands(replace(call, L=1)), torch.empty(call.B, call.H, call.M, 2 * call.E + 3)
     decay = torch.empty(call.B, call.H, 1) if call.has("log_decay") else None
     rows = torch.empty(call.B, dtype=torch.int32) if call.has("initial_state") else None
-    backend.step(x._replace(seed=None), Options(num_iters=call.T, kernel=call.kernel), states, decay, rows)
+    backend.step(x._replace(seed=None), Options(SCALARS, call.kernel, call.T), states, decay, rows)
 
 
 def _run_masked(backend: Any, call: Call) -> None:
