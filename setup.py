@@ -45,6 +45,7 @@ UNITS = [
     "masked_backward",
     "masked",
     "causal",
+    "step",
     "features",
     "table",
 ]

@@ -95,12 +95,11 @@ def set_causal(
 
 def scan(x: Operands, opt: Options, stream: Stream = NO_STREAM, with_state: bool = False) -> tuple[Tensor, Tensor]:
     """o [B, H, L, E] and, `with_state`, the state after the last key, of a checked call with L = S > 0."""
-    plain = not with_state and stream.log_decay is None and stream.initial_state is None
-    if not plain:
+    if dispatch.choose(attention_problem("causal", x, opt), opt.backend, logits(x)) != dispatch.REFERENCE:
+        return ops.causal.set_causal(*x, *stream, *opt, with_state)
+    if with_state or stream is not NO_STREAM:
         return reference.causal_with_state(x, opt, stream)
-    if dispatch.choose(attention_problem("causal", x, opt), opt.backend, logits(x)) == dispatch.REFERENCE:
-        return reference.causal(x, opt), x.value
-    return ops.causal.set_causal(*x, *opt), x.value
+    return reference.causal(x, opt), layout.empty_like(x, False)
 
 
 @leaf
@@ -159,11 +158,18 @@ def set_step(
         raise ValueError("set_step has no gradient: call it under torch.no_grad(), or set_causal with initial_state")
     groups = query.shape[1] // h
     if groups == 1:
-        return reference.step(x, opt, state, gates, state_indices).squeeze(2)
+        return _step(x, opt, state, gates, state_indices)
     wide, gates = repeated_heads(state, 1, groups), None if gates is None else repeated_heads(gates, 1, groups)
-    o = reference.step(repeated(x), opt, wide, gates, state_indices).squeeze(2)
+    o = _step(repeated(x), opt, wide, gates, state_indices)
     state.copy_(wide[:, ::groups])
     return o
+
+
+def _step(x: Operands, opt: Options, state: Tensor, gates: Tensor | None, rows: Tensor | None) -> Tensor:
+    """o [B, H, E] of a checked call with as many heads of queries as of keys."""
+    if dispatch.choose(attention_problem("causal", x, opt), opt.backend, logits(x)) == dispatch.REFERENCE:
+        return reference.step(x, opt, state, gates, rows).squeeze(2)
+    return ops.step.set_step(state, *x, gates, rows, *opt).squeeze(2)
 
 
 def merge_states(a: Tensor, b: Tensor) -> Tensor:
@@ -223,7 +229,7 @@ def _stream(
         _check_state("initial_state", initial_state, sizes, dtype)
     checks.same_device("key", x.key, initial_state=initial_state, log_decay=log_decay)
     if log_decay is None:
-        return Stream(None, initial_state)
+        return NO_STREAM if initial_state is None else Stream(None, initial_state)
     checks.tensor("log_decay", log_decay, "BHS")
     checks.shape("log_decay", log_decay, tuple(tokens), "B, H and S of the key")
     if log_decay.device.type == "cpu" and unwatched((log_decay,)) and bool((log_decay > 0).any()):

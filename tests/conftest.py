@@ -30,6 +30,8 @@ GPU_BACKENDS = ("triton",)
 FLOAT64_TESTS = (
     "test_vmap_and_vmap_of_grad", "test_vmap_of_pool_features_and_sinkhorn", "test_vmap_with_dropout",
     "test_double_backward_is_refused_never_zero", "test_forward_mode_is_refused_never_zero",
+    "test_gates_are_masses_that_depend_on_the_query", "test_pieces_and_steps_equal_one_call",
+    "test_gradients_pass_from_piece_to_piece", "test_gradcheck_with_a_state_and_gates",
     "test_dropout_is_the_same_on_every_backend_and_in_the_weights", "test_no_random_number_is_drawn_without_dropout",
     "test_a_mask_that_bans_nothing_equals_no_mask", "test_causal_counts_from_the_last_query_and_key",
     "test_masks_in_every_form", "test_a_query_does_not_depend_on_keys_it_may_not_see",

@@ -92,7 +92,7 @@ def test_a_wrong_tensor_is_named() -> None:
     tensors[3] = view(torch.zeros(2, 5, 4))
     tensors[MODULE.OPERANDS.index("epsilon")] = view(torch.ones(2, dtype=torch.float64))
     with pytest.raises(ValueError, match="'epsilon' has the wrong dtype"):
-        MODULE.attention(tuple(tensors), (1.0,) * 5, False, 1, 0.0, 0, 1, None, None, None, False)
+        MODULE.attention(tuple(tensors), (1.0,) * 5, False, 1, 0.0, 0, 1, None, None, None)
 
 
 def test_limits_are_told() -> None:

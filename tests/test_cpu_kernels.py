@@ -219,7 +219,9 @@ def test_only_the_gradients_asked_for_are_made(causal: bool) -> None:
     z, c = cpu.pool(x, opt)
 
     def run(needs: list[bool]) -> Operands:
-        return cpu.causal_backward(x, opt, d_o, needs) if causal else cpu.attention_backward(x, opt, z, c, d_o, needs)
+        return (
+            cpu.causal_backward(x, opt, d_o, needs)[:15] if causal else cpu.attention_backward(x, opt, z, c, d_o, needs)
+        )
 
     full = run(everything)
     for i in (0, 1, 2, 3, 4, 5, 13):

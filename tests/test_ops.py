@@ -44,6 +44,26 @@ def operands(causal: bool = False, pool: bool = False) -> list[Any]:
     return [*tensors, seed, *constants]
 
 
+def causal_arguments() -> list[Any]:
+    """Gates and a state before the first key, beside all else; its gradient is looked at in tests/test_streaming.py."""
+    tensors, constants = operands(causal=True)[:-5], operands(causal=True)[-5:]
+    decay = (-torch.rand(B, H, L, dtype=torch.float64)).requires_grad_()
+    sums = torch.rand(B, H, M, E + 1, dtype=torch.float64) + 1
+    state = torch.cat((sums, torch.zeros_like(sums), torch.ones(B, H, M, 1, dtype=torch.float64)), -1)
+    return [*tensors, decay, state, *constants, True]
+
+
+def step_arguments() -> list[Any]:
+    """Two tokens on three states, one of which nobody continues."""
+    given = [a.detach() if isinstance(a, Tensor) else a for a in causal_arguments()]
+    at = (0, 1, 2, 4, 11, 12, 15)  # what has a length
+    given = [a[:, :, :1] if i in at else a for i, a in enumerate(given)]
+    given[14] = None  # no dropout
+    given[20] = 0.0
+    state = torch.cat((given[16], given[16][:1]))
+    return [state, *given[:16], torch.tensor([2, 0], dtype=torch.int32), *given[17:-1]]
+
+
 def masked_arguments() -> list[Any]:
     """A float mask for every head, beside all else that is differentiable."""
     mask = torch.randn(1, H, L, S, dtype=torch.float64)
@@ -77,7 +97,7 @@ def sinkhorn_arguments() -> list[Any]:
 ARGUMENTS: dict[str, Callable[[], list[Any]]] = {
     "set_attention": operands,
     "set_pool": functools.partial(operands, pool=True),
-    "set_causal": functools.partial(operands, causal=True),
+    "set_causal": causal_arguments,
     "set_masked": masked_arguments,
     "set_attention_weights": lambda: [*operands(), True],
     "set_attention_varlen": packed_arguments,
@@ -93,11 +113,15 @@ def test_opcheck(name: str, native: str) -> None:
     torch.library.opcheck(getattr(OPS, name), tuple(ARGUMENTS[name]()))
 
 
+def test_opcheck_of_a_step(native: str) -> None:
+    torch.library.opcheck(OPS.set_step, tuple(step_arguments()))
+
+
 @pytest.mark.parametrize("name", ARGUMENTS)
 def test_gradcheck(name: str, native: str) -> None:
     arguments = ARGUMENTS[name]()
     spots = [i for i, a in enumerate(arguments) if isinstance(a, Tensor) and a.requires_grad]
-    differentiable = {"set_attention_weights": (0, 3, 4), "sinkhorn": (0, 1)}.get(name, (0,))
+    differentiable = {"set_attention_weights": (0, 3, 4), "sinkhorn": (0, 1), "set_causal": (0, 1)}.get(name, (0,))
 
     def f(*leaves: Tensor) -> Any:
         full = list(arguments)

@@ -25,7 +25,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "setformer_kernels"
 BACKEND = PACKAGE / "backends" / "triton"
 MOST_PARAMETERS = 40
 MOST_LINES = 100
-OPS = ("attention", "pool", "packed", "packed_pool", "causal", "masked", "features", "sinkhorn")
+OPS = ("attention", "pool", "packed", "packed_pool", "causal", "step", "masked", "features", "sinkhorn")
 
 
 def functions(folder: Path) -> Iterator[tuple[Path, ast.FunctionDef]]:
@@ -84,9 +84,12 @@ def launches() -> Iterator[Any]:
     for op in OPS:
         dtype = torch.float32 if op == "sinkhorn" else torch.bfloat16
         for rich in (False, True):
-            call = Call(op, T=1 if op == "causal" else 3, B=2, L=1024, dtype=dtype, rich=rich, mask="float")
+            call = Call(op, T=1 if op in ("causal", "step") else 3, B=2, L=1024, dtype=dtype, rich=rich, mask="float")
             for one in (call, replace(call, backward=True)):
                 yield from workloads.launches(one, "sm_90")
+    for backward in (False, True):
+        call = Call("causal", backward, T=1, B=2, L=1024, given=workloads.STREAM)
+        yield from workloads.launches(call, "sm_90")
     for backward in (False, True):  # what stays in registers
         yield from workloads.launches(Call("sinkhorn", backward, L=64, dtype=torch.float32), "sm_90")
 

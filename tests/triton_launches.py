@@ -70,14 +70,25 @@ def recorded() -> Iterator[Any]:
 
 
 def _all_recorded() -> Iterator[Any]:
-    for op in ("attention", "pool", "causal", "masked", "features", "sinkhorn"):
+    for op in ("attention", "pool", "causal", "step", "masked", "features", "sinkhorn"):
         for dtype in (torch.float32,) if op == "sinkhorn" else (torch.bfloat16, torch.float32):
             for rich in (False, True):
                 call = Call(
-                    op, T=1 if op == "causal" else 3, B=2, H=3, L=40, M=32, dtype=dtype, rich=rich, mask="float"
+                    op,
+                    T=1 if op in ("causal", "step") else 3,
+                    B=2,
+                    H=3,
+                    L=40,
+                    M=32,
+                    dtype=dtype,
+                    rich=rich,
+                    mask="float",
                 )
                 for one in (call, replace(call, backward=True)):
                     yield from workloads.launches(one, "sm_90")
+    call = Call("causal", T=1, B=2, H=3, L=40, M=32, given=workloads.STREAM)
+    for one in (call, replace(call, backward=True)):
+        yield from workloads.launches(one, "sm_90")
 
 
 def _form(value: Any) -> Any:

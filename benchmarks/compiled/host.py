@@ -157,7 +157,7 @@ def _kernel(width: int, length: int, T: int) -> Sample:
     q, k, v = (torch.randn(1, length, 6, width).transpose(1, 2) for _ in range(3))
     x, opt = _operands(q, k, v, torch.randn(6, 64, width), T)
     outputs = cpu.attention(x, opt)
-    kept, given = (x, outputs), (*cpu._common(x, opt), *[view(t) for t in outputs], False)
+    kept, given = (x, outputs), (*cpu._common(x, opt), *[view(t) for t in outputs])
     return whole(lambda kept=kept: cpu._C.attention(*given))  # views do not keep their tensors
 
 

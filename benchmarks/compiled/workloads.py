@@ -14,20 +14,22 @@ import torch
 from torch import Tensor
 
 from benchmarks.compiled.gpus import AMD, GPUS
-from setformer_kernels.problem import HYPER, SCALARS, Operands, Options, Sinkhorn
+from setformer_kernels.problem import HYPER, SCALARS, Operands, Options, Sinkhorn, Stream
 
 MULTIPROCESSORS = {gpu.family: gpu.multiprocessors for gpu in GPUS.values()}
 
 
 # What a call may come with; a position is three operands, and a dropout a seed.
 OPTIONAL = ("log_a", "log_b", *HYPER, "position", "dropout")
+STREAM = ("log_decay", "initial_state")  # what a causal call may also come with; with the second it leaves a state
 
 
 @dataclass(frozen=True)
 class Call:
     """One call, forward or backward."""
 
-    # "attention", "pool", "packed", "packed_pool" (B segments of L), "read", "causal", "masked", "features", "sinkhorn"
+    # "attention", "pool", "packed", "packed_pool" (B segments of L), "read", "causal", "step", "masked", "features",
+    # "sinkhorn"
     op: str
     backward: bool = False
     T: int = 3
@@ -42,12 +44,12 @@ class Call:
     kernel: str = "rbf"
     center: bool = False  # of features
     mask: str = "causal"  # of `masked`: "causal", or a mask [L, S] that is "bool" or "float"
-    given: tuple[str, ...] | None = None  # of OPTIONAL, if neither all nor nothing
+    given: tuple[str, ...] | None = None  # of OPTIONAL and STREAM, if neither all nor nothing
     wanted: str = ""  # the operand whose gradient alone is asked for, if not that of each
 
     def __str__(self) -> str:
         parts = [self.op, "backward" if self.backward else "forward"]
-        iterated = ("attention", "pool", "packed", "packed_pool", "causal", "masked")
+        iterated = ("attention", "pool", "packed", "packed_pool", "causal", "step", "masked")
         parts += [f"T={self.T}"] if self.op in iterated else []
         parts += [self.mask] if self.op == "masked" else []
         parts += [] if self.kernel == "rbf" else [self.kernel]
@@ -58,8 +60,8 @@ class Call:
         return " ".join(parts)
 
     def has(self, name: str) -> bool:
-        """Whether an operand of OPTIONAL is there."""
-        return name in self.given if self.given is not None else self.rich
+        """Whether an operand of OPTIONAL or STREAM is there."""
+        return name in self.given if self.given is not None else self.rich and name not in STREAM
 
 
 def operands(call: Call) -> Operands:
@@ -110,11 +112,29 @@ def _run_attention(backend: Any, call: Call) -> None:
         else:
             backend.packed_pool(x, opt, cu)
     elif call.op == "causal":
-        backend.causal_backward(x, opt, d_o, learned) if call.backward else backend.causal(x, opt)
+        _run_causal(backend, call, x, opt, d_o, learned)
     elif call.backward:
         backend.pool_backward(x, opt, z, c, torch.empty_like(z), torch.empty_like(c), learned)
     else:
         backend.pool(x, opt)
+
+
+def _run_causal(backend: Any, call: Call, x: Operands, opt: Options, d_o: Tensor, learned: list[bool]) -> None:
+    decay, state = torch.empty(x.key.shape[:3]), torch.empty(call.B, call.H, call.M, 2 * call.E + 3)
+    stream = Stream(*(t if call.has(name) else None for name, t in zip(STREAM, (decay, state), strict=True)))
+    streamed = stream.initial_state is not None
+    if call.backward:
+        needs = [*learned, *(t is not None and call.wanted == "" for t in stream)]
+        backend.causal_backward(x, opt, d_o, needs, stream, torch.empty_like(state) if streamed else None)
+    else:
+        backend.causal(x, opt, stream, streamed)
+
+
+def _run_step(backend: Any, call: Call) -> None:
+    x, states = operands(replace(call, L=1)), torch.empty(call.B, call.H, call.M, 2 * call.E + 3)
+    decay = torch.empty(call.B, call.H, 1) if call.has("log_decay") else None
+    rows = torch.empty(call.B, dtype=torch.int32) if call.has("initial_state") else None
+    backend.step(x._replace(seed=None), Options(SCALARS, call.kernel, call.T), states, decay, rows)
 
 
 def _run_masked(backend: Any, call: Call) -> None:
@@ -194,6 +214,7 @@ RUN: dict[str, Callable[[Any, Call], None]] = {
     "packed_pool": _run_attention,
     "read": _run_read,
     "causal": _run_attention,
+    "step": _run_step,
     "masked": _run_masked,
     "features": _run_features,
     "sinkhorn": _run_sinkhorn,
@@ -226,6 +247,7 @@ def _sizes(dtype: torch.dtype) -> Iterator[Call]:
         base = Call("attention", dtype=dtype, D=D, E=D, M=M)
         for call in (base, replace(base, op="causal", T=1), replace(base, op="features")):
             yield from _both(call)
+        yield replace(base, op="step", T=1)
 
 
 def _options(dtype: torch.dtype) -> Iterator[Call]:
@@ -236,6 +258,8 @@ def _options(dtype: torch.dtype) -> Iterator[Call]:
         yield from _both(call)
     for call in (replace(base, op="packed", B=2), replace(rich, op="packed", B=2)):
         yield from _both(call)
+    yield from _both(replace(base, op="causal", T=1, given=STREAM))
+    yield replace(rich, op="step", T=1)
     yield from _both(replace(base, op="read"))
     features = replace(rich, op="features")
     for call in (replace(rich, op="causal", T=1), features, replace(features, center=True)):
@@ -269,6 +293,8 @@ def _amd_calls(family: str) -> Iterator[Call]:
     for base in (half, single, replace(half, D=128, E=128, M=128)) if family == "gfx942" else (half,):
         for call in (base, replace(base, op="causal", T=1), replace(base, op="features")):
             yield from _both(call)
+        yield from _both(replace(base, op="causal", T=1, given=STREAM))
+        yield replace(base, op="step", T=1)
     yield from _both(replace(half, op="masked", mask="float", rich=True))
     for rows in (64, 4096):
         yield from _both(Call("sinkhorn", T=20, dtype=torch.float32, L=rows))
@@ -309,6 +335,11 @@ def every_operand() -> Iterator[Call]:
     yield from _both(replace(base, op="packed_pool"))
     for call in (replace(base, T=1), replace(base, T=0), replace(base, op="causal", T=0), replace(base, kernel="dot")):
         yield from _both(call)
+    step = replace(base, op="step", T=1)
+    for given in (STREAM[:1], STREAM[1:], STREAM):
+        yield from _both(replace(base, op="causal", T=1, given=given))
+        yield replace(step, given=(*given, "log_a"))
+    yield from (step, replace(step, rich=True))
     yield from _every_mask(replace(base, op="masked"))
     features = replace(base, op="features")
     for call in (features, replace(features, rich=True), replace(features, center=True)):

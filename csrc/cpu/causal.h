@@ -1,32 +1,77 @@
 // Causal set_attention for T <= 1: a scan over the tokens with an M x (E + 1) state, one head per thread.
+//
+// Inside a block of tokens the sums run token by token; from block to block they are carried with twice the digits
+// (carried.h), so that a sequence may end, and go on in another call, after any block.
 #pragma once
+#include "../causal_params.h"
 #include "attention.h"
+#include "carried.h"
 
 namespace sfk {
 namespace {
+
+// Log gates that were multiplied into sums since these were last measured by `top`.
+//
+// Each factor is rounded, but makes up for what those before it lost: so their product is right to one rounding.
+template <class F>
+class Gate {
+ public:
+  void reset() { log_ = 0, product_ = 1; }
+  // What the sums are multiplied by at a token; `moved` is what must be added to `top`.
+  F factor(F log_decay, F& moved) {
+    moved = 0;
+    if (log_decay == 0) return 1;
+    log_ += log_decay;
+    if (log_ < -kFar) {  // sums far below their measure would lose what comes next
+      const F back = static_cast<F>(1 / product_);
+      moved = static_cast<F>(log_);
+      reset();
+      return back;
+    }
+    const F next = static_cast<F>(std::exp(log_) / product_);
+    product_ *= next;
+    return next;
+  }
+
+ private:
+  static constexpr double kFar = 16;
+  double log_ = 0, product_ = 1;
+};
 
 // Running column sums of e^ω and e^ω v, scaled by e^{-top_j}; ω_sj = ℓ_sj + f̂_s + log a_s.
 template <class F>
 struct Scan {
   int64_t M, Mp, Ep;
   Buffer<F> top, sum, scale, weight, n;  // [Mp] x 4, [Mp][Ep]
+  Gate<F> gate;
   bool seen = false;
 
   Scan(int64_t M_, int64_t Mp_, int64_t Ep_)
       : M(M_), Mp(Mp_), Ep(Ep_), top(Mp_), sum(Mp_), scale(Mp_), weight(Mp_), n(Mp_ * Ep_) {}
-  void reset() {
-    fill(top.data(), Mp, -kInf<F>);
-    fill(sum.data(), Mp, F(0));
-    fill(n.data(), Mp * Ep, F(0));
-    seen = false;
-  }
-  // The sums take in a key; `scale` and `weight` say how n must follow.
-  void advance(const F* omega) {
-    seen = true;
+  // What comes before a block.
+  void begin(const Carried<F>& before) {
+    seen = !before.empty();
+    gate.reset();
     for (int64_t j = 0; j < Mp; j += kLanes<F>) {
-      const Vec<F> w = load(omega + j), old = load(top + j), next = vmax(old, w);
+      const Vec<F> c = load(before.c + j) + load(before.c_lost + j), k = load(before.k + j), t = k * F(kLn2);
+      const Vec<F> missing = F(1) - less_turns<F>(t, k);  // 2^k/e^top
+      store(top + j, c > F(0) ? t : splat(-kInf<F>));
+      store(sum + j, c * missing);
+      store(scale + j, missing);
+    }
+    for (int64_t j = 0; j < M; ++j)
+      for (int64_t e = j * Ep; e < (j + 1) * Ep; e += kLanes<F>)
+        store(n + e, (load(before.n + e) + load(before.n_lost + e)) * scale[j]);
+  }
+  // The sums fade and take in a key; `scale` and `weight` say how n must follow.
+  void advance(const F* omega, F log_decay) {
+    seen = true;
+    F moved;
+    const F factor = gate.factor(log_decay, moved);
+    for (int64_t j = 0; j < Mp; j += kLanes<F>) {
+      const Vec<F> w = load(omega + j), old = load(top + j) + moved, next = vmax(old, w);
       const Vec<F> shift = next == -kInf<F> ? Vec<F>{} : next;
-      const Vec<F> s = vexp<F>(old - shift), e = vexp<F>(w - shift);
+      const Vec<F> s = vexp<F>(old - shift) * factor, e = vexp<F>(w - shift);
       store(top + j, next);
       store(scale + j, s);
       store(weight + j, e);
@@ -70,16 +115,46 @@ void causal_read(const Refs<F>& r, int64_t T, const F* log_sums, F* row, F* g) {
   for (int64_t j = 0; j < r.Mp; j += kLanes<F>) store(row + j, load(row + j) * scale);
 }
 
+// log a of one head, 0 where none are given: a factor of all masses changes nothing, and a state must not depend on S.
+template <class F>
+void load_masses(const CausalParams& p, int64_t b, int64_t h, F* la) {
+  if (p.log_a)
+    load_log_mass<F>(p, b, h, 0, p.S, la);
+  else
+    fill(la, p.S, F(0));
+}
+
+// The gates of a block of tokens, and what is left of them after each.
+template <class F>
+struct BlockGates {
+  Buffer<F> log, later;  // [rows]
+  double sum = 0;
+  bool given;
+
+  BlockGates(const CausalParams& p, int64_t rows) : log(rows), later(rows), given(p.log_decay) {}
+  void load(const CausalParams& p, int64_t b, int64_t h, int64_t row0, int64_t n) {
+    fill(log.data(), n, F(0));
+    sum = 0;
+    if (!given) return;
+    const View& v = p.log_decay;
+    load_row<F>(v, b * v.stride[0] + h * v.stride[1] + row0 * v.stride[2], v.stride[2], n, log);
+    for (int64_t i = n - 1; i >= 0; --i) later[i] = static_cast<F>(sum), sum += log[i];
+  }
+  const F* fading() const { return given ? later.data() : nullptr; }
+};
+
 template <class F>
 class CausalWorker {
  public:
-  explicit CausalWorker(const AttentionParams& p)
+  explicit CausalWorker(const CausalParams& p)
       : p_(p),
         refs_(p),
         source_(p, refs_),
         rows_(tile_rows(refs_.Mp)),
         Ep_(pad<F>(p.E)),
         scan_(p.M, refs_.Mp, Ep_),
+        carried_(p.M, refs_.Mp, p.E, Ep_),
+        gates_(p, rows_),
         la_(p.S),
         omega_(rows_ * refs_.Mp),
         w_(rows_ * refs_.Mp),
@@ -93,8 +168,8 @@ class CausalWorker {
     const int64_t h = item / p_.B, b = item % p_.B;
     refs_.pack(p_, h);
     source_.b = b, source_.h = h, source_.lo = 0, source_.la = la_;
-    load_log_mass<F>(p_, b, h, 0, p_.S, la_);
-    scan_.reset();
+    load_masses<F>(p_, b, h, la_);
+    carried_.load_state(p_.initial, b, h);
     for (int64_t row0 = 0; row0 < p_.S; row0 += rows_) {
       const int64_t n = std::min(rows_, p_.S - row0);
       source_.logits(row0, n, omega_);
@@ -104,15 +179,19 @@ class CausalWorker {
       if (refs_.rbf) inverse_norms<F>(source_.x, n, refs_.Dp, source_.inv);
       if (refs_.P) load_rows<F>(p_.query_pos, b, h, row0, n, nullptr, source_.pos, refs_.P);
       logits_of<F>(refs_, n, source_.x, source_.inv, source_.pos, w_);
+      gates_.load(p_, b, h, row0, n);
+      scan_.begin(carried_);
       for (int64_t i = 0; i < n; ++i) step(b, h, row0, i);
       store_rows<F>(p_.o, b, h, row0, n, o_.data(), Ep_, static_cast<const F*>(nullptr));
+      if (row0 + n < p_.S || p_.final_state) carried_.add(n, omega_, gates_.fading(), v_, gates_.sum);
     }
+    carried_.save_state(p_.final_state, b, h);
   }
 
  private:
   void step(int64_t b, int64_t h, int64_t row0, int64_t i) {
     F *w = w_ + i * refs_.Mp, *o = o_ + i * Ep_;
-    la_[row0 + i] == -kInf<F> ? scan_.stay() : scan_.advance(omega_ + i * refs_.Mp);
+    la_[row0 + i] == -kInf<F> ? scan_.stay() : scan_.advance(omega_ + i * refs_.Mp, gates_.log[i]);
     if (!scan_.seen) return fill(o, Ep_, F(0));
     scan_.log_sums(log_c_);
     causal_read<F>(refs_, p_.T, log_c_, w, g_);
@@ -130,17 +209,19 @@ class CausalWorker {
     }
   }
 
-  const AttentionParams& p_;
+  const CausalParams& p_;
   Refs<F> refs_;
   KeySource<F> source_;
   int64_t rows_, Ep_;
   Scan<F> scan_;
+  Carried<F> carried_;
+  BlockGates<F> gates_;
   Buffer<F> la_, omega_, w_, v_, o_, lse_, log_c_, g_;
 };
 
 // A thread a head, and no more threads than are useful.
-template <class Worker>
-void run_heads(const AttentionParams& p) {
+template <class Worker, class Params>
+void run_heads(const Params& p) {
   if (p.B * p.H == 0) return;
   const int threads = static_cast<int>(std::min<int64_t>(useful_threads(p.threads, attention_flops(p)), p.B * p.H));
   std::vector<std::unique_ptr<Worker>> workers;
@@ -149,7 +230,7 @@ void run_heads(const AttentionParams& p) {
 }
 
 template <class F>
-void causal_forward(const AttentionParams& p) {
+void causal_forward(const CausalParams& p) {
   run_heads<CausalWorker<F>>(p);
 }
 

@@ -2,6 +2,9 @@
 //
 // With G_j = Σ_{i>=s} (W^q_ij/C_ij) dO_i and h_j = Σ_{i>=s} (d log C_ij)/C_ij, both kept scaled by C_sj:
 // t_sj = dω_sj = p_sj (⟨G_j, v_s⟩ + h_j), p_sj = e^{ω_sj}/C_sj;  dv_s = Σ_j p_sj G_j.
+// The gradient of the final state is where G and h begin, and they end at that of the initial one.  A gate scales what
+// came before: d log γ_s = Σ_j ρ_sj (⟨G_j, z_{s-1,j}⟩ + h_j), ρ_sj the part of C_sj that it leaves of C_{s-1,j}.  It is
+// also a sum of dω over later keys, but one that nearly cancels.
 #pragma once
 #include "causal.h"
 #include "gradients.h"
@@ -12,7 +15,7 @@ namespace {
 template <class F>
 class CausalBackwardWorker {
  public:
-  explicit CausalBackwardWorker(const AttentionParams& p)
+  explicit CausalBackwardWorker(const CausalParams& p)
       : p_(p),
         refs_(p),
         grads_(refs_, p.d_references.data, p.d_hyper.data),
@@ -21,7 +24,10 @@ class CausalBackwardWorker {
         Mp_(refs_.Mp),
         Ep_(pad<F>(p.E)),
         scan_(p.M, Mp_, Ep_),
+        carried_(p.M, Mp_, p.E, Ep_),
+        gates_(p, rows_),
         la_(p.S),
+        log_decay_(p.S),
         top_(p.S * Mp_),
         sum_(p.S * Mp_),
         weight_(p.S * Mp_),
@@ -43,8 +49,16 @@ class CausalBackwardWorker {
         d_log_b_(Mp_),
         G_(Mp_ * Ep_),
         mask_(Mp_),
-        h_(Mp_) {
-    grads_.balanced = true;
+        h_(Mp_),
+        owed_(Mp_),
+        top0_(Mp_),
+        sum0_(Mp_) {
+    if (!p.d_log_decay) return;
+    starts_.reset((p.S + kSpan - 1) / kSpan * p.M * Ep_);
+    before_.reset(kSpan * p.M * Ep_);
+    rho_.reset(kSpan * Mp_);
+    // A state that came in, or a gradient of the one that went out, takes a share of what the dω sum to.
+    grads_.balanced = !p.initial && !p.d_final;
   }
 
   void run(int64_t item) {
@@ -52,14 +66,14 @@ class CausalBackwardWorker {
     refs_.pack(p_, h);
     grads_.clear(refs_);
     source_.b = b, source_.h = h, source_.lo = 0, source_.la = la_;
-    load_log_mass<F>(p_, b, h, 0, p_.S, la_);
+    load_masses<F>(p_, b, h, la_);
     fill(d_log_b_.data(), Mp_, F(0));
-    scan_.reset();
+    carried_.load_state(p_.initial, b, h);
     for (int64_t row0 = 0; row0 < p_.S; row0 += rows_) forward_block(b, h, row0, std::min(rows_, p_.S - row0));
-    fill(G_.data(), Mp_ * Ep_, F(0));
-    fill(h_.data(), Mp_, 0.0);
+    begin_reverse(b, h);
     for (int64_t row0 = (p_.S - 1) / rows_ * rows_; p_.S && row0 >= 0; row0 -= rows_)
       reverse_block(b, h, row0, std::min(rows_, p_.S - row0));
+    if (p_.d_initial) end_reverse(b, h);
     store_ref_grads<F>(refs_, b, h, grads_, p_.d_references, p_.d_ref_pos);
     const Block<F> d_log_b(p_.d_log_b, b, h), d_hyper(p_.d_hyper, b, h);
     for (int64_t j = 0; d_log_b && j < p_.M; ++j) d_log_b(j, 0) = d_log_b_[j];
@@ -67,6 +81,8 @@ class CausalBackwardWorker {
   }
 
  private:
+  static constexpr int64_t kSpan = 16;  // tokens whose z are kept at a time: they stay in the second-level cache
+
   // Scans a block: W^q, log C and d log C of every query, dS, dq.
   void forward_block(int64_t b, int64_t h, int64_t row0, int64_t n) {
     F *x = source_.x, *inv = source_.inv, *pos = source_.pos;
@@ -79,7 +95,16 @@ class CausalBackwardWorker {
     if (refs_.P) load_rows<F>(p_.query_pos, b, h, row0, n, nullptr, pos, refs_.P);
     kernel_tile<F>(refs_, n, x, inv, kappa_);
     logit_tile<F>(refs_, n, kappa_, pos, ds_);
-    for (int64_t i = 0; i < n; ++i) forward_step(b, h, row0, i);
+    gates_.load(p_, b, h, row0, n);
+    std::copy(gates_.log.data(), gates_.log + n, log_decay_ + row0);
+    scan_.begin(carried_);
+    if (row0 == 0) std::copy(scan_.top.data(), scan_.top + Mp_, top0_.data());
+    if (row0 == 0) std::copy(scan_.sum.data(), scan_.sum + Mp_, sum0_.data());
+    for (int64_t i = 0; i < n; ++i) {
+      if (p_.d_log_decay && i % kSpan == 0) keep_means((row0 + i) / kSpan);
+      forward_step(b, h, row0, i);
+    }
+    if (row0 + n < p_.S || p_.d_final) carried_.add(n, tile_, gates_.fading(), v_, gates_.sum);
     logit_grads<F>(refs_, n, kappa_, pos, ds_, static_cast<const F*>(nullptr), grads_);
     for (int64_t k = 0; k < n * Mp_; ++k) ds_[k] *= refs_.inv_eps;
     kernel_grads<F>(refs_, n, x, inv, kappa_, ds_, p_.d_query ? d_x_.data() : nullptr, grads_);
@@ -89,7 +114,7 @@ class CausalBackwardWorker {
   void forward_step(int64_t b, int64_t h, int64_t row0, int64_t i) {
     const int64_t s = row0 + i;
     F *w = weight_ + s * Mp_, *d_log_c = d_log_c_ + s * Mp_, *ds = ds_ + i * Mp_;
-    la_[s] == -kInf<F> ? scan_.stay() : scan_.advance(tile_ + i * Mp_);
+    la_[s] == -kInf<F> ? scan_.stay() : scan_.advance(tile_ + i * Mp_, gates_.log[i]);
     std::copy(scan_.top.data(), scan_.top + Mp_, top_ + s * Mp_);
     std::copy(scan_.sum.data(), scan_.sum + Mp_, sum_ + s * Mp_);
     if (!scan_.seen) {
@@ -128,6 +153,91 @@ class CausalBackwardWorker {
     for (int64_t j = p_.M; j < Mp_; ++j) ds[j] = w[j] = d_log_c[j] = 0;
   }
 
+  // z of the scan, where the span of so many tokens begins.
+  void keep_means(int64_t span) {
+    F* z = starts_ + span * p_.M * Ep_;
+    for (int64_t j = 0; j < p_.M; ++j, z += Ep_) {
+      const F scale = scan_.sum[j] > 0 ? 1 / scan_.sum[j] : F(0);
+      for (int64_t e = 0; e < Ep_; e += kLanes<F>) store(z + e, load(scan_.n + j * Ep_ + e) * scale);
+    }
+  }
+
+  // z before each of the tokens first..end of a block, which are in one span, and their ρ.
+  void means_before(int64_t row0, int64_t first, int64_t end) {
+    const F* start = starts_ + (row0 + first) / kSpan * p_.M * Ep_;
+    std::copy(start, start + p_.M * Ep_, before_.data());
+    for (int64_t i = first; i < end; ++i) {
+      const int64_t s = row0 + i;
+      const F *top = top_ + s * Mp_, *sum = sum_ + s * Mp_, *omega = tile_ + i * Mp_;
+      const F *last_top = s ? top - Mp_ : top0_.data(), *last_sum = s ? sum - Mp_ : sum0_.data();
+      F *rho = rho_ + (i - first) * Mp_, *z = before_ + (i - first) * p_.M * Ep_;
+      for (int64_t j = 0; j < p_.M; ++j, z += Ep_) {
+        rho[j] = last_top[j] == -kInf<F> ? F(0) : ratio_of(j, last_top, last_sum, top, sum, log_decay_[s]);
+        const F p = la_[s] == -kInf<F> ? F(0) : std::exp(omega[j] - top[j]) / sum[j];
+        for (int64_t e = 0; i + 1 < end && e < Ep_; e += kLanes<F>)
+          store(z + p_.M * Ep_ + e, load(z + e) * rho[j] + load(v_ + i * Ep_ + e) * p);
+      }
+    }
+  }
+
+  // The gradient of the gate of token i of a block, from G and h at it.
+  F gate_gradient(int64_t i) const {
+    const F *rho = rho_ + i % kSpan * Mp_, *z = before_ + i % kSpan * p_.M * Ep_;
+    double sum = 0;
+    for (int64_t j = 0; j < p_.M; ++j, z += Ep_) {
+      Vec<F> acc{};
+      for (int64_t e = 0; e < Ep_; e += kLanes<F>) acc += load(G_ + j * Ep_ + e) * load(z + e);
+      sum += rho[j] * (reduce_add<F>(acc) + h_[j]);
+    }
+    return static_cast<F>(sum);
+  }
+
+  // G and h after the last token, in units of C there.
+  void begin_reverse(int64_t b, int64_t h) {
+    fill(G_.data(), Mp_ * Ep_, F(0));
+    fill(h_.data(), Mp_, 0.0);
+    fill(owed_.data(), Mp_, 1.0);
+    Buffer<F> row(2 * p_.E + 3);
+    for (int64_t j = 0; p_.d_final && j < p_.M; ++j) {
+      load_row_of<F>(p_.d_final, b, h, j, row);
+      const F c = carried_.c[j] + carried_.c_lost[j];
+      for (int64_t e = 0; e < p_.E; ++e) G_[j * Ep_ + e] = row[e] * c;
+      h_[j] = static_cast<double>(row[p_.E]) * c;
+    }
+  }
+
+  // The gradient of the initial state, from G and h of the first token.
+  void end_reverse(int64_t b, int64_t h) {
+    Buffer<F> row(2 * p_.E + 3);
+    carried_.load_state(p_.initial, b, h);
+    scan_.begin(carried_);
+    for (int64_t j = 0; j < p_.M; ++j) {
+      const bool held = scan_.sum[j] > 0;
+      const F ratio = held && p_.S ? ratio_of(j, scan_.top, scan_.sum, top_, sum_, log_decay_[0]) : F(1);
+      const F unit = held ? ratio / scan_.sum[j] : F(0);
+      for (int64_t e = 0; e < p_.E; ++e) row[e] = row[p_.E + 1 + e] = G_[j * Ep_ + e] * unit;
+      row[p_.E] = row[2 * p_.E + 1] = static_cast<F>(h_[j] * unit);
+      row[2 * p_.E + 2] = 0;
+      store_row_of<F>(p_.d_initial, b, h, j, row);
+    }
+  }
+
+  // γ C/C' of a token's sums C and those C' of the next, whose log gate is given.
+  static F ratio_of(int64_t j, const F* top, const F* sum, const F* next_top, const F* next_sum, F log_decay) {
+    return std::exp(top[j] - next_top[j] + log_decay) * sum[j] / next_sum[j];
+  }
+
+  // `ratio_of` a token whose next one follows in memory.  Each makes up for what the rounding of those before it lost:
+  // the product of all leads from the last token to the first.
+  F next_ratio(int64_t j, const F* top, const F* sum, F log_decay, double gate) {
+    const F moved = top[j] - top[Mp_ + j];
+    const double fade = moved == 0 ? gate : std::exp(static_cast<double>(moved) + log_decay);
+    const double exact = fade * sum[j] / sum[Mp_ + j] * owed_[j];
+    const F ratio = static_cast<F>(exact);
+    owed_[j] = ratio > 0 ? exact / ratio : 1;
+    return ratio;
+  }
+
   void reverse_block(int64_t b, int64_t h, int64_t row0, int64_t n) {
     source_.load_keys(row0, n);
     kernel_tile<F>(refs_, n, source_.x, source_.inv, kappa_);
@@ -136,7 +246,10 @@ class CausalBackwardWorker {
     causal_weights<F>(refs_, p_.T, n, la_ + row0, tile_, lse_, row_top_, row_sum_);
     source_.values(row0, n, v_);
     load_rows<F>(p_.d_o, b, h, row0, n, nullptr, d_o_, Ep_);
-    for (int64_t i = n - 1; i >= 0; --i) reverse_step(b, h, row0, i);
+    for (int64_t i = n - 1; i >= 0; --i) {
+      if (p_.d_log_decay && (i == n - 1 || (i + 1) % kSpan == 0)) means_before(row0, i / kSpan * kSpan, i + 1);
+      reverse_step(b, h, row0, i);
+    }
     if (p_.d_value) store_rows<F>(p_.d_value, b, h, row0, n, dv_.data(), Ep_, static_cast<const F*>(nullptr));
     logit_grads<F>(refs_, n, kappa_, source_.pos, ds_, totals_, grads_);
     for (int64_t k = 0; k < n * Mp_; ++k) ds_[k] *= refs_.inv_eps;
@@ -152,9 +265,10 @@ class CausalBackwardWorker {
     const bool present = la_[s] != -kInf<F>, later = s + 1 < p_.S;
     fill(dv, Ep_, F(0));
     F df = 0;
+    const double gate = later && log_decay_[s + 1] != 0 ? std::exp(static_cast<double>(log_decay_[s + 1])) : 1;
     for (int64_t j = 0; j < p_.M; ++j) {
-      // C_sj/C_{s+1,j} and e^{ω_sj}/C_sj; sums start at the first key, and none comes before it.
-      const F ratio = later && top[j] != -kInf<F> ? std::exp(top[j] - top[Mp_ + j]) * sum[j] / sum[Mp_ + j] : F(0);
+      // γ C_sj/C_{s+1,j} and e^{ω_sj}/C_sj; sums start at the first key, and none comes before it.
+      const F ratio = top[j] == -kInf<F> ? F(0) : later ? next_ratio(j, top, sum, log_decay_[s + 1], gate) : F(1);
       const F p = present ? std::exp(omega[j] - top[j]) / sum[j] : F(0);
       h_[j] = h_[j] * ratio + d_log_c_[s * Mp_ + j];
       Vec<F> acc{};
@@ -168,7 +282,8 @@ class CausalBackwardWorker {
       dp_[j] = present ? static_cast<F>(p * (reduce_add<F>(acc) + h_[j])) : F(0);
       df += dp_[j];
     }
-    if (p_.T && present) grads_.hyper[kLambdaA] -= df * (static_cast<double>(lse_[i]) - refs_.middle_logit());
+    const F middle = grads_.balanced ? refs_.middle_logit() : F(0);
+    if (p_.T && present) grads_.hyper[kLambdaA] -= df * (static_cast<double>(lse_[i]) - middle);
     const F back = p_.T && present ? -refs_.lam_a * df : F(0);
     totals_[i] = df + back;
     for (int64_t j = 0; j < p_.M; ++j) {
@@ -180,23 +295,31 @@ class CausalBackwardWorker {
     if (p_.d_log_a)
       static_cast<F*>(p_.d_log_a.data)[b * p_.d_log_a.stride[0] + h * p_.d_log_a.stride[1] + s * p_.d_log_a.stride[2]] =
           df;
+    if (p_.d_log_decay) {
+      const View& v = p_.d_log_decay;
+      static_cast<F*>(v.data)[b * v.stride[0] + h * v.stride[1] + s * v.stride[2]] = gate_gradient(i);
+    }
   }
 
-  const AttentionParams& p_;
+  const CausalParams& p_;
   Refs<F> refs_;
   RefGrads<F> grads_;
   KeySource<F> source_;
   int64_t rows_, Mp_, Ep_;
   Scan<F> scan_;
+  Carried<F> carried_;
+  BlockGates<F> gates_;
   // Column maxima and sums, W^q (dropped) and d log C of every token of one head: what the reverse scan needs.
-  Buffer<F> la_, top_, sum_, weight_, log_c_, d_log_c_, kappa_, tile_, ds_, v_, d_o_, dv_, d_x_, lse_, row_top_,
-      row_sum_, totals_, g_, dp_, d_log_b_, G_;
+  Buffer<F> la_, log_decay_, top_, sum_, weight_, log_c_, d_log_c_, kappa_, tile_, ds_, v_, d_o_, dv_, d_x_, lse_,
+      row_top_, row_sum_, totals_, g_, dp_, d_log_b_, G_;
   Buffer<F> mask_;
-  Buffer<double> h_;  // a long sum that cancels against ⟨G, v⟩
+  Buffer<double> h_, owed_;  // h: a long sum that cancels against ⟨G, v⟩
+  // Before the first token; z where spans begin [spans][M][Ep], before the tokens of a span, and their ρ.
+  Buffer<F> top0_, sum0_, starts_, before_, rho_;
 };
 
 template <class F>
-void causal_backward(const AttentionParams& p) {
+void causal_backward(const CausalParams& p) {
   run_heads<CausalBackwardWorker<F>>(p);
 }
 

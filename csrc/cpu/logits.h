@@ -42,6 +42,13 @@ struct Refs {
 
   void pack(const AttentionParams& p, int64_t h) {
     if (h == packed_head) return;
+    pack_numbers(p, h);
+    pack_points(p.references, h);
+  }
+
+  // All of a head but its references themselves.
+  void pack_numbers(const AttentionParams& p, int64_t h) {
+    if (h == packed_head) return;
     packed_head = h;
     const auto value = [&](int i) {
       F given = static_cast<F>(p.scalars[i]);
@@ -52,7 +59,6 @@ struct Refs {
     lam_a = value(kLambdaA);
     lam_b = value(kLambdaB);
     tau = value(kPositionScale);
-    pack_points(p.references, h);
     fill(log_b.data(), Mp, -kInf<F>);
     fill(log_b.data(), M, -std::log(static_cast<F>(M)));
     if (p.log_b) load_row<F>(p.log_b, h * p.log_b.stride[0], p.log_b.stride[1], M, log_b);

@@ -59,7 +59,7 @@ class PackedWorker {
 
  private:
   const PackedParams& pack_;
-  AttentionParams own_;
+  CausalParams own_;  // what its scans take beside the others' is not there
   Inner inner_;
 };
 
@@ -67,7 +67,7 @@ class PackedWorker {
 template <class Inner>
 class Alone : public Inner {
  public:
-  Alone(const AttentionParams& p, int) : Inner(p) {}
+  Alone(const CausalParams& p, int) : Inner(p) {}
   int& shared() { return nothing_; }
   void run(int64_t item, const Team&) { Inner::run(item); }
 

@@ -6,7 +6,7 @@
 #include <stdexcept>
 #include <string>
 
-#include "../params.h"
+#include "../causal_params.h"
 
 namespace py = pybind11;
 
@@ -227,6 +227,20 @@ inline void gradients(AttentionParams& p, const py::tuple& grads, int64_t parts,
   p.d_hyper = x.view(kDHyper, {parts, p.H, int64_t(kNumHyper), 1}, compute);
   p.d_ref_pos = x.view(kDPosition, {parts, p.H, p.M, p.P}, compute);
   if (p.d_o || p.d_query) need(p.query, kOperands[kQuery]), x.need(kDO);
+}
+
+inline View state_view(const AttentionParams& p, const py::object& o, const char* name) {
+  return view(o, name, {p.B, p.H, p.M, 2 * p.E + 3}, compute_dtype(p.f64));
+}
+
+inline CausalParams causal_params(const AttentionParams& attention, const py::object& log_decay,
+                                  const py::object& initial) {
+  CausalParams p(attention);
+  need(p.query, kOperands[kQuery]);
+  if (p.L != p.S || p.T > 1) throw std::invalid_argument("causal needs L = S and T <= 1");
+  p.log_decay = view(log_decay, "log_decay", {p.B, p.H, p.S}, compute_dtype(p.f64));
+  p.initial = state_view(p, initial, "initial_state");
+  return p;
 }
 
 inline void gradients(AttentionParams& p, const py::tuple& grads, int64_t parts) { gradients(p, grads, parts, p.B); }

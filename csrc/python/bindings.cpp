@@ -9,14 +9,13 @@ using namespace sfk;
 namespace {
 
 void attention(const py::tuple& x, const py::tuple& scalars, bool dot, int64_t T, double dropout_p, uint64_t seed,
-               int threads, const py::object& o, const py::object& z, const py::object& c, bool causal) {
+               int threads, const py::object& o, const py::object& z, const py::object& c) {
   AttentionParams p = attention_params(x, scalars, dot, T, dropout_p, seed, threads);
   p.o = view(o, "o", {p.B, p.H, p.L, p.E}, p.key.dtype);
   if (p.o) need(p.query, "query");
-  state(p, z, c, !causal);
-  if (causal && (p.L != p.S || T > 1 || !p.o)) throw std::invalid_argument("causal needs L = S and T <= 1");
+  state(p, z, c, true);
   py::gil_scoped_release nogil;
-  causal ? kernels().causal(p) : kernels().attention(p);
+  kernels().attention(p);
 }
 
 // The two halves of attention: z, c and g of the keys; o of the queries from z and g.
@@ -77,14 +76,56 @@ void attention_weights(const py::tuple& x, const py::tuple& scalars, bool dot, i
 }
 
 void attention_backward(const py::tuple& x, const py::tuple& scalars, bool dot, int64_t T, double dropout_p,
-                        uint64_t seed, int threads, const py::object& z, const py::object& c, const py::tuple& grads,
-                        bool causal) {
+                        uint64_t seed, int threads, const py::object& z, const py::object& c, const py::tuple& grads) {
   AttentionParams p = attention_params(x, scalars, dot, T, dropout_p, seed, threads);
-  state(p, z, c, !causal);
+  state(p, z, c, true);
   gradients(p, grads, p.B);
-  if (causal && (p.L != p.S || T > 1 || !p.d_o)) throw std::invalid_argument("causal needs L = S and T <= 1");
   py::gil_scoped_release nogil;
-  causal ? kernels().causal_backward(p) : kernels().attention_backward(p);
+  kernels().attention_backward(p);
+}
+
+void causal(const py::tuple& x, const py::tuple& scalars, bool dot, int64_t T, double dropout_p, uint64_t seed,
+            int threads, const py::object& log_decay, const py::object& initial, const py::object& o,
+            const py::object& final_state) {
+  CausalParams p = causal_params(attention_params(x, scalars, dot, T, dropout_p, seed, threads), log_decay, initial);
+  p.o = view(o, "o", {p.B, p.H, p.L, p.E}, p.key.dtype);
+  need(p.o, "o");
+  p.final_state = state_view(p, final_state, "final_state");
+  py::gil_scoped_release nogil;
+  kernels().causal(p);
+}
+
+void causal_backward(const py::tuple& x, const py::tuple& scalars, bool dot, int64_t T, double dropout_p, uint64_t seed,
+                     int threads, const py::object& log_decay, const py::object& initial, const py::tuple& grads,
+                     const py::object& d_final, const py::object& d_log_decay, const py::object& d_initial) {
+  CausalParams p = causal_params(attention_params(x, scalars, dot, T, dropout_p, seed, threads), log_decay, initial);
+  gradients(p, grads, p.B);
+  need(p.d_o, "d_o");
+  p.d_final = state_view(p, d_final, "d_final_state");
+  p.d_log_decay = view(d_log_decay, "d_log_decay", {p.B, p.H, p.S}, compute_dtype(p.f64));
+  p.d_initial = state_view(p, d_initial, "d_initial_state");
+  py::gil_scoped_release nogil;
+  kernels().causal_backward(p);
+}
+
+void step(const py::tuple& x, const py::tuple& scalars, bool dot, int64_t T, double dropout_p, uint64_t seed,
+          int threads, const py::object& log_decay, const py::tuple& states, uintptr_t rows, const py::object& o) {
+  const CausalParams causal =
+      causal_params(attention_params(x, scalars, dot, T, dropout_p, seed, threads), log_decay, py::none());
+  StepParams p(causal);
+  p.log_decay = causal.log_decay;
+  const char* const names[] = {"state"};
+  const py::tuple one = py::make_tuple(states);
+  p.states = view(states, "state", {Tensors(one, names).size(0, 0), p.H, p.M, 2 * p.E + 3}, compute_dtype(p.f64));
+  p.rows = reinterpret_cast<const int32_t*>(rows);
+  p.o = view(o, "o", {p.B, p.H, 1, p.E}, p.key.dtype);
+  need(p.o, "o");
+  if (p.S != 1) throw std::invalid_argument("a step takes one token");
+  if (!p.rows && p.states.size[0] != p.B) throw std::invalid_argument("a state for each batch element is wanted");
+  if (p.states.stride[3] != 1 || p.states.stride[2] != p.states.size[3])
+    throw std::invalid_argument("tensor 'state' has gaps between its rows");
+  py::gil_scoped_release nogil;
+  kernels().step(p);
 }
 
 void masked(const py::tuple& x, const py::tuple& scalars, bool dot, int64_t T, double dropout_p, uint64_t seed,
@@ -192,6 +233,9 @@ PYBIND11_MODULE(_C, m) {
   m.def("read", &read_memory);
   m.def("read_backward", &read_memory_backward);
   m.def("attention_backward", &attention_backward);
+  m.def("causal", &causal);
+  m.def("causal_backward", &causal_backward);
+  m.def("step", &step);
   m.def("masked", &masked);
   m.def("masked_backward", &masked_backward);
   m.def("packed", &packed);

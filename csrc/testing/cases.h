@@ -156,7 +156,7 @@ void attention_case(const KernelTable& kernels, bool causal, bool factors = fals
   p.o = o.view, p.z = z.view, p.c = state.view;
   Tensor<F> w_q({c.B, c.H, c.L, c.M}, Case<F>::layout()), w_k({c.B, c.H, c.S, c.M}, Case<F>::layout());
   if (factors) p.w_q = w_q.view, p.w_k = w_k.view;
-  (causal ? kernels.causal : kernels.attention)(p);
+  causal ? kernels.causal(CausalParams(p)) : kernels.attention(p);
   std::vector<double> want;
   double error = 0, norm = 0;
   for (int64_t b = 0; b < c.B; ++b)
@@ -180,7 +180,7 @@ void attention_case(const KernelTable& kernels, bool causal, bool factors = fals
   p.d_query = d_q.view, p.d_key = d_k.view, p.d_value = d_v.view, p.d_log_a = d_a.view, p.d_references = d_y.view;
   p.d_log_b = d_b.view, p.d_hyper = d_hyper.view;
   if (c.P) p.d_ref_pos = d_pos.view;
-  (causal ? kernels.causal_backward : kernels.attention_backward)(p);
+  causal ? kernels.causal_backward(CausalParams(p)) : kernels.attention_backward(p);
   if (sizeof(F) == 4) return;
   Tensor<F> y_grad({c.H, c.M, c.D}, 0), b_grad({c.H, c.M}, 0);
   y_grad.random(0), b_grad.random(0);

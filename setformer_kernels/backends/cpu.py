@@ -15,10 +15,12 @@ from torch import Tensor
 from .. import reference
 from ..problem import (
     DTYPES,
+    NO_STREAM,
     Operands,
     Options,
     Problem,
     Sinkhorn,
+    Stream,
     beyond,
     compute_dtype,
     empty_factors,
@@ -26,6 +28,7 @@ from ..problem import (
     in_order,
 )
 from ..reference.packed import masses, segments
+from ..reference.state import empty_like as empty_state_like
 from . import _extension
 from ._extension import MODULE, REASON, views
 
@@ -64,7 +67,7 @@ def attention(x: Operands, opt: Options) -> tuple[Tensor, Tensor, Tensor]:
     assert x.query is not None
     o = empty_in_order(x.query, (*x.query.shape[:-1], x.value.shape[-1]))
     z, c = _new_state(x, opt)
-    _C.attention(*_common(x, opt), *views((o, z, c)), False)
+    _C.attention(*_common(x, opt), *views((o, z, c)))
     return o, z, c
 
 
@@ -81,7 +84,7 @@ def pool(x: Operands, opt: Options) -> tuple[Tensor, Tensor]:
     """z [B, H, M, E], c [B, H, max(T, 1), M]."""
     x = x._replace(query=None, query_position=None)
     z, c = _new_state(x, opt)
-    _C.attention(*_common(x, opt), *views((None, z, c)), False)
+    _C.attention(*_common(x, opt), *views((None, z, c)))
     return z, c
 
 
@@ -122,11 +125,22 @@ def read_backward(
     return grads, d_z, d_g
 
 
-def causal(x: Operands, opt: Options) -> Tensor:
-    """o [B, H, L, E], for T <= 1."""
+def causal(x: Operands, opt: Options, stream: Stream = NO_STREAM, with_state: bool = False) -> tuple[Tensor, Tensor]:
+    """o [B, H, L, E] for T <= 1, and the state after the last key."""
     assert x.query is not None
     o = empty_in_order(x.query, (*x.query.shape[:-1], x.value.shape[-1]))
-    _C.attention(*_common(x, opt), *views((o, None, None)), True)
+    state = empty_state_like(x, with_state)
+    _C.causal(*_common(x, opt), *views((*stream, o, state if with_state else None)))
+    return o, state
+
+
+def step(x: Operands, opt: Options, states: Tensor, log_decay: Tensor | None, rows: Tensor | None) -> Tensor:
+    """o [B, H, 1, E] of one token each; in place on `states` [N, H, M, 2E + 3]."""
+    assert x.query is not None
+    o = empty_in_order(x.query, (*x.query.shape[:-1], x.value.shape[-1]))
+    rows = None if rows is None else rows.contiguous()
+    gates, pool, found = views((log_decay, states, o))
+    _C.step(*_common(x, opt), gates, pool, 0 if rows is None else rows.data_ptr(), found)
     return o
 
 
@@ -249,19 +263,35 @@ def packed_causal_backward(x: Operands, opt: Options, cu: Tensor, d_o: Tensor, n
 
 def attention_backward(x: Operands, opt: Options, z: Tensor, c: Tensor, d_o: Tensor, needs: Sequence[bool]) -> Operands:
     """Gradients in the order of `Operands`, None where not needed."""
-    return _backward(x, opt, (z, c), (d_o, None, None), needs, False)
+    return _backward(x, opt, (z, c), (d_o, None, None), needs)
 
 
 def pool_backward(
     x: Operands, opt: Options, z: Tensor, c: Tensor, d_z: Tensor, d_c: Tensor | None, needs: Sequence[bool]
 ) -> Operands:
     """As `attention_backward`, from the gradients of z and (where given) c."""
-    return _backward(x._replace(query=None, query_position=None), opt, (z, c), (None, d_z, d_c), needs, False)
+    return _backward(x._replace(query=None, query_position=None), opt, (z, c), (None, d_z, d_c), needs)
 
 
-def causal_backward(x: Operands, opt: Options, d_o: Tensor, needs: Sequence[bool]) -> Operands:
-    """As `attention_backward`, for the causal scan."""
-    return _backward(x, opt, (None, None), (d_o, None, None), needs, True)
+def causal_backward(
+    x: Operands,
+    opt: Options,
+    d_o: Tensor,
+    needs: Sequence[bool],
+    stream: Stream = NO_STREAM,
+    d_state: Tensor | None = None,
+) -> tuple[Tensor | None, ...]:
+    """As `attention_backward`, for the causal scan; then the gradients of `stream`."""
+    wanted = [n and t is not None for n, t in zip(needs[len(x) :] or (False, False), stream, strict=True)]
+    d_stream = [torch.empty_like(t) if n and t is not None else None for n, t in zip(wanted, stream, strict=True)]
+    incoming, given, found = views((d_o,)), views(stream), views((d_state, *d_stream))
+    grads = _extension.attention_backward(
+        x,
+        needs[: len(x)],
+        x.key.shape[0],
+        lambda grads: _C.causal_backward(*_common(x, opt), *given, (*incoming, None, None, *grads), *found),
+    )
+    return *grads, *d_stream
 
 
 def _backward(
@@ -270,13 +300,12 @@ def _backward(
     state: tuple[Tensor | None, Tensor | None],
     incoming: tuple[Tensor | None, ...],
     needs: Sequence[bool],
-    causal: bool,
 ) -> Operands:
     return _extension.attention_backward(
         x,
         needs,
         x.key.shape[0],
-        lambda grads: _C.attention_backward(*_common(x, opt), *views(state), (*views(incoming), *grads), causal),
+        lambda grads: _C.attention_backward(*_common(x, opt), *views(state), (*views(incoming), *grads)),
     )
 
 

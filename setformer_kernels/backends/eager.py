@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ..problem import Operands, Options, Sinkhorn, compute_dtype, empty_in_order, memory_order
+from ..problem import NO_STREAM, Operands, Options, Sinkhorn, Stream, compute_dtype, empty_in_order, memory_order
 from ..reference.attention import attention_with_state, pool_with_state
 from ..reference.packed import packed_pool_with_state, packed_with_state
+from ..reference.state import empty_like as empty_state_like
 
 NAME = "eager"
 Gradients = Sequence[Tensor | None]  # in the order of the op's tensors, None where none is needed
@@ -126,13 +127,35 @@ def weight_factors_backward(
     return _vjp(lambda *t: reference.weight_factors(Operands(*t), opt), x, needs, [d_w_q, d_w_k])
 
 
-def causal(x: Operands, opt: Options) -> Tensor:
+def causal(x: Operands, opt: Options, stream: Stream = NO_STREAM, with_state: bool = False) -> tuple[Tensor, Tensor]:
     assert x.query is not None
-    return _in_order(x.query, reference.causal(x, opt))
+    if not with_state and all(t is None for t in stream):
+        return _in_order(x.query, reference.causal(x, opt)), empty_state_like(x, False)
+    o, state = reference.causal_with_state(x, opt, stream)
+    return _in_order(x.query, o), state.clone() if with_state else empty_state_like(x, False)
 
 
-def causal_backward(x: Operands, opt: Options, d_o: Tensor, needs: Sequence[bool]) -> Gradients:
-    return _vjp(lambda *t: reference.causal(Operands(*t), opt), x, needs, [d_o])
+def causal_backward(
+    x: Operands,
+    opt: Options,
+    d_o: Tensor,
+    needs: Sequence[bool],
+    stream: Stream = NO_STREAM,
+    d_state: Tensor | None = None,
+) -> Gradients:
+    """In the order of `Operands`, then of `Stream`."""
+    n = len(Operands._fields)
+
+    def run(*t: Tensor | None) -> tuple[Tensor, Tensor]:
+        return reference.causal_with_state(Operands(*t[:n]), opt, Stream(*t[n:]))  # type: ignore[arg-type]
+
+    needs = (*needs, *[False] * (n + len(stream) - len(needs)))
+    return _vjp(run, (*x, *stream), needs, [d_o, d_state])
+
+
+def step(x: Operands, opt: Options, states: Tensor, log_decay: Tensor | None, rows: Tensor | None) -> Tensor:
+    assert x.query is not None
+    return _in_order(x.query, reference.step(x, opt, states, log_decay, rows))
 
 
 def packed(x: Operands, opt: Options, cu_q: Tensor, cu_k: Tensor) -> tuple[Tensor, Tensor, Tensor]:

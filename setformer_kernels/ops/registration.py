@@ -337,6 +337,22 @@ def register(spec: Spec) -> Callable[..., Any]:
     return _called(_forward_function(spec, op, spec.run, call_backward), op, spec.run, n)
 
 
+def define(
+    name: str,
+    schema: str,
+    kernel: Callable[..., Any],
+    fake: Callable[..., Any],
+    autograd: Callable[..., Any],
+) -> Any:
+    """An op of one output without a backward; `autograd` stands behind the Autograd key."""
+    _library.define(f"{name}({schema}) -> Tensor")
+    op = getattr(getattr(torch.ops, NAMESPACE), name).default
+    _library.impl(name, kernel, "CompositeExplicitAutograd")
+    torch.library.register_fake(op.name(), fake, lib=_library)
+    _library.impl(name, autograd, "Autograd")
+    return op
+
+
 def _implement(op: Any, function: type, kernel: Callable[..., Any], fake: Callable[..., Any]) -> None:
     name = op.name().split("::")[1]
     _library.impl(name, kernel, "CompositeExplicitAutograd")

@@ -16,7 +16,7 @@ from .causal import log_weights, scan
 from .dense import DenseProblem, dense_weights, normalise_masses, query_masses, unknown
 from .dropout import dropout
 from .logits import kernel_matrix, logits
-from .state import width
+from .state import empty_like
 from .transport import INF, Plan, pool_weights, read_weights, resumed, sinkhorn
 
 __all__ = [
@@ -141,9 +141,8 @@ def causal_with_state(x: Operands, opt: Options, stream: Stream) -> tuple[Tensor
     x = widen(x)
     assert x.query is not None
     if x.key.shape[-2] == 0:
-        (b, h, _, e), m = x.value.shape, x.references.shape[1]
-        state = x.value.new_zeros((b, h, m, width(e))) if before is None else before.clone()
-        return x.query.new_zeros((*x.query.shape[:-1], e), dtype=dtype), state
+        state = empty_like(x).zero_() if before is None else before.clone()
+        return x.query.new_zeros((*x.query.shape[:-1], x.value.shape[-1]), dtype=dtype), state
     log_b, lam_a, lam_b = (
         reference_mass(x),
         *(hyper(x, opt, n).squeeze(-1) for n in ("key_relaxation", "reference_relaxation")),

@@ -18,6 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..problem import Operands, compute_dtype
 from .transport import INF
 
 # ln 2 in two parts, the first of ten bits: its products with integers are exact.
@@ -35,6 +36,13 @@ class Sums(NamedTuple):
 def width(e: int) -> int:
     """Columns of a state for values of E numbers."""
     return 2 * e + 3
+
+
+def empty_like(x: Operands, wanted: bool = True) -> Tensor:
+    """Memory for the state of a call [B, H, M, 2E + 3]; [B, H, 0, 0], which stands for none, where it is not wanted."""
+    b, h, _, e = x.value.shape
+    shape = (b, h, x.references.shape[1], width(e)) if wanted else (b, h, 0, 0)
+    return x.value.new_empty(shape, dtype=compute_dtype(x.key.dtype))
 
 
 def split(state: Tensor) -> Sums:

@@ -2,4 +2,4 @@
 
 #include "unit.h"
 
-SFK_KERNEL(causal, causal_forward, AttentionParams)
+SFK_KERNEL(causal, causal_forward, CausalParams)

@@ -2,4 +2,4 @@
 
 #include "unit.h"
 
-SFK_KERNEL(causal_backward, causal_backward, AttentionParams)
+SFK_KERNEL(causal_backward, causal_backward, CausalParams)

@@ -1,14 +1,15 @@
 // The kernels of each instruction set, as plain functions in a namespace of its name, and the choice among those the
 // machine has.
 #pragma once
-#include "../../params.h"
+#include "../../causal_params.h"
 
 // Every kernel: X(name, what it takes).
 #define SFK_EACH_KERNEL(X)               \
   X(attention, AttentionParams)          \
   X(attention_backward, AttentionParams) \
-  X(causal, AttentionParams)             \
-  X(causal_backward, AttentionParams)    \
+  X(causal, CausalParams)                \
+  X(causal_backward, CausalParams)       \
+  X(step, StepParams)                    \
   X(masked, MaskedParams)                \
   X(masked_backward, MaskedParams)       \
   X(packed, PackedParams)                \

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...problem import Operands, Options, Problem, Sinkhorn, beyond
+from ...problem import NO_STREAM, Operands, Options, Problem, Sinkhorn, Stream, beyond
 from .host.tiles import INTERPRETED, MAX_HEAD_DIM, MAX_REFERENCES
 
 NAME = "triton"
@@ -171,20 +171,35 @@ def read_backward(
         return backward.read_backward(x, opt, z, g, d_o, needs)
 
 
-def causal(x: Operands, opt: Options) -> Tensor:
-    """o [B, H, L, E], for T <= 1."""
+def causal(x: Operands, opt: Options, stream: Stream = NO_STREAM, with_state: bool = False) -> tuple[Tensor, Tensor]:
+    """o [B, H, L, E] for T <= 1, and the state after the last key."""
     from .causal import forward
 
     with _on_device(x.key):
-        return forward.causal(x, opt)
+        return forward.causal(x, opt, stream, with_state)
 
 
-def causal_backward(x: Operands, opt: Options, d_o: Tensor, needs: Sequence[bool]) -> Operands:
-    """As `attention_backward`, for the causal scan."""
+def causal_backward(
+    x: Operands,
+    opt: Options,
+    d_o: Tensor,
+    needs: Sequence[bool],
+    stream: Stream = NO_STREAM,
+    d_state: Tensor | None = None,
+) -> Gradients:
+    """As `attention_backward`, for the causal scan; then the gradients of `stream`."""
     from .causal import backward
 
     with _on_device(x.key):
-        return backward.causal_backward(x, opt, d_o, needs)
+        return backward.causal_backward(x, opt, d_o, needs, stream, d_state)
+
+
+def step(x: Operands, opt: Options, states: Tensor, log_decay: Tensor | None, rows: Tensor | None) -> Tensor:
+    """o [B, H, 1, E] of one token each; in place on `states` [N, H, M, 2E + 3]."""
+    from .causal import step
+
+    with _on_device(x.key):
+        return step.step(x, opt, states, log_decay, rows)
 
 
 def masked(x: Operands, mask: Tensor | None, opt: Options, causal: bool) -> Tensor:

@@ -6,6 +6,9 @@
 A ratio 2^{ω_sj − log C_ij}, s ≤ i, is at most 1.  As a product e_sj · 2^{ref_j − log C_ij} it is one matrix product for
 all pairs (i, s), exact while no prefix sum that counts lies more than `SPAN` below ref.  Where one does, and this is
 decided on the device, the pairs are formed one key at a time from differences of logarithms.
+
+Log gates sum to Γ_i from the chunk's first key on, and a ratio is 2^{ω_sj − log C_ij + Γ_i − Γ_s}.  As long as Γ is
+small it goes into ω: ω_sj − Γ_s, and all C of the chunk are 2^{−Γ_i} of what they are.  Else it stays beside it.
 """
 
 from typing import Any, NamedTuple
@@ -18,11 +21,16 @@ from ..device.plan import row_update
 from ..device.primitives import INF, SPAN, dot, finite_or_zero, log_sum, rounded, tokens_by
 from ..device.rows import key_mass
 
+FAINT = tl.constexpr(23.0)  # 16 in base 2: sums of gates up to which log weights keep their digits with them
+
 
 class Chunk(NamedTuple):
     """What the keys of one chunk weigh."""
 
     live: Any  # [BC] which keys take part
+    gamma: Any  # [BC] Γ, 0 where ω has it
+    fine: Any  # [BC] the digits of Γ beyond float32
+    to_end: Any  # [BC] what ω fades by until the chunk's end
     omega: Any  # [BC, MP]
     before: Any  # [MP]
     ref: Any  # [MP]
@@ -78,6 +86,12 @@ def row_of(x, s, empty):
 
 
 @triton.jit
+def at_key(x, s):
+    """Entry s of x [BC]."""
+    return tl.sum(tl.where(tl.arange(0, x.shape[0]) == s, x, 0.0), 0)
+
+
+@triton.jit
 def column_of(x, s):
     """Column s of x [N, BC]: [N]."""
     return tl.sum(tl.where((tl.arange(0, x.shape[1]) == s)[None, :], x, 0.0), 1)
@@ -91,25 +105,46 @@ def lower(x):
 
 
 @triton.jit
-def prefix_log_sums(omega, ref, before, narrow, count):
+def gate_sums(gates, number, chunk, length, ROWS: tl.constexpr):
+    """(Γ [BC] and its further digits, Γ of the whole chunk, what is left of Γ from each key to the chunk's end [BC]).
+
+    gates [BH, length padded to chunks, 2] in base 2, or None.
+    """
+    if gates is None:
+        none = tl.zeros([ROWS], tl.float32)
+        return none, none, 0.0, none
+    else:
+        first = number.to(tl.int64) * (tl.cdiv(length, ROWS) * ROWS) + chunk * ROWS
+        at = gates + (first + tl.arange(0, ROWS)) * 2
+        last = gates + (first + ROWS - 1) * 2
+        gamma, fine = tl.load(at), tl.load(at + 1)
+        whole = tl.load(last)
+        return gamma, fine, whole, (whole - gamma) + (tl.load(last + 1) - fine)
+
+
+@triton.jit
+def prefix_log_sums(omega, gamma, fine, ref, before, narrow, count):
     """log C [BC, MP]; −∞ before the first key."""
     log_c = omega
     if narrow:
         total = tl.cumsum(tl.exp2(omega - ref[None, :]), 0) + tl.exp2(before - ref)[None, :]
         log_c = log_sum(ref[None, :], total)
     else:
-        log_c = _prefix_key_by_key(omega, before, count)
+        log_c = _prefix_key_by_key(omega, gamma, fine, before, count)
     return log_c
 
 
 @triton.jit
-def _prefix_key_by_key(omega, before, count):
+def _prefix_key_by_key(omega, gamma, fine, before, count):
     """log C [BC, MP] of the first `count` rows without units."""
     i = tl.arange(0, omega.shape[0])
     log_c = omega
     so_far = before
+    last, last_fine = 0.0, 0.0
     for s in range(count):
-        key = row_of(omega, s, -INF)
+        key, here, here_fine = row_of(omega, s, -INF), at_key(gamma, s), at_key(fine, s)
+        so_far += (here - last) + (here_fine - last_fine)
+        last, last_fine = here, here_fine
         peak = finite_or_zero(tl.maximum(so_far, key))
         so_far = log_sum(peak, tl.exp2(so_far - peak) + tl.exp2(key - peak))
         log_c = tl.where((i == s)[:, None], so_far[None, :], log_c)
@@ -139,10 +174,10 @@ def chunk_weights(w, chunk, FACTOR: tl.constexpr, PRECISION: tl.constexpr):
         e = tl.exp2(chunk.omega - chunk.ref[None, :])
         a = lower(dot(rounded(scaled, FACTOR), tl.trans(rounded(e, FACTOR)), PRECISION))
     else:
-        carried = w * tl.exp2(chunk.before[None, :] - safe)
+        carried = w * tl.exp2(chunk.before[None, :] + chunk.gamma[:, None] - safe)
         i = tl.arange(0, BC)
         for s in range(chunk.count):
-            a = tl.where((i == s)[None, :], tl.sum(w * _ratio(chunk.omega, safe, s), 1)[:, None], a)
+            a = tl.where((i == s)[None, :], tl.sum(w * _ratio(chunk, safe, s), 1)[:, None], a)
     return a, carried
 
 
@@ -155,16 +190,25 @@ def chunk_log_weights(keys, masses, places, head, log_b, rows, uniform, rule, si
 
 
 @triton.jit
-def chunk_keys(keys, masses, places, head, log_c, at, number, uniform, rule, sizes, cut):
-    """(the rows of chunk `number` [BC], which of them are tokens, log b [MP], what its keys weigh)."""
+def chunk_keys(keys, masses, places, head, log_c, at, bh, number, scalars, rule, sizes, cut):
+    """(the rows of chunk `number` of head bh [BC], which of them are tokens, log b [MP], what its keys weigh)."""
     j = tl.arange(0, sizes.MP)
     before, log_b = tl.load(log_c + at * sizes.MP + j), tl.load(head.log_b + j)
     first = number * cut.ROWS
     rows, count = first + tl.arange(0, cut.ROWS), tl.minimum(keys.count - first, cut.ROWS)
-    live, omega = chunk_log_weights(keys, masses, places, head, log_b, rows, uniform, rule, sizes, cut)
-    ref, narrow = column_units(omega, before)
-    so_far = prefix_log_sums(omega, ref, before, narrow, count)
-    return rows, rows < keys.count, log_b, Chunk(live, omega, before, ref, narrow, so_far, count)
+    live, omega = chunk_log_weights(keys, masses, places, head, log_b, rows, scalars.uniform, rule, sizes, cut)
+    gamma, fine, whole, to_end = gate_sums(scalars.gates, bh, number, keys.count, cut.ROWS)
+    tilted = omega
+    if scalars.gates is not None:
+        tilted = omega - gamma[:, None]
+    ref, narrow = column_units(tilted, before)
+    if scalars.gates is not None:
+        narrow = narrow & (whole >= -FAINT)
+        omega = tl.where(narrow, tilted, omega)
+        gamma, fine = tl.where(narrow, 0.0, gamma), tl.where(narrow, 0.0, fine)
+        to_end = tl.where(narrow, whole, to_end)
+    so_far = prefix_log_sums(omega, gamma, fine, ref, before, narrow, count)
+    return rows, rows < keys.count, log_b, Chunk(live, gamma, fine, to_end, omega, before, ref, narrow, so_far, count)
 
 
 @triton.jit
@@ -179,17 +223,19 @@ def pooled_products(d, from_means, chunk, FACTOR: tl.constexpr, cut):
         inside += tl.exp2(chunk.before - chunk.ref)[None, :] * from_means
         products = tl.where(seen, tl.exp2(chunk.ref[None, :] - safe) * inside, 0.0)
     else:
-        products = tl.exp2(chunk.before[None, :] - safe) * from_means
+        products = tl.exp2(chunk.before[None, :] + chunk.gamma[:, None] - safe) * from_means
         for s in range(chunk.count):
-            products += column_of(d, s)[:, None] * _ratio(chunk.omega, safe, s)
+            products += column_of(d, s)[:, None] * _ratio(chunk, safe, s)
     return products
 
 
 @triton.jit
-def _ratio(omega, log_c, s):
-    """e^{ω_s}/C_i [BC, MP] of key s; 0 for earlier queries."""
-    reached = tl.arange(0, omega.shape[0]) >= s
-    return tl.exp2(tl.where(reached[:, None], row_of(omega, s, -INF)[None, :] - log_c, -INF))
+def _ratio(chunk, log_c, s):
+    """e^{ω_s + Γ_i − Γ_s}/C_i [BC, MP] of key s; 0 for earlier queries."""
+    reached = tl.arange(0, chunk.omega.shape[0]) >= s
+    fade = (chunk.gamma - at_key(chunk.gamma, s)) + (chunk.fine - at_key(chunk.fine, s))
+    weight = row_of(chunk.omega, s, -INF)[None, :] + fade[:, None]
+    return tl.exp2(tl.where(reached[:, None], weight - log_c, -INF))
 
 
 @triton.jit
@@ -211,11 +257,37 @@ def key_gradient(w, d_log_c, d, chunk, FACTOR: tl.constexpr, cut):
         a = tl.zeros_like(d)
         d_omega = tl.zeros_like(chunk.omega)
         for s in range(chunk.count):
-            ratio = _ratio(chunk.omega, safe, s)
+            ratio = _ratio(chunk, safe, s)
             a = tl.where((i == s)[None, :], tl.sum(w * ratio, 1)[:, None], a)
             row = tl.sum(ratio * (column_of(d, s)[:, None] * w + d_log_c), 0)
             d_omega = tl.where((i == s)[:, None], row[None, :], d_omega)
     return a, d_omega
+
+
+@triton.jit
+def crossings(w, d_log_c, d, chunk, from_keys, FACTOR: tl.constexpr, PRECISION: tl.constexpr):
+    """What passes each key r of the chunk [BC]: from its earlier keys to its own later queries, and to later chunks.
+
+    Σ_{i≥r>s} Σ_j e^{ω_sj}/C_ij (W_ij ⟨do_i, v_s⟩ + d log C_ij) + Σ_{s<r} from_keys_s, as sums over the pairs that
+    cross: as a difference of sums over all pairs, it would have their rounding errors.
+    """
+    i = tl.arange(0, d.shape[0])
+    seen = chunk.log_c > -INF
+    safe = finite_or_zero(chunk.log_c)
+    pairs = d
+    if chunk.narrow:
+        e = tl.trans(rounded(tl.exp2(chunk.omega - chunk.ref[None, :]), FACTOR))
+        fade = tl.where(seen, tl.exp2(chunk.ref[None, :] - safe), 0.0)
+        pairs = d * dot(rounded(w * fade, FACTOR), e, PRECISION)
+        pairs = lower(pairs + dot(rounded(d_log_c * fade, FACTOR), e, PRECISION))
+    else:
+        pairs = tl.zeros_like(d)
+        for s in range(chunk.count):
+            column = tl.sum((column_of(d, s)[:, None] * w + d_log_c) * _ratio(chunk, safe, s), 1)
+            pairs = tl.where((i == s)[None, :], column[:, None], pairs)
+    later = tl.cumsum(pairs, 0, reverse=True)
+    inside = tl.sum(tl.where(i[:, None] > i[None, :], later, 0.0), 1)
+    return inside + tl.sum(tl.where(i[:, None] > i[None, :], from_keys[None, :], 0.0), 1)
 
 
 @triton.jit

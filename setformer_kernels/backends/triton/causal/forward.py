@@ -16,7 +16,8 @@ from __future__ import annotations
 import triton.language as tl
 from torch import Tensor
 
-from ....problem import Operands, Options, replaced
+from ....problem import Operands, Options, Stream, replaced
+from ....reference.state import empty_like
 from ..device.head import head_of
 from ..device.logits import token_logits
 from ..device.places import places_of
@@ -25,11 +26,12 @@ from ..device.rows import load_rows, rows_of, store_rows
 from ..device.softmax import dropout_constants, kept_weights
 from ..host.groups import cut_of, rule_of, sizes_of
 from ..host.launch import device_of, kernel, launch
-from ..host.rows import log2_uniform, rows_like, stride_step, strided, unit_rows
+from ..host.rows import rows_like, stride_step, strided, unit_rows
 from ..host.tiles import Tile, tile
 from ..parameters.prepare import References, prepare
 from .chunk import chunk_keys, chunk_weights, place, query_weights, state_at
-from .state import Arguments, Part, Scalars, new_passed, parts, scan
+from .gates import gates_of
+from .state import Arguments, Gates, Part, Scalars, new_passed, parts, scan
 
 
 @kernel
@@ -61,7 +63,7 @@ def causal_kernel(
     places = places_of(key_position, references, b, h, stride_pb, stride_ph, stride_pn, sizes) if sizes.P > 0 else None
     head = head_of(references, h, sizes, cut)
     rows, asked, log_b, known = chunk_keys(
-        keys, masses, places, head, states.log_c, at, chunk, scalars.uniform, rule, sizes, cut
+        keys, masses, places, head, states.log_c, at, number, chunk, scalars, rule, sizes, cut
     )
     l, kappa, cosine, inverse, first_columns = token_logits(queries, rows, asked, asking, head, rule.DOT, sizes, cut)
     w = query_weights(l, log_b, known.log_c, head.lam_b, rule.UPDATE_ROWS)
@@ -77,29 +79,34 @@ def causal_kernel(
         store_rows(outputs, rows, asked, e, sizes.E, o)
 
 
-def causal(x: Operands, opt: Options) -> Tensor:
-    """o [B, H, L, E] in the dtype and memory order of the queries, for T ≤ 1."""
+def causal(x: Operands, opt: Options, stream: Stream, with_state: bool) -> tuple[Tensor, Tensor]:
+    """o [B, H, L, E] in the dtype and memory order of the queries, for T ≤ 1, and the state after the last key."""
     assert x.query is not None
-    output = rows_like(x.query, x.value.shape[-1])
-    x, sizes = with_unit_rows(x), sizes_of(x)
+    output, state = rows_like(x.query, x.value.shape[-1]), empty_like(x, with_state)
+    sizes = sizes_of(x)
     t = tile("chunk", device_of(x.key).family, max(sizes.MP, sizes.DP, sizes.EP), x.key.element_size())
-    arguments = chunk_arguments(x, prepare(x, opt), opt, t, output.rows)
-    for stretches in parts(x, t.rows, sizes.MP * (sizes.EP + 5)):
-        _heads(stretches, arguments)
-    return output.delivered()
+    x, gates = with_unit_rows(x), gates_of(stream, x.key.shape[2], t.rows, False)
+    arguments = chunk_arguments(x, prepare(x, opt), opt, t, output.rows, gates)
+    for stretches in parts(x, t.rows, sizes.MP * (sizes.EP + 6)):
+        passed = _heads(stretches, arguments)
+        if with_state:
+            first = stretches[0].first_head
+            state.flatten(0, 1)[first : first + passed.shape[0]].copy_(passed[:, -1])
+    return output.delivered(), state
 
 
-def _heads(stretches: list[Part], arguments: Arguments) -> None:
-    """Writes the rows of some heads; what it allocates goes when it returns."""
+def _heads(stretches: list[Part], arguments: Arguments) -> Tensor:
+    """Writes the rows of some heads; the state after each stretch.  What else it allocates goes when it returns."""
     passed = new_passed(stretches[0], arguments)
     for part in stretches:
         _part(part, arguments, passed)
+    return passed
 
 
-def _part(part: Part, arguments: Arguments, passed: tuple[Tensor, Tensor]) -> None:
+def _part(part: Part, arguments: Arguments, passed: Tensor) -> None:
     """One stretch of some heads."""
     sizes = arguments.sizes
-    room = passed[1].new_empty((part.heads, part.chunks, sizes.MP, sizes.EP))
+    room = passed.new_empty((part.heads, part.chunks, sizes.MP, sizes.EP))
     states = scan(part, arguments, passed, room)
     tensors = (*arguments.tokens, *arguments.output, arguments.references, arguments.scalars, states)
     args = (*tensors, *arguments.counts(part), arguments.threshold)
@@ -112,7 +119,9 @@ def with_unit_rows(x: Operands) -> Operands:
     return replaced(x, **{name: unit_rows(getattr(x, name)) for name in names})
 
 
-def chunk_arguments(x: Operands, prepared: References, opt: Options, t: Tile, output: Tensor) -> Arguments:
+def chunk_arguments(
+    x: Operands, prepared: References, opt: Options, t: Tile, output: Tensor, gates: Gates
+) -> Arguments:
     """What the kernels on chunks share; `output` is o, or the gradient that arrives there."""
     assert x.query is not None
     (_, h, l, _), device, sizes = x.key.shape, device_of(x.key), sizes_of(x)
@@ -121,7 +130,9 @@ def chunk_arguments(x: Operands, prepared: References, opt: Options, t: Tile, ou
     log_a, asking, places = strided(x.log_a), strided(x.query_position), strided(x.key_position)
     tokens, keys = (*query, *key, *value, *log_a, *asking, *places), (*key, *value, *log_a, *places)
     threshold, keep_scale = dropout_constants(opt.dropout_p)
-    scalars = Scalars(x.seed, keep_scale, log2_uniform(l))
+    scalars = Scalars(
+        x.seed, keep_scale, 0.0, gates.sums
+    )  # a mass is 1 where none is given: a state must not depend on L
     across = 16 * t.warps <= sizes.MP
     rule = rule_of(opt).compiled
     # The backward pass on keys has more operands: with warps across the references they take 255 registers and spill,
@@ -132,4 +143,6 @@ def chunk_arguments(x: Operands, prepared: References, opt: Options, t: Tile, ou
         for shared in (across, keys_across)
     )
     written = strided(output, step)
-    return Arguments(tokens, keys, written, prepared, scalars, h, l, threshold, sizes, across, constants, of_keys, t)
+    return Arguments(
+        tokens, keys, written, prepared, scalars, gates, h, l, threshold, sizes, across, constants, of_keys, t
+    )

@@ -47,7 +47,7 @@ def store_gradient(x, dl, kappa, cosine, inverse, rows, asked, live, out, y, par
 
 
 @triton.jit
-def store_parts(dl, total, kappa, cosine, beta, places, rows, live, parts, at, d_lam_a, ADD, DOT, sizes):
+def store_parts(dl, total, kappa, cosine, beta, places, rows, live, parts, at, d_lam_a, ADD, BALANCED, DOT, sizes):
     """One chunk's parts of the hyperparameters and of the reference positions, added to what stands there where ADD."""
     d_tau = 0.0
     if sizes.P > 0:
@@ -60,7 +60,7 @@ def store_parts(dl, total, kappa, cosine, beta, places, rows, live, parts, at, d
                 pi_sums += tl.load(out)
             tl.store(out, pi_sums)
     if parts.sums is not None:
-        beta_rows, epsilon_rows = kernel_sums(dl, kappa, cosine, beta, True, DOT)
+        beta_rows, epsilon_rows = kernel_sums(dl, kappa, cosine, beta, BALANCED, DOT)
         d_beta, d_epsilon = tl.sum(beta_rows), tl.sum(epsilon_rows)
         d_lam_b = tl.load(sum_at(parts.sums, at, "reference_relaxation"))  # of the query kernel
         if ADD:
@@ -79,7 +79,7 @@ def causal_tokens_backward_kernel(
     d_log_a, stride_mb, stride_mh, stride_mn,  # [B, H, L] or None
     references, d_logits, parts,  # References, [heads, chunks, BC, MP], Partials of the chunks
     H, L, chunks, first_head, first_chunk,
-    KEYS: tl.constexpr, rule, sizes, cut,
+    KEYS: tl.constexpr, BALANCED: tl.constexpr, rule, sizes, cut,
 ):  # fmt: skip
     """One chunk's dq from dS; of KEYS dk and d log a from dω, and their parts added to those of the queries."""
     at, number, chunk = place(chunks, first_head, first_chunk)
@@ -108,8 +108,8 @@ def causal_tokens_backward_kernel(
             p, top, total, f = row_update(l, tl.load(head.log_b + j), d_f, head.lam_a)
             from_rows = p * (head.lam_a * d_f / total)[:, None]
             dl -= from_rows
-            # Σ df = 0, as in `kernel_sums`
-            d_lam += tl.sum(d_f * (top + tl.log2(total) - (middle - 1.0) * head.scale)) * LN2
+            shift = (middle - 1.0) * head.scale if BALANCED else 0.0  # Σ df = 0, as in `kernel_sums`
+            d_lam += tl.sum(d_f * (top + tl.log2(total) - shift)) * LN2
             tl.store(part_log_b, tl.load(part_log_b) - tl.sum(from_rows, 0))
     else:
         tl.store(part_log_b, tl.sum(dl, 0))
@@ -118,7 +118,9 @@ def causal_tokens_backward_kernel(
         tokens, dl, kappa, cosine, inverse, rows, asked, live, out, head.y, parts.y, at, factor, KEYS, rule.DOT, sizes,
         cut,
     )  # fmt: skip
-    store_parts(dl, row_sums, kappa, cosine, head.beta, places, rows, live, parts, at, d_lam, KEYS, rule.DOT, sizes)
+    store_parts(
+        dl, row_sums, kappa, cosine, head.beta, places, rows, live, parts, at, d_lam, KEYS, BALANCED, rule.DOT, sizes
+    )
 
 
 @triton.jit
@@ -174,7 +176,9 @@ def tokens_backward(
     rows = (*strided(tokens, step), *strided(log_a), *strided(getattr(x, name + "_position")))
     args = (*rows, *strided(out[name]), *strided(d_log_a), arguments.references, d_logits, slots)
     cut = cut_of(arguments.tile, arguments.sizes, device_of(tokens), step, arguments.across)
-    constants = arguments.constants | {"KEYS": keys, "cut": cut.compiled}
+    # What the gradients of all keys' logits sum to, a state takes or gives a share of.
+    balanced = not keys or (arguments.gates.initial is None and not arguments.gates.follows)
+    constants = arguments.constants | {"KEYS": keys, "BALANCED": balanced, "cut": cut.compiled}
     programs = part.heads * part.chunks
     launch(causal_tokens_backward_kernel, programs, (*args, *arguments.counts(part)), constants, arguments.tile)
 

@@ -1,0 +1,26 @@
+// What the causal scan and its single steps take beside what attention takes.
+#pragma once
+#include "params.h"
+
+namespace sfk {
+
+// States are laid out as reference/state.py says.
+struct CausalParams : AttentionParams {
+  View log_decay;             // [B,H,S] F, <= 0; 0 where a key takes no part
+  View initial, final_state;  // [B,H,M,2E+3] F
+  View d_final;               // incoming, as final_state
+  View d_log_decay, d_initial;
+
+  CausalParams() = default;
+  explicit CausalParams(const AttentionParams& p) : AttentionParams(p) {}
+};
+
+// One token of each batch element: L = S = 1.
+struct StepParams : CausalParams {
+  View states;                    // [N,H,M,2E+3] F, rows without gaps; in place
+  const int32_t* rows = nullptr;  // [B] which state is whose, -1: none; null: each its own
+
+  explicit StepParams(const AttentionParams& p) : CausalParams(p) {}
+};
+
+}  // namespace sfk

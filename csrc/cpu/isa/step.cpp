@@ -1,0 +1,5 @@
+#include "../step.h"
+
+#include "unit.h"
+
+SFK_KERNEL(step, causal_step, StepParams)

@@ -1,0 +1,46 @@
+"""How log gates and states reach the kernels, and how their gradients come back."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ....problem import Stream
+from .state import Gates
+
+
+def gates_of(stream: Stream, length: int, rows: int, follows: bool) -> Gates:
+    """What a scan in chunks of so many rows takes of `stream`; follows: whether the final state has a gradient."""
+    initial, sums, decay = stream.initial_state, None, None
+    if stream.log_decay is not None:
+        padded = F.pad(stream.log_decay.double(), (0, -length % rows)).flatten(0, 1)  # [BH, chunks · rows]
+        gamma = padded.unflatten(1, (-1, rows)).cumsum(2)
+        decay = gamma[..., -1].float()
+        gamma = gamma.flatten(1) / math.log(2)
+        first = gamma.float()
+        sums = torch.stack((first, (gamma - first).float()), -1)
+    initial = None if initial is None else initial.contiguous()
+    return Gates(sums, decay, initial, math.ceil(length / rows), int(follows))
+
+
+def gate_gradient(crossing: Tensor | None, incoming: Tensor | None, through: Tensor | None) -> Tensor:
+    """d log γ [heads, chunks, BC]: the gradient that passes each key, of any earlier key and any later query.
+
+    crossing, incoming [heads, chunks, BC]: to and from keys of the chunk, see `backward.Work`; through [heads, chunks,
+    programs]: what passes the whole chunk.
+    """
+    assert crossing is not None
+    assert incoming is not None
+    assert through is not None
+    return crossing + incoming.flip(2).cumsum(2).flip(2) + through.sum(2, keepdim=True)
+
+
+def state_gradient(state: Tensor, back: tuple[Tensor, Tensor], out: Tensor) -> None:
+    """Writes that of a state [heads, M, 2E + 3] from what reached it in units of C, [.., MP, EP] and [.., MP]."""
+    m, e = state.shape[1], state.shape[2] // 2 - 1
+    c = (state[..., e] + state[..., 2 * e + 1]).unsqueeze(-1)
+    both = torch.cat((back[0][:, :m, :e], back[1][:, :m, None]), -1) / torch.where(c > 0, c, torch.inf)
+    torch.cat((both, both, torch.zeros_like(c)), -1, out=out)

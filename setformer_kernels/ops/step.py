@@ -1,0 +1,68 @@
+"""The op of one token a sequence, on states that it writes.
+
+    set_step          states [N, H, M, 2E + 3], Operands (L = S = 1), log_decay [B, H, 1]?, rows int32 [B]?, Options
+                      -> o [B, H, 1, E]
+
+It has no derivative: what it would need is written over.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from ..problem import Operands, Options
+from .direct import differentiated, unwatched
+from .operands import N_OPERANDS, OPERANDS, OPTIONS, backend_of, fake_output, flops
+from .registration import define
+
+N_TENSORS = N_OPERANDS + 3
+NO_GRADIENT = "set_step has no gradient: call it under torch.no_grad(), or set_causal with initial_state"
+
+
+def _split(args: Sequence[Any]) -> tuple[Tensor, Operands, Tensor | None, Tensor | None, Options]:
+    decay, rows = args[N_OPERANDS + 1 : N_TENSORS]
+    return args[0], Operands(*args[1 : N_OPERANDS + 1]), decay, rows, Options(*args[N_TENSORS:])
+
+
+def _run(*args: Any) -> Tensor:
+    states, x, decay, rows, opt = _split(args)
+    o = backend_of("causal", x, opt).step(x, opt, states, decay, rows)
+    if not states.is_inference():
+        torch.autograd.graph.increment_version(states)
+    return o
+
+
+def _refuse(*args: Any) -> Tensor:
+    """The kernel of the Autograd key."""
+    if differentiated(args):
+        raise RuntimeError(NO_GRADIENT)
+    with torch._C._AutoDispatchBelowAutograd():
+        return _op(*args)
+
+
+_tensors = ", ".join(f"Tensor{'?' if optional else ''} {name}" for name, (_, optional) in OPERANDS.items())
+_op = define(
+    "set_step",
+    f"Tensor(a!) states, {_tensors}, Tensor? log_decay, Tensor? rows, {OPTIONS}",
+    kernel=_run,
+    fake=lambda *args: fake_output(_split(args)[1]),
+    autograd=_refuse,
+)
+
+
+def set_step(*args: Any) -> Tensor:
+    """The op as this package calls it: through the dispatcher where anybody has to see it."""
+    if not unwatched(args[:N_TENSORS]):
+        return _op(*args)
+    if differentiated(args):
+        raise RuntimeError(NO_GRADIENT)
+    return _run(*args)
+
+
+# κ of key and query, the state taking in a value, and the read.
+register_flop_formula(torch.ops.setformer_kernels.set_step)(flops(1, 1, 1))
