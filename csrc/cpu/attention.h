@@ -86,12 +86,6 @@ struct KeySource {
     Ahead ahead = ahead_of(p.key, b, h, lo + row0, n);
     logits_of<F>(refs, n, x, inv, pos, tile, &ahead);
   }
-  F least() const { return refs.least(); }
-  void kernels(int64_t row0, int64_t n, F* tile) {
-    load_keys(row0, n);
-    Ahead ahead = ahead_of(p.key, b, h, lo + row0, n);
-    exp_logits_of<F>(refs, n, x, inv, static_cast<const F*>(nullptr), tile, static_cast<F*>(nullptr), &ahead);
-  }
   void values(int64_t row0, int64_t n, F* tile) { load_rows<F>(p.value, b, h, lo + row0, n, la + row0, tile, Ep); }
   Ahead values_ahead(int64_t row0, int64_t n) const { return ahead_of(p.value, b, h, lo + row0, n); }
   static constexpr bool wants_f() { return false; }
@@ -147,8 +141,7 @@ class ForwardWorker {
         transport_(p.S, cache_rows<F>(p, threads), tile_rows(refs_.Mp), refs_.Mp, pad<F>(p.E), p.T, bool(p.w_k)),
         weights_(tile_rows(refs_.Mp) * refs_.Mp),
         out_(tile_rows(refs_.Mp) * pad<F>(p.E)),
-        scale_(tile_rows(refs_.Mp)),
-        shift_(refs_.Mp) {}
+        scale_(tile_rows(refs_.Mp)) {}
   ColumnState<F>& shared() { return transport_.state; }
 
   void run(int64_t item, const Team& team) {
@@ -194,18 +187,9 @@ class ForwardWorker {
     }
   }
 
-  // g, less its maximum, beside the logits of any query; false where that may leave the range of F.
-  bool set_shift() {
-    const F top = *std::max_element(transport_.g + 0, transport_.g + p_.M);
-    const F slope = static_cast<F>(kLog2e * refs_.inv_eps);
-    for (int64_t j = 0; j < refs_.Mp; ++j) shift_[j] = static_cast<F>(kLog2e) * (transport_.g[j] - top) - slope;
-    return refs_.least() >= -Limits<F>::kRange / 2 && top > -kInf<F>;
-  }
-
   void read(int64_t b, int64_t h, const Team& team, bool any) {
     const int64_t rows = tile_rows(refs_.Mp), Mp = refs_.Mp, Ep = pad<F>(p_.E);
     const auto [lo, hi] = team.share(p_.L, rows);
-    const bool close = any && set_shift();
     for (int64_t row0 = lo; row0 < hi; row0 += rows) {
       const int64_t n = std::min(rows, hi - row0);
       if (any) {
@@ -213,13 +197,8 @@ class ForwardWorker {
         if (refs_.rbf) inverse_norms<F>(source_.x, n, refs_.Dp, source_.inv);
         if (refs_.P) load_rows<F>(p_.query_pos, b, h, row0, n, nullptr, source_.pos, refs_.P);
         Ahead ahead = ahead_of(p_.query, b, h, row0, n), ahead_o = ahead_of(p_.o, b, h, row0, n);
-        if (close) {
-          exp_logits_of<F>(refs_, n, source_.x, source_.inv, shift_, weights_, scale_, &ahead);
-          for (int64_t i = 0; i < n; ++i) scale_[i] = 1 / scale_[i];
-        } else {
-          logits_of<F>(refs_, n, source_.x, source_.inv, source_.pos, weights_, &ahead);
-          exp_rows<F>(n, Mp, weights_, transport_.g, scale_);
-        }
+        logits_of<F>(refs_, n, source_.x, source_.inv, source_.pos, weights_, &ahead);
+        exp_rows<F>(n, Mp, weights_, transport_.g, scale_);
         drop<F>(p_, b, h, row0, n, Mp, weights_);
         gemm<F>(n, Ep, p_.M, weights_, Mp, 1, transport_.z, Ep, out_, Ep, false, &ahead_o);
       } else {
@@ -236,7 +215,7 @@ class ForwardWorker {
   Refs<F> refs_;
   KeySource<F> source_;
   Transport<F, KeySource<F>> transport_;
-  Buffer<F> weights_, out_, scale_, shift_;
+  Buffer<F> weights_, out_, scale_;
 };
 
 template <class F>

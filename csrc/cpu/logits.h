@@ -179,25 +179,5 @@ void logits_of(const Refs<F>& r, int64_t n, const F* x, const F* inv, const F* p
   }
 }
 
-// e^ℓ of the rows where Refs::least() is finite, and of columns M.. whatever: two exponentials, without a maximum.  A
-// row's factors e^{add_j} [Mp], by their logarithms to base 2, or null for 1.
-template <class F>
-void exp_logits_of(const Refs<F>& r, int64_t n, const F* x, const F* inv, const F* add, F* tile, F* sums,
-                   Ahead* ahead = nullptr) {
-  gemm<F>(n, r.Mp, r.D, x, r.Dp, 1, r.yt, r.Mp, tile, r.Mp, false, ahead);
-  const F away = static_cast<F>(kLog2e * r.beta), slope = static_cast<F>(kLog2e * r.inv_eps);
-  for (int64_t i = 0; i < n; ++i, tile += r.Mp) {
-    const F scale = away * inv[i];
-    Vec<F> sum{};
-    for (int64_t j = 0; j < r.Mp; j += kLanes<F>) {
-      const Vec<F> kappa = vexp2<F>(load(tile + j) * scale - away);
-      const Vec<F> w = vexp2<F>(kappa * slope + (add ? load(add + j) : splat(-slope)));
-      sum += w;
-      store(tile + j, w);
-    }
-    if (sums) sums[i] = reduce_add<F>(sum);
-  }
-}
-
 }  // namespace
 }  // namespace sfk

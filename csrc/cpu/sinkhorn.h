@@ -35,8 +35,6 @@ struct MatrixSource {
       fill(tile, Mp, F(0));
     }
   }
-  static constexpr F least() { return -kInf<F>; }
-  void kernels(int64_t, int64_t, F*) {}
   void values(int64_t, int64_t, F*) {}
   Ahead values_ahead(int64_t, int64_t) const { return {}; }
   bool wants_f() const { return bool(p.f); }

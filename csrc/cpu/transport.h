@@ -121,9 +121,8 @@ struct ColumnState {
   bool lone;              // one row takes part in the head, and it is here: it is pooled with weight 1 exactly
 };
 
-// Source: least(): the least logit there can be, where the largest is 0 (−inf: not known beforehand), and then
-// kernels(row0, n, tile), which are e^ℓ; logits(row0, n, tile), values(row0, n, tile), values_ahead(row0, n),
-// wants_f(), store_f(row0, n, f); rows count from this thread's first one.
+// Source: logits(row0, n, tile), values(row0, n, tile), values_ahead(row0, n), wants_f(), store_f(row0, n, f); rows
+// count from this thread's first one.
 template <class F, class Source>
 class Transport {
  public:
@@ -245,13 +244,6 @@ F* Transport<F, Source>::rows_tile(Source& src, int64_t row0, int64_t n, bool fi
   const bool cached = (passes_ > 1 || keep_) && row0 + n <= cache_rows_;
   F* tile = cached ? cache_ + row0 * Mp_ : tile_.data();
   if (cached && !first) return tile;
-  const F least = kLog ? -kInf<F> : src.least();
-  if (least >= -Limits<F>::kRange / 2) {  // half of the range is left to e^g
-    src.kernels(row0, n, tile);
-    fill(m_ + row0, n, F(0));
-    state.lowest = least;
-    return tile;
-  }
   src.logits(row0, n, tile);
   if (kLog)
     shift_rows<F>(n, M, Mp_, tile, la + row0, m_ + row0);

@@ -107,9 +107,10 @@ class Projections(nn.MultiheadAttention):
 
     def _heads(self, x: Tensor, first: int, last: int) -> list[Tensor]:
         """Tokens in any layout through the projections first..last-1 -> a view [B, heads, N, D] of each."""
-        heads = (self.num_heads, self.key_heads, self.key_heads)[first:last]
+        keys = self.key_heads
+        heads = (self.num_heads, keys, keys)[first:last]
         projected = self._projection(x, first, last)
-        parts = projected.view(*x.shape[:-1], sum(heads), self.head_dim).split(heads, -2)
+        parts = projected.view(*x.shape[:-1], sum(heads), self.head_dim).split_with_sizes(heads, -2)
         if x.dim() == 2:
             return [one.transpose(0, 1).unsqueeze(0) for one in parts]
         if self.batch_first:

@@ -23,7 +23,7 @@ from ..device.primitives import INF, LOG2E, finite_or_zero, rounded
 from ..device.rows import few_keys, rows_of, segment_of
 from ..host.groups import Segments, rule_of, sizes_of
 from ..host.launch import kernel, launch
-from ..host.rows import log2_uniform, strided_rows
+from ..host.rows import log2_uniform, strided
 from ..host.tiles import Tile
 from ..parameters.gradients import Partials
 from ..parameters.prepare import References
@@ -245,7 +245,7 @@ def merged_state(
     )
     rows = max(1, TILE.depth // sizes.EP)
     tensors = (
-        *strided_rows(x.log_a, keys_at.first is not None),
+        *strided(x.log_a, packed=keys_at.first is not None),
         prepared,
         out,
         given.part_z,

@@ -22,7 +22,7 @@ from ..device.rows import rows_of, segment_of, store_rows
 from ..device.softmax import below_top, dropout_constants, dropout_stream, kept_weights, numerators
 from ..host.groups import Dropout, Segments, cut_of, rule_of, sizes_of
 from ..host.launch import device_of, kernel, launch
-from ..host.rows import rows_like, stride_step, strided_rows, unit_rows
+from ..host.rows import rows_like, stride_step, strided, unit_rows
 from ..host.tiles import tile
 from ..parameters.prepare import References
 
@@ -152,8 +152,8 @@ def read(
         output.rows.zero_()
     threshold, keep_scale = dropout_constants(opt.dropout_p)
     step = stride_step(query, output.rows)
-    rows = (*strided_rows(query, packed, step), *strided_rows(unit_rows(x.query_position), packed))
-    tokens = (*rows, *strided_rows(output.rows, packed, step))
+    rows = (*strided(query, step, packed), *strided(unit_rows(x.query_position), packed=packed))
+    tokens = (*rows, *strided(output.rows, step, packed))
     groups = (prepared, queries_at or Segments(), Pooled(z, g, None), Dropout(seeds_of(x, queries_at), keep_scale))
     rule = rule_of(opt, read_range(x, opt))
     constants = {"rule": rule.compiled, "sizes": sizes.compiled, "cut": cut_of(t, sizes, device, step).compiled}

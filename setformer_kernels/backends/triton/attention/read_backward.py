@@ -22,7 +22,7 @@ from ..device.rows import few_keys, load_rows, rows_of, segment_of
 from ..device.softmax import below_top, dropout_constants, dropout_stream, numerators, read_gradient
 from ..host.groups import Dropout, Segments, cut_of, rule_of, sizes_of
 from ..host.launch import Split, device_of, kernel, launch
-from ..host.rows import stride_step, strided_rows, unit_rows
+from ..host.rows import stride_step, strided, unit_rows
 from ..parameters.gradients import Partials
 from ..parameters.prepare import References
 from .read import Pooled, dual_potential, given_potential, load_pooled, read_range, seeds_of, store_zeros
@@ -138,8 +138,8 @@ def read_backward(
     # Of a memory nothing is known of its keys: as many as keep every gradient.
     keys, iterations = (2, 1) if pooled.c is None else (x.key.shape[2], pooled.c.shape[2])
     step = stride_step(query, d_o, d_query)
-    tokens = (*strided_rows(query, packed, step), *strided_rows(d_o, packed, step), *strided_rows(x.log_a, packed))
-    tokens = (*tokens, *strided_rows(unit_rows(x.query_position), packed), *strided_rows(d_query, packed, step))
+    tokens = (*strided(query, step, packed), *strided(d_o, step, packed), *strided(x.log_a, packed=packed))
+    tokens = (*tokens, *strided(unit_rows(x.query_position), packed=packed), *strided(d_query, step, packed))
     dropout = Dropout(seeds_of(x, queries_at), keep_scale)
     groups = (prepared, queries_at, keys_at, pooled, dropout, part_z, parts)
     counts = (h, l, keys, *split, parts.log_b.shape[1], iterations, threshold)

@@ -28,7 +28,7 @@ from ..device.primitives import INF, LN2, column_sum, dot, finite_or_zero, merge
 from ..device.rows import key_mass, load_rows, rows_of, segment_of, uniform_mass
 from ..host.groups import Segments, Sizes, cut_of, rule_of, sizes_of
 from ..host.launch import Split, device_of, kernel, launch, split_tokens
-from ..host.rows import log2_uniform, stride_step, strided_rows, unit_rows
+from ..host.rows import log2_uniform, stride_step, strided, unit_rows
 from ..host.tiles import Tile, tile
 from ..parameters.prepare import References
 
@@ -252,8 +252,8 @@ def column_sums(
     pooled = new((*shape, sizes.EP))
     step = stride_step(key, value)
     cuts = [cut_of(own, sizes, device, step, across) for own in (t, pooling)]
-    rows = (*strided_rows(key, packed, step), *strided_rows(value, packed, step))
-    tokens = (*rows, *strided_rows(x.log_a, packed), *strided_rows(position, packed), prepared, keys_at)
+    rows = (*strided(key, step, packed), *strided(value, step, packed))
+    tokens = (*rows, *strided(x.log_a, packed=packed), *strided(position, packed=packed), prepared, keys_at)
     constants: dict[str, Any] = {"rule": rule_of(opt, known).compiled, "sizes": sizes.compiled}
     iterations, uniform = c.shape[2], log2_uniform(s)
     for iteration in range(1, iterations + 1):

@@ -27,7 +27,7 @@ from ..device.primitives import INF, LN2, finite_or_zero, rounded, tokens_by
 from ..device.rows import key_mass, load_rows, row_starts, rows_of, segment_of, store_rows, uniform_mass
 from ..host.groups import Segments, cut_of, rule_of, sizes_of
 from ..host.launch import Split, device_of, kernel, launch
-from ..host.rows import stride_step, strided_rows, unit_rows
+from ..host.rows import stride_step, strided, unit_rows
 from ..parameters.gradients import Partials
 from ..parameters.prepare import References
 from .plan_backward import Cotangents, column_gradient, load_columns, merged_state, plan_terms, pooling_weights
@@ -304,8 +304,8 @@ def transport_backward(
     (b, h), s, packed = state[1].shape[:2], key.shape[2], keys_at.first is not None
     iterations, device, t = state[1].shape[2], device_of(key), gradient_tile(x, opt)
     step = stride_step(key, value, out.key, out.value)
-    tokens = (*strided_rows(key, packed, step), *strided_rows(value, packed, step))
-    tokens = (*tokens, *strided_rows(x.log_a, packed), *strided_rows(position, packed))
+    tokens = (*strided(key, step, packed), *strided(value, step, packed))
+    tokens = (*tokens, *strided(x.log_a, packed=packed), *strided(position, packed=packed))
     cut = cut_of(t, sizes, device, step, across(device, key))
     rule = rule_of(opt, range_known(x, opt))
     sums = [x.references.new_empty((b * h, split.programs, sizes.MP)) for _ in range(min(2, iterations - 1))]
@@ -320,8 +320,8 @@ def transport_backward(
         launch(transport_columns_backward_kernel, b * h * split.programs, args, constants, t)
         sums.reverse()
     merged = merged._replace(first_d_g=sums[0] if sums else None)
-    gradients = (*strided_rows(out.key, packed, step), *strided_rows(out.value, packed, step))
-    gradients = (*gradients, *strided_rows(out.log_a, packed))
+    gradients = (*strided(out.key, step, packed), *strided(out.value, step, packed))
+    gradients = (*gradients, *strided(out.log_a, packed=packed))
     parts = parts if log_b else replaced(parts, log_b=None)
     args = (*tokens, *gradients, prepared, merged, parts, h, s, *split, given.splits, iterations)
     programs = b * h * split.programs * (sizes.DP // cut.DEPTH)

@@ -267,7 +267,7 @@ def new_passed(part: Part, arguments: Arguments) -> Tensor:
 
 def scan(part: Part, arguments: Arguments, passed: Tensor, z: Tensor) -> States:
     """What comes before each chunk, the means in `z`, after the stretches before were scanned."""
-    peaks, totals, log_c, log_end, kept = (z.new_empty(z.shape[:3]) for _ in range(5))
+    peaks, totals, log_c, log_end, kept = z.new_empty((5, *z.shape[:3])).unbind()
     sums, states, sizes = Sums(peaks, totals, z), States(log_c, log_end, kept, z), arguments.sizes
     args = (*arguments.keys, arguments.references, arguments.scalars, sums, *arguments.counts(part))
     launch(causal_sums_kernel, part.heads * part.chunks, args, arguments.constants, arguments.tile)

@@ -62,15 +62,15 @@ def stride_step(*tensors: Tensor | None) -> int:
     return 16
 
 
-def strided(t: Tensor | None, step: int = 1) -> tuple[Any, ...]:
-    """A tensor and its strides of (batch, head, token) in units of `step`, zeros where there is none: one line each."""
-    return (None, 0, 0, 0) if t is None else (t, *[s // step for s in t.stride()[:3]])
+def strided(t: Tensor | None, step: int = 1, packed: bool = False) -> tuple[Any, ...]:
+    """A tensor and its strides of (batch, head, token) in units of `step`, zeros where there is none: one line each.
 
-
-def strided_rows(t: Tensor | None, packed: bool, step: int = 1) -> tuple[Any, ...]:
-    """As `strided`; of a packed batch, whose elements begin at any row, the stride of rows stands for theirs."""
-    given = strided(t, step)
-    return (given[0], given[3], *given[2:]) if packed else given
+    Of a packed batch, whose elements begin at any row, the stride of rows stands for theirs.
+    """
+    if t is None:
+        return None, 0, 0, 0
+    batch, head, token = t.stride()[:3]
+    return t, (token if packed else batch) // step, head // step, token // step
 
 
 def log2_uniform(length: int) -> float:
