@@ -54,6 +54,7 @@ NEEDS = {
     "models/test_recipe_input.py": "transformers",
     "models/test_transformers.py": "transformers", "models/test_transformers_arguments.py": "transformers",
     "models/test_conversion.py": "transformers", "models/test_pipelines.py": "transformers",
+    "models/test_generation.py": "transformers", "models/test_recipe_lm.py": "transformers",
 }  # fmt: skip
 collect_ignore = [file for file, module in NEEDS.items() if importlib.util.find_spec(module) is None]
 
