@@ -47,8 +47,8 @@ BUILDS: dict[str, tuple[Callable[..., nn.Module], dict[str, Any]]] = {
     "attention": (
         SeTAttention,
         {
-            "embed_dim": E, "num_heads": H, "num_kv_heads": H // 2, "dropout": 0.5, "bias": True, "add_bias_kv": True, "add_zero_attn": True,
-            "kdim": 10, "vdim": 12, "batch_first": True, **OWN,
+            "embed_dim": E, "num_heads": H, "num_kv_heads": H // 2, "dropout": 0.5, "bias": True, "add_bias_kv": True,
+            "add_zero_attn": True, "kdim": 10, "vdim": 12, "batch_first": True, **OWN,
         },
     ),
     "pooling": (SeTPooling, {"embed_dim": E, "num_heads": H, "bias": False, **OWN}),

@@ -295,7 +295,7 @@ WRONG: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     ),
     "other number": ({"cu_seqlens_k": torch.tensor([0, 9])}, ValueError, r"shape of cu_seqlens_q, \[3\], got \[2\]"),
     "a batch": ({"query": torch.randn(1, 9, H, D)}, ValueError, r"query must have shape \[T, H, D\], got 4-D"),
-    "heads": ({"query": torch.randn(9, H + 1, D)}, ValueError, "query must have H, a multiple of the 3 heads of the key"),
+    "heads": ({"query": torch.randn(9, H + 1, D)}, ValueError, "query must have H, a multiple of the 3 heads"),
     "values": ({"value": torch.randn(8, H, E)}, ValueError, r"value must .* \[9, 3, \*\] \(T and H of the key\)"),
     "mask": ({"key_mask": torch.ones(2, 9).bool()}, ValueError, r"key_mask must have shape \[9\] or \[9, 3\]"),
     "dense causal": ({"causal": True, "num_iters": 2}, ValueError, "num_iters must be at most 1 for a causal packed"),
