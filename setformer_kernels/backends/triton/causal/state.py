@@ -112,6 +112,15 @@ def causal_sums_kernel(
         tl.store(state_at(sums.pooled, at, columns, sizes), dot(weights, v, cut.PRECISION))
 
 
+@triton.jit
+def _begun(handed, given, at, mask, stretch):
+    """What a stretch begins with: what the one before passed on; the first with the given state, or with zeros."""
+    x = tl.load(handed + at, mask=mask & (stretch > 0), other=0.0)
+    if given is not None:
+        x += tl.load(given + at, mask=mask & (stretch == 0), other=0.0)
+    return x
+
+
 @kernel
 def causal_scan_kernel(
     sums, states,  # Sums; States, the means in place of the pooled values
@@ -131,19 +140,12 @@ def causal_scan_kernel(
     first = e == 0  # one number of each column also writes log C
     real, inside = column < M, (column < M) & (e < E)
     out = passed + ((bh * stretches + stretch) * M + column) * WIDTH
-    source = out - M * WIDTH
-    begun = stretch > 0
+    handed, given = out - M * WIDTH, None
     if initial is not None:
-        begun = stretch >= 0
-        source = tl.where(stretch > 0, source, initial + ((bh + first_head) * M + column) * WIDTH)
-    k = tl.load(source + 2 * E + 2, mask=real & begun, other=0.0)
-    c, c_lost = (
-        tl.load(source + E, mask=real & begun, other=0.0), tl.load(source + 2 * E + 1, mask=real & begun, other=0.0)
-    )  # fmt: skip
-    n, n_lost = (
-        tl.load(source + e, mask=inside & begun, other=0.0),
-        tl.load(source + E + 1 + e, mask=inside & begun, other=0.0),
-    )
+        given = initial + ((bh + first_head) * M + column) * WIDTH
+    k = _begun(handed, given, 2 * E + 2, real, stretch)
+    c, c_lost = _begun(handed, given, E, real, stretch), _begun(handed, given, 2 * E + 1, real, stretch)
+    n, n_lost = _begun(handed, given, e, inside, stretch), _begun(handed, given, E + 1 + e, inside, stretch)
     for chunk in tl.range(0, chunks, num_stages=STAGES):
         at = (bh * chunks + chunk) * MP
         here, mass = tl.load(sums.peaks + at + column), tl.load(sums.totals + at + column)

@@ -148,6 +148,7 @@ BLACKWELL = HOPPER | {
 }
 # Without wgmma the operands are registers too: half the head dims at a time keep them within 255.
 AMPERE: dict[tuple[str, str, str], Tile] = {
+    ("row", "medium", "half"): Tile(64, 32, 4, 2),
     ("column", "medium", "half"): Tile(64, 32, 8, 2),
     ("gradient", "medium", "single"): Tile(16, 16, 8, 1),
     ("gradient_log", "small", "single"): Tile(16, 16, 8, 1),
@@ -156,6 +157,7 @@ AMPERE: dict[tuple[str, str, str], Tile] = {
 }
 # A wavefront has 64 lanes: half as many hold a tile.
 AMD = {key: t._replace(warps=max(1, t.warps // 2)) for key, t in (DEFAULT | AMPERE).items()}
+AMD["chunk_backward", "small", "half"] = DEFAULT["chunk_backward", "small", "half"]  # gfx90a spills on fewer wavefronts
 OVERRIDES: dict[str, dict[tuple[str, str, str], Tile]] = {
     "sm_80": AMPERE,
     "sm_90": HOPPER,
