@@ -47,7 +47,7 @@ LONG_INTERPRETED = (
 # test-models` has.
 NEEDS = {
     "test_docs.py": "sybil", "models/test_docs_extras.py": "transformers",
-    "test_fuzz.py": "hypothesis", "test_cuda_fuzz.py": "hypothesis",
+    "test_fuzz.py": "hypothesis", "test_cuda_fuzz.py": "hypothesis", "test_centring.py": "scipy",
     "test_demo_parts.py": "sklearn", "test_benchmarks_quality.py": "sklearn",
     "models/test_heads.py": "transformers", "models/test_recipes.py": "transformers",
     "models/test_recipe_detect.py": "transformers", "models/test_timm.py": "timm", "models/test_onnx.py": "onnxruntime",
