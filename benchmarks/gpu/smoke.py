@@ -57,6 +57,27 @@ def attention(backend: str, device: str, dtype: torch.dtype, *, causal: bool, ri
     return SF.set_attention(q, k, v, y, num_iters=1 if causal else 3, causal=causal, backend=backend, **options)
 
 
+def masked(backend: str, device: str, dtype: torch.dtype) -> Tensor:
+    """Attention under a float mask that learns."""
+    q, k = (_leaf(B, H, n, D, dtype=dtype, device=device) for n in (L, S))
+    v, y = _leaf(B, H, S, E, dtype=dtype, device=device), _leaf(H, M, D, dtype=torch.float32, device=device)
+    mask = _leaf(L, S, dtype=torch.float32, device=device)
+    return SF.set_attention(q, k, v, y, num_iters=2, attn_mask=mask, backend=backend)
+
+
+def streamed(backend: str, device: str, dtype: torch.dtype) -> Tensor:
+    """A scan with gates, and one more token on the state that it leaves."""
+    q, k = (_leaf(B, H, L, D, dtype=dtype, device=device) for _ in range(2))
+    v, y = _leaf(B, H, L, E, dtype=dtype, device=device), _leaf(H, M, D, dtype=torch.float32, device=device)
+    decay = -torch.rand(B, H, L, device=device, dtype=torch.float32)
+    options = {"log_decay": decay.requires_grad_(), "output_final_state": True, "backend": backend}
+    o, state = SF.set_causal(q, k, v, y, **options)
+    assert state is not None
+    with torch.no_grad():
+        last = SF.set_step(state.clone(), q[:, :, 0], k[:, :, 0], v[:, :, 0], y, backend=backend)
+    return torch.cat((o, last.unsqueeze(2)), 2)
+
+
 def features(backend: str, device: str, dtype: torch.dtype) -> Tensor:
     """Nyström features."""
     landmarks = _leaf(H, M, D, dtype=torch.float32, device=device)
@@ -85,7 +106,8 @@ def ragged_calls(device: str) -> Iterator[tuple[str, torch.dtype, Callable[[str]
         for op, rich in itertools.product(("attention", "causal"), (False, True)):
             options = {"device": device, "dtype": dtype, "causal": op == "causal", "rich": rich}
             yield op, dtype, partial(attention, **options)
-        yield "features", dtype, partial(features, device=device, dtype=dtype)
+        for op, call in (("masked", masked), ("causal", streamed), ("features", features)):
+            yield op, dtype, partial(call, device=device, dtype=dtype)
     for rows in (30, 1000):
         yield "sinkhorn", torch.float32, partial(sinkhorn, device=device, rows=rows)
 

@@ -150,7 +150,8 @@ def parameter_gradients(
         return out._asdict()
     h, sizes = x.references.shape[0], sizes_of(x)
     references = unit_rows(x.references)
-    b, slots, rows = parts.log_b.shape[0] // h, parts.log_b.shape[1], max(1, min(sizes.MP, BLOCK // sizes.DP))
+    b, slots = parts.log_b.shape[0] // max(h, 1), parts.log_b.shape[1]
+    rows = max(1, min(sizes.MP, BLOCK // sizes.DP))
     args = (references, *references.stride()[:2], prepared.parameters, parts, out, h, b, slots)
     constants = {"DOT": opt.kernel == "dot", "SUMS": SUMS, "ROWS": rows}
     constants |= {"M": sizes.M, "MP": sizes.MP, "D": sizes.D, "DP": sizes.DP, "P": sizes.P, "PP": sizes.PP}
