@@ -27,10 +27,11 @@ def keep_mask(seed, head, length, rows, threshold, sizes):
 @triton.jit
 def dropout_stream(segments, dropout, b, h, bh):
     """(the random numbers, which of them a head begins with): a segment of a packed batch has a seed of its own."""
-    if segments.first is None or dropout.seed is None:
-        return dropout, bh
-    else:
-        return Dropout(dropout.seed + b, dropout.keep_scale), h
+    numbers, counter = dropout, bh
+    if segments.first is not None:  # in two steps: Triton 3.6 does not decide an `or` while it compiles
+        if dropout.seed is not None:
+            numbers, counter = Dropout(dropout.seed + b, dropout.keep_scale), h
+    return numbers, counter
 
 
 @triton.jit
