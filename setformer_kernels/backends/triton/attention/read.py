@@ -19,7 +19,7 @@ from ..device.places import places_of
 from ..device.plan import range_known
 from ..device.primitives import INF, LOG2E, dot, finite_or_zero, rounded
 from ..device.rows import rows_of, segment_of, store_rows
-from ..device.softmax import below_top, dropout_constants, dropout_stream, kept_weights, numerators
+from ..device.softmax import below_top, dropout_constants, kept_weights, numerators
 from ..host.groups import Dropout, Segments, cut_of, rule_of, sizes_of
 from ..host.launch import device_of, kernel, launch
 from ..host.rows import rows_like, stride_step, strided, unit_rows
@@ -89,7 +89,10 @@ def read_kernel(
     bh = (tl.program_id(0) // splits).to(tl.int64)
     split = tl.program_id(0) % splits
     b, h = bh // H, bh % H
-    stream, counter = dropout_stream(queries_at, dropout, b, h, bh)
+    stream, counter = dropout, bh
+    if queries_at.first is not None:  # a segment of a packed batch has a seed of its own
+        if dropout.seed is not None:
+            stream, counter = Dropout(dropout.seed + b, dropout.keep_scale), h
     b, L = segment_of(queries_at, b, L)
     queries = rows_of(query, b, h, stride_qb, stride_qh, stride_qn, L, cut.STEP)
     outputs = rows_of(output, b, h, stride_ob, stride_oh, stride_on, L, cut.STEP)

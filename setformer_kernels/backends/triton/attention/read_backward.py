@@ -19,7 +19,7 @@ from ..device.logits import token_logits
 from ..device.places import places_of
 from ..device.primitives import dot, rounded, tokens_by
 from ..device.rows import few_keys, load_rows, rows_of, segment_of
-from ..device.softmax import below_top, dropout_constants, dropout_stream, numerators, read_gradient
+from ..device.softmax import below_top, dropout_constants, numerators, read_gradient
 from ..host.groups import Dropout, Segments, cut_of, rule_of, sizes_of
 from ..host.launch import Split, device_of, kernel, launch
 from ..host.rows import stride_step, strided, unit_rows
@@ -63,7 +63,10 @@ def read_backward_kernel(
     split = tl.program_id(0) // blocks % splits
     bh = (tl.program_id(0) // (blocks * splits)).to(tl.int64)
     b, h = bh // H, bh % H
-    stream, counter = dropout_stream(queries_at, dropout, b, h, bh)
+    stream, counter = dropout, bh
+    if queries_at.first is not None:  # a segment of a packed batch has a seed of its own
+        if dropout.seed is not None:
+            stream, counter = Dropout(dropout.seed + b, dropout.keep_scale), h
     key_b, S = segment_of(keys_at, b, S)
     b, L = segment_of(queries_at, b, L)
     j = tl.arange(0, MP)

@@ -5,8 +5,6 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ..host.groups import Dropout
-
 
 def dropout_constants(p: float) -> tuple[int, float]:
     """(⌊p·2³²⌋, 1/(1 − p)): p = 1 keeps nothing, by a factor 0."""
@@ -22,16 +20,6 @@ def keep_mask(seed, head, length, rows, threshold, sizes):
     zero = low * 0
     word, _, _, _ = tl.philox(tl.load(seed), low, high, zero, zero)
     return word.to(tl.uint32, bitcast=True) >= threshold.to(tl.uint32)
-
-
-@triton.jit
-def dropout_stream(segments, dropout, b, h, bh):
-    """(the random numbers, which of them a head begins with): a segment of a packed batch has a seed of its own."""
-    numbers, counter = dropout, bh
-    if segments.first is not None:  # in two steps: Triton 3.6 does not decide an `or` while it compiles
-        if dropout.seed is not None:
-            numbers, counter = Dropout(dropout.seed + b, dropout.keep_scale), h
-    return numbers, counter
 
 
 @triton.jit
