@@ -351,3 +351,19 @@ def test_key_masks_of_each_head(native: str) -> None:
 def test_a_million_steps_do_not_drift(doublings: int) -> None:
     """Within 1e-6 of float64; what is left, 2e-7, is how one token's weight is rounded in other units."""
     assert drift("auto", doublings, 2**20) <= 1e-6
+
+
+@pytest.mark.parametrize("m", [16, 64, 128])
+def test_pieces_of_whole_chunks_have_the_bits_of_one_call(m: int) -> None:
+    """For any chunk of the CPU kernels, whose rows depend on M."""
+    q, k, v = torch.randn(2, 3, 700, 32), torch.randn(2, 3, 700, 32), torch.randn(2, 3, 700, 24)
+    y, gates = torch.randn(3, m, 32), -0.1 * torch.rand(2, 3, 700)
+    whole, last = SF.set_causal(q, k, v, y, log_decay=gates, output_final_state=True)
+    found, state = [], None
+    for at in (slice(0, 192), slice(192, 576), slice(576, 700)):
+        piece = (t[:, :, at] for t in (q, k, v))
+        o, state = SF.set_causal(*piece, y, log_decay=gates[:, :, at], initial_state=state, output_final_state=True)
+        found.append(o)
+    assert torch.equal(torch.cat(found, 2), whole)
+    assert state is not None
+    assert torch.equal(state, last)
