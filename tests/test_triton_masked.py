@@ -110,8 +110,8 @@ def test_masks_beyond_the_range_of_products_stay_exact(backend: str, spread: flo
     """Blocks in which masses differ by more than products hold go to the log domain, and the others do not."""
     case = replace(small(ALL_CASES["masked_bool"]), H=1)
     inputs, _ = make(case)
-    mask = torch.randn(1, 1, L, S, dtype=torch.float64).float()
-    mask[:, :, 16:] = spread * torch.rand(1, 1, L - 16, S)
+    mask = torch.randn(L, S, dtype=torch.float64).float()
+    mask[16:] = spread * torch.rand(L - 16, S)
     options: dict[str, Any] = {"num_iters": 2, "attn_mask": mask}
     leaves = [t.to(small_tiles).float().requires_grad_() for t in inputs.values()]
     exact = [t.detach().double().requires_grad_() for t in leaves]
