@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from . import advice, checks, dispatch, ops, packed, reference, streaming
@@ -20,11 +19,14 @@ from .memory import SetMemory, set_read, set_transport
 from .ops.operands import attention_problem, logits
 from .packed import set_attention_varlen, set_pool_varlen
 from .problem import Operands, Options, compute_dtype, replaced
+from .reference.converged import TransportInfo
+from .sinkhorn import sinkhorn
 from .streaming import empty_state, merge_states, set_causal, set_step
 from .tracing import leaf
 
 __all__ = [
     "SetMemory",
+    "TransportInfo",
     "empty_state",
     "merge_states",
     "nystrom_features",
@@ -304,53 +306,6 @@ def nystrom_features(
     return reference.nystrom_features(x.to(dtype), landmarks, beta[:, None, None], ridge, center, largest).to(x.dtype)
 
 
-@leaf
-def sinkhorn(
-    log_kernel: Tensor,
-    log_a: Tensor | None = None,
-    log_b: Tensor | None = None,
-    *,
-    num_iters: int = 100,
-    tol: float | None = None,
-    key_relaxation: Hyper = 1.0,
-    reference_relaxation: Hyper = 1.0,
-    backend: str = "auto",
-) -> tuple[Tensor, Tensor]:
-    """Log-domain Sinkhorn on any cost, batched: [..., N, M] -> potentials (f [..., N], g [..., M]) in units of ε.
-
-    g⁰ = log b; f^t = log a − λ_a LSE_j(ℓ + g^{t−1}); g^t = log b − λ_b LSE_i(ℓ + f^t), with ℓ = `log_kernel` = −cost/ε.
-    The plan is exp(ℓ + f + g).  `log_a` [..., N] and `log_b` [..., M] are log masses, uniform (−log N, −log M) when
-    None, broadcast over the batch.  −inf is allowed anywhere: what has no mass, or can reach nothing, has potential
-    −inf.  A problem stops early once max_j |g^t − g^{t−1}| ≤ `tol`; gradients are exact for the iterations that ran.
-    Relaxations: λ in [0, 1], a float or a tensor broadcastable to the batch [...].
-    """
-    if not isinstance(log_kernel, Tensor):
-        raise TypeError(f"log_kernel must be a Tensor [..., N, M], got {type(log_kernel).__name__}")
-    if log_kernel.ndim < 2 or 0 in log_kernel.shape[-2:]:
-        raise ValueError(f"log_kernel must have shape [..., N, M], N and M > 0, got {list(log_kernel.shape)}")
-    checks.tensor("log_kernel", log_kernel, "." * log_kernel.ndim)
-    num_iters, backend = checks.iterations(num_iters), checks.plain(backend)
-    batch, (n, m) = log_kernel.shape[:-2], log_kernel.shape[-2:]
-    if tol is not None:
-        tol = checks.number("tol", tol, 0.0)
-    dtype = compute_dtype(log_kernel.dtype)
-    groups = math.prod(batch)
-    l = log_kernel.to(dtype).reshape(groups, n, m)
-    log_a, log_b = (_batched(*a, batch, dtype) for a in (("log_a", log_a, n), ("log_b", log_b, m)))
-    relaxations = (("key_relaxation", key_relaxation), ("reference_relaxation", reference_relaxation))
-    lam = [_batched_relaxation(name, value, batch, dtype) for name, value in relaxations]
-    scalars = [1.0 if isinstance(v, Tensor) else float(v) for _, v in relaxations]
-    checks.same_device("log_kernel", log_kernel, log_a=log_a, log_b=log_b, key_relaxation=lam[0],
-                       reference_relaxation=lam[1])  # fmt: skip
-    if dispatch.choose(ops.sinkhorn.sinkhorn_problem(l), backend, l.numel() * num_iters) == dispatch.REFERENCE:
-        masses = [reference.uniform_mass(l, k) if t is None else t for t, k in ((log_a, n), (log_b, m))]
-        rates = [l.new_full((1, 1), s) if t is None else t.unsqueeze(-1) for t, s in zip(lam, scalars, strict=True)]
-        f, g = reference.sinkhorn(l, masses[0], masses[1], num_iters, rates[0], rates[1], tol)[:2]
-    else:
-        f, g = ops.sinkhorn.sinkhorn(l, log_a, log_b, *lam, scalars, num_iters, tol, backend)[:2]
-    return f.reshape(*batch, n).to(log_kernel.dtype), g.reshape(*batch, m).to(log_kernel.dtype)
-
-
 def _masked(x: Operands, opt: Options, mask: Tensor | None, causal: bool) -> Tensor:
     """Every query with masses of its own; the reference stands for a native backend that has no kernel for this."""
     problem = attention_problem("masked", x, opt)
@@ -359,29 +314,6 @@ def _masked(x: Operands, opt: Options, mask: Tensor | None, causal: bool) -> Ten
     if dispatch.choose(problem, requested, logits(x)) == dispatch.REFERENCE:
         return reference.masked(x, opt, mask, causal)
     return ops.masked.set_masked(*x, mask, *opt, causal)
-
-
-def _batched(name: str, value: Tensor | None, size: int, batch: torch.Size, dtype: torch.dtype) -> Tensor | None:
-    """Log masses broadcast to [G, size] in the compute dtype."""
-    if value is None:
-        return None
-    if not isinstance(value, Tensor) or not value.is_floating_point():
-        raise TypeError(f"{name} must be a floating-point Tensor [..., {size}], got {type(value).__name__}")
-    return _broadcast(name, value, (*batch, size), dtype).reshape(math.prod(batch), size)
-
-
-def _batched_relaxation(name: str, value: Hyper, batch: torch.Size, dtype: torch.dtype) -> Tensor | None:
-    if not isinstance(value, Tensor):
-        checks.hyperparameter(name, value, 0, 0.0, 1.0)
-        return None
-    return _broadcast(name, value, tuple(batch), dtype).reshape(math.prod(batch))
-
-
-def _broadcast(name: str, value: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    try:
-        return value.to(dtype).expand(shape)
-    except RuntimeError as error:
-        raise ValueError(f"{name} must broadcast to {list(shape)}, got {list(value.shape)}") from error
 
 
 def _dense_backend(backend: str) -> str:
