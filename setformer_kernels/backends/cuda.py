@@ -36,7 +36,8 @@ def unsupported_reasons(p: Problem) -> list[str]:
         reasons.append(f"runs on {_DEVICE} tensors, not on {p.device}")
     if p.dtype not in (DTYPES if p.op != "sinkhorn" else DTYPES[:1]):
         reasons.append(f"has no kernels for {p.dtype}")
-    reasons += unconverging(p)
+    if p.converged:
+        reasons.append(unconverging(p))
     if not reasons and p.N and (reason := _refusal(p)):
         reasons.append(reason)
     return reasons
