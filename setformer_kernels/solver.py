@@ -7,8 +7,9 @@ PyTorch on every device: backends refuse it by name, and `auto` passes them over
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,24 +17,29 @@ from torch import Tensor
 from . import advice, checks, dispatch
 from .ops.operands import attention_problem, logits
 from .problem import Operands, Options, compute_dtype
-from .reference.converged import Marginals, Solver, Transported, TransportInfo, certified
+from .reference.converged import Marginals, Solver, TransportInfo, certified
 from .reference.transport import readable
 
 METHODS, GRADS = ("sinkhorn", "newton"), ("unrolled", "implicit")
 BALANCE = 1e-3  # by how much of them two totals of masses may differ: more than float16 rounds
 
 
-def checked(
-    tol: Any, method: Any, grad: Any, initial_potential: Any, num_iters: int, shape: tuple[int, ...], like: Tensor
-) -> Solver:  # fmt: skip
-    """The solver of a call whose potentials have this shape [..., M]."""
+def options(tol: Any, method: Any, grad: Any, num_iters: int) -> tuple[float | None, str, str]:
+    """The arguments as Python numbers and strings that go together."""
     tol = None if tol is None else checks.number("tol", tol, 0.0)
     method, grad = checks.choice("method", method, METHODS), checks.choice("grad", grad, GRADS)
     if method == "newton" and grad != "implicit":
         raise ValueError("grad must be 'implicit' with method='newton', which differentiates no step, got 'unrolled'")
     if grad == "implicit" and num_iters < 2:
         raise ValueError(f"num_iters must be ≥ 2 with grad='implicit', whose last iteration is apart, got {num_iters}")
-    return Solver(tol, method, grad, _start(initial_potential, shape, like))
+    return tol, method, grad
+
+
+def checked(
+    tol: Any, method: Any, grad: Any, initial_potential: Any, num_iters: int, shape: tuple[int, ...], like: Tensor
+) -> Solver:  # fmt: skip
+    """The solver of a call whose potentials have this shape [..., M]."""
+    return Solver(*options(tol, method, grad, num_iters), _start(initial_potential, shape, like))
 
 
 def _start(value: Any, shape: tuple[int, ...], like: Tensor) -> Tensor | None:
@@ -54,25 +60,47 @@ def is_plain(how: Solver) -> bool:
     return how.method == "sinkhorn" and how.grad == "unrolled" and how.start is None
 
 
-def of_call(
-    x: Operands, opt: Options, tol: Any, method: Any, grad: Any, initial_potential: Any, return_info: Any
-) -> tuple[Solver | None, bool]:  # fmt: skip
-    """The solver of a call on `Operands`, None where that is the plain T iterations, and whether info is wanted."""
+class Asked(NamedTuple):
+    """The arguments of a call on tokens that ask for more than its T iterations, unchecked.
+
+    Made where one of them is not its default, which callers look at in place: plain calls pay for no function.
+    """
+
+    tol: Any
+    method: Any
+    grad: Any
+    initial_potential: Any
+    return_info: Any
+
+
+def run(
+    op: str, function: Callable[..., tuple[Any, ...]], x: Operands, opt: Options, asked: Asked
+) -> tuple[list[Tensor], TransportInfo | None]:
+    """The outputs of a function of `reference.converged` on the call, and what was reached if that is asked for.
+
+    ValueError if a backend was asked for by name, for it has no kernels for this.
+    """
     shape = (*x.key.shape[:2], x.references.shape[1])
-    how = checked(tol, method, grad, initial_potential, opt.num_iters, shape, x.key)
-    wanted = checks.flag("return_info", return_info)
-    return (None if is_plain(how) and tol is None and not wanted else how), wanted
-
-
-def on_pytorch(op: str, x: Operands, opt: Options) -> None:
-    """ValueError if a backend was asked for by name, for it has no kernels for this."""
+    how = checked(*asked[:4], opt.num_iters, shape, x.key)
+    wanted = checks.flag("return_info", asked.return_info)
     dispatch.choose(replace(attention_problem(op, x, opt), converged=True), opt.backend, logits(x))
+    *outputs, (p, plan) = function(x, opt, how)
+    return outputs, report(p, plan.f, plan.g, plan.iters, opt.num_iters, how.tol, wanted)
 
 
-def told(found: Transported, opt: Options, how: Solver, wanted: bool) -> TransportInfo | None:
-    """`report` of a call on `Operands`."""
-    plan = found.plan
-    return report(found.p, plan.f, plan.g, plan.iters, opt.num_iters, how.tol, wanted)
+def same_keys(attn_mask: Any, causal: Any) -> None:
+    """Transport of masses that differ from query to query is for T iterations only."""
+    if attn_mask is not None or causal:
+        raise ValueError(
+            "tol, method, grad, initial_potential and return_info are for queries that all see the same keys: got"
+            f" {'attn_mask' if attn_mask is not None else 'causal=True'} as well (key_mask may be given)"
+        )
+
+
+def dense() -> None:
+    raise ValueError(
+        "nested tensors must be padded (and masked) for tol, method, grad, initial_potential and return_info"
+    )
 
 
 def report(

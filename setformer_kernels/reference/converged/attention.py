@@ -36,11 +36,11 @@ def pool(x: Operands, opt: Options, how: Solver) -> tuple[Tensor, Transported]:
     return (w.mT @ x.value).to(dtype), found
 
 
-def transport(x: Operands, opt: Options, how: Solver) -> tuple[Tensor, Transported]:
-    """z [B, H, M, E] in the compute dtype; g is the plan's."""
+def transport(x: Operands, opt: Options, how: Solver) -> tuple[Tensor, Tensor, Transported]:
+    """z [B, H, M, E] and g [B, H, M] in the compute dtype."""
     x, dtype = widen(x), compute_dtype(x.key.dtype)
     w, found = _transported(x, opt, how)
-    return (w.mT @ x.value).to(dtype), found
+    return (w.mT @ x.value).to(dtype), found.plan.g, found
 
 
 def attention(x: Operands, opt: Options, how: Solver) -> tuple[Tensor, Transported]:

@@ -17,8 +17,8 @@ from .system import Marginals, adjoint_resolvent, full, passed
 
 def refuse(ctx: Any, *_: Any) -> Any:
     raise RuntimeError(
-        "grad='implicit' has first derivatives in reverse mode alone: pass grad='unrolled' and backend='reference', "
-        "which differentiate to any order"
+        "grad='implicit' has first derivatives alone: pass grad='unrolled' and backend='reference', which "
+        "differentiate to any order"
     )
 
 
@@ -26,7 +26,6 @@ class FixedPoint(torch.autograd.Function):
     """g [..., M], a fixed point of the problems, as a function of these."""
 
     generate_vmap_rule = True
-    jvp = staticmethod(refuse)
 
     @staticmethod
     def forward(l: Tensor, log_a: Tensor, log_b: Tensor, lam_a: Tensor, lam_b: Tensor, g: Tensor) -> Tensor:
@@ -38,30 +37,36 @@ class FixedPoint(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, d_g: Tensor) -> tuple[Tensor | None, ...]:
-        return *Adjoint.apply(*ctx.saved_tensors, d_g), None
+        # A compiled backward is differentiated by nobody, and torch.compile does not look for a Function inside of one.
+        found = adjoint if torch.compiler.is_compiling() else Adjoint.apply
+        return *found(*ctx.saved_tensors, d_g), None
 
 
 class Adjoint(torch.autograd.Function):
-    """The backward of `FixedPoint`, which has none itself."""
+    """`adjoint`, which has no backward itself."""
 
     generate_vmap_rule = True
-    jvp = staticmethod(refuse)
     backward = staticmethod(refuse)
 
     @staticmethod
     def forward(*args: Tensor) -> tuple[Tensor, ...]:
-        p, g, d_g = Marginals(*args[:5]), args[5], args[6]
-        q = passed(p, g)
-        u, _ = adjoint_resolvent(p, q, torch.where(q.live, d_g, 0.0).double())
-        u = torch.where(q.live, u, 0.0).to(g.dtype)
-        columns = (p.l + q.f.unsqueeze(-1) - full(q.c).unsqueeze(-2)).exp()
-        d_l = columns * (-p.lam_b * u).unsqueeze(-2)
-        d_f = d_l.sum(-1)
-        d_l = d_l - q.r * (p.lam_a * d_f).unsqueeze(-1)
-        d_lam_a, d_lam_b = -(d_f * full(q.s)).sum(-1, keepdim=True), -(u * full(q.c)).sum(-1, keepdim=True)
-        found = (d_l, d_f, u, d_lam_a, d_lam_b)
-        return tuple(t.sum_to_size(x.shape) for t, x in zip(found, p, strict=True))
+        return adjoint(*args)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, ...]) -> None:
         pass
+
+
+def adjoint(*args: Tensor) -> tuple[Tensor, ...]:
+    """Gradients of the five tensors of `Marginals` from these, g and dg."""
+    p, g, d_g = Marginals(*args[:5]), args[5], args[6]
+    q = passed(p, g)
+    u, _ = adjoint_resolvent(p, q, torch.where(q.live, d_g, 0.0).double())
+    u = torch.where(q.live, u, 0.0).to(g.dtype)
+    columns = (p.l + q.f.unsqueeze(-1) - full(q.c).unsqueeze(-2)).exp()
+    d_l = columns * (-p.lam_b * u).unsqueeze(-2)
+    d_f = d_l.sum(-1)
+    d_l = d_l - q.r * (p.lam_a * d_f).unsqueeze(-1)
+    d_lam_a, d_lam_b = -(d_f * full(q.s)).sum(-1, keepdim=True), -(u * full(q.c)).sum(-1, keepdim=True)
+    found = (d_l, d_f, u, d_lam_a, d_lam_b)
+    return tuple(t.sum_to_size(x.shape) for t, x in zip(found, p, strict=True))
