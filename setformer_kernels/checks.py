@@ -58,7 +58,7 @@ def same_dtype(first: str, a: Tensor, second: str, b: Tensor) -> None:
         raise TypeError(f"{second} must have the dtype of {first}, {a.dtype}, got {b.dtype}")
 
 
-def same_device(first: str, a: Tensor, **others: Any) -> None:
+def same_device(first: str, a: Tensor, /, **others: Any) -> None:
     for name, b in others.items():
         if isinstance(b, Tensor) and b.device != a.device:
             raise ValueError(f"{name} must be on the device of {first}, {a.device}, got {b.device}")
