@@ -61,7 +61,7 @@ def test_gradcheck_of_the_fixed_point(size: tuple[int, int]) -> None:
         return balanced, *SF.sinkhorn(l, a, b, key_relaxation=lam, reference_relaxation=0.9, **options)
 
     lam = torch.tensor([0.6, 0.95], dtype=F64, requires_grad=True)
-    assert torch.autograd.gradcheck(solved, (l, log_a, log_b, lam))
+    assert torch.autograd.gradcheck(solved, (l, log_a, log_b, lam), fast_mode=True)
 
 
 def test_the_bias_of_an_implicit_gradient_is_proportional_to_the_residual() -> None:
@@ -274,7 +274,7 @@ def test_nothing_is_read_back_while_it_runs(how: dict[str, Any]) -> None:
     l = 3 * torch.randn(2, 6, 4, dtype=F64)
 
     def solved(l: Tensor) -> Tensor:
-        return plan(l, *SF.sinkhorn(l, num_iters=5, tol=1e-9, **how))
+        return plan(l, *SF.sinkhorn(l, num_iters=3, tol=1e-9, **how))
 
     compiled = torch.compile(solved, fullgraph=True, backend="eager")
     torch.testing.assert_close(compiled(l), solved(l))

@@ -17,7 +17,7 @@ B, H, L, S, M, D, E, P = 2, 2, 5, 9, 4, 6, 3, 2
 NEWTON: dict[str, Any] = {"method": "newton", "grad": "implicit", "num_iters": 40, "tol": 1e-13}
 SINKHORN: dict[str, Any] = {"grad": "implicit", "num_iters": 3000, "tol": 1e-14}
 UNROLLED: dict[str, Any] = {"num_iters": 3000, "tol": 1e-14}
-PLAIN: dict[str, Any] = {"num_iters": 600, "backend": "reference"}
+PLAIN: dict[str, Any] = {"num_iters": 300, "backend": "reference"}
 
 
 def tokens(dtype: torch.dtype = F64, keys: int = S) -> list[Tensor]:
@@ -56,7 +56,7 @@ def same(a: Tensor, b: Tensor, tolerance: float = 1e-10) -> None:
 def test_converged_calls_are_those_of_many_iterations(name: str, given: str, how: dict[str, Any]) -> None:
     q, k, v, y = tokens()
     inputs = [q, k, v, y] if name == "set_attention" else [k, v, y]
-    options: dict[str, Any] = rich() if given == "rich" else {"epsilon": 0.1}
+    options: dict[str, Any] = rich() if given == "rich" else {"epsilon": 0.4}
     if given == "rich" and name == "set_attention":
         options["query_position"] = torch.rand(L, P, dtype=F64)
     leaves = inputs + [t for t in options.values() if isinstance(t, Tensor) and t.requires_grad]
@@ -209,7 +209,7 @@ def test_modules_pad_what_is_nested() -> None:
 
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch.compile itself does
 def test_a_compiled_module_reads_nothing_back() -> None:
-    module = SeTPooling(8, 2, num_references=3, num_iters=4, tol=1e-3, method="newton", grad="implicit")
+    module = SeTPooling(8, 2, num_references=3, num_iters=3, tol=1e-3, method="newton", grad="implicit")
     x = torch.randn(2, 7, 8)
     compiled = torch.compile(module, fullgraph=True, backend="eager")
     torch.testing.assert_close(compiled(x), module(x))
