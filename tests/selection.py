@@ -5,9 +5,9 @@ is marked slow; and, of the products of cases, dtypes and sizes, all but a few o
 interpreter, the CUDA kernels' source on fibers), where a tensor operation takes 0.1 ms, and on `eager`, which is the
 reference behind the ops.
 
-With SETFORMER_KERNELS_TEST_SHARE=k/n only the k-th of n shares of what runs on stand-ins at length runs, and all else: CI
-takes another share for another commit, so that every case has its turn, and all once a week. The share of a case depends
-on its id alone. `make test-all` runs all.
+With SETFORMER_KERNELS_TEST_SHARE=k/n only the k-th of n shares of what runs on stand-ins at length runs, and all else:
+CI takes another share for another commit, so that every case has its turn, and all once a week. The share of a case
+depends on its id alone. `make test-all` runs all.
 """
 
 from __future__ import annotations
