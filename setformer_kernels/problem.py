@@ -69,6 +69,11 @@ class Stream(NamedTuple):
 NO_STREAM = Stream()
 
 
+def is_plain(stream: Stream, with_state: bool) -> bool:
+    """Whether a scan has no state, before or after, and no gates: then a factor of all masses changes nothing."""
+    return not with_state and all(t is None for t in stream)
+
+
 class Sinkhorn(NamedTuple):
     """One call of log-domain Sinkhorn on G problems; `None` stands for uniform masses, or for a number of `scalars`."""
 
