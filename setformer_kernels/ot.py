@@ -18,6 +18,7 @@ from torch import Tensor
 from . import checks
 from .arguments import Hyper
 from .functional import TransportInfo, sinkhorn
+from .problem import compute_dtype
 from .tracing import leaf
 
 __all__ = ["barycentric_projection", "sinkhorn_divergence", "squared_distance", "transport_cost", "transport_plan"]
@@ -80,7 +81,8 @@ def transport_plan(
         reference_relaxation=reference_relaxation, num_iters=num_iters, tol=tol, method=method, grad=grad,
         initial_potential=initial_potential, backend=backend,
     )  # fmt: skip
-    return (found.plan, found.info) if checks.flag("return_info", return_info) else found.plan
+    plan = found.plan.to(cost.dtype)
+    return (plan, found.info) if checks.flag("return_info", return_info) else plan
 
 
 @leaf
@@ -174,7 +176,8 @@ def barycentric_projection(plan: Tensor, y: Tensor) -> Tensor:
 
 
 def squared_distance(x: Tensor, y: Tensor) -> Tensor:
-    """‖x_i − y_j‖² [..., N, M], by differences: 0 where they are equal."""
+    """‖x_i − y_j‖² [..., N, M] in float32 or better, by differences: 0 where they are equal."""
+    x, y = (t.to(compute_dtype(t.dtype)) for t in (x, y))
     return torch.cdist(x, y, compute_mode="donot_use_mm_for_euclid_dist").square()
 
 
@@ -184,6 +187,7 @@ def _solve(
 ) -> Solved:  # fmt: skip
     if not isinstance(cost, Tensor) or not cost.is_floating_point() or cost.ndim < 2:
         raise ValueError(f"cost must be a floating-point Tensor [..., N, M], got {_shown(cost)}")
+    cost = cost.to(compute_dtype(cost.dtype))
     epsilon = _positive("epsilon", epsilon, cost)
     batch, (n, m) = cost.shape[:-2], cost.shape[-2:]
     log_a, log_b = _log_mass("a", a, mask_a, (*batch, n), cost), _log_mass("b", b, mask_b, (*batch, m), cost)
@@ -227,7 +231,7 @@ def _log_mass(name: str, mass: Any, mask: Any, shape: tuple[int, ...], cost: Ten
         count = there.sum(-1, keepdim=True).clamp_min(1)
         return torch.where(there, -count.to(cost.dtype).log(), -math.inf)
     there = there & (mass > 0)
-    return torch.where(there, torch.where(there, mass, 1.0).log(), -math.inf).to(cost.dtype)
+    return torch.where(there, torch.where(there, mass, 1.0).to(cost.dtype).log(), -math.inf)
 
 
 def _present(points: Tensor, mass: Any, mask: Any) -> Tensor:

@@ -162,6 +162,41 @@ def test_forbidden_pairs_carry_nothing() -> None:
         assert gradient.isfinite().all()
 
 
+@solver
+def test_half_precision_is_solved_in_single(how: dict[str, Any]) -> None:
+    x, y = (t.bfloat16() for t in points()[:2])
+    options = {"epsilon": 1.0, **how, "tol": 1e-5}
+    cost = mine.squared_distance(x, y).bfloat16()
+    plan = mine.transport_plan(cost, **options)
+    assert plan.dtype == torch.bfloat16
+    torch.testing.assert_close(plan, mine.transport_plan(cost.float(), **options).bfloat16())
+    divergence = mine.sinkhorn_divergence(x, y, **options)
+    assert divergence.dtype == torch.bfloat16
+    assert torch.equal(divergence, mine.sinkhorn_divergence(x.float(), y.float(), **options).bfloat16())
+
+
+@solver
+def test_what_cannot_be_solved_stays_finite(how: dict[str, Any]) -> None:
+    """One problem without a point, one with a point that may go nowhere, at an ε that exhausts the range."""
+    cost = torch.rand(3, 5, 4)
+    cost[1, 2] = math.inf
+    mask = torch.ones(3, 5, dtype=torch.bool)
+    mask[0] = False
+    cost.requires_grad_()
+    for epsilon in (0.1, 1e-6, 1e-30):
+        options = {"epsilon": epsilon, "mask_a": mask, **how, "num_iters": 50, "tol": 1e-4}
+        plan, info = mine.transport_plan(cost, **options, return_info=True)
+        value = mine.transport_cost(cost, **options)
+        assert (plan[0] == 0).all()
+        assert not info.converged[:2].any()
+        assert info.error.isfinite().all()
+        assert bool(info.converged[2]) == (epsilon == 0.1)
+        if epsilon == 0.1:
+            assert value.isfinite().all()
+            (gradient,) = torch.autograd.grad(value.sum(), cost)
+            assert gradient.isfinite().all()
+
+
 @pytest.mark.parametrize(
     ("given", "error", "message"),
     [
