@@ -105,6 +105,7 @@ class Carried {
         Ep_(Ep),
         columns_(Mp),
         peak_(Mp),
+        own_(Mp),
         added_c_(Mp),
         added_(Mp * Ep),
         row_(2 * E + 3) {}
@@ -151,26 +152,44 @@ class Carried {
       }
       store(added_c_ + j, sum);
     }
+    take(rows, omega, v, fade);
+  }
+
+  // The same from weights e [rows][Mp], and what they sum to, of e^{−ref} and gates since the state: `left` is e^decay.
+  void add_weighted(int64_t rows, const F* e, const F* sums, const F* ref, F left, const F* v, double decay) {
+    const Fade<F> fade(decay);
+    columns_.begin(Mp_, ref, c, k, fade);
+    for (int64_t j = 0; j < Mp_; j += kLanes<F>) {
+      const Vec<F> own = vexp<F>(less_turns<F>(load(ref + j), load(columns_.top + j))) * left;
+      store(own_ + j, own);
+      store(added_c_ + j, load(sums + j) * own);
+    }
+    take(rows, e, v, fade, own_);
+  }
+
+  Buffer<F> n, n_lost, c, c_lost, k;  // [Mp][Ep] x 2, [Mp] x 3
+
+ private:
+  // own [Mp]: what the weights still are to be multiplied by, null for nothing.
+  void take(int64_t rows, const F* weights, const F* v, const Fade<F>& fade, const F* own = nullptr) {
     columns_.finish(Mp_, added_c_, c, c_lost, k, fade);
-    gemm<F>(M_, Ep_, rows, omega, 1, Mp_, v, Ep_, added_, Ep_, false);
+    gemm<F>(M_, Ep_, rows, weights, 1, Mp_, v, Ep_, added_, Ep_, false);
     for (int64_t j = 0; j < M_; ++j) {
-      const F scale = columns_.scale[j], unit = columns_.unit[j];
+      const F scale = columns_.scale[j], unit = columns_.unit[j], factor = own ? own[j] : F(1);
       for (int64_t e = j * Ep_; e < (j + 1) * Ep_; e += kLanes<F>) {
         const Vec<F> n0 = load(n + e), lost = load(n_lost + e);
         Vec<F> rest;
-        const Vec<F> total = two_sum<F>(n0 * scale, load(added_ + e) + (lost + (n0 + lost) * fade.fade) * scale, rest);
+        const Vec<F> added = load(added_ + e) * factor + (lost + (n0 + lost) * fade.fade) * scale;
+        const Vec<F> total = two_sum<F>(n0 * scale, added, rest);
         store(n + e, total * unit);
         store(n_lost + e, rest * unit);
       }
     }
   }
 
-  Buffer<F> n, n_lost, c, c_lost, k;  // [Mp][Ep] x 2, [Mp] x 3
-
- private:
   int64_t M_, Mp_, E_, Ep_;
   Columns<F> columns_;
-  Buffer<F> peak_, added_c_, added_, row_;
+  Buffer<F> peak_, own_, added_c_, added_, row_;
 };
 
 }  // namespace

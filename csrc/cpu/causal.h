@@ -1,92 +1,14 @@
 // Causal set_attention for T <= 1: a scan over the tokens with an M x (E + 1) state, one head per thread.
 //
-// Inside a block of tokens the sums run token by token; from block to block they are carried with twice the digits
-// (carried.h), so that a sequence may end, and go on in another call, after any block.
+// A block of tokens is a few products (chunk.h), or goes token by token (scan.h) where its weights are too far apart;
+// from block to block the sums are carried with twice the digits (carried.h), so that a sequence may end, and go on in
+// another call, after any block.
 #pragma once
 #include "../causal_params.h"
-#include "attention.h"
-#include "carried.h"
+#include "chunk.h"
 
 namespace sfk {
 namespace {
-
-// Log gates that were multiplied into sums since these were last measured by `top`.
-//
-// Each factor is rounded, but makes up for what those before it lost: so their product is right to one rounding.
-template <class F>
-class Gate {
- public:
-  void reset() { log_ = 0, product_ = 1; }
-  // What the sums are multiplied by at a token; `moved` is what must be added to `top`.
-  F factor(F log_decay, F& moved) {
-    moved = 0;
-    if (log_decay == 0) return 1;
-    log_ += log_decay;
-    if (log_ < -kFar) {  // sums far below their measure would lose what comes next
-      const F back = static_cast<F>(1 / product_);
-      moved = static_cast<F>(log_);
-      reset();
-      return back;
-    }
-    const F next = static_cast<F>(std::exp(log_) / product_);
-    product_ *= next;
-    return next;
-  }
-
- private:
-  static constexpr double kFar = 16;
-  double log_ = 0, product_ = 1;
-};
-
-// Running column sums of e^ω and e^ω v, scaled by e^{-top_j}; ω_sj = ℓ_sj + f̂_s + log a_s.
-template <class F>
-struct Scan {
-  int64_t M, Mp, Ep;
-  Buffer<F> top, sum, scale, weight, n;  // [Mp] x 4, [Mp][Ep]
-  Gate<F> gate;
-  bool seen = false;
-
-  Scan(int64_t M_, int64_t Mp_, int64_t Ep_)
-      : M(M_), Mp(Mp_), Ep(Ep_), top(Mp_), sum(Mp_), scale(Mp_), weight(Mp_), n(Mp_ * Ep_) {}
-  // What comes before a block.
-  void begin(const Carried<F>& before) {
-    seen = !before.empty();
-    gate.reset();
-    for (int64_t j = 0; j < Mp; j += kLanes<F>) {
-      const Vec<F> c = load(before.c + j) + load(before.c_lost + j), k = load(before.k + j), t = k * F(kLn2);
-      const Vec<F> missing = F(1) - less_turns<F>(t, k);  // 2^k/e^top
-      store(top + j, c > F(0) ? t : splat(-kInf<F>));
-      store(sum + j, c * missing);
-      store(scale + j, missing);
-    }
-    for (int64_t j = 0; j < M; ++j)
-      for (int64_t e = j * Ep; e < (j + 1) * Ep; e += kLanes<F>)
-        store(n + e, (load(before.n + e) + load(before.n_lost + e)) * scale[j]);
-  }
-  // The sums fade and take in a key; `scale` and `weight` say how n must follow.
-  void advance(const F* omega, F log_decay) {
-    seen = true;
-    F moved;
-    const F factor = gate.factor(log_decay, moved);
-    for (int64_t j = 0; j < Mp; j += kLanes<F>) {
-      const Vec<F> w = load(omega + j), old = load(top + j) + moved, next = vmax(old, w);
-      const Vec<F> shift = next == -kInf<F> ? Vec<F>{} : next;
-      const Vec<F> s = vexp<F>(old - shift) * factor, e = vexp<F>(w - shift);
-      store(top + j, next);
-      store(scale + j, s);
-      store(weight + j, e);
-      store(sum + j, load(sum + j) * s + e);
-    }
-  }
-  void stay() {
-    fill(scale.data(), Mp, F(1));
-    fill(weight.data(), Mp, F(0));
-  }
-  // log C_j; −inf in the padding.
-  void log_sums(F* out) const {
-    for (int64_t j = 0; j < Mp; j += kLanes<F>) store(out + j, load(top + j) + vlog<F>(load(sum + j)));
-  }
-};
 
 // ℓ of a block of keys -> ω in place, −inf throughout for keys that take no part; lse [n] = LSE_j(ℓ_sj + log b_j), and
 // its parts where they are asked for.
@@ -150,9 +72,10 @@ class CausalWorker {
       : p_(p),
         refs_(p),
         source_(p, refs_),
-        rows_(tile_rows(refs_.Mp)),
+        rows_(chunk_rows(refs_.Mp)),
         Ep_(pad<F>(p.E)),
         scan_(p.M, refs_.Mp, Ep_),
+        chunk_(p.M, refs_.Mp, rows_, Ep_),
         carried_(p.M, refs_.Mp, p.E, Ep_),
         gates_(p, rows_),
         la_(p.S),
@@ -161,6 +84,7 @@ class CausalWorker {
         v_(rows_ * Ep_),
         o_(rows_ * Ep_),
         lse_(rows_),
+        scale_(rows_),
         log_c_(refs_.Mp),
         g_(refs_.Mp) {}
 
@@ -181,14 +105,29 @@ class CausalWorker {
       logits_of<F>(refs_, n, source_.x, source_.inv, source_.pos, w_);
       gates_.load(p_, b, h, row0, n);
       scan_.begin(carried_);
-      for (int64_t i = 0; i < n; ++i) step(b, h, row0, i);
+      const bool near = chunk_.begin(n, la_ + row0, omega_, gates_.given ? gates_.log.data() : nullptr, v_, scan_);
+      if (near)
+        read_chunk(b, h, row0, n);
+      else
+        for (int64_t i = 0; i < n; ++i) step(b, h, row0, i);
       store_rows<F>(p_.o, b, h, row0, n, o_.data(), Ep_, static_cast<const F*>(nullptr));
-      if (row0 + n < p_.S || p_.final_state) carried_.add(n, omega_, gates_.fading(), v_, gates_.sum);
+      if (row0 + n == p_.S && !p_.final_state) continue;
+      if (near)
+        chunk_.add_to(carried_, n, v_, gates_.sum);
+      else
+        carried_.add(n, omega_, gates_.fading(), v_, gates_.sum);
     }
     carried_.save_state(p_.final_state, b, h);
   }
 
  private:
+  void read_chunk(int64_t b, int64_t h, int64_t row0, int64_t n) {
+    chunk_.weights(refs_, p_.T, n, w_, g_, scale_);
+    drop<F>(p_, b, h, row0, n, refs_.Mp, w_);
+    chunk_.over_sums(n, scale_, w_);
+    chunk_.read(n, w_, v_, scan_, o_);
+  }
+
   void step(int64_t b, int64_t h, int64_t row0, int64_t i) {
     F *w = w_ + i * refs_.Mp, *o = o_ + i * Ep_;
     la_[row0 + i] == -kInf<F> ? scan_.stay() : scan_.advance(omega_ + i * refs_.Mp, gates_.log[i]);
@@ -214,9 +153,10 @@ class CausalWorker {
   KeySource<F> source_;
   int64_t rows_, Ep_;
   Scan<F> scan_;
+  Chunk<F> chunk_;
   Carried<F> carried_;
   BlockGates<F> gates_;
-  Buffer<F> la_, omega_, w_, v_, o_, lse_, log_c_, g_;
+  Buffer<F> la_, omega_, w_, v_, o_, lse_, scale_, log_c_, g_;
 };
 
 // A thread a head, and no more threads than are useful.

@@ -20,7 +20,7 @@ class CausalBackwardWorker {
         refs_(p),
         grads_(refs_, p.d_references.data, p.d_hyper.data),
         source_(p, refs_),
-        rows_(tile_rows(refs_.Mp)),
+        rows_(chunk_rows(refs_.Mp)),
         Mp_(refs_.Mp),
         Ep_(pad<F>(p.E)),
         scan_(p.M, Mp_, Ep_),

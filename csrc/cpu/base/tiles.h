@@ -165,22 +165,26 @@ inline Ahead ahead_of(const View& v, int64_t b, int64_t h, int64_t row0, int64_t
 template <class F>
 void load_rows(const View& v, int64_t b, int64_t h, int64_t row0, int64_t n, const F* skip, F* dst, int64_t ld) {
   const int64_t C = v.size[3], base = b * v.stride[0] + h * v.stride[1];
-  for (int64_t i = 0; i < n; ++i, dst += ld) {
-    const bool absent = skip && skip[i] == -kInf<F>;
-    if (!absent) load_row(v, base + (row0 + i) * v.stride[2], v.stride[3], C, dst);
-    for (int64_t j = absent ? 0 : C; j < ld; ++j) dst[j] = 0;
-  }
+  with_element(v.dtype, [=](auto of) mutable {
+    for (int64_t i = 0; i < n; ++i, dst += ld) {
+      const bool absent = skip && skip[i] == -kInf<F>;
+      if (!absent) convert_row<decltype(of)>(v.data, base + (row0 + i) * v.stride[2], v.stride[3], C, dst);
+      for (int64_t j = absent ? 0 : C; j < ld; ++j) dst[j] = 0;
+    }
+  });
 }
 
 // src [n][ld] times scale[i] (1 when null) to rows row0..row0+n of v [B,H,N,C].  Scales src in place.
 template <class F>
 void store_rows(const View& v, int64_t b, int64_t h, int64_t row0, int64_t n, F* src, int64_t ld, const F* scale) {
   const int64_t C = v.size[3], base = b * v.stride[0] + h * v.stride[1];
-  for (int64_t i = 0; i < n; ++i, src += ld) {
-    if (scale)
-      for (int64_t j = 0; j < C; ++j) src[j] *= scale[i];
-    store_row(v, base + (row0 + i) * v.stride[2], v.stride[3], C, src);
-  }
+  with_element(v.dtype, [=](auto of) mutable {
+    for (int64_t i = 0; i < n; ++i, src += ld) {
+      if (scale)
+        for (int64_t j = 0; j < C; ++j) src[j] *= scale[i];
+      narrow_row<decltype(of)>(v.data, base + (row0 + i) * v.stride[2], v.stride[3], C, src);
+    }
+  });
 }
 
 // One head's [N][C] block of a tensor [H,N,C] or [B,H,N,C] of F, addressed by element.
