@@ -11,9 +11,10 @@ from torch import Tensor
 
 from . import checks, dispatch, ops, reference
 from .arguments import Hyper, normalise
-from .grouping import repeated, repeated_heads, repeated_stream
+from .grouping import repeated, repeated_stream
+from .ops.direct import unwatched
 from .ops.operands import attention_problem, logits
-from .problem import NO_STREAM, Operands, Options, Stream, compute_dtype
+from .problem import NO_STREAM, Operands, Options, Stream, compute_dtype, replaced
 from .reference import state as layout
 from .states import check_state, stream_of
 from .tracing import leaf
@@ -131,6 +132,7 @@ def set_step(
     Args:
         state: [N, Hk, M, 2E + 3], contiguous, float32, or float64 for float64 inputs; N = B without `state_indices`.
         state_indices: int32 [B], which of the N states each token continues, all different; −1: none, and o = 0.
+            Values are checked on the CPU alone.
         log_decay: [B, Hk];  key_mask: [B] or [B, Hk];  query_position, key_position: [P] or [B, P].
         others: as in `set_causal`, without dropout.
 
@@ -140,27 +142,45 @@ def set_step(
     """
     for name, t, letters in (("query", query, "BHD"), ("key", key, "BHD"), ("value", value, "BHE")):
         checks.tensor(name, t, letters)
-    asking, place = (None if p is None else p.unsqueeze(-2) for p in (query_position, key_position))
+    asking, place = _one_row("query_position", query_position, -2), _one_row("key_position", key_position, -2)
     x, opt = normalise(
         query.unsqueeze(2), key.unsqueeze(2), value.unsqueeze(2), references,
         (bandwidth, epsilon, key_relaxation, reference_relaxation, position_scale),
-        None if key_mask is None else key_mask.unsqueeze(-1), reference_log_mass, asking, place, reference_position,
+        _one_row("key_mask", key_mask, -1), reference_log_mass, asking, place, reference_position,
         kernel=kernel, num_iters=num_iters, dropout_p=0.0, seed=None, backend=backend, normalised=False,
     )  # fmt: skip
     _check_iterations("set_step", opt)
     b, h = key.shape[:2]
     _check_pool(state, x, b, state_indices)
-    decay = None if log_decay is None else log_decay.unsqueeze(-1)
+    decay = _one_row("log_decay", log_decay, -1)
     gates = stream_of(x, (b, h, 1), None, decay).log_decay
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (state, *x, gates)):
         raise ValueError("set_step has no gradient: call it under torch.no_grad(), or set_causal with initial_state")
-    groups = query.shape[1] // h
+    return _grouped_step(x, opt, state, gates, state_indices)
+
+
+def _grouped_step(x: Operands, opt: Options, state: Tensor, gates: Tensor | None, rows: Tensor | None) -> Tensor:
+    """o [B, H, E]: the first query of each group comes with the key, the others read the state that it left."""
+    assert x.query is not None
+    (b, h), groups = x.key.shape[:2], x.query.shape[1] // x.key.shape[1]
     if groups == 1:
-        return _step(x, opt, state, gates, state_indices)
-    wide, gates = repeated_heads(state, 1, groups), None if gates is None else repeated_heads(gates, 1, groups)
-    o = _step(repeated(x), opt, wide, gates, state_indices)
-    state.copy_(wide[:, ::groups])
-    return o
+        return _step(x, opt, state, gates, rows)
+    queries = x.query.unflatten(1, (h, groups))  # [B, Hk, G, 1, D]
+    first = _step(replaced(x, query=queries[:, :, 0]), opt, state, gates, rows)
+    later = replaced(x, log_a=x.references.new_full((b, h, 1), -torch.inf))
+    others = [_step(replaced(later, query=queries[:, :, g]), opt, state, None, rows) for g in range(1, groups)]
+    return torch.stack([first, *others], 2).flatten(1, 2)
+
+
+def _one_row(name: str, t: Tensor | None, dim: int) -> Tensor | None:
+    """What comes with one token, with its dimension of tokens."""
+    if t is None:
+        return None
+    if not isinstance(t, Tensor):
+        raise TypeError(f"{name} must be a Tensor, got {type(t).__name__}")
+    if t.ndim == 0:
+        raise ValueError(f"{name} must have a dimension, got a scalar")
+    return t.unsqueeze(dim)
 
 
 def _step(x: Operands, opt: Options, state: Tensor, gates: Tensor | None, rows: Tensor | None) -> Tensor:
@@ -172,7 +192,12 @@ def _step(x: Operands, opt: Options, state: Tensor, gates: Tensor | None, rows: 
 
 def merge_states(a: Tensor, b: Tensor) -> Tensor:
     """The state [..., M, 2E + 3] of the keys of two states together, none of which fades; differentiable in both."""
-    check_state("a", a, (None,) * (a.ndim - 1) + (a.shape[-1],), a.dtype)
+    wants = "[..., M, 2E + 3]"
+    if not isinstance(a, Tensor):
+        raise TypeError(f"a must be a Tensor {wants}, got {type(a).__name__}")
+    if a.ndim < 2 or a.shape[-1] < 3 or a.shape[-1] % 2 == 0:
+        raise ValueError(f"a must have shape {wants}, got {list(a.shape)}")
+    check_state("a", a, (None,) * a.ndim, a.dtype, wants)
     check_state("b", b, tuple(a.shape), a.dtype)
     checks.same_device("a", a, b=b)
     return layout.merge(a, b)
@@ -183,6 +208,8 @@ def empty_state(
 ) -> Tensor:
     """The state [B, Hk, M, 2E + 3] of no keys: zeros."""
     sizes = [checks.integer(name, n, 0) for name, n in zip(("B", "Hk", "M", "E"), (B, Hk, M, E), strict=True)]
+    if dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"dtype must be torch.float32 or torch.float64, got {dtype}: sums in fewer digits drift")
     return torch.zeros((*sizes[:3], layout.width(sizes[3])), device=device, dtype=dtype)
 
 
@@ -207,3 +234,9 @@ def _check_pool(state: Tensor, x: Operands, b: int, indices: Tensor | None) -> N
     if not isinstance(indices, Tensor) or indices.dtype != torch.int32:
         raise TypeError(f"state_indices must be an int32 Tensor [B], got {getattr(indices, 'dtype', type(indices))}")
     checks.shape("state_indices", indices, (b,), "B of the key")
+    if indices.device.type == "cpu" and unwatched((indices,)):
+        turns = [n for n in indices.tolist() if n != -1]
+        if len(set(turns)) < len(turns) or not all(0 <= n < state.shape[0] for n in turns):
+            raise ValueError(
+                f"state_indices must be different ones of {state.shape[0]} states, or -1, got {indices.tolist()}"
+            )

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import setformer_kernels.functional as SF
 
@@ -145,6 +146,30 @@ def test_states_of_groups(native: str) -> None:
     query, key, value, decay = (cut[2] for cut in cuts)
     found.append(SF.set_step(state, query, key, value, y, log_decay=decay, backend=native).unsqueeze(2))
     torch.testing.assert_close((torch.cat(found, 2), state), (whole, last))
+
+
+def test_a_step_of_groups_copies_no_state() -> None:
+    """Nothing the size of the pool is made, whoever's turn it is."""
+    pool = SF.set_causal(
+        *(torch.randn(50, H, 20, c) for c in (D, D, E)), torch.randn(H, M, D), output_final_state=True
+    )[1]  # fmt: skip
+    assert pool is not None
+    q, k, v, y = torch.randn(B, G * H, D), torch.randn(B, H, D), torch.randn(B, H, E), torch.randn(H, M, D)
+    rows = torch.tensor([31, -1], dtype=torch.int32)
+    wide, sizes = pool.repeat_interleave(G, 1), []
+
+    class Sizes(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            out = func(*args, **(kwargs or {}))
+            sizes.extend(t.numel() for t in torch.utils._pytree.tree_leaves(out) if isinstance(t, Tensor))
+            return out
+
+    with Sizes():
+        o = SF.set_step(pool, q, k, v, y, state_indices=rows, backend="cpu")
+    assert max(sizes) < pool.numel() // 4
+    every = (t.repeat_interleave(G, 1) for t in (k, v))
+    wanted = SF.set_step(wide, q, *every, y.repeat_interleave(G, 0), state_indices=rows, backend="cpu")
+    torch.testing.assert_close((o, pool), (wanted, wide[:, ::G]))
 
 
 @pytest.mark.parametrize("empty", ["B", "L", "S"])

@@ -322,6 +322,13 @@ BAD_STEPS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     ),
     "indices": ({"state_indices": torch.zeros(B).long()}, TypeError, "state_indices must be an int32 Tensor"),
     "count": ({"state_indices": torch.zeros(B + 1).int()}, ValueError, r"state_indices must have shape \[2\]"),
+    "turn_far": ({"state_indices": torch.tensor([0, B]).int()}, ValueError, r"different ones of 2 states, or -1"),
+    "turn_twice": ({"state_indices": torch.tensor([1, 1]).int()}, ValueError, r"different ones .* got \[1, 1\]"),
+    "turn_before": ({"state_indices": torch.tensor([0, -2]).int()}, ValueError, r"or -1, got \[0, -2\]"),
+    "mask_kind": ({"key_mask": [True]}, TypeError, "key_mask must be a Tensor, got list"),
+    "decay_kind": ({"log_decay": [0.0]}, TypeError, "log_decay must be a Tensor, got list"),
+    "position_kind": ({"key_position": 1.0}, TypeError, "key_position must be a Tensor, got float"),
+    "position_scalar": ({"query_position": torch.tensor(1.0)}, ValueError, "query_position must have a dimension"),
     "query": ({"query": torch.randn(B, H, 1, D)}, ValueError, r"query must have shape \[B, H, D\]"),
     "decay": ({"log_decay": torch.ones(B, H)}, ValueError, "log_decay must be ≤ 0, got 1.0"),
     "gradient": ({"references": torch.randn(H, M, D, requires_grad=True)}, ValueError, "set_step has no gradient"),
@@ -334,6 +341,26 @@ def test_bad_steps_are_named(changes: dict[str, Any], error: type[Exception], me
     good = dict(zip(("query", "key", "value", "references"), one, strict=True)) | {"state": SF.empty_state(B, H, M, E)}
     with pytest.raises(error, match=message):
         SF.set_step(**(good | changes))
+
+
+BAD_STATES: dict[str, tuple[Any, Any, type[Exception], str]] = {
+    "none": (None, torch.zeros(M, 5), TypeError, "a must be a Tensor .*got NoneType"),
+    "list": (torch.zeros(M, 5), [1.0], TypeError, "b must be a Tensor .*got list"),
+    "scalar": (torch.zeros(()), torch.zeros(()), ValueError, "a must have shape .*2E"),
+    "even": (torch.zeros(M, 6), torch.zeros(M, 6), ValueError, r"a must have shape .*got \[5, 6\]"),
+    "other": (torch.zeros(M, 5), torch.zeros(M, 7), ValueError, "b must have shape"),
+}
+
+
+@pytest.mark.parametrize(("a", "b", "error", "message"), BAD_STATES.values(), ids=BAD_STATES)
+def test_bad_states_do_not_merge(a: Any, b: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        SF.merge_states(a, b)
+
+
+def test_no_states_of_few_digits() -> None:
+    with pytest.raises(TypeError, match="dtype must be torch"):
+        SF.empty_state(B, H, M, E, dtype=torch.bfloat16)
 
 
 def test_key_masks_of_each_head(native: str) -> None:

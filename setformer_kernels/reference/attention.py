@@ -136,7 +136,16 @@ def causal(x: Operands, opt: Options) -> Tensor:
 
 
 def causal_with_state(x: Operands, opt: Options, stream: Stream) -> tuple[Tensor, Tensor]:
-    """(causal o [B, H, L, E] for T ≤ 1, the state after the last key), as state.py lays it out."""
+    """(causal o [B, H, L, E] for T ≤ 1, the state after the last key), as state.py lays it out.  Under autocast too its
+    products are not narrowed: a state in fewer digits drifts."""
+    device = x.key.device.type
+    if device == "meta" or not torch.is_autocast_enabled(device):
+        return _causal_with_state(x, opt, stream)
+    with torch.autocast(device, enabled=False):
+        return _causal_with_state(x, opt, stream)
+
+
+def _causal_with_state(x: Operands, opt: Options, stream: Stream) -> tuple[Tensor, Tensor]:
     dtype, before = x.key.dtype, stream.initial_state
     x = widen(x)
     assert x.query is not None
