@@ -5,15 +5,20 @@
 namespace sfk {
 
 // States are laid out as reference/state.py says.
-struct CausalParams : AttentionParams {
+struct StreamViews {
   View log_decay;             // [B,H,S] F, <= 0; 0 where a key takes no part
   View initial, final_state;  // [B,H,M,2E+3] F
   View d_final;               // incoming, as final_state
   View d_log_decay, d_initial;
+};
 
+struct CausalParams : AttentionParams, StreamViews {
   CausalParams() = default;
   explicit CausalParams(const AttentionParams& p) : AttentionParams(p) {}
 };
+
+// A packed batch; where it is causal, gates and a state a segment: B = N in those.
+struct PackedStreamParams : PackedParams, StreamViews {};
 
 // One token of each batch element: L = S = 1.
 struct StepParams : CausalParams {

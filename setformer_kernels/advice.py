@@ -1,4 +1,5 @@
-"""Calls that could be linear, and are not for their arguments, are told what would be: once in a process for each kind.
+"""Calls that could be linear, and are not for their arguments, are told what would be, and calls to converge that have
+not how far they are: once in a process for each kind.
 
 `setformer_kernels.advice.enabled = False` silences it.
 """
@@ -16,6 +17,10 @@ enabled = True
 MOST_LOOKED_AT = 16  # masks; a loop has its mask from the start, and looking costs a pass over the mask
 # What stands between the caller and this file: frames of the package and of torch's modules.
 INSIDE = tuple(str(Path(module.__file__ or "").parent) for module in (torch, sys.modules[__package__]))
+UNCONVERGED = (
+    "transport has not converged in num_iters = {}: the largest marginal error of {} problems is {:.1e}. What helps:"
+    " more iterations, method='newton' (with grad='implicit'), a larger epsilon or tol; return_info=True says which"
+)
 _told: set[str] = set()
 _looked_at = 0
 
@@ -46,6 +51,12 @@ def slower_than_linear(mask: Tensor | None, causal: bool, num_iters: int, square
             _tell("iterations", ITERATIONS.format(num_iters))
     elif not causal and _is_looked_at(mask) and is_causal(mask[0, 0]):
         _tell("mask", MASK)
+
+
+def unconverged(num_iters: int, converged: Tensor, error: Tensor) -> None:
+    """Warns of problems [...] on the CPU that stopped at the most iterations."""
+    if enabled and not bool(converged.all()):
+        _tell("converged", UNCONVERGED.format(num_iters, int((~converged).sum()), float(error[~converged].max())))
 
 
 def is_causal(mask: Tensor) -> bool:

@@ -10,21 +10,24 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from . import advice, checks, dispatch, ops, packed, reference, streaming
+from . import advice, checks, dispatch, ops, packed, reference, solver, streaming
 from .arguments import Hyper, autocast, from_options, hyper_tensors, normalise, numbers, query_mask
 from .grouping import folded, repeated, unfolded
 from .memory import SetMemory, set_read, set_transport
 from .ops.operands import attention_problem, logits
 from .packed import set_attention_varlen, set_pool_varlen
 from .problem import Operands, Options, compute_dtype, replaced
+from .reference import converged
+from .reference.converged import TransportInfo
+from .sinkhorn import sinkhorn
 from .streaming import empty_state, merge_states, set_causal, set_step
 from .tracing import leaf
 
 __all__ = [
     "SetMemory",
+    "TransportInfo",
     "empty_state",
     "merge_states",
     "nystrom_features",
@@ -64,8 +67,13 @@ def set_attention(
     position_scale: Hyper = 1.0,
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
+    tol: float | None = None,
+    method: str = "sinkhorn",
+    grad: str = "unrolled",
+    initial_potential: Tensor | None = None,
+    return_info: bool = False,
     backend: str = "auto",
-) -> Tensor:
+) -> Any:
     """Self-optimal transport attention, linear in L and S: [B,H,L,D], [B,Hk,S,D], [B,Hk,S,E], [Hk,M,D] -> [B,H,L,E].
 
     H is Hk or a multiple of it: queries of head h read the keys and references of head h // (H / Hk), and whatever is
@@ -98,6 +106,9 @@ def set_attention(
         query_position, key_position: [N, P] or [B, N, P] in any unit, without gradient; a row of NaN has no position
             and gets no position term.  reference_position: [H, M, P].  All three or none.
         dropout_p: dropout on the read weights W^q; seed: int64 scalar tensor, drawn when dropout_p > 0 and None.
+        tol, method, grad, initial_potential, return_info: transport to convergence, as in `sinkhorn`: each head stops
+            by itself, num_iters is the most, potentials are [B, Hk, M].  For queries that all see the same keys, on
+            PyTorch; with return_info the result is (o, `TransportInfo` of [B, Hk]).
         backend: "auto", or a name of `available_backends()`.
 
     Raises:
@@ -105,7 +116,12 @@ def set_attention(
     """
     if query is None:  # which stands for no query
         checks.tensor("query", query, "BHLD")
+    asked = None
+    if tol is not None or method != "sinkhorn" or grad != "unrolled" or initial_potential is not None or return_info:
+        asked = solver.Asked(tol, method, grad, initial_potential, return_info)
     if type(query) is not Tensor and packed.is_jagged(query, key, value):
+        if asked is not None:
+            solver.dense()
         return packed.jagged_attention(
             query, key, value, references, attn_mask=attn_mask, key_mask=key_mask, query_position=query_position,
             key_position=key_position, kernel=kernel, bandwidth=bandwidth, epsilon=epsilon, num_iters=num_iters,
@@ -119,6 +135,9 @@ def set_attention(
         kernel=kernel, num_iters=num_iters, dropout_p=dropout_p, seed=seed, backend=backend,
     )  # fmt: skip
     causal = checks.flag("causal", causal)
+    if asked is not None:
+        solver.same_keys(attn_mask, causal)
+        return _converged(x, opt, asked)
     length, s = query.shape[2], key.shape[2]
     mask = query_mask(x, attn_mask, s)
     causal = causal and s > 0
@@ -132,6 +151,15 @@ def set_attention(
     if causal:
         return streaming.scan(x, opt)[0]
     return unfolded(_attention(x, opt), query) if grouped else _attention(x, opt)
+
+
+def _converged(x: Operands, opt: Options, asked: solver.Asked) -> Any:
+    """o [B, H, L, E], and what was reached if that is asked for."""
+    assert x.query is not None
+    grouped = x.query.shape[1] != x.key.shape[1]
+    (o,), info = solver.run("attention", converged.attention, folded(x) if grouped else x, opt, asked)
+    o = unfolded(o, x.query) if grouped else o
+    return o if info is None else (o, info)
 
 
 def _attention(x: Operands, opt: Options) -> Tensor:
@@ -163,6 +191,10 @@ def set_attention_weights(
     position_scale: Hyper = 1.0,
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
+    tol: float | None = None,
+    method: str = "sinkhorn",
+    grad: str = "unrolled",
+    initial_potential: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """The dense matrix A = W^q W^kᵀ [B, H, L, S] of `set_attention` (o = A v), for inspection: O(L·S) memory.
@@ -180,6 +212,9 @@ def set_attention_weights(
     )  # fmt: skip
     x = replaced(x, value=x.value[..., :1])  # what an op reads at least
     s, causal = key.shape[2], checks.flag("causal", causal)
+    if tol is not None or method != "sinkhorn" or grad != "unrolled" or initial_potential is not None:
+        solver.same_keys(attn_mask, causal)
+        return _converged_weights(x, opt, s, solver.Asked(tol, method, grad, initial_potential, False))[1]
     mask = query_mask(x, attn_mask, s)
     if s > 0 and (mask is not None or causal):
         dispatch.select(attention_problem("weights", x, opt), _dense_backend(backend))
@@ -197,7 +232,20 @@ def attention_and_weights(
         a = set_attention_weights(query, key, references, **options)
         return set_attention(query, key, value, references, **options), a.mean(1) if average else a
     x, opt = from_options(query, key, value, references, options)
+    if "tol" in options:
+        o, a = _converged_weights(
+            x, opt, key.shape[2], solver.Asked(options["tol"], options["method"], options["grad"], None, False)
+        )
+        return o, a.mean(1) if average else a
     return _with_weights(x, opt, key.shape[2], average)
+
+
+def _converged_weights(x: Operands, opt: Options, s: int, asked: solver.Asked) -> list[Tensor]:
+    """o [B, H, L, E] and A [B, H, L, s]."""
+    assert x.query is not None
+    grouped = x.query.shape[1] != x.key.shape[1]
+    (o, a), _ = solver.run("attention", converged.weights, folded(x) if grouped else x, opt, asked)
+    return [unfolded(t, x.query) if grouped else t for t in (o, a[..., :s])]
 
 
 def _with_weights(x: Operands, opt: Options, s: int, average: bool) -> tuple[Tensor, Tensor]:
@@ -236,14 +284,25 @@ def set_pool(
     key_position: Tensor | None = None,
     reference_position: Tensor | None = None,
     position_scale: Hyper = 1.0,
+    tol: float | None = None,
+    method: str = "sinkhorn",
+    grad: str = "unrolled",
+    initial_potential: Tensor | None = None,
+    return_info: bool = False,
     backend: str = "auto",
-) -> Tensor:
+) -> Any:
     """The OTKE/SeT embedding of a set, M tokens from S: [B,H,S,D], [B,H,S,E], [H,M,D] -> [B,H,M,E].
 
     z_j = Σ_s W^k_sj v_s, in the dtype of the values.
-    The columns of W^k = exp(ℓ + f^T − c^T) sum to 1; z = 0 where no key takes part.  Arguments as in `set_attention`.
+    The columns of W^k = exp(ℓ + f^T − c^T) sum to 1; z = 0 where no key takes part.  Arguments as in `set_attention`;
+    with return_info the result is (z, `TransportInfo` of [B, H]).
     """
+    asked = None
+    if tol is not None or method != "sinkhorn" or grad != "unrolled" or initial_potential is not None or return_info:
+        asked = solver.Asked(tol, method, grad, initial_potential, return_info)
     if type(key) is not Tensor and packed.is_jagged(key, value):
+        if asked is not None:
+            solver.dense()
         return packed.jagged_pool(
             key, value, references, key_mask=key_mask, key_position=key_position, kernel=kernel, bandwidth=bandwidth,
             epsilon=epsilon, num_iters=num_iters, reference_log_mass=reference_log_mass, backend=backend,
@@ -255,6 +314,9 @@ def set_pool(
         key_mask, reference_log_mass, None, key_position, reference_position,
         kernel=kernel, num_iters=num_iters, dropout_p=0.0, seed=None, backend=backend,
     )  # fmt: skip
+    if asked is not None:
+        (z,), info = solver.run("pool", converged.pool, x, opt, asked)
+        return z if info is None else (z, info)
     if dispatch.choose(attention_problem("pool", x, opt), backend, logits(x)) == dispatch.REFERENCE:
         return reference.pool(x, opt)
     return ops.attention.set_pool(*x, *opt)[0].to(x.value.dtype)
@@ -304,53 +366,6 @@ def nystrom_features(
     return reference.nystrom_features(x.to(dtype), landmarks, beta[:, None, None], ridge, center, largest).to(x.dtype)
 
 
-@leaf
-def sinkhorn(
-    log_kernel: Tensor,
-    log_a: Tensor | None = None,
-    log_b: Tensor | None = None,
-    *,
-    num_iters: int = 100,
-    tol: float | None = None,
-    key_relaxation: Hyper = 1.0,
-    reference_relaxation: Hyper = 1.0,
-    backend: str = "auto",
-) -> tuple[Tensor, Tensor]:
-    """Log-domain Sinkhorn on any cost, batched: [..., N, M] -> potentials (f [..., N], g [..., M]) in units of ε.
-
-    g⁰ = log b; f^t = log a − λ_a LSE_j(ℓ + g^{t−1}); g^t = log b − λ_b LSE_i(ℓ + f^t), with ℓ = `log_kernel` = −cost/ε.
-    The plan is exp(ℓ + f + g).  `log_a` [..., N] and `log_b` [..., M] are log masses, uniform (−log N, −log M) when
-    None, broadcast over the batch.  −inf is allowed anywhere: what has no mass, or can reach nothing, has potential
-    −inf.  A problem stops early once max_j |g^t − g^{t−1}| ≤ `tol`; gradients are exact for the iterations that ran.
-    Relaxations: λ in [0, 1], a float or a tensor broadcastable to the batch [...].
-    """
-    if not isinstance(log_kernel, Tensor):
-        raise TypeError(f"log_kernel must be a Tensor [..., N, M], got {type(log_kernel).__name__}")
-    if log_kernel.ndim < 2 or 0 in log_kernel.shape[-2:]:
-        raise ValueError(f"log_kernel must have shape [..., N, M], N and M > 0, got {list(log_kernel.shape)}")
-    checks.tensor("log_kernel", log_kernel, "." * log_kernel.ndim)
-    num_iters, backend = checks.iterations(num_iters), checks.plain(backend)
-    batch, (n, m) = log_kernel.shape[:-2], log_kernel.shape[-2:]
-    if tol is not None:
-        tol = checks.number("tol", tol, 0.0)
-    dtype = compute_dtype(log_kernel.dtype)
-    groups = math.prod(batch)
-    l = log_kernel.to(dtype).reshape(groups, n, m)
-    log_a, log_b = (_batched(*a, batch, dtype) for a in (("log_a", log_a, n), ("log_b", log_b, m)))
-    relaxations = (("key_relaxation", key_relaxation), ("reference_relaxation", reference_relaxation))
-    lam = [_batched_relaxation(name, value, batch, dtype) for name, value in relaxations]
-    scalars = [1.0 if isinstance(v, Tensor) else float(v) for _, v in relaxations]
-    checks.same_device("log_kernel", log_kernel, log_a=log_a, log_b=log_b, key_relaxation=lam[0],
-                       reference_relaxation=lam[1])  # fmt: skip
-    if dispatch.choose(ops.sinkhorn.sinkhorn_problem(l), backend, l.numel() * num_iters) == dispatch.REFERENCE:
-        masses = [reference.uniform_mass(l, k) if t is None else t for t, k in ((log_a, n), (log_b, m))]
-        rates = [l.new_full((1, 1), s) if t is None else t.unsqueeze(-1) for t, s in zip(lam, scalars, strict=True)]
-        f, g = reference.sinkhorn(l, masses[0], masses[1], num_iters, rates[0], rates[1], tol)[:2]
-    else:
-        f, g = ops.sinkhorn.sinkhorn(l, log_a, log_b, *lam, scalars, num_iters, tol, backend)[:2]
-    return f.reshape(*batch, n).to(log_kernel.dtype), g.reshape(*batch, m).to(log_kernel.dtype)
-
-
 def _masked(x: Operands, opt: Options, mask: Tensor | None, causal: bool) -> Tensor:
     """Every query with masses of its own; the reference stands for a native backend that has no kernel for this."""
     problem = attention_problem("masked", x, opt)
@@ -359,29 +374,6 @@ def _masked(x: Operands, opt: Options, mask: Tensor | None, causal: bool) -> Ten
     if dispatch.choose(problem, requested, logits(x)) == dispatch.REFERENCE:
         return reference.masked(x, opt, mask, causal)
     return ops.masked.set_masked(*x, mask, *opt, causal)
-
-
-def _batched(name: str, value: Tensor | None, size: int, batch: torch.Size, dtype: torch.dtype) -> Tensor | None:
-    """Log masses broadcast to [G, size] in the compute dtype."""
-    if value is None:
-        return None
-    if not isinstance(value, Tensor) or not value.is_floating_point():
-        raise TypeError(f"{name} must be a floating-point Tensor [..., {size}], got {type(value).__name__}")
-    return _broadcast(name, value, (*batch, size), dtype).reshape(math.prod(batch), size)
-
-
-def _batched_relaxation(name: str, value: Hyper, batch: torch.Size, dtype: torch.dtype) -> Tensor | None:
-    if not isinstance(value, Tensor):
-        checks.hyperparameter(name, value, 0, 0.0, 1.0)
-        return None
-    return _broadcast(name, value, tuple(batch), dtype).reshape(math.prod(batch))
-
-
-def _broadcast(name: str, value: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    try:
-        return value.to(dtype).expand(shape)
-    except RuntimeError as error:
-        raise ValueError(f"{name} must broadcast to {list(shape)}, got {list(value.shape)}") from error
 
 
 def _dense_backend(backend: str) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from .problem import HYPER, Operands, replaced
+from .problem import HYPER, Operands, Stream, replaced
 
 
 def folded(x: Operands) -> Operands:
@@ -38,6 +38,10 @@ def repeated(x: Operands) -> Operands:
     at |= dict.fromkeys(("references", "log_b", "reference_position", *HYPER), 0)
     given = {name: t for name in at if (t := getattr(x, name)) is not None}
     return replaced(x, **{name: repeated_heads(t, at[name], groups) for name, t in given.items()})
+
+
+def repeated_stream(stream: Stream, groups: int) -> Stream:
+    return Stream(*(t if t is None else repeated_heads(t, 1, groups) for t in stream))
 
 
 def repeated_heads(t: Tensor, dim: int, groups: int) -> Tensor:

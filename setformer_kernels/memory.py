@@ -6,12 +6,13 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from . import checks, dispatch, ops, reference
+from . import checks, dispatch, ops, reference, solver
 from .arguments import Hyper, autocast, checked_hyper, hyper_tensors, normalise, numbers, seed_of, token_position
 from .grouping import folded, unfolded
 from .ops.memory import read_problem
 from .ops.operands import attention_problem, logits
 from .problem import Operands, Options, compute_dtype
+from .reference import converged
 from .tracing import leaf
 
 
@@ -39,19 +40,29 @@ def set_transport(
     key_position: Tensor | None = None,
     reference_position: Tensor | None = None,
     position_scale: Hyper = 1.0,
+    tol: float | None = None,
+    method: str = "sinkhorn",
+    grad: str = "unrolled",
+    initial_potential: Tensor | None = None,
+    return_info: bool = False,
     backend: str = "auto",
-) -> SetMemory:
+) -> Any:
     """The first half of `set_attention`: [B,Hk,S,D], [B,Hk,S,E], [Hk,M,D] -> (z [B,Hk,M,E], g [B,Hk,M]), O(S·M).
 
     z_j = Σ_s W^k_sj v_s, and g = g^T, the dual potentials that T iterations leave: log b − λ_b c^T (T = 0: log b).
     `set_read` of it is `set_attention`, bit for bit on each backend; both are differentiable.  Where no key takes part
-    z = 0 and g = −inf.  Arguments and errors as in `set_attention`.
+    z = 0 and g = −inf.  Arguments and errors as in `set_attention`; with return_info the result is (memory,
+    `TransportInfo` of [B, Hk]).
     """
     x, opt = normalise(
         None, key, value, references, (bandwidth, epsilon, key_relaxation, reference_relaxation, position_scale),
         key_mask, reference_log_mass, None, key_position, reference_position,
         kernel=kernel, num_iters=num_iters, dropout_p=0.0, seed=None, backend=backend,
     )  # fmt: skip
+    if tol is not None or method != "sinkhorn" or grad != "unrolled" or initial_potential is not None or return_info:
+        asked = solver.Asked(tol, method, grad, initial_potential, return_info)
+        found, info = solver.run("transport", converged.transport, x, opt, asked)
+        return SetMemory(*found) if info is None else (SetMemory(*found), info)
     if dispatch.choose(attention_problem("transport", x, opt), backend, logits(x)) == dispatch.REFERENCE:
         return SetMemory(*reference.transport(x, opt)[:2])
     return SetMemory(*ops.memory.set_transport(*x, *opt)[:2])

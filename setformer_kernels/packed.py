@@ -9,10 +9,12 @@ from torch import Tensor
 
 from . import checks, dispatch, ops, reference
 from .arguments import Hyper, normalise
-from .grouping import repeated
+from .grouping import repeated, repeated_stream
 from .ops.operands import attention_problem, logits
-from .problem import Operands, Options, compute_dtype, replaced
+from .problem import Operands, Options, Stream, compute_dtype, is_plain, replaced
+from .reference import state as layout
 from .reference.dense import additive
+from .states import packed_stream
 from .tracing import leaf
 
 
@@ -28,6 +30,9 @@ def set_attention_varlen(
     max_seqlen_k: Any = None,
     *,
     causal: bool = False,
+    initial_state: Tensor | None = None,
+    output_final_state: bool = False,
+    log_decay: Tensor | None = None,
     kernel: str = "rbf",
     bandwidth: Hyper = 1.0,
     epsilon: Hyper = 0.05,
@@ -43,8 +48,9 @@ def set_attention_varlen(
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
     backend: str = "auto",
-) -> Tensor:
-    """`set_attention` of N sequences that lie one after another: [Tq,H,D], [Tk,Hk,D], [Tk,Hk,E], [Hk,M,D] -> [Tq,H,E].
+) -> Any:
+    """`set_attention` of N sequences that lie one after another: [Tq,H,D], [Tk,Hk,D], [Tk,Hk,E], [Hk,M,D] -> [Tq,H,E],
+    or (that, state [N,Hk,M,2E+3]) with `output_final_state`.
 
     Sequence n has the queries cu_seqlens_q[n] .. cu_seqlens_q[n+1] − 1 and the keys of cu_seqlens_k likewise, and is
     answered as if it were alone: its output and the gradients of its tokens are the same bits whatever stands beside
@@ -60,6 +66,9 @@ def set_attention_varlen(
         max_seqlen_q, max_seqlen_k: accepted for the sake of others' calls, and not used.
         causal: query i sees the keys s ≤ i of its sequence, in a linear scan: num_iters ≤ 1, and lengths of queries and
             keys that agree (where they cannot be checked, keys have those of queries).
+        initial_state, output_final_state, log_decay: as in `set_causal`, where causal is set: [N, Hk, M, 2E + 3], what
+            each sequence goes on from; whether to return what it leaves; gates [Tk, Hk].  A sequence without tokens
+            passes its state on.  With any of the three, masses are taken as they are, as pieces do not know their sum.
         key_mask: [Tk] or [Tk, Hk], bool (True takes part) or float (log mass, normalised in each sequence).
         query_position, key_position: [Tq, P] and [Tk, P].
         dropout_p, seed: the random numbers of a sequence are those of `set_attention` under seed + its first query row.
@@ -85,9 +94,13 @@ def set_attention_varlen(
         kernel=kernel, num_iters=num_iters, dropout_p=dropout_p, seed=seed, backend=backend,
     )  # fmt: skip
     x = _masked(x, key, key_mask)
-    x = repeated(x) if query.shape[1] != key.shape[1] else x
     if checks.flag("causal", causal):
-        return _tokens_first(_causal(x, opt, query, key, cu_q, cu_k))
+        wanted = checks.flag("output_final_state", output_final_state)
+        x = _without_keys(x) if key.shape[0] == 0 else x
+        o, states = _causal(x, opt, cu_q, cu_k, packed_stream(x, cu_q, initial_state, log_decay), wanted)
+        return (_tokens_first(o), states) if wanted else _tokens_first(o)
+    _only_causal(initial_state=initial_state, output_final_state=output_final_state or None, log_decay=log_decay)
+    x = repeated(x) if query.shape[1] != key.shape[1] else x
     if _is_ordinary("packed", x, opt):
         return _tokens_first(reference.packed(x, opt, _checked("cu_seqlens_q", cu_q, query), _keys(cu_k, cu_q, key)))
     return _tokens_first(ops.packed.set_attention_varlen(*x, cu_q, cu_k, *opt)[0])
@@ -185,17 +198,41 @@ def _beside(name: str, x: Any, other: str, y: Any, dim: int = 1) -> Any:
     return values
 
 
-def _causal(x: Operands, opt: Options, query: Tensor, key: Tensor, cu_q: Tensor, cu_k: Tensor) -> Tensor:
+def _causal(
+    x: Operands, opt: Options, cu_q: Tensor, cu_k: Tensor, stream: Stream, with_state: bool
+) -> tuple[Tensor, Tensor]:
+    """o [1, H, T, E] and, `with_state`, the states [N, Hk, M, 2E + 3] after the last keys."""
+    assert x.query is not None
+    length, total = x.query.shape[2], x.key.shape[2]
     if opt.num_iters > 1:
         raise ValueError(f"num_iters must be at most 1 for a causal packed batch, got {opt.num_iters}")
-    if query.shape[0] != key.shape[0]:
-        raise ValueError(f"query must have the T of the key, {key.shape[0]}, where causal is set, got {query.shape[0]}")
+    if length != total:
+        raise ValueError(f"query must have the T of the key, {total}, where causal is set, got {length}")
     readable = cu_q.device.type == "cpu" and not torch.compiler.is_compiling()
     if cu_q is not cu_k and readable and not torch.equal(cu_q, cu_k):
         raise ValueError("cu_seqlens_k must be cu_seqlens_q where causal is set, got other offsets")
-    if _is_ordinary("packed_causal", x, opt):
-        return reference.packed_causal(x, opt, _checked("cu_seqlens_q", cu_q, query))
-    return ops.packed.set_causal_varlen(*x, cu_q, *opt)
+    groups = x.query.shape[1] // x.key.shape[1]
+    x, stream = (repeated(x), repeated_stream(stream, groups)) if groups > 1 else (x, stream)
+    if not _is_ordinary("packed_causal", x, opt):
+        o, states = ops.packed.set_causal_varlen(*x, *stream, cu_q, *opt, with_state)
+    else:
+        checks.offsets_within("cu_seqlens_q", cu_q, length, "rows of the query")
+        if is_plain(stream, with_state):
+            return reference.packed_causal(x, opt, cu_q), layout.empty_like(x, False)
+        o, states = reference.packed_causal_with_state(x, opt, cu_q, stream)
+    return o, states[:, ::groups]
+
+
+def _without_keys(x: Operands) -> Operands:
+    """A scan has as many keys as queries: none, without the one that stands for none elsewhere."""
+    position = None if x.key_position is None else x.key_position[:, :, :0]
+    return replaced(x, key=x.key[:, :, :0], value=x.value[:, :, :0], log_a=None, key_position=position)
+
+
+def _only_causal(**given: Any) -> None:
+    for name, value in given.items():
+        if value is not None:
+            raise ValueError(f"{name} goes with causal=True, got causal=False: only a scan has a state and gates")
 
 
 def _is_ordinary(op: str, x: Operands, opt: Options) -> bool:

@@ -69,6 +69,11 @@ class Stream(NamedTuple):
 NO_STREAM = Stream()
 
 
+def is_plain(stream: Stream, with_state: bool) -> bool:
+    """Whether a scan has no state, before or after, and no gates: then a factor of all masses changes nothing."""
+    return not with_state and all(t is None for t in stream)
+
+
 class Sinkhorn(NamedTuple):
     """One call of log-domain Sinkhorn on G problems; `None` stands for uniform masses, or for a number of `scalars`."""
 
@@ -134,6 +139,7 @@ class Problem:
     B: int = 0
     H: int = 0
     L: int = 0  # queries; 0 where there are none
+    converged: bool = False  # a tolerance (but for sinkhorn), Newton's method or the gradient of the fixed point
 
 
 def memory_order(t: Tensor) -> list[int]:
@@ -149,9 +155,17 @@ def beyond(p: Problem, dtypes: tuple[torch.dtype, ...], references: int, head_di
         reasons.append(f"holds at most {references} references, not {p.M}")
     if max(p.D, p.E) > head_dim:
         reasons.append(f"holds head dims of at most {head_dim}, not {max(p.D, p.E)}")
+    if p.converged:
+        reasons.append(unconverging(p))
     if p.op in ("causal", "packed_causal") and p.num_iters > 1:
         reasons.append("the causal scan needs num_iters <= 1")
     return reasons
+
+
+def unconverging(p: Problem) -> str:
+    """What of a `p` that is to converge a backend of plain iterations does not have."""
+    tolerance = "" if p.op == "sinkhorn" else "tol, "  # sinkhorn's kernels stop by one
+    return f"has no kernels for {tolerance}grad='implicit', method='newton' or initial_potential"
 
 
 def empty_in_order(like: Tensor, shape: tuple[int, ...] | torch.Size) -> Tensor:

@@ -11,16 +11,14 @@ from torch import Tensor
 
 from . import checks, dispatch, ops, reference
 from .arguments import Hyper, normalise
-from .grouping import repeated, repeated_heads
-from .ops.direct import unwatched
+from .grouping import repeated, repeated_heads, repeated_stream
 from .ops.operands import attention_problem, logits
 from .problem import NO_STREAM, Operands, Options, Stream, compute_dtype
 from .reference import state as layout
+from .states import check_state, stream_of
 from .tracing import leaf
 
 __all__ = ["empty_state", "merge_states", "set_causal", "set_step"]
-
-FORGOTTEN = -1000.0  # e^−1000 of a key is nothing beside any other, and sums of this keep a float32's digits
 
 
 @leaf
@@ -81,10 +79,10 @@ def set_causal(
     wanted = checks.flag("output_final_state", output_final_state)
     _check_iterations("set_causal", opt)
     checks.shape("query", query, (None, None, key.shape[2], None), "L = S: a query for every key")
-    stream = _stream(x, key.shape[:3], initial_state, log_decay)
+    stream = stream_of(x, key.shape[:3], initial_state, log_decay)
     groups = query.shape[1] // key.shape[1]
     if groups > 1:
-        x, stream = repeated(x), Stream(*(t if t is None else repeated_heads(t, 1, groups) for t in stream))
+        x, stream = repeated(x), repeated_stream(stream, groups)
     if key.shape[2] == 0:
         x = x._replace(key=x.key[:, :, :0], value=x.value[:, :, :0])
         o, state = reference.causal_with_state(x, opt, stream)
@@ -153,7 +151,7 @@ def set_step(
     b, h = key.shape[:2]
     _check_pool(state, x, b, state_indices)
     decay = None if log_decay is None else log_decay.unsqueeze(-1)
-    gates = _stream(x, (b, h, 1), None, decay).log_decay
+    gates = stream_of(x, (b, h, 1), None, decay).log_decay
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (state, *x, gates)):
         raise ValueError("set_step has no gradient: call it under torch.no_grad(), or set_causal with initial_state")
     groups = query.shape[1] // h
@@ -174,8 +172,8 @@ def _step(x: Operands, opt: Options, state: Tensor, gates: Tensor | None, rows: 
 
 def merge_states(a: Tensor, b: Tensor) -> Tensor:
     """The state [..., M, 2E + 3] of the keys of two states together, none of which fades; differentiable in both."""
-    _check_state("a", a, (None,) * (a.ndim - 1) + (a.shape[-1],), a.dtype)
-    _check_state("b", b, tuple(a.shape), a.dtype)
+    check_state("a", a, (None,) * (a.ndim - 1) + (a.shape[-1],), a.dtype)
+    check_state("b", b, tuple(a.shape), a.dtype)
     checks.same_device("a", a, b=b)
     return layout.merge(a, b)
 
@@ -196,18 +194,11 @@ def _check_iterations(name: str, opt: Options) -> None:
         )
 
 
-def _check_state(name: str, state: Tensor, sizes: tuple[int | None, ...], dtype: torch.dtype) -> None:
-    checks.tensor(name, state, "BHMC" if len(sizes) == 4 else "." * len(sizes))
-    checks.shape(name, state, sizes, "[B, Hk, M, 2E + 3]")
-    if state.dtype != dtype or dtype not in (torch.float32, torch.float64):
-        raise ValueError(f"{name} must be {dtype}, got {state.dtype}: sums in fewer digits drift")
-
-
 def _check_pool(state: Tensor, x: Operands, b: int, indices: Tensor | None) -> None:
     """The states that a step writes, and which of them."""
     rows = b if indices is None else None
     sizes = (rows, x.key.shape[1], x.references.shape[1], layout.width(x.value.shape[-1]))
-    _check_state("state", state, sizes, compute_dtype(x.key.dtype))
+    check_state("state", state, sizes, compute_dtype(x.key.dtype))
     checks.same_device("key", x.key, state=state, state_indices=indices)
     if not state.is_contiguous():
         raise ValueError(f"state must be contiguous, got strides {list(state.stride())}")
@@ -216,25 +207,3 @@ def _check_pool(state: Tensor, x: Operands, b: int, indices: Tensor | None) -> N
     if not isinstance(indices, Tensor) or indices.dtype != torch.int32:
         raise TypeError(f"state_indices must be an int32 Tensor [B], got {getattr(indices, 'dtype', type(indices))}")
     checks.shape("state_indices", indices, (b,), "B of the key")
-
-
-def _stream(
-    x: Operands, tokens: tuple[int, ...] | torch.Size, initial_state: Tensor | None, log_decay: Tensor | None
-) -> Stream:
-    """The checked state and gates of keys [B, H, S]."""
-    b, h, _ = tokens
-    dtype = compute_dtype(x.key.dtype)
-    if initial_state is not None:
-        sizes = (b, h, x.references.shape[1], layout.width(x.value.shape[-1]))
-        _check_state("initial_state", initial_state, sizes, dtype)
-    checks.same_device("key", x.key, initial_state=initial_state, log_decay=log_decay)
-    if log_decay is None:
-        return NO_STREAM if initial_state is None else Stream(None, initial_state)
-    checks.tensor("log_decay", log_decay, "BHS")
-    checks.shape("log_decay", log_decay, tuple(tokens), "B, H and S of the key")
-    if log_decay.device.type == "cpu" and unwatched((log_decay,)) and bool((log_decay > 0).any()):
-        raise ValueError(f"log_decay must be ≤ 0, got {log_decay.max().item()}: a gate fades what came before")
-    gates = log_decay.to(dtype).clamp(FORGOTTEN, 0.0)
-    if x.log_a is not None:
-        gates = torch.where(x.log_a > -torch.inf, gates, 0.0)
-    return Stream(gates, initial_state)

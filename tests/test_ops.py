@@ -78,7 +78,11 @@ def packed_arguments(causal: bool = False, pool: bool = False) -> list[Any]:
     tensors = [t[:1] if isinstance(t, Tensor) and t.ndim > 2 and t.shape[0] == B else t for t in full[:-5]]
     tensors = [t.detach().clone().requires_grad_() if isinstance(t, Tensor) and t.requires_grad else t for t in tensors]
     keys = torch.tensor([0, 3, 3, L - 1])
-    offsets = [keys] if causal or pool else [torch.tensor([0, 2, 4, L - 1]), keys]
+    if causal:
+        decay, state = (t[:1] for t in causal_arguments()[15:17])
+        decay = decay.detach().clone().requires_grad_()
+        return [*tensors, decay, torch.cat((state, state, state)), keys, *full[-5:], True]
+    offsets = [keys] if pool else [torch.tensor([0, 2, 4, L - 1]), keys]
     return [*tensors, *offsets, *full[-5:]]
 
 
@@ -121,7 +125,12 @@ def test_opcheck_of_a_step(native: str) -> None:
 def test_gradcheck(name: str, native: str) -> None:
     arguments = ARGUMENTS[name]()
     spots = [i for i, a in enumerate(arguments) if isinstance(a, Tensor) and a.requires_grad]
-    differentiable = {"set_attention_weights": (0, 3, 4), "sinkhorn": (0, 1), "set_causal": (0, 1)}.get(name, (0,))
+    differentiable = {
+        "set_attention_weights": (0, 3, 4),
+        "sinkhorn": (0, 1),
+        "set_causal": (0, 1),
+        "set_causal_varlen": (0, 1),
+    }.get(name, (0,))
 
     def f(*leaves: Tensor) -> Any:
         full = list(arguments)

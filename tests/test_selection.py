@@ -33,6 +33,8 @@ def test_every_case_is_in_one_share_and_what_is_no_product_in_all(of: int) -> No
     assert all(sum(map(share.has, PRODUCTS)) > 0 for share in shares)
     few = item(f"tests/test_backends.py::{PRODUCT}[triton-plain-torch.float32]")
     cpu = item(f"tests/test_backends.py::{PRODUCT}[cpu-case1-torch.float32]")
+    kernel = item("tests/test_triton_causal.py::test_x[one]")
+    assert sum(share.has(kernel) for share in shares) == 1
     assert all(share.has(test) for share in shares for test in (few, cpu, *map(item, STAY)))
 
 

@@ -98,7 +98,9 @@ OPS = {
     "sinkhorn_without_iterations": Op(
         SF.sinkhorn, {"log_kernel": "BNM", "log_a": "BN", "log_b": "BM", "key_relaxation": "B"}, {"num_iters": 0}
     ),
-    "sinkhorn_of_one_batch": Op(SF.sinkhorn, {"log_kernel": "BNM", "log_a": "N"}, {"num_iters": 2, "tol": 1e-3}),
+    "sinkhorn_of_one_batch": Op(
+        SF.sinkhorn, {"log_kernel": "BNM", "log_a": "N"}, {"num_iters": 2, "tol": 1e-3, "key_relaxation": 0.9}
+    ),
     "sinkhorn_of_a_matrix": Op(SF.sinkhorn, {"log_kernel": "NM"}, {"num_iters": 2}),
 }
 

@@ -45,21 +45,32 @@ inline void take_segment(AttentionParams& own, const PackedParams& p, int64_t n)
   for (auto member : kElements) take_element(own.*member, p.*member, n);
 }
 
+// Likewise what a scan takes beside the rest.
+inline void take_stream(StreamViews& own, const PackedStreamParams& p, int64_t n) {
+  const int64_t k = p.cu_k[n], k_end = p.cu_k[n + 1];
+  take_rows(own.log_decay, p.log_decay, k, k_end);
+  take_rows(own.d_log_decay, p.d_log_decay, k, k_end);
+  constexpr View StreamViews::* kStates[] = {&StreamViews::initial, &StreamViews::final_state, &StreamViews::d_final,
+                                             &StreamViews::d_initial};
+  for (auto member : kStates) take_element(own.*member, p.*member, n);
+}
+
 // A dense worker, whose parameters are its own.
 template <class Inner>
 class PackedWorker {
  public:
-  PackedWorker(const PackedParams& p, const AttentionParams& largest, int threads)
+  PackedWorker(const PackedStreamParams& p, const CausalParams& largest, int threads)
       : pack_(p), own_(largest), inner_(own_, threads) {}
   auto& shared() { return inner_.shared(); }
   void run(int64_t n, int64_t h, const Team& team) {
     take_segment(own_, pack_, n);
+    take_stream(own_, pack_, n);
     inner_.run(h, team);  // B = 1: an item is a head
   }
 
  private:
-  const PackedParams& pack_;
-  CausalParams own_;  // what its scans take beside the others' is not there
+  const PackedStreamParams& pack_;
+  CausalParams own_;
   Inner inner_;
 };
 
@@ -82,11 +93,12 @@ struct PackedItem {
 // Which threads work on what.  Whether a head of a segment is shared, and by how many, depends on the segment alone,
 // and so do its bits; who takes one that is not shared depends on who is free.
 struct PackedPlan {
-  AttentionParams largest;  // the longest segment, for the sizes of scratch
+  CausalParams largest;  // the longest segment, for the sizes of scratch
   int threads = 1;
   std::vector<PackedItem> shared, alone;  // head by head, as a worker packs the references of one; the longest first
 
-  PackedPlan(const PackedParams& p, double work, bool can_share) : largest(p) {
+  PackedPlan(const PackedStreamParams& p, double work, bool can_share) : largest(p) {
+    static_cast<StreamViews&>(largest) = p;
     threads = useful_threads(p.threads, work * attention_flops(p));
     largest.L = largest.S = 0;
     std::vector<int64_t> order(p.N);
@@ -114,7 +126,7 @@ struct PackedPlan {
 
 // work: FLOPs in units of those of attention's forward; make(largest, threads): a worker, whose items are (n, h).
 template <class Make>
-void run_packed(const PackedParams& p, double work, bool can_share, Make make) {
+void run_packed(const PackedStreamParams& p, double work, bool can_share, Make make) {
   if (p.N * p.H == 0) return;
   const PackedPlan plan(p, work, can_share);
   std::vector<decltype(make(plan.largest, 1))> workers;
@@ -140,19 +152,19 @@ void run_packed(const PackedParams& p, double work, bool can_share, Make make) {
 }
 
 template <class Inner>
-void run_dense(const PackedParams& p, double work, bool can_share) {
-  run_packed(p, work, can_share, [&](const AttentionParams& largest, int threads) {
+void run_dense(const PackedStreamParams& p, double work, bool can_share) {
+  run_packed(p, work, can_share, [&](const CausalParams& largest, int threads) {
     return std::make_unique<PackedWorker<Inner>>(p, largest, threads);
   });
 }
 
 template <class F>
-void packed_forward(const PackedParams& p) {
+void packed_forward(const PackedStreamParams& p) {
   p.causal ? run_dense<Alone<CausalWorker<F>>>(p, 1, false) : run_dense<ForwardWorker<F>>(p, 1, true);
 }
 
 template <class F>
-void packed_backward(const PackedParams& p) {
+void packed_backward(const PackedStreamParams& p) {
   p.causal ? run_dense<Alone<CausalBackwardWorker<F>>>(p, 2.5, false) : run_dense<BackwardWorker<F>>(p, 2.5, true);
 }
 

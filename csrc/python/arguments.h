@@ -229,8 +229,20 @@ inline void gradients(AttentionParams& p, const py::tuple& grads, int64_t parts,
   if (p.d_o || p.d_query) need(p.query, kOperands[kQuery]), x.need(kDO);
 }
 
-inline View state_view(const AttentionParams& p, const py::object& o, const char* name) {
-  return view(o, name, {p.B, p.H, p.M, 2 * p.E + 3}, compute_dtype(p.f64));
+// States of N sequences.
+inline View state_view(const AttentionParams& p, int64_t N, const py::object& o, const char* name) {
+  return view(o, name, {N, p.H, p.M, 2 * p.E + 3}, compute_dtype(p.f64));
+}
+
+inline View gates_view(const AttentionParams& p, const py::object& o, const char* name) {
+  return view(o, name, {p.B, p.H, p.S}, compute_dtype(p.f64));
+}
+
+inline void stream_gradients(StreamViews& stream, const AttentionParams& p, int64_t N, const py::object& d_final,
+                             const py::object& d_log_decay, const py::object& d_initial) {
+  stream.d_final = state_view(p, N, d_final, "d_final_state");
+  stream.d_log_decay = gates_view(p, d_log_decay, "d_log_decay");
+  stream.d_initial = state_view(p, N, d_initial, "d_initial_state");
 }
 
 inline CausalParams causal_params(const AttentionParams& attention, const py::object& log_decay,
@@ -238,8 +250,8 @@ inline CausalParams causal_params(const AttentionParams& attention, const py::ob
   CausalParams p(attention);
   need(p.query, kOperands[kQuery]);
   if (p.L != p.S || p.T > 1) throw std::invalid_argument("causal needs L = S and T <= 1");
-  p.log_decay = view(log_decay, "log_decay", {p.B, p.H, p.S}, compute_dtype(p.f64));
-  p.initial = state_view(p, initial, "initial_state");
+  p.log_decay = gates_view(p, log_decay, "log_decay");
+  p.initial = state_view(p, p.B, initial, "initial_state");
   return p;
 }
 
@@ -256,9 +268,9 @@ inline const int64_t* offsets(const py::handle& o, const char* name, int64_t N, 
   return at;
 }
 
-inline PackedParams packed_params(const AttentionParams& attention, const py::object& cu_q, const py::tuple& cu_k,
-                                  bool causal) {
-  PackedParams p;
+inline PackedStreamParams packed_params(const AttentionParams& attention, const py::object& cu_q, const py::tuple& cu_k,
+                                        bool causal, const py::object& log_decay, const py::object& initial) {
+  PackedStreamParams p;
   static_cast<AttentionParams&>(p) = attention;
   if (p.B != 1) throw std::invalid_argument("a packed batch has B = 1");
   const py::tuple sizes = cu_k[1].cast<py::tuple>();
@@ -268,6 +280,8 @@ inline PackedParams packed_params(const AttentionParams& attention, const py::ob
   if (p.query && !p.cu_q) throw std::invalid_argument("tensor 'cu_q' is missing");
   if (causal && (p.cu_q != p.cu_k || p.L != p.S || p.T > 1))
     throw std::invalid_argument("causal needs segments of L = S and T <= 1");
+  p.log_decay = gates_view(p, log_decay, "log_decay");
+  p.initial = state_view(p, p.N, initial, "initial_state");
   return p;
 }
 

@@ -90,7 +90,7 @@ void causal(const py::tuple& x, const py::tuple& scalars, bool dot, int64_t T, d
   CausalParams p = causal_params(attention_params(x, scalars, dot, T, dropout_p, seed, threads), log_decay, initial);
   p.o = view(o, "o", {p.B, p.H, p.L, p.E}, p.key.dtype);
   need(p.o, "o");
-  p.final_state = state_view(p, final_state, "final_state");
+  p.final_state = state_view(p, p.B, final_state, "final_state");
   py::gil_scoped_release nogil;
   kernels().causal(p);
 }
@@ -101,9 +101,7 @@ void causal_backward(const py::tuple& x, const py::tuple& scalars, bool dot, int
   CausalParams p = causal_params(attention_params(x, scalars, dot, T, dropout_p, seed, threads), log_decay, initial);
   gradients(p, grads, p.B);
   need(p.d_o, "d_o");
-  p.d_final = state_view(p, d_final, "d_final_state");
-  p.d_log_decay = view(d_log_decay, "d_log_decay", {p.B, p.H, p.S}, compute_dtype(p.f64));
-  p.d_initial = state_view(p, d_initial, "d_initial_state");
+  stream_gradients(p, p, p.B, d_final, d_log_decay, d_initial);
   py::gil_scoped_release nogil;
   kernels().causal_backward(p);
 }
@@ -152,8 +150,11 @@ void masked_backward(const py::tuple& x, const py::tuple& scalars, bool dot, int
 
 void packed(const py::tuple& x, const py::tuple& scalars, bool dot, int64_t T, double dropout_p, uint64_t seed,
             int threads, const py::object& cu_q, const py::tuple& cu_k, const py::object& o, const py::object& z,
-            const py::object& c, bool causal) {
-  PackedParams p = packed_params(attention_params(x, scalars, dot, T, dropout_p, seed, threads), cu_q, cu_k, causal);
+            const py::object& c, bool causal, const py::object& log_decay, const py::object& initial,
+            const py::object& final_state) {
+  PackedStreamParams p = packed_params(attention_params(x, scalars, dot, T, dropout_p, seed, threads), cu_q, cu_k,
+                                       causal, log_decay, initial);
+  p.final_state = state_view(p, p.N, final_state, "final_state");
   p.o = view(o, "o", {p.B, p.H, p.L, p.E}, p.key.dtype);
   if (p.o || causal) need(p.query, "query"), need(p.o, "o");
   state(p, z, c, !causal, p.N);
@@ -163,8 +164,12 @@ void packed(const py::tuple& x, const py::tuple& scalars, bool dot, int64_t T, d
 
 void packed_backward(const py::tuple& x, const py::tuple& scalars, bool dot, int64_t T, double dropout_p, uint64_t seed,
                      int threads, const py::object& cu_q, const py::tuple& cu_k, const py::object& z,
-                     const py::object& c, const py::tuple& grads, bool causal) {
-  PackedParams p = packed_params(attention_params(x, scalars, dot, T, dropout_p, seed, threads), cu_q, cu_k, causal);
+                     const py::object& c, const py::tuple& grads, bool causal, const py::object& log_decay,
+                     const py::object& initial, const py::object& d_final, const py::object& d_log_decay,
+                     const py::object& d_initial) {
+  PackedStreamParams p = packed_params(attention_params(x, scalars, dot, T, dropout_p, seed, threads), cu_q, cu_k,
+                                       causal, log_decay, initial);
+  stream_gradients(p, p, p.N, d_final, d_log_decay, d_initial);
   state(p, z, c, !causal, p.N);
   gradients(p, grads, p.N, p.N);
   if (causal) need(p.d_o, "d_o");

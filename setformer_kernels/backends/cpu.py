@@ -26,6 +26,7 @@ from ..problem import (
     empty_factors,
     empty_in_order,
     in_order,
+    is_plain,
 )
 from ..reference.packed import masses, segments
 from ..reference.state import empty_like as empty_state_like
@@ -186,16 +187,14 @@ def _clear_slack(t: Tensor | None, cu: Tensor) -> None:
         t[:, :, int(cu[-1]) :].zero_()
 
 
-def _packed(x: Operands, opt: Options, cu_q: Tensor | None, cu_k: Tensor, causal: bool) -> tuple[Tensor, ...]:
-    """(o where there are queries, z [N, H, M, E] and c [N, H, max(T, 1), M] where not causal)."""
+def _packed(x: Operands, opt: Options, cu_q: Tensor | None, cu_k: Tensor) -> tuple[Tensor, ...]:
+    """(o where there are queries, z [N, H, M, E], c [N, H, max(T, 1), M])."""
     x = _unpacked_masses(x, cu_k)
     o = None if x.query is None else empty_in_order(x.query, (*x.query.shape[:-1], x.value.shape[-1]))
-    state: tuple[Tensor | None, ...] = (None, None)
-    if not causal:
-        (h, m, _), n, wide = x.references.shape, cu_k.shape[0] - 1, compute_dtype(x.key.dtype)
-        shapes = ((n, h, m, x.value.shape[3]), (n, h, max(opt.num_iters, 1), m))
-        state = tuple(x.key.new_empty(shape, dtype=wide) for shape in shapes)
-    _C.packed(*_common(x, opt), *views((cu_q, cu_k, o, *state)), causal)
+    (h, m, _), n, wide = x.references.shape, cu_k.shape[0] - 1, compute_dtype(x.key.dtype)
+    shapes = ((n, h, m, x.value.shape[3]), (n, h, max(opt.num_iters, 1), m))
+    state = tuple(x.key.new_empty(shape, dtype=wide) for shape in shapes)
+    _C.packed(*_common(x, opt), *views((cu_q, cu_k, o, *state)), False, None, None, None)
     if cu_q is not None:
         _clear_slack(o, cu_q)
     return tuple(t for t in (o, *state) if t is not None)
@@ -208,16 +207,19 @@ def _packed_backward(
     state: tuple[Tensor | None, Tensor | None],
     incoming: tuple[Tensor | None, ...],
     needs: Sequence[bool],
-    causal: bool,
+    causal: bool = False,
+    stream: tuple[Any, ...] = (None,) * 5,
 ) -> Operands:
-    normalised, (cu_q, cu_k) = _unpacked_masses(x, offsets[1]), offsets
-    given = (*_common(normalised, opt), *views((*offsets, *state)))
-    # No gradient passes through the masses' normaliser: shifting them all by one number changes nothing.
+    """x: with masses of `_unpacked_masses`, through whose normaliser no gradient passes: shifting them all by one
+    number changes nothing.  `stream`: views of gates and states, and of the gradients of the states after, the gates
+    and the states before."""
+    cu_q, cu_k = offsets
+    given = (*_common(x, opt), *views((*offsets, *state)))
     grads = _extension.attention_backward(
-        normalised,
+        x,
         needs,
         cu_k.shape[0] - 1,
-        lambda grads: _C.packed_backward(*given, (*views(incoming), *grads), causal),
+        lambda grads: _C.packed_backward(*given, (*views(incoming), *grads), causal, *stream),
     )
     for t in (grads.key, grads.value, grads.log_a):
         _clear_slack(t, cu_k)
@@ -228,37 +230,65 @@ def _packed_backward(
 
 def packed(x: Operands, opt: Options, cu_q: Tensor, cu_k: Tensor) -> tuple[Tensor, ...]:
     """o [1, H, L, E], z [N, H, M, E], c [N, H, max(T, 1), M] of a packed batch; x.log_a: unnormalised log masses."""
-    return _packed(x, opt, cu_q, cu_k, False)
+    return _packed(x, opt, cu_q, cu_k)
 
 
 def packed_pool(x: Operands, opt: Options, cu: Tensor) -> tuple[Tensor, ...]:
     """z [N, H, M, E], c [N, H, max(T, 1), M]."""
-    return _packed(x._replace(query=None, query_position=None), opt, None, cu, False)
+    return _packed(x._replace(query=None, query_position=None), opt, None, cu)
 
 
-def packed_causal(x: Operands, opt: Options, cu: Tensor) -> Tensor:
-    """o [1, H, L, E], for T <= 1."""
-    return _packed(x, opt, cu, cu, True)[0]
+def packed_causal(
+    x: Operands, opt: Options, cu: Tensor, stream: Stream = NO_STREAM, with_state: bool = False
+) -> tuple[Tensor, Tensor]:
+    """o [1, H, L, E] for T <= 1, and the states after the last keys."""
+    assert x.query is not None
+    o = empty_in_order(x.query, (*x.query.shape[:-1], x.value.shape[-1]))
+    state = empty_state_like(x, with_state, cu.shape[0] - 1)
+    x = _unpacked_masses(x, cu) if is_plain(stream, with_state) else x
+    gates, before, after = views((*stream, state if with_state else None))
+    _C.packed(*_common(x, opt), *views((cu, cu, o, None, None)), True, gates, before, after)
+    _clear_slack(o, cu)
+    return o, state
 
 
 def packed_backward(
     x: Operands, opt: Options, cu_q: Tensor, cu_k: Tensor, z: Tensor, c: Tensor, d_o: Tensor, needs: Sequence[bool]
 ) -> Operands:
     """As `attention_backward`, of a packed batch."""
-    return _packed_backward(x, opt, (cu_q, cu_k), (z, c), (d_o, None, None), needs, False)
+    return _packed_backward(_unpacked_masses(x, cu_k), opt, (cu_q, cu_k), (z, c), (d_o, None, None), needs)
 
 
 def packed_pool_backward(
     x: Operands, opt: Options, cu: Tensor, z: Tensor, c: Tensor, d_z: Tensor, needs: Sequence[bool]
 ) -> Operands:
     """As `pool_backward`, of a packed batch."""
-    x = x._replace(query=None, query_position=None)
-    return _packed_backward(x, opt, (None, cu), (z, c), (None, d_z, None), needs, False)
+    x = _unpacked_masses(x, cu)._replace(query=None, query_position=None)
+    return _packed_backward(x, opt, (None, cu), (z, c), (None, d_z, None), needs)
 
 
-def packed_causal_backward(x: Operands, opt: Options, cu: Tensor, d_o: Tensor, needs: Sequence[bool]) -> Operands:
+def packed_causal_backward(
+    x: Operands,
+    opt: Options,
+    cu: Tensor,
+    d_o: Tensor,
+    needs: Sequence[bool],
+    stream: Stream = NO_STREAM,
+    with_state: bool = False,
+    d_state: Tensor | None = None,
+) -> tuple[Tensor | None, ...]:
     """As `causal_backward`, of a packed batch."""
-    return _packed_backward(x, opt, (cu, cu), (None, None), (d_o, None, None), needs, True)
+    d_stream = _stream_gradients(stream, needs[len(x) :])
+    normalised = _unpacked_masses(x, cu) if is_plain(stream, with_state) else x
+    grads = _packed_backward(
+        normalised, opt, (cu, cu), (None, None), (d_o, None, None), needs[: len(x)], True,
+        views((*stream, d_state, *d_stream)),
+    )  # fmt: skip
+    _clear_slack(d_stream[0], cu)
+    if d_stream[1] is not None and d_state is not None:  # a state without keys passes through as it is
+        empty = cu[1:] == cu[:-1]
+        d_stream[1][empty] = d_state[empty]
+    return *grads, *d_stream
 
 
 def attention_backward(x: Operands, opt: Options, z: Tensor, c: Tensor, d_o: Tensor, needs: Sequence[bool]) -> Operands:
@@ -282,8 +312,7 @@ def causal_backward(
     d_state: Tensor | None = None,
 ) -> tuple[Tensor | None, ...]:
     """As `attention_backward`, for the causal scan; then the gradients of `stream`."""
-    wanted = [n and t is not None for n, t in zip(needs[len(x) :] or (False, False), stream, strict=True)]
-    d_stream = [torch.empty_like(t) if n and t is not None else None for n, t in zip(wanted, stream, strict=True)]
+    d_stream = _stream_gradients(stream, needs[len(x) :])
     incoming, given, found = views((d_o,)), views(stream), views((d_state, *d_stream))
     grads = _extension.attention_backward(
         x,
@@ -292,6 +321,12 @@ def causal_backward(
         lambda grads: _C.causal_backward(*_common(x, opt), *given, (*incoming, None, None, *grads), *found),
     )
     return *grads, *d_stream
+
+
+def _stream_gradients(stream: Stream, needs: Sequence[bool]) -> list[Tensor | None]:
+    """Memory for those of `stream` that are needed; none where nothing is said of them."""
+    wanted = needs or (False,) * len(stream)
+    return [torch.empty_like(t) if n and t is not None else None for n, t in zip(wanted, stream, strict=True)]
 
 
 def _backward(

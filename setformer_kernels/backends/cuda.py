@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..problem import Operands, Options, Problem, Sinkhorn, empty_in_order
+from ..problem import Operands, Options, Problem, Sinkhorn, empty_in_order, unconverging
 from . import _extension
 from ._extension import DTYPE_CODES, MODULE, REASON, views
 
@@ -36,6 +36,8 @@ def unsupported_reasons(p: Problem) -> list[str]:
         reasons.append(f"runs on {_DEVICE} tensors, not on {p.device}")
     if p.dtype not in (DTYPES if p.op != "sinkhorn" else DTYPES[:1]):
         reasons.append(f"has no kernels for {p.dtype}")
+    if p.converged:
+        reasons.append(unconverging(p))
     if not reasons and p.N and (reason := _refusal(p)):
         reasons.append(reason)
     return reasons

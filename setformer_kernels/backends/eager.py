@@ -13,7 +13,17 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ..problem import NO_STREAM, Operands, Options, Sinkhorn, Stream, compute_dtype, empty_in_order, memory_order
+from ..problem import (
+    NO_STREAM,
+    Operands,
+    Options,
+    Sinkhorn,
+    Stream,
+    compute_dtype,
+    empty_in_order,
+    is_plain,
+    memory_order,
+)
 from ..reference.attention import attention_with_state, pool_with_state
 from ..reference.packed import packed_pool_with_state, packed_with_state
 from ..reference.state import empty_like as empty_state_like
@@ -129,7 +139,7 @@ def weight_factors_backward(
 
 def causal(x: Operands, opt: Options, stream: Stream = NO_STREAM, with_state: bool = False) -> tuple[Tensor, Tensor]:
     assert x.query is not None
-    if not with_state and all(t is None for t in stream):
+    if is_plain(stream, with_state):
         return _in_order(x.query, reference.causal(x, opt)), empty_state_like(x, False)
     o, state = reference.causal_with_state(x, opt, stream)
     return _in_order(x.query, o), state.clone() if with_state else empty_state_like(x, False)
@@ -180,13 +190,37 @@ def packed_pool_backward(
     return _vjp(lambda *t: packed_pool_with_state(Operands(*t), opt, cu), x, needs, [d_z, None])
 
 
-def packed_causal(x: Operands, opt: Options, cu: Tensor) -> Tensor:
+def packed_causal(
+    x: Operands, opt: Options, cu: Tensor, stream: Stream = NO_STREAM, with_state: bool = False
+) -> tuple[Tensor, Tensor]:
     assert x.query is not None
-    return _in_order(x.query, reference.packed_causal(x, opt, cu))
+    n = cu.shape[0] - 1
+    if is_plain(stream, with_state):
+        return _in_order(x.query, reference.packed_causal(x, opt, cu)), empty_state_like(x, False, n)
+    o, state = reference.packed_causal_with_state(x, opt, cu, stream)
+    return _in_order(x.query, o), state.clone() if with_state else empty_state_like(x, False, n)
 
 
-def packed_causal_backward(x: Operands, opt: Options, cu: Tensor, d_o: Tensor, needs: Sequence[bool]) -> Gradients:
-    return _vjp(lambda *t: reference.packed_causal(Operands(*t), opt, cu), x, needs, [d_o])
+def packed_causal_backward(
+    x: Operands,
+    opt: Options,
+    cu: Tensor,
+    d_o: Tensor,
+    needs: Sequence[bool],
+    stream: Stream = NO_STREAM,
+    with_state: bool = False,
+    d_state: Tensor | None = None,
+) -> Gradients:
+    """In the order of `Operands`, then of `Stream`."""
+    n = len(Operands._fields)
+    if is_plain(stream, with_state):
+        grads = _vjp(lambda *t: reference.packed_causal(Operands(*t), opt, cu), x, needs[:n], [d_o])
+        return *grads, None, None
+
+    def run(*t: Tensor | None) -> tuple[Tensor, Tensor]:
+        return reference.packed_causal_with_state(Operands(*t[:n]), opt, cu, Stream(*t[n:]))  # type: ignore[arg-type]
+
+    return _vjp(run, (*x, *stream), needs[: n + len(stream)], [d_o, d_state])
 
 
 def masked(x: Operands, mask: Tensor | None, opt: Options, causal: bool) -> Tensor:

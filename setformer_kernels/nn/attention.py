@@ -67,6 +67,8 @@ class SeTAttention(PythonForward, ReferenceSet, Projections):
         position_scale: τ ≥ 0 at the start.
         num_kv_heads: Hk, a divisor of num_heads, which it is by default: grouped queries, head h on key head
             h // (num_heads / Hk).  Key and value projections, and all that is per head above, are then Hk heads'.
+        tol, method, grad: transport to convergence, as in `functional.sinkhorn`: each head stops once its potentials
+            move less than tol, num_iters is the most; without attn_mask and is_causal.
 
     Shape:
         query [L, B, embed_dim], key [S, B, kdim], value [S, B, vdim]; with batch_first B leads; unbatched without B.
@@ -86,7 +88,8 @@ class SeTAttention(PythonForward, ReferenceSet, Projections):
         num_iters: int = 1, epsilon: float = 0.05, bandwidth: float = 1.0, kernel: str = "rbf",
         value_map: str = "linear", position_dim: int = 0, learn_epsilon: bool = False, learn_log_mass: bool = False,
         key_relaxation: float = 1.0, reference_relaxation: float = 1.0, backend: str = "auto",
-        position_scale: float = 1.0, num_kv_heads: int | None = None,
+        position_scale: float = 1.0, num_kv_heads: int | None = None, tol: float | None = None,
+        method: str = "sinkhorn", grad: str = "unrolled",
     ) -> None:  # fmt: skip
         embed_dim, num_heads, kdim, vdim = sizes(embed_dim, num_heads, kdim, vdim)
         num_kv_heads = key_heads(num_heads, num_kv_heads)
@@ -101,7 +104,7 @@ class SeTAttention(PythonForward, ReferenceSet, Projections):
             num_iters=num_iters, epsilon=epsilon, bandwidth=bandwidth, kernel=kernel, value_map=value_map,
             position_dim=position_dim, learn_epsilon=learn_epsilon, learn_log_mass=learn_log_mass,
             key_relaxation=key_relaxation, reference_relaxation=reference_relaxation, backend=backend,
-            position_scale=position_scale,
+            position_scale=position_scale, tol=tol, method=method, grad=grad,
         )  # fmt: skip
         if num_kv_heads != num_heads:
             redraw(self, PROJECTIONS)
@@ -203,6 +206,7 @@ class SeTAttention(PythonForward, ReferenceSet, Projections):
         query, key, value = tokens
         return (
             self.batch_first
+            and not self._converges()
             and self.bias_k is None
             and not self.add_zero_attn
             and all(mask is None for mask in masks)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import checks
+from .. import checks, solver
 from ..dispatch import available_backends
 
 VALUE_MAPS = ("linear", "rkhs")
@@ -60,13 +60,18 @@ def key_heads(num_heads: int, num_kv_heads: Any) -> int:
 def own_options(
     *, num_references: Any, num_iters: Any, epsilon: Any, bandwidth: Any, kernel: Any, value_map: Any,
     position_dim: Any, learn_epsilon: Any, learn_log_mass: Any, key_relaxation: Any, reference_relaxation: Any,
-    backend: Any, position_scale: Any,
+    backend: Any, position_scale: Any, tol: Any, method: Any, grad: Any,
 ) -> dict[str, Any]:  # fmt: skip
     """The constructor's own arguments as Python numbers and strings, by the rules of the functional API; no tensors
     among the numbers, for learned ones are asked for by learn_*."""
+    num_iters = checks.iterations(num_iters)
+    tol, method, grad = solver.options(tol, method, grad, num_iters)
     return {
+        "tol": tol,
+        "method": method,
+        "grad": grad,
         "num_references": checks.integer("num_references", num_references, 1),
-        "num_iters": checks.iterations(num_iters),
+        "num_iters": num_iters,
         "epsilon": checks.number("epsilon", epsilon, 0.0, open_low=True),
         "bandwidth": checks.number("bandwidth", bandwidth, 0.0, open_low=True),
         "kernel": checks.kernel(kernel),

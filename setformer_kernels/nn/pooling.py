@@ -29,7 +29,7 @@ class SeTPooling(ReferenceSet):
     Args:
         embed_dim, num_heads, bias, device, dtype: as in `nn.MultiheadAttention`.
         num_references, num_iters, epsilon, bandwidth, kernel, value_map, position_dim, learn_epsilon, learn_log_mass,
-            key_relaxation, reference_relaxation, backend, position_scale: as in `SeTAttention`.
+            key_relaxation, reference_relaxation, backend, position_scale, tol, method, grad: as in `SeTAttention`.
 
     Shape:
         x [B, S, embed_dim] -> [B, num_references, embed_dim]; an element whose tokens are all masked pools to zeros
@@ -47,6 +47,7 @@ class SeTPooling(ReferenceSet):
         bandwidth: float = 1.0, kernel: str = "rbf", value_map: str = "linear", position_dim: int = 0,
         learn_epsilon: bool = False, learn_log_mass: bool = False, key_relaxation: float = 1.0,
         reference_relaxation: float = 1.0, backend: str = "auto", position_scale: float = 1.0,
+        tol: float | None = None, method: str = "sinkhorn", grad: str = "unrolled",
     ) -> None:  # fmt: skip
         embed_dim, num_heads, *_ = sizes(embed_dim, num_heads)
         bias = bool(bias)
@@ -59,7 +60,7 @@ class SeTPooling(ReferenceSet):
             num_iters=num_iters, epsilon=epsilon, bandwidth=bandwidth, kernel=kernel, value_map=value_map,
             position_dim=position_dim, learn_epsilon=learn_epsilon, learn_log_mass=learn_log_mass,
             key_relaxation=key_relaxation, reference_relaxation=reference_relaxation, backend=backend,
-            position_scale=position_scale,
+            position_scale=position_scale, tol=tol, method=method, grad=grad,
         )  # fmt: skip
         Reset(self.kv_proj, KV_PROJ)
         Reset(self.out_proj, OUT_PROJ)
@@ -99,6 +100,8 @@ class SeTPooling(ReferenceSet):
     def _packs(self, x: Any, key_padding_mask: Any, key_position: Any) -> bool:
         """Whether a nested call can go without padding."""
         if not isinstance(x, Tensor) or not x.is_nested or not x.is_floating_point() or key_padding_mask is not None:
+            return False
+        if self._converges():
             return False
         if key_position is None:
             return packs(x)

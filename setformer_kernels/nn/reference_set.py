@@ -43,6 +43,9 @@ class ReferenceSet(Leaf, FloatInPython):
     key_relaxation: float
     reference_relaxation: float
     backend: str
+    tol: float | None = None  # this and the next two: of modules pickled before they were arguments, too
+    method: str = "sinkhorn"
+    grad: str = "unrolled"
     initial_position_scale: float = 1.0  # of modules pickled before it was an argument
     references: nn.Parameter
     landmarks: nn.Parameter | None
@@ -84,10 +87,15 @@ class ReferenceSet(Leaf, FloatInPython):
         }
         redraw(self, inits)
 
+    def _converges(self) -> bool:
+        """Whether transport is anything but num_iters iterations."""
+        return self.tol is not None or self.method != "sinkhorn" or self.grad != "unrolled"
+
     def _own_repr(self) -> str:
+        solved = f", tol={self.tol}, method={self.method}, grad={self.grad}" if self._converges() else ""
         return (
             f"num_references={self.num_references}, num_iters={self.num_iters}, epsilon={self.epsilon},"
-            f" kernel={self.kernel}, value_map={self.value_map}, position_dim={self.position_dim}"
+            f" kernel={self.kernel}, value_map={self.value_map}, position_dim={self.position_dim}{solved}"
         )
 
     def _transport_options(self) -> dict[str, Any]:
@@ -95,7 +103,7 @@ class ReferenceSet(Leaf, FloatInPython):
         epsilon: float | Tensor = self.epsilon
         if self.log_epsilon is not None:
             epsilon = self.log_epsilon.to(compute_dtype(self.log_epsilon.dtype)).exp()
-        return {
+        options = {
             "kernel": self.kernel,
             "bandwidth": self.bandwidth,
             "epsilon": epsilon,
@@ -105,6 +113,9 @@ class ReferenceSet(Leaf, FloatInPython):
             "reference_relaxation": self.reference_relaxation,
             "backend": self.backend,
         }
+        if self.tol is not None or self.method != "sinkhorn" or self.grad != "unrolled":
+            options |= {"tol": self.tol, "method": self.method, "grad": self.grad}
+        return options
 
     def _position_options(self, slots: int, **token_positions: Tensor | None) -> dict[str, Any]:
         """Token positions [N, P] or [B, N, P] as SF arguments; appended key slots carry no position term."""

@@ -3,9 +3,10 @@
     set_attention_varlen   Operands, cu_seqlens_q, cu_seqlens_k, Options -> o [1, H, L, E], z [N, H, M, E],
                            c [N, H, max(T, 1), M]
     set_pool_varlen        Operands (no query), cu_seqlens, Options -> z, c
-    set_causal_varlen      Operands (T ≤ 1), cu_seqlens, Options -> o
+    set_causal_varlen      Operands (T ≤ 1), Stream, cu_seqlens, Options, with_state -> o, states [N, H, M, 2E + 3]
 
-cu_seqlens [N + 1] int64; log_a holds unnormalised log masses, as only a backend knows where its segments end.  Nothing
+cu_seqlens [N + 1] int64; a Stream's states are [N, H, M, 2E + 3]; without `with_state` they are empty, [N, H, 0, 0].
+log_a holds unnormalised log masses, as only a backend knows where its segments end.  Nothing
 outside the backends reads the offsets of a device.  There is no decomposition: PyTorch's operations would have to.
 """
 
@@ -20,11 +21,13 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from .. import checks, dispatch
-from ..problem import Operands, Options, compute_dtype
+from ..problem import Operands, Options, Stream, compute_dtype
+from ..reference.state import empty_like
 from .operands import N_OPERANDS, OPERANDS, OPTIONS, POSITIONS, attention_problem, fake_output, flops, logits
 from .registration import SEED, TOKEN, Spec, register
 
 BOTH, ONE = ("cu_seqlens_q", "cu_seqlens_k"), ("cu_seqlens",)
+FIRST_OPTION = N_OPERANDS + len(Stream._fields) + 1  # of the causal op
 
 
 def _split(args: Sequence[Any], names: tuple[str, ...]) -> tuple[Operands, list[Tensor], Options]:
@@ -104,13 +107,49 @@ set_attention_varlen = register(
     )
 )  # fmt: skip
 set_pool_varlen = register(_spec("set_pool_varlen", "packed_pool", ONE, ("z", "c"), _fake_state))
+
+
+def _split_causal(args: Sequence[Any]) -> tuple[Operands, Tensor, Options, Stream, bool]:
+    x, (*stream, cu) = Operands(*args[:N_OPERANDS]), args[N_OPERANDS:FIRST_OPTION]
+    return x, _offsets(x, "cu_seqlens_q", cu), Options(*args[FIRST_OPTION:-1]), Stream(*stream), args[-1]
+
+
+def _run_causal(*args: Any) -> tuple[Tensor, ...]:
+    x, cu, opt, stream, with_state = _split_causal(args)
+    return _backend("packed_causal", x, opt, cu.shape[0] - 1).packed_causal(x, opt, cu, stream, with_state)
+
+
+def _run_causal_backward(d_o: Tensor | None, d_states: Tensor | None, *args: Any) -> Sequence[Tensor | None]:
+    x, cu, opt, stream, with_state = _split_causal(args[:-1])
+    d_o = fake_output(x).zero_() if d_o is None else d_o
+    run = _backend("packed_causal", x, opt, cu.shape[0] - 1, backward=True).packed_causal_backward
+    needs = args[-1][: N_OPERANDS + len(Stream._fields)]
+    return *run(x, opt, cu, d_o, needs, stream, with_state, d_states if with_state else None), None
+
+
+def _fake_causal(*args: Any) -> tuple[Tensor, ...]:
+    x, cu = Operands(*args[:N_OPERANDS]), args[FIRST_OPTION - 1]
+    return fake_output(x), empty_like(x, args[-1], 0 if cu is None else cu.shape[0] - 1)
+
+
 set_causal_varlen = register(
-    _spec(
-        "set_causal_varlen", "packed_causal", ONE, ("o",), lambda *args: fake_output(Operands(*args[:N_OPERANDS]))
+    Spec(
+        name="set_causal_varlen",
+        tensors={**OPERANDS, **dict.fromkeys(Stream._fields, (TOKEN, True)), "cu_seqlens": (SEED, True)},
+        constants=f"{OPTIONS}, bool with_state",
+        outputs={"o": TOKEN, "states": TOKEN},
+        differentiable=("o", "states"),
+        saved=(),
+        no_grad=(*POSITIONS, "seed", "cu_seqlens"),
+        run=_run_causal,
+        run_backward=_run_causal_backward,
+        fake=_fake_causal,
+        decomposition=None,
+        apart=True,
     )
-)  # fmt: skip
+)
 
 # As of a batch of one that is as long as all segments together.
-for _name, _skip in (("set_attention_varlen", 3), ("set_pool_varlen", 3), ("set_causal_varlen", 1)):
+for _name, _skip in (("set_attention_varlen", 3), ("set_pool_varlen", 3), ("set_causal_varlen", 2)):
     register_flop_formula(getattr(torch.ops.setformer_kernels, _name))(flops(1, 1, 0))
     register_flop_formula(getattr(torch.ops.setformer_kernels, _name + "_backward"))(flops(3, 2, _skip))

@@ -17,7 +17,7 @@ from .centring import LARGEST, Centring, centring, limit, log_bound
 from .features import inverse_sqrt, nystrom_features
 from .logits import kernel_matrix, logits, normalise, squared_distance
 from .memory import read, transport
-from .packed import packed, packed_causal, packed_pool
+from .packed import packed, packed_causal, packed_causal_with_state, packed_pool
 from .transport import Plan, lse, pool_weights, potential, read_weights, sinkhorn
 
 NAME = "reference"
@@ -43,6 +43,7 @@ __all__ = [
     "nystrom_features",
     "packed",
     "packed_causal",
+    "packed_causal_with_state",
     "packed_pool",
     "plan",
     "pool",

@@ -17,7 +17,7 @@ from .dense import DenseProblem, dense_weights, normalise_masses, query_masses, 
 from .dropout import dropout
 from .logits import kernel_matrix, logits
 from .state import empty_like
-from .transport import INF, Plan, pool_weights, read_weights, resumed, sinkhorn
+from .transport import INF, Plan, pool_weights, read_weights, readable, resumed, sinkhorn
 
 __all__ = [
     "attention",
@@ -84,7 +84,7 @@ def plan(x: Operands, opt: Options, c: Tensor | None = None) -> tuple[Tensor, Pl
     return l, sinkhorn(*known) if c is None else resumed(*known, c)
 
 
-def _query_weights(x: Operands, opt: Options, c: Tensor) -> Tensor:
+def query_weights(x: Operands, opt: Options, c: Tensor) -> Tensor:
     """W^q [B, H, L, M] with dropout, from c [B, H, max(T, 1), M]."""
     assert x.query is not None
     l = token_logits(x, opt, x.query, x.query_position)
@@ -102,7 +102,7 @@ def pool_with_state(x: Operands, opt: Options) -> tuple[Tensor, Tensor]:
 def attention_with_state(x: Operands, opt: Options) -> tuple[Tensor, Tensor, Tensor]:
     """(o [B, H, L, E] in the dtype of the queries, z and c of `pool_with_state`)."""
     z, c = pool_with_state(x, opt)
-    return (_query_weights(widen(x), opt, c) @ z).to(x.key.dtype), z, c
+    return (query_weights(widen(x), opt, c) @ z).to(x.key.dtype), z, c
 
 
 def pool(x: Operands, opt: Options) -> Tensor:
@@ -119,7 +119,7 @@ def weight_factors(x: Operands, opt: Options, c: Tensor | None = None) -> tuple[
     """W^q [B, H, L, M], with dropout, and W^k [B, H, S, M] in the compute dtype; `c` as in `plan`."""
     x = widen(x)
     l, p = plan(x, opt, c)
-    return _query_weights(x, opt, p.c), pool_weights(l, p)
+    return query_weights(x, opt, p.c), pool_weights(l, p)
 
 
 def weights(x: Operands, opt: Options) -> Tensor:
@@ -211,7 +211,6 @@ def _logit_bound(x: Operands, opt: Options, l_k: Tensor) -> float:
     learned = x.bandwidth is not None or x.epsilon is not None
     if opt.kernel == "rbf" and x.reference_position is None and not learned:
         return (1 - math.exp(-2 * bandwidth)) / epsilon
-    traced = torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._are_functorch_transforms_active()
-    if traced or type(l_k) is not Tensor or l_k.device.type != "cpu" or l_k.numel() == 0:
+    if not readable(l_k) or l_k.numel() == 0:
         return INF
     return float(l_k.detach().abs().max())

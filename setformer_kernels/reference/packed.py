@@ -13,10 +13,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ..problem import Operands, Options, replaced, with_an_absent_key
-from .attention import attention_with_state, pool_with_state
+from ..problem import NO_STREAM, Operands, Options, Stream, replaced, with_an_absent_key
+from .attention import attention_with_state, causal_with_state, pool_with_state
 from .attention import causal as causal_alone
 from .dense import normalise_masses
+from .state import empty_like
 from .transport import INF
 
 Rows = tuple[int, int]  # the first, and the one behind the last
@@ -34,7 +35,7 @@ def masses(log_a: Tensor) -> Tensor:
     return torch.where(seen, log_mass, -INF)
 
 
-def segment(x: Operands, queries: Rows, keys: Rows) -> Operands:
+def segment(x: Operands, queries: Rows, keys: Rows, normalised: bool = True) -> Operands:
     """The operands [1, H, ...] of one segment alone; x.log_a holds unnormalised log masses."""
 
     def cut(t: Tensor | None, rows: Rows) -> Tensor | None:
@@ -46,7 +47,7 @@ def segment(x: Operands, queries: Rows, keys: Rows) -> Operands:
         query=cut(x.query, queries),
         key=cut(x.key, keys),
         value=cut(x.value, keys),
-        log_a=None if log_a is None else masses(log_a),
+        log_a=None if log_a is None else masses(log_a) if normalised else log_a,
         query_position=cut(x.query_position, queries),
         key_position=cut(x.key_position, keys),
         seed=None if x.seed is None else x.seed + queries[0],
@@ -111,3 +112,24 @@ def packed_causal(x: Operands, opt: Options, cu: Tensor) -> Tensor:
 
     (o,) = _each(x, cu, cu, alone)
     return _in_place(o, cu, x.query.shape[2])
+
+
+def packed_causal_with_state(x: Operands, opt: Options, cu: Tensor, stream: Stream) -> tuple[Tensor, Tensor]:
+    """Causal o [1, H, L, E] for T ≤ 1, and the states [N, H, M, 2E + 3] after the last keys, with gates [1, H, S] and
+    the states before the first ones.  Masses are taken as they are: a segment does not know those before it."""
+    assert x.query is not None
+    at = segments(cu, x.key.shape[2])
+    found = [_piece(x, opt, stream, n, rows) for n, rows in enumerate(at)] or [_piece(x, opt, NO_STREAM, 0, (0, 0))]
+    o, states = ([*column] for column in zip(*found, strict=True))
+    return _in_place(o, cu, x.query.shape[2]), torch.cat(states)[: len(at)]
+
+
+def _piece(x: Operands, opt: Options, stream: Stream, n: int, rows: Rows) -> tuple[Tensor, Tensor]:
+    """o and the state after segment n, which goes on from the state of its number."""
+    part, before = segment(x, rows, rows, normalised=False), stream.initial_state
+    before = None if before is None else before[n : n + 1]
+    if rows[0] == rows[1]:  # whose one key stands for none
+        state = empty_like(part).zero_() if before is None else before.clone()
+        return attention_with_state(part, opt)[0], state
+    gates = None if stream.log_decay is None else stream.log_decay[:, :, rows[0] : rows[1]]
+    return causal_with_state(part, opt, Stream(gates, before))

@@ -38,9 +38,11 @@ def width(e: int) -> int:
     return 2 * e + 3
 
 
-def empty_like(x: Operands, wanted: bool = True) -> Tensor:
-    """Memory for the state of a call [B, H, M, 2E + 3]; [B, H, 0, 0], which stands for none, where it is not wanted."""
+def empty_like(x: Operands, wanted: bool = True, segments: int | None = None) -> Tensor:
+    """Memory for the state of a call [B, H, M, 2E + 3]; [B, H, 0, 0], which stands for none, where it is not wanted.
+    Of a pack B = `segments`."""
     b, h, _, e = x.value.shape
+    b = b if segments is None else segments
     shape = (b, h, x.references.shape[1], width(e)) if wanted else (b, h, 0, 0)
     return x.value.new_empty(shape, dtype=compute_dtype(x.key.dtype))
 

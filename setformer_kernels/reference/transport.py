@@ -10,6 +10,12 @@ from torch import Tensor
 INF = float("inf")
 
 
+def readable(t: Tensor) -> bool:
+    """Whether values of `t` may be looked at: on the CPU, where nobody waits, outside of tracing and functorch."""
+    traced = torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._are_functorch_transforms_active()
+    return not traced and type(t) in (Tensor, torch.nn.Parameter) and t.device.type == "cpu"
+
+
 def lse(x: Tensor, dim: int) -> Tensor:
     """log Σ exp over `dim`; −∞ with zero gradient where every term is −∞."""
     peak = x.detach().amax(dim, keepdim=True)
@@ -35,14 +41,22 @@ class Plan(NamedTuple):
 
 
 def sinkhorn(
-    l: Tensor, log_a: Tensor, log_b: Tensor, num_iters: int, lam_a: Tensor, lam_b: Tensor, tol: float | None = None
+    l: Tensor,
+    log_a: Tensor,
+    log_b: Tensor,
+    num_iters: int,
+    lam_a: Tensor,
+    lam_b: Tensor,
+    tol: float | None = None,
+    start: Tensor | None = None,
 ) -> Plan:
     """g⁰ = log b; f^t = log a − λ_a LSE_j(ℓ + g^{t−1}); c^t = LSE_s(ℓ + f^t); g^t = log b − λ_b c^t.
 
     ℓ [..., S, M], log a [..., S], log b [..., M], λ broadcastable to [..., 1].  T = 0: f = log a, g = log b.
     With `tol` a problem stops once max_j |g^t − g^{t−1}| ≤ tol; its later c^t repeat the last one.
+    g⁰ = `start` [..., M] where that is given and finite.
     """
-    g = log_b.expand(l.shape[:-2] + l.shape[-1:])
+    g = started(start, log_b).expand(l.shape[:-2] + l.shape[-1:])
     f = log_a.expand(l.shape[:-1])
     c = [] if num_iters else [lse(l + f.unsqueeze(-1), -2)]
     running = torch.ones_like(g[..., :1], dtype=torch.bool)
@@ -56,7 +70,17 @@ def sinkhorn(
         c.append(torch.where(running, new_c, c[-1]) if c else new_c)
         iters = iters + running
         running = running & (moved > tol) if tol is not None else running
+        if tol is not None and readable(l) and not bool(running.any()):
+            break
+    c += c[-1:] * (num_iters - len(c))
     return Plan(f, g, torch.stack(c, -2), iters.squeeze(-1))
+
+
+def started(start: Tensor | None, log_b: Tensor) -> Tensor:
+    """g⁰ [..., M]: log b, or a start where that is finite and there is mass."""
+    if start is None:
+        return log_b
+    return torch.where(start.isfinite() & (log_b > -INF), start, log_b)
 
 
 def resumed(

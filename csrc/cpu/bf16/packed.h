@@ -14,7 +14,7 @@ inline bool is_unshared(const AttentionParams& own) {
 
 // `dense`: attention of one segment; `rest`: the kernel of packed batches of every dtype.
 template <class Dense, class Rest>
-void packed_tiles(const PackedParams& p, Dense dense, Rest rest) {
+void packed_tiles(const PackedStreamParams& p, Dense dense, Rest rest) {
   if (p.causal || !takes_tiles(p)) return rest(p);
   std::vector<AttentionParams> few;  // a thread each
   for (int64_t n = 0; n < p.N; ++n) {

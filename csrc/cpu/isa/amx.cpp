@@ -6,7 +6,7 @@ namespace sfk::amx {
 namespace {
 
 void attention(const AttentionParams& p) { tile_attention(p, avx512::table.attention); }
-void packed(const PackedParams& p) { packed_tiles(p, attention, avx512::table.packed); }
+void packed(const PackedStreamParams& p) { packed_tiles(p, attention, avx512::table.packed); }
 
 KernelTable with_tiles() {
   KernelTable all = avx512::table;

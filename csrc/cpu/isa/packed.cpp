@@ -2,5 +2,5 @@
 
 #include "unit.h"
 
-SFK_KERNEL(packed, packed_forward, PackedParams)
-SFK_KERNEL(packed_backward, packed_backward, PackedParams)
+SFK_KERNEL(packed, packed_forward, PackedStreamParams)
+SFK_KERNEL(packed_backward, packed_backward, PackedStreamParams)

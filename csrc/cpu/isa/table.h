@@ -12,8 +12,8 @@
   X(step, StepParams)                    \
   X(masked, MaskedParams)                \
   X(masked_backward, MaskedParams)       \
-  X(packed, PackedParams)                \
-  X(packed_backward, PackedParams)       \
+  X(packed, PackedStreamParams)          \
+  X(packed_backward, PackedStreamParams) \
   X(features, FeatureParams)             \
   X(features_backward, FeatureParams)    \
   X(sinkhorn, SinkhornParams)            \

@@ -129,7 +129,9 @@ def causal_queries_backward_kernel(
     j = tl.arange(0, sizes.MP)
     d = pair_products(gradients, values, rows, asked, known, scalars.seed, sizes, cut)
     from_means = mean_products(gradients, work.means, at, rows, asked, sizes, cut)
-    p, gained = pooled_products(d, from_means, known, FACTOR, cut)
+    # Without λ_b dS beside it, what a query gets from earlier chunks is −w(p − ⟨do_i, z⁰⟩) alone.
+    GAINED: tl.constexpr = work.incoming is not None and not rule.UPDATE_ROWS
+    p, gained = pooled_products(d, from_means, known, FACTOR, GAINED, cut)
     l, kappa, cosine, inverse, first_columns = token_logits(queries, rows, asked, asking, head, rule.DOT, sizes, cut)
     w = query_weights(l, log_b, known.log_c, head.lam_b, rule.UPDATE_ROWS)
     w, d_s = read_gradient(w, p, scalars, number.to(tl.int64), L, rows, threshold, sizes)
@@ -140,8 +142,8 @@ def causal_queries_backward_kernel(
     fade = tl.exp2(known.before[None, :] + known.gamma[:, None] - finite_or_zero(known.log_c))
     tl.store(work.later_c + at * sizes.MP + j, tl.sum(d_c * fade, 0))
     if work.incoming is not None:
-        incoming = w * gained + head.lam_b * d_s if rule.UPDATE_ROWS else w * gained
-        tl.store(work.incoming + at * cut.ROWS + tl.arange(0, cut.ROWS), -tl.sum(incoming * fade, 1))
+        incoming = -w * gained if GAINED else w * from_means + d_c
+        tl.store(work.incoming + at * cut.ROWS + tl.arange(0, cut.ROWS), tl.sum(incoming * fade, 1))
     faded = tl.trans(rounded(w * fade, token))
     for first in tl.static_range(0, sizes.EP, cut.VDEPTH):
         e = first + tl.arange(0, cut.VDEPTH)

@@ -212,11 +212,11 @@ def chunk_keys(keys, masses, places, head, log_c, at, bh, number, scalars, rule,
 
 
 @triton.jit
-def pooled_products(d, from_means, chunk, FACTOR: tl.constexpr, cut):
+def pooled_products(d, from_means, chunk, FACTOR: tl.constexpr, GAINED: tl.constexpr, cut):
     """p = ⟨do_i, z_ij⟩ [BC, MP] from lower triangular ⟨do_i, v_s⟩ [BC, BC] and ⟨do_i, z⁰_j⟩ [BC, MP]; p − ⟨do_i, z⁰_j⟩.
 
-    The latter is Σ_s e^{ω_sj}/C_ij (⟨do_i, v_s⟩ − ⟨do_i, z⁰_j⟩), small where the chunk adds little to what came before:
-    as a difference it would have the rounding errors of p.
+    If GAINED, the latter is formed as Σ_s e^{ω_sj}/C_ij (⟨do_i, v_s⟩ − ⟨do_i, z⁰_j⟩), small where the chunk adds
+    little to what came before; the difference of the products has their rounding errors.
     """
     seen = chunk.log_c > -INF
     safe = finite_or_zero(chunk.log_c)
@@ -225,15 +225,20 @@ def pooled_products(d, from_means, chunk, FACTOR: tl.constexpr, cut):
     if chunk.narrow:
         e = tl.exp2(chunk.omega - chunk.ref[None, :])
         inside = fine_product(d, rounded(e, FACTOR), cut.PRECISION, cut.ACROSS)
-        unit = tl.where(seen, tl.exp2(chunk.ref[None, :] - safe), 0.0)
-        products = unit * (inside + tl.exp2(chunk.before - chunk.ref)[None, :] * from_means)
-        gained = unit * (inside - tl.cumsum(e, 0) * from_means)
+        if GAINED:
+            more = inside - tl.cumsum(e, 0) * from_means
+            gained = tl.where(seen, tl.exp2(chunk.ref[None, :] - safe) * more, 0.0)
+        inside += tl.exp2(chunk.before - chunk.ref)[None, :] * from_means
+        products = tl.where(seen, tl.exp2(chunk.ref[None, :] - safe) * inside, 0.0)
     else:
         products = tl.exp2(chunk.before[None, :] + chunk.gamma[:, None] - safe) * from_means
         for s in range(chunk.count):
-            ratio, product = _ratio(chunk, safe, s), column_of(d, s)[:, None]
-            products += product * ratio
-            gained += (product - from_means) * ratio
+            ratio = _ratio(chunk, safe, s)
+            products += column_of(d, s)[:, None] * ratio
+            if GAINED:
+                gained += (column_of(d, s)[:, None] - from_means) * ratio
+    if not GAINED:
+        gained = products - from_means
     return products, gained
 
 

@@ -1,0 +1,18 @@
+"""Transport to convergence: when to stop, what was reached, Newton's method, and the gradient of the fixed point."""
+
+from .attention import Transported, attention, pool, transport, weights
+from .solve import Solver, TransportInfo, certified, solve
+from .system import Marginals
+
+__all__ = [
+    "Marginals",
+    "Solver",
+    "TransportInfo",
+    "Transported",
+    "attention",
+    "certified",
+    "pool",
+    "solve",
+    "transport",
+    "weights",
+]
