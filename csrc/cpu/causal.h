@@ -112,10 +112,7 @@ class CausalWorker {
         for (int64_t i = 0; i < n; ++i) step(b, h, row0, i);
       store_rows<F>(p_.o, b, h, row0, n, o_.data(), Ep_, static_cast<const F*>(nullptr));
       if (row0 + n == p_.S && !p_.final_state) continue;
-      if (near)
-        chunk_.add_to(carried_, n, v_, gates_.sum);
-      else
-        carried_.add(n, omega_, gates_.fading(), v_, gates_.sum);
+      near ? chunk_.add_to(carried_, n, v_, gates_.sum) : carried_.add(n, omega_, gates_.fading(), v_, gates_.sum);
     }
     carried_.save_state(p_.final_state, b, h);
   }

@@ -7,6 +7,7 @@
 // also a sum of dω over later keys, but one that nearly cancels.
 #pragma once
 #include "causal.h"
+#include "chunk_backward.h"
 #include "gradients.h"
 
 namespace sfk {
@@ -24,6 +25,9 @@ class CausalBackwardWorker {
         Mp_(refs_.Mp),
         Ep_(pad<F>(p.E)),
         scan_(p.M, Mp_, Ep_),
+        chunk_(p.M, Mp_, rows_, Ep_),
+        chunk_grads_(p.M, Mp_, rows_, p.E, Ep_),
+        near_((p.S + rows_ - 1) / rows_),
         carried_(p.M, Mp_, p.E, Ep_),
         gates_(p, rows_),
         la_(p.S),
@@ -41,6 +45,7 @@ class CausalBackwardWorker {
         dv_(rows_ * Ep_),
         d_x_(rows_ * refs_.Dp),
         lse_(rows_),
+        scale_(rows_),
         row_top_(rows_),
         row_sum_(rows_),
         totals_(rows_),
@@ -100,11 +105,15 @@ class CausalBackwardWorker {
     scan_.begin(carried_);
     if (row0 == 0) std::copy(scan_.top.data(), scan_.top + Mp_, top0_.data());
     if (row0 == 0) std::copy(scan_.sum.data(), scan_.sum + Mp_, sum0_.data());
-    for (int64_t i = 0; i < n; ++i) {
+    const bool near = !p_.log_decay && chunk_.begin(n, la_ + row0, tile_, nullptr, v_, scan_);
+    near_[row0 / rows_] = near;
+    if (near) forward_chunk(b, h, row0, n);
+    for (int64_t i = 0; !near && i < n; ++i) {
       if (p_.d_log_decay && i % kSpan == 0) keep_means((row0 + i) / kSpan);
       forward_step(b, h, row0, i);
     }
-    if (row0 + n < p_.S || p_.d_final) carried_.add(n, tile_, gates_.fading(), v_, gates_.sum);
+    if (row0 + n < p_.S || p_.d_final)
+      near ? chunk_.add_to(carried_, n, v_, 0) : carried_.add(n, tile_, gates_.fading(), v_, gates_.sum);
     logit_grads<F>(refs_, n, kappa_, pos, ds_, static_cast<const F*>(nullptr), grads_);
     for (int64_t k = 0; k < n * Mp_; ++k) ds_[k] *= refs_.inv_eps;
     kernel_grads<F>(refs_, n, x, inv, kappa_, ds_, p_.d_query ? d_x_.data() : nullptr, grads_);
@@ -113,21 +122,17 @@ class CausalBackwardWorker {
 
   void forward_step(int64_t b, int64_t h, int64_t row0, int64_t i) {
     const int64_t s = row0 + i;
-    F *w = weight_ + s * Mp_, *d_log_c = d_log_c_ + s * Mp_, *ds = ds_ + i * Mp_;
+    F* ds = ds_ + i * Mp_;
     la_[s] == -kInf<F> ? scan_.stay() : scan_.advance(tile_ + i * Mp_, gates_.log[i]);
     std::copy(scan_.top.data(), scan_.top + Mp_, top_ + s * Mp_);
     std::copy(scan_.sum.data(), scan_.sum + Mp_, sum_ + s * Mp_);
     if (!scan_.seen) {
-      for (F* p : {w, d_log_c, ds}) fill(p, Mp_, F(0));
+      for (F* p : {weight_ + s * Mp_, d_log_c_ + s * Mp_, ds}) fill(p, Mp_, F(0));
       return;
     }
     scan_.log_sums(log_c_);
     causal_read<F>(refs_, p_.T, log_c_, ds, g_);
-    std::copy(ds, ds + Mp_, w);
-    fill(mask_.data(), Mp_, F(1));
-    drop<F>(p_, b, h, s, 1, Mp_, mask_);
     fill(dp_.data(), Mp_, F(0));
-    F mean = 0, total = 0;
     for (int64_t j = 0; j < p_.M; ++j) {
       Vec<F> acc{};
       for (int64_t e = 0; e < Ep_; e += kLanes<F>) {
@@ -136,21 +141,55 @@ class CausalBackwardWorker {
         store(at, n);
         acc += n * load(d_o_ + i * Ep_ + e);
       }
-      dp_[j] = reduce_add<F>(acc) / scan_.sum[j] * mask_[j];
-      mean += dp_[j] * w[j];
-      total += w[j];
+      dp_[j] = reduce_add<F>(acc) / scan_.sum[j];
     }
-    mean = total > 0 ? mean / total : F(0);
-    for (int64_t j = 0; j < p_.M; ++j) {
-      ds[j] = w[j] * (dp_[j] - mean);
-      d_log_c[j] = -w[j] * dp_[j];
-      d_log_b_[j] += ds[j];
-      w[j] *= mask_[j];
-      if (p_.T == 0) continue;
-      d_log_c[j] -= refs_.lam_b * ds[j];
-      grads_.hyper[kLambdaB] -= static_cast<double>(ds[j]) * log_c_[j];
+    query_gradient(b, h, s, ds, dp_);
+  }
+
+  // `forward_step` of all queries of a chunk.
+  void forward_chunk(int64_t b, int64_t h, int64_t row0, int64_t n) {
+    chunk_grads_.pooled(n, chunk_, scan_, v_, d_o_);
+    chunk_.weights(refs_, p_.T, n, ds_, g_, scale_);
+    chunk_.save_sums(n, scan_, top_ + row0 * Mp_, sum_ + row0 * Mp_);
+    for (int64_t i = 0; i < n; ++i) {
+      const int64_t at = (row0 + i) * Mp_;
+      F* ds = ds_ + i * Mp_;
+      if (top_[at] == -kInf<F>) {
+        for (F* p : {weight_ + at, d_log_c_ + at, ds}) fill(p, Mp_, F(0));
+        continue;
+      }
+      for (int64_t j = 0; j < Mp_; j += kLanes<F>) {
+        store(ds + j, load(ds + j) * scale_[i]);
+        if (grads_.wants_hyper) store(log_c_ + j, load(top_ + at + j) + vlog<F>(load(sum_ + at + j)));
+      }
+      query_gradient(b, h, row0 + i, ds, chunk_grads_.p + i * Mp_);
     }
-    for (int64_t j = p_.M; j < Mp_; ++j) ds[j] = w[j] = d_log_c[j] = 0;
+  }
+
+  // From W of query s, in place, and ⟨dO_s, z_j⟩ to dS; keeps W (dropped) and d log C.
+  void query_gradient(int64_t b, int64_t h, int64_t s, F* ds, F* dp) {
+    F *w = weight_ + s * Mp_, *d_log_c = d_log_c_ + s * Mp_;
+    std::copy(ds, ds + Mp_, w);
+    fill(mask_.data(), Mp_, F(1));
+    drop<F>(p_, b, h, s, 1, Mp_, mask_);
+    Vec<F> means{}, totals{};
+    for (int64_t j = 0; j < Mp_; j += kLanes<F>) {
+      const Vec<F> d = load(dp + j) * load(mask_ + j), weight = load(ds + j);
+      store(dp + j, d);
+      means += d * weight;
+      totals += weight;
+    }
+    const F total = reduce_add<F>(totals), mean = total > 0 ? reduce_add<F>(means) / total : F(0);
+    const F lam = p_.T ? refs_.lam_b : F(0);
+    for (int64_t j = 0; j < Mp_; j += kLanes<F>) {
+      const Vec<F> weight = load(w + j), d = load(dp + j), grad = weight * (d - mean);
+      store(ds + j, grad);
+      store(d_log_c + j, -weight * d - grad * lam);
+      store(d_log_b_ + j, load(d_log_b_ + j) + grad);
+      store(w + j, weight * load(mask_ + j));
+    }
+    if (!p_.T || !grads_.wants_hyper) return;
+    for (int64_t j = 0; j < p_.M; ++j) grads_.hyper[kLambdaB] -= static_cast<double>(ds[j]) * log_c_[j];
   }
 
   // z of the scan, where the span of so many tokens begins.
@@ -246,7 +285,8 @@ class CausalBackwardWorker {
     causal_weights<F>(refs_, p_.T, n, la_ + row0, tile_, lse_, row_top_, row_sum_);
     source_.values(row0, n, v_);
     load_rows<F>(p_.d_o, b, h, row0, n, nullptr, d_o_, Ep_);
-    for (int64_t i = n - 1; i >= 0; --i) {
+    if (near_[row0 / rows_]) reverse_chunk(b, h, row0, n);
+    for (int64_t i = n - 1; !near_[row0 / rows_] && i >= 0; --i) {
       if (p_.d_log_decay && (i == n - 1 || (i + 1) % kSpan == 0)) means_before(row0, i / kSpan * kSpan, i + 1);
       reverse_step(b, h, row0, i);
     }
@@ -257,14 +297,35 @@ class CausalBackwardWorker {
     if (p_.d_key) store_rows<F>(p_.d_key, b, h, row0, n, d_x_.data(), refs_.Dp, static_cast<const F*>(nullptr));
   }
 
+  // `reverse_step` of all keys of a chunk, on G and h in its units.
+  void reverse_chunk(int64_t b, int64_t h, int64_t row0, int64_t n) {
+    const int64_t first = row0 * Mp_, last = (row0 + n - 1) * Mp_;
+    const bool later = row0 + n < p_.S;
+    for (int64_t j = 0; j < p_.M; ++j) {
+      const double fade = later ? std::exp(static_cast<double>(top_[last + j] - top_[last + Mp_ + j])) : 1;
+      scale_after(j, top_[last + j] == -kInf<F> ? 0 : fade / sum_[last + j + (later ? Mp_ : 0)]);
+    }
+    chunk_grads_.keys(n, tile_, top_ + last, sum_ + first, weight_ + first, d_log_c_ + first, v_, d_o_, G_, h_, dv_);
+    for (int64_t j = 0; j < p_.M; ++j) scale_after(j, sum_[first + j]);
+    for (int64_t i = n - 1; i >= 0; --i) key_gradient(b, h, row0, i, chunk_grads_.p + i * Mp_);
+  }
+
+  // Column j of G and h times a factor, whose rounding the next one makes up for.
+  void scale_after(int64_t j, double exact) {
+    const double owed = exact * owed_[j];
+    const F factor = static_cast<F>(owed);
+    owed_[j] = factor > 0 ? owed / factor : 1;
+    h_[j] *= factor;
+    for (int64_t e = j * Ep_; e < (j + 1) * Ep_; e += kLanes<F>) store(G_ + e, load(G_ + e) * factor);
+  }
+
   // Brings G and h to token s; leaves dℓ_s in ds_ and dv_s in dv_.
   void reverse_step(int64_t b, int64_t h, int64_t row0, int64_t i) {
     const int64_t s = row0 + i;
     const F *top = top_ + s * Mp_, *sum = sum_ + s * Mp_, *w = weight_ + s * Mp_, *omega = tile_ + i * Mp_;
-    F *dl = ds_ + i * Mp_, *dv = dv_ + i * Ep_;
+    F* dv = dv_ + i * Ep_;
     const bool present = la_[s] != -kInf<F>, later = s + 1 < p_.S;
     fill(dv, Ep_, F(0));
-    F df = 0;
     const double gate = later && log_decay_[s + 1] != 0 ? std::exp(static_cast<double>(log_decay_[s + 1])) : 1;
     for (int64_t j = 0; j < p_.M; ++j) {
       // γ C_sj/C_{s+1,j} and e^{ω_sj}/C_sj; sums start at the first key, and none comes before it.
@@ -280,16 +341,25 @@ class CausalBackwardWorker {
         store(dv + e, load(dv + e) + next * p);
       }
       dp_[j] = present ? static_cast<F>(p * (reduce_add<F>(acc) + h_[j])) : F(0);
-      df += dp_[j];
     }
+    key_gradient(b, h, row0, i, dp_);
+  }
+
+  // From dω of token i of a block to dℓ in ds_, where ℓ is.
+  void key_gradient(int64_t b, int64_t h, int64_t row0, int64_t i, const F* dp) {
+    const int64_t s = row0 + i;
+    const bool present = la_[s] != -kInf<F>;
+    F *dl = ds_ + i * Mp_, df = 0;
+    for (int64_t j = 0; j < p_.M; ++j) df += dp[j];
     const F middle = grads_.balanced ? refs_.middle_logit() : F(0);
     if (p_.T && present) grads_.hyper[kLambdaA] -= df * (static_cast<double>(lse_[i]) - middle);
     const F back = p_.T && present ? -refs_.lam_a * df : F(0);
     totals_[i] = df + back;
-    for (int64_t j = 0; j < p_.M; ++j) {
-      const F through = back == 0 ? F(0) : back * std::exp(dl[j] + refs_.log_b[j] - row_top_[i]) / row_sum_[i];
-      d_log_b_[j] += through;
-      dl[j] = dp_[j] + through;
+    const F share = back == 0 ? F(0) : back / row_sum_[i], top = back == 0 ? F(0) : row_top_[i];
+    for (int64_t j = 0; j < Mp_; j += kLanes<F>) {
+      const Vec<F> through = vexp<F>(load(dl + j) + load(refs_.log_b + j) - top) * share;
+      store(d_log_b_ + j, load(d_log_b_ + j) + through);
+      store(dl + j, load(dp + j) + through);
     }
     fill(dl + p_.M, Mp_ - p_.M, F(0));
     if (p_.d_log_a)
@@ -307,11 +377,14 @@ class CausalBackwardWorker {
   KeySource<F> source_;
   int64_t rows_, Mp_, Ep_;
   Scan<F> scan_;
+  Chunk<F> chunk_;
+  ChunkBackward<F> chunk_grads_;
+  std::vector<char> near_;  // which blocks were taken as chunks
   Carried<F> carried_;
   BlockGates<F> gates_;
   // Column maxima and sums, W^q (dropped) and d log C of every token of one head: what the reverse scan needs.
   Buffer<F> la_, log_decay_, top_, sum_, weight_, log_c_, d_log_c_, kappa_, tile_, ds_, v_, d_o_, dv_, d_x_, lse_,
-      row_top_, row_sum_, totals_, g_, dp_, d_log_b_, G_;
+      scale_, row_top_, row_sum_, totals_, g_, dp_, d_log_b_, G_;
   Buffer<F> mask_;
   Buffer<double> h_, owed_;  // h: a long sum that cancels against ⟨G, v⟩
   // Before the first token; z where spans begin [spans][M][Ep], before the tokens of a span, and their ρ.

@@ -16,6 +16,9 @@ namespace {
 // of tokens with tokens save.  Lengths and caches like a power of two.
 inline int64_t chunk_rows(int64_t Mp) { return std::min<int64_t>(tile_rows(Mp), 64); }
 
+// Tokens that are multiplied with all before the last of them, and with all after the first, their own later ones too.
+constexpr int64_t kStrip = 2 * kTileRows;
+
 template <class F>
 class Chunk {
  public:
@@ -89,6 +92,18 @@ class Chunk {
     }
   }
 
+  // log of the units and C of every token, as `Scan` has them.
+  void save_sums(int64_t n, const Scan<F>& scan, F* top, F* sum) const {
+    for (int64_t j = 0; j < Mp_; j += kLanes<F>) {
+      Vec<F> c = load(scan.sum + j) * load(before_ + j);
+      for (int64_t k = j, i = 0; i < n; ++i, k += Mp_) {
+        c += load(e + k);
+        store(sum + k, c);
+        store(top + k, c == F(0) ? splat(-kInf<F>) : load(ref + j));
+      }
+    }
+  }
+
   // What this chunk's keys are to the state: Carried<F>::add.
   void add_to(Carried<F>& carried, int64_t n, const F* v, double decay) {
     if (any_) carried.add_weighted(n, e, added, ref, static_cast<F>(std::exp(decay)), v, decay);
@@ -97,8 +112,6 @@ class Chunk {
   Buffer<F> ref, e, unit, added;  // [Mp], [rows][Mp] x 2, [Mp]: unit is 1/C, 1 where no key has come; sums of e
 
  private:
-  // Queries that are multiplied with the keys of all of them, the later ones too.
-  static constexpr int64_t kStrip = 2 * kTileRows;
   // How far sums may lie below ref: both logarithms keep the digits of their sum.
   static constexpr F kNear = 16;
   // The same with what the gates take: weights that vanish beside ref are then below the rounding of any sum.

@@ -43,7 +43,9 @@ struct Scan {
   bool seen = false;
 
   Scan(int64_t M_, int64_t Mp_, int64_t Ep_)
-      : M(M_), Mp(Mp_), Ep(Ep_), top(Mp_), sum(Mp_), scale(Mp_), weight(Mp_), n(Mp_ * Ep_) {}
+      : M(M_), Mp(Mp_), Ep(Ep_), top(Mp_), sum(Mp_), scale(Mp_), weight(Mp_), n(Mp_ * Ep_) {
+    fill(n.data(), Mp_ * Ep_, F(0));
+  }
   // What comes before a block.
   void begin(const Carried<F>& before) {
     seen = !before.empty();
