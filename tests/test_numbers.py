@@ -41,7 +41,8 @@ def convert(value: Any, kind: str) -> Any:
 OWN = {
     "num_references": M, "num_iters": 2, "epsilon": 0.125, "bandwidth": 2.0, "kernel": "rbf", "value_map": "rkhs",
     "position_dim": 2, "learn_epsilon": True, "learn_log_mass": True, "key_relaxation": 0.5,
-    "reference_relaxation": 0.25, "backend": "auto", "position_scale": 4.0,
+    "reference_relaxation": 0.25, "backend": "auto", "position_scale": 4.0, "tol": 0.125, "method": "sinkhorn",
+    "grad": "implicit",
 }  # fmt: skip
 BUILDS: dict[str, tuple[Callable[..., nn.Module], dict[str, Any]]] = {
     "attention": (

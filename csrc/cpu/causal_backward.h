@@ -58,12 +58,12 @@ class CausalBackwardWorker {
         owed_(Mp_),
         top0_(Mp_),
         sum0_(Mp_) {
+    // A state that came in, or a gradient of the one that went out, takes a share of what the dω sum to.
+    grads_.balanced = !p.initial && !p.d_final;
     if (!p.d_log_decay) return;
     starts_.reset((p.S + kSpan - 1) / kSpan * p.M * Ep_);
     before_.reset(kSpan * p.M * Ep_);
     rho_.reset(kSpan * Mp_);
-    // A state that came in, or a gradient of the one that went out, takes a share of what the dω sum to.
-    grads_.balanced = !p.initial && !p.d_final;
   }
 
   void run(int64_t item) {
