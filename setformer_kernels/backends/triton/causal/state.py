@@ -113,11 +113,13 @@ def causal_sums_kernel(
 
 
 @triton.jit
-def _begun(handed, given, at, mask, stretch):
+def _begun(handed, given, at, mask, column, stretch):
     """What a stretch begins with: what the one before passed on; the first with the given state, or with zeros."""
-    x = tl.load(handed + at, mask=mask & (stretch > 0), other=0.0)
+    # Compared in vectors: an interpreter's bool of numbers would make no mask of `mask`.
+    follows = column < tl.where(stretch > 0, column + 1, 0)
+    x = tl.load(handed + at, mask=mask & follows, other=0.0)
     if given is not None:
-        x += tl.load(given + at, mask=mask & (stretch == 0), other=0.0)
+        x += tl.load(given + at, mask=mask & (column >= tl.where(stretch > 0, column + 1, 0)), other=0.0)
     return x
 
 
@@ -143,9 +145,10 @@ def causal_scan_kernel(
     handed, given = out - M * WIDTH, None
     if initial is not None:
         given = initial + ((bh + first_head) * M + column) * WIDTH
-    k = _begun(handed, given, 2 * E + 2, real, stretch)
-    c, c_lost = _begun(handed, given, E, real, stretch), _begun(handed, given, 2 * E + 1, real, stretch)
-    n, n_lost = _begun(handed, given, e, inside, stretch), _begun(handed, given, E + 1 + e, inside, stretch)
+    k = _begun(handed, given, 2 * E + 2, real, column, stretch)
+    c, c_lost = _begun(handed, given, E, real, column, stretch), _begun(handed, given, 2 * E + 1, real, column, stretch)
+    n = _begun(handed, given, e, inside, column, stretch)
+    n_lost = _begun(handed, given, E + 1 + e, inside, column, stretch)
     for chunk in tl.range(0, chunks, num_stages=STAGES):
         at = (bh * chunks + chunk) * MP
         here, mass = tl.load(sums.peaks + at + column), tl.load(sums.totals + at + column)
