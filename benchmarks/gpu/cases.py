@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -28,7 +29,7 @@ Call = Callable[[], object]
 class GpuCase:
     """One size and mode; what it is timed against, and the T it is timed at."""
 
-    name: str  # "headline", "sweep", "windows"
+    name: str  # "headline", "sweep", "windows", "causal", "masked"
     L: int
     mode: str
     B: int = 1
@@ -39,6 +40,7 @@ class GpuCase:
     iterations: tuple[int, ...] = (3, 1)
     compiled: bool = False
     reference: bool = True
+    causal: bool = False  # a scan at T = 1, a walk of every pair beyond
 
     def token_bytes(self) -> int:
         """Size of one of q, k, v, o."""
@@ -61,7 +63,9 @@ class GpuPlan:
 def problems(case: GpuCase, device: str) -> list[Problem]:
     """What a backend is asked whether it runs a case: its forward and, where it has one, its backward."""
     sizes = {"D": case.D, "E": case.D, "M": case.M, "N": case.L, "B": case.B, "H": case.H, "L": case.L}
-    forward = Problem("attention", device, case.dtype, num_iters=max(case.iterations), **sizes)
+    T = max(case.iterations)
+    op = "attention" if not case.causal else "causal" if T <= 1 else "masked"
+    forward = Problem(op, device, case.dtype, num_iters=T, **sizes)
     return [forward, replace(forward, backward=True)] if case.mode == BOTH else [forward]
 
 
@@ -82,6 +86,12 @@ def full_plan() -> GpuPlan:
     )
     windows = tuple(GpuCase("windows", L, mode, B=256, reference=False) for mode in MODES for L in (49, 196))
     many = tuple(GpuCase("many heads", 4096, mode, B=9, reference=False) for mode in MODES)  # 144: every processor
+    causal = tuple(
+        GpuCase(name, L, mode, iterations=(T,), reference=False, causal=True)
+        for name, T, lengths in (("causal", 1, (1024, 4096, 16384)), ("masked", 3, (1024, 4096)))
+        for mode in MODES
+        for L in lengths
+    )
     # Only compiled: what the sweep and the windows leave out, last because torch.compile is slow.
     beside = tuple(
         replace(case, name=f"{case.name} compiled", iterations=(3,), compiled=True)
@@ -92,7 +102,8 @@ def full_plan() -> GpuPlan:
     host = GpuCase("host", 4096, FORWARD)
     check = GpuCase("check", 1000, BOTH, B=2, H=4)
     sinkhorn = ((64, 1024, 64, 20), (16, 256, 256, 50))
-    return GpuPlan("cuda", headline + sweep + windows + many + against + beside, memory, host, check, sinkhorn, 1.0)
+    cases = headline + sweep + windows + many + causal + against + beside
+    return GpuPlan("cuda", cases, memory, host, check, sinkhorn, 1.0)
 
 
 def dry_plan() -> GpuPlan:
@@ -103,6 +114,8 @@ def dry_plan() -> GpuPlan:
         GpuCase("sweep", 16, BOTH, iterations=(3,), reference=False, **small),
         GpuCase("windows", 9, BOTH, iterations=(3,), reference=False, **small),
         GpuCase("many heads", 16, FORWARD, iterations=(3,), reference=False, **small),
+        GpuCase("causal", 16, BOTH, iterations=(1,), reference=False, causal=True, **small),
+        GpuCase("masked", 16, FORWARD, iterations=(3,), reference=False, causal=True, **small),
         *(
             GpuCase(name, 16, FORWARD, iterations=(3,), compiled=True, reference=False, **small)
             for name in ("compiled", "sweep compiled", "windows compiled", "many heads compiled")
@@ -123,7 +136,7 @@ def plan_of(dry: bool) -> GpuPlan:
 # Step -> the names of its cases, in the order in which they are timed.
 PARTS = {
     "headline": ("headline",),
-    "sweep": ("sweep", "windows", "many heads"),
+    "sweep": ("sweep", "windows", "many heads", "causal", "masked"),
     "compiled": ("compiled", "sweep compiled", "windows compiled", "many heads compiled"),
 }
 
@@ -153,17 +166,16 @@ def inputs(case: GpuCase, device: str) -> Inputs:
     return Inputs(q, k, v, y, d_o)
 
 
-def set_attention(x: Inputs, T: int, backend: str) -> Tensor:
+def set_attention(x: Inputs, T: int, backend: str, causal: bool = False) -> Tensor:
     """SeT attention with the benchmark's constants."""
-    return SF.set_attention(*x[:4], bandwidth=BANDWIDTH, epsilon=EPSILON, num_iters=T, backend=backend)
+    options = {"bandwidth": BANDWIDTH, "epsilon": EPSILON, "num_iters": T, "causal": causal, "backend": backend}
+    return SF.set_attention(*x[:4], **options)
 
 
-def sdpa(x: Inputs, backend: SDPBackend | None) -> Tensor:
+def sdpa(x: Inputs, backend: SDPBackend | None, causal: bool = False) -> Tensor:
     """Softmax attention by one backend of PyTorch (None: whatever it chooses)."""
-    if backend is None:
-        return F.scaled_dot_product_attention(x.query, x.key, x.value)
-    with sdpa_kernel(backend):
-        return F.scaled_dot_product_attention(x.query, x.key, x.value)
+    with nullcontext() if backend is None else sdpa_kernel(backend):
+        return F.scaled_dot_product_attention(x.query, x.key, x.value, is_causal=causal)
 
 
 def compiled_reference(T: int) -> Callable[[Inputs], Tensor]:

@@ -181,7 +181,8 @@ class Measure:
         """Everything this case is timed against, as plain calls; the backend first."""
         found: dict[Entry, tuple[Callable[[Inputs], Tensor], int]] = {}
         for T in case.iterations:
-            found[Entry(self.backend, T)] = (functools.partial(set_attention, T=T, backend=self.backend), 4)
+            own = functools.partial(set_attention, T=T, backend=self.backend, causal=case.causal)
+            found[Entry(self.backend, T)] = (own, 4)
         for T in case.iterations:
             if case.reference and self.reference:
                 found[Entry("reference", T)] = (functools.partial(set_attention, T=T, backend="reference"), 4)
@@ -189,7 +190,8 @@ class Measure:
                 found[Entry("compiled", T)] = (compiled_reference(T), 4)
         if not case.compiled:
             kinds = SDPA if self.on_gpu else {"sdpa default": None}
-            found |= {Entry(name, None): (functools.partial(sdpa, backend=kind), 3) for name, kind in kinds.items()}
+            for name, kind in kinds.items():
+                found[Entry(name, None)] = (functools.partial(sdpa, backend=kind, causal=case.causal), 3)
         calls = {entry: timed_call(run, x, case.mode, leaves) for entry, (run, leaves) in found.items()}
         if not case.compiled:
             calls[Entry("copy", None)] = copies(case, self.plan.device)

@@ -28,7 +28,8 @@ NEVER = {"test_gpu_command", "test_gpu_rehearsal", "test_triton_resources",
 # Last, if there is time: they test what no GPU changes.
 LAST = ("test_install", "test_demo", "test_benchmarks", "test_cpu", "test_docs", "test_readme", "test_entry_points")
 CUDA_FILES = ("test_cuda_kernels", "test_cuda_fuzz")
-TRITON_FILES = ("test_backends", "test_triton_causal", "test_triton_features", "test_triton_sinkhorn", "test_shapes")
+TRITON_FILES = ("test_backends", "test_triton_causal", "test_triton_features", "test_triton_sinkhorn", "test_shapes",
+                "test_triton_masked", "test_masked", "test_packed", "test_streaming")  # fmt: skip
 FILES = tuple(f"tests/{name}.py" for name in (*CUDA_FILES, *TRITON_FILES))  # where the kernels' own tests are
 
 

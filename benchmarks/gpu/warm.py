@@ -33,7 +33,7 @@ BACKEND = "triton"
 
 def _attention(case: GpuCase, T: int, device: str) -> None:
     x = inputs(replace(case, mode=BOTH), device)
-    torch.autograd.grad(set_attention(x, T, BACKEND), x[:4], x.d_output)
+    torch.autograd.grad(set_attention(x, T, BACKEND, case.causal), x[:4], x.d_output)
 
 
 def _smoke(call: Callable[[str], torch.Tensor]) -> None:
@@ -43,10 +43,12 @@ def _smoke(call: Callable[[str], torch.Tensor]) -> None:
 def calls(device: str) -> Iterator[Callable[[], object]]:
     """What is going to run, the table first: split among programs and not, as no other length matters."""
     plan = full_plan()
-    kinds = {(case.D, case.M, case.dtype): case for case in (plan.check, *plan.cases, *plan.memory)}
+    kinds = {(case.D, case.M, case.dtype): case for case in (plan.check, *plan.cases, *plan.memory) if not case.causal}
     for case in kinds.values():
         for T, (B, L) in itertools.product((3, 1), ((1, 4096), (8, 256))):
             yield lambda case=case, T=T, B=B, L=L: _attention(replace(case, B=B, L=L), T, device)
+    for case in (case for case in plan.cases if case.causal and case.mode == BOTH):
+        yield lambda case=case: _attention(case, max(case.iterations), device)
     for problems, n, m, T in plan.sinkhorn:
         l = torch.zeros(problems, n, m, device=device)
         yield lambda l=l, T=T: SF.sinkhorn(l, num_iters=T, backend=BACKEND)

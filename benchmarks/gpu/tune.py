@@ -1,0 +1,170 @@
+"""`python -m benchmarks.gpu.tune OUT`: other tiles for Triton's kernels, timed beside the table's own.
+
+One row of the tile table (setformer_kernels/backends/triton/host/tiles.py) is changed at a time, and a whole call timed
+as replays of a CUDA graph, the table's own tile before and after.  A line of JSON for each is in OUT as it is measured;
+the best of each row are printed last.  It changes no file: a number moves into the table with its reason.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import itertools
+import json
+import math
+import statistics
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from benchmarks.common import entry_point
+from benchmarks.common.cases import BOTH, FORWARD
+from benchmarks.gpu.cases import Call, GpuCase, inputs, set_attention, timed_call
+from benchmarks.gpu.device import captured, event_clock
+from benchmarks.gpu.rows import first_line
+from setformer_kernels.backends.triton.host import launch, tiles
+from setformer_kernels.backends.triton.host.tiles import Tile
+
+DTYPES = {"half": torch.bfloat16, "single": torch.float32}
+WIDTHS = {"small": 64, "medium": 128}  # M = D = E
+SAMPLES = 9
+
+
+class Work(NamedTuple):
+    """A call in which a kind of kernel takes its time, and the tiles that are tried."""
+
+    kind: str
+    op: str  # "attention", "causal" or "masked"
+    backward: bool
+    rows: tuple[int, ...]
+    warps: tuple[int, ...] = (4, 8)
+    stages: tuple[int, ...] = (1, 2, 3)
+
+
+WORKS = (
+    Work("column", "attention", False, (32, 64, 128)),
+    Work("pooling", "attention", False, (32, 64, 128)),
+    Work("row", "attention", False, (32, 64, 128)),
+    Work("gradient", "attention", True, (16, 32, 64)),
+    Work("chunk", "causal", False, (16, 32, 64), stages=(1, 2)),
+    Work("chunk_backward", "causal", True, (16, 32), stages=(1, 2)),
+    Work("masked", "masked", False, (16, 32, 64), stages=(1, 2)),
+    Work("masked_backward", "masked", True, (16, 32), stages=(1, 2)),
+)
+LENGTHS = {"attention": ((1, 16384), (8, 1024)), "causal": ((1, 8192),), "masked": ((1, 2048),)}  # B, L
+
+
+class Trial(NamedTuple):
+    """One tile at one size; None: the table's own."""
+
+    work: Work
+    size: str
+    half: str
+    tile: Tile | None
+
+    @property
+    def key(self) -> tuple[str, str, str]:
+        return self.work.kind, self.size, self.half
+
+
+def trials(kinds: tuple[str, ...], sizes: tuple[str, ...], halves: tuple[str, ...], family: str) -> Iterator[Trial]:
+    """The table's own tile of a row, then each other."""
+    for half, size, work in itertools.product(halves, sizes, WORKS):
+        if work.kind not in kinds:
+            continue
+        own = tiles.shipped(family, (work.kind, size, half))
+        depths = sorted({own.depth, WIDTHS[size]} if half == "half" else {own.depth})
+        yield Trial(work, size, half, None)
+        for rows, depth, warps, stages in itertools.product(work.rows, depths, work.warps, work.stages):
+            if Tile(rows, depth, warps, stages) != own:
+                yield Trial(work, size, half, Tile(rows, depth, warps, stages))
+
+
+@contextmanager
+def changed(trial: Trial, family: str) -> Iterator[None]:
+    """The table with the trial's tile."""
+    before = tiles.OVERRIDES[family]
+    if trial.tile is not None:
+        tiles.OVERRIDES[family] = before | {trial.key: trial.tile}
+    try:
+        yield
+    finally:
+        tiles.OVERRIDES[family] = before
+
+
+def call_of(trial: Trial, device: str, B: int, L: int) -> Call:
+    """The forward, or forward and backward, that the trial times."""
+    work, width = trial.work, WIDTHS[trial.size]
+    mode, causal = BOTH if work.backward else FORWARD, work.op != "attention"
+    case = GpuCase("tune", L, mode, B=B, D=width, M=width, dtype=DTYPES[trial.half], causal=causal)
+    T = 1 if work.op == "causal" else 3
+    run = functools.partial(set_attention, T=T, backend="triton", causal=causal)
+    return timed_call(run, inputs(case, device), mode, 4)
+
+
+def timed(call: Call) -> list[float]:
+    """Seconds of a call, as replays of a graph."""
+    replay, count = captured(call)
+    repeats = max(1, math.ceil(2e-3 / max(event_clock(replay, 2), 1e-6)))
+    return [event_clock(replay, repeats) / count for _ in range(SAMPLES)]
+
+
+def measured(chosen: list[Trial], family: str, out: Path, deadline: float) -> list[dict[str, object]]:
+    """What each trial took, in each length of its op."""
+    found: list[dict[str, object]] = []
+    for trial in chosen:
+        for B, L in LENGTHS[trial.work.op]:
+            if time.monotonic() > deadline:
+                return found
+            told = {"key": "/".join(trial.key), "tile": trial.tile and list(trial.tile), "B": B, "L": L}
+            try:
+                with changed(trial, family):
+                    samples = timed(call_of(trial, "cuda", B, L))
+                told |= {"us": 1e6 * statistics.median(samples), "least": 1e6 * min(samples)}
+            except Exception as error:  # a tile that does not fit
+                told |= {"error": f"{type(error).__name__}: {first_line(error)}"}
+                torch.cuda.synchronize()
+            found.append(told)
+            with out.open("a") as file:
+                file.write(json.dumps(told) + "\n")
+    return found
+
+
+def report(found: list[dict[str, object]]) -> Iterator[str]:
+    """For each row and length the table's own tile and the best three."""
+    rows: dict[tuple[object, ...], list[dict[str, object]]] = {}
+    for one in found:
+        if "us" in one:
+            rows.setdefault((one["key"], one["B"], one["L"]), []).append(one)
+    for (key, B, L), ones in rows.items():
+        own = next((one for one in ones if one["tile"] is None), None)
+        best = sorted(ones, key=lambda one: float(str(one["us"])))[:4]
+        said = ", ".join(f"{one['tile'] or 'own'} {one['us']:.1f}" for one in best)
+        yield f"{key} B{B} L={L}: own {own and own['us']:.1f} µs; {said}"
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu.tune", description=__doc__)
+    parser.add_argument("out", type=Path, help="where a line of JSON for each trial goes")
+    parser.add_argument("--kind", action="append", choices=[work.kind for work in WORKS])
+    parser.add_argument("--size", action="append", choices=list(WIDTHS))
+    parser.add_argument("--dtype", action="append", choices=list(DTYPES))
+    parser.add_argument("--seconds", type=float, default=120.0, help="no trial begins after this long")
+    arguments = parser.parse_args(argv)
+    if tiles.INTERPRETED or not torch.cuda.is_available():
+        raise entry_point.NotHereError("no GPU")
+    family = launch.device_of(torch.empty(0, device="cuda")).family
+    kinds = tuple(arguments.kind or [work.kind for work in WORKS])
+    chosen = list(trials(kinds, tuple(arguments.size or ["small"]), tuple(arguments.dtype or ["half"]), family))
+    found = measured(chosen, family, arguments.out, time.monotonic() + arguments.seconds)
+    print(f"{len(found)} measured of {len(chosen)} trials", *report(found), sep="\n", flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    entry_point.run("benchmarks.gpu.tune", main)
