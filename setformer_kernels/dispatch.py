@@ -17,7 +17,7 @@ REFERENCE = "reference"
 # In the order `auto` tries them: cuda keeps on the chip what fits there, triton streams whatever there is.
 NATIVE: dict[str, ModuleType] = {module.NAME: module for module in (cpu, cuda, triton)}
 # Backends that `auto` passes over, where a later one can run the problem too, and when.
-YIELDS: dict[str, Callable[[Problem], bool]] = {cuda.NAME: cuda.leaves_idle}
+YIELDS: dict[str, Callable[[Problem], bool]] = {cuda.NAME: cuda.yields}
 LARGE = 2**20  # logits of a call that is worth a word when it runs slowly: some 10 ms on the reference
 EAGER = eager  # behind the ops where no native backend is left: an exported graph on another machine
 

@@ -31,6 +31,32 @@ def test_causal_and_masked_calls_show_what_they_cost_or_that_nobody_measured() -
     assert ("not measured yet: causal and masked calls" in README) == (not table)
 
 
+def test_the_gpu_rows_are_those_of_the_results_they_name() -> None:
+    (name,) = set(re.findall(r"\(benchmarks/results/(gpu_\S+)\.md\)", README))
+    report = (ROOT / "benchmarks" / "results" / f"{name}.md").read_text()
+    shown = re.findall(r"^\| GPU \|.*$", README, re.MULTILINE)
+    assert shown
+    assert [line for line in shown if line not in report] == []
+    rows, _ = read_csv(ROOT / "benchmarks" / "results" / f"{name}.csv")
+    for L in (4096, 16384, 65536):
+        (line,) = re.findall(rf"^\| {L} \|.*$", README, re.MULTILINE)
+        assert line == headline_of(rows, L)
+
+
+def headline_of(rows: list[Row], L: int) -> str:
+    """Times in us of SeT on Triton at T = 3 and 1 and of the fastest SDPA, and what that is in SeT's."""
+    cells = []
+    for mode in ("forward", "forward+backward"):
+        beside = [r for r in rows if (r.case, r.mode, r.L, r.backend, r.status) == ("headline", mode, L, "triton", OK)]
+        own = [next(r for r in beside if (r.impl, r.T) == ("triton", T)) for T in (3, 1)]
+        best = min((r for r in beside if r.impl.startswith("sdpa")), key=lambda r: r.median)
+        cells += [
+            " / ".join(f"{1e6 * r.median:.0f}" for r in (*own, best)),
+            f"{best.ratio:.3g}× / {best.ratio_t1:.3g}×",
+        ]
+    return f"| {L} | {' | '.join(cells)} |"
+
+
 def test_the_table_of_masks_has_both_iteration_counts() -> None:
     rows = [
         Row("causal", "sdpa", "forward", "time", "s", OK, L=L, ratio=ratio, ratio_t1=2 * ratio)

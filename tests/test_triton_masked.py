@@ -138,3 +138,14 @@ def test_auto_takes_triton_for_masks_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -
     assert dispatch.select(Problem("masked", "cuda", torch.bfloat16, 64, 64, 64, num_iters=3)) == "triton"
     too_many = dispatch.available_backends(Problem("masked", "cuda", torch.bfloat16, 64, 64, 300, num_iters=3))
     assert too_many["triton"] == ["holds at most 256 references, not 300"]
+
+
+@pytest.mark.parametrize("expanded", [False, True])
+def test_no_mask_is_read_where_there_is_no_batch(expanded: bool, small_tiles: torch.device) -> None:
+    from setformer_kernels.backends.triton.host import launch
+
+    q, y = torch.randn(0, 2, 3, 4), torch.randn(2, 3, 4)
+    mask = torch.randn(1, 1, 3, 3).expand(0, 2, 3, 3) if expanded else torch.randn(0, 2, 3, 3)
+    with launch.recorded(launch.device_of(q)) as taken:
+        SF.set_attention(q, q, q, y, attn_mask=mask, num_iters=2, backend="triton")
+    assert [one for one in taken if "mask" in one.kernel.fn.__name__] == []

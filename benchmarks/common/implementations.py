@@ -132,7 +132,7 @@ class Sinkhorn(NamedTuple):
 def plain_sinkhorn(log_kernel: Tensor, T: int) -> Potentials:
     """Log-domain Sinkhorn with uniform masses, as one writes it in PyTorch."""
     N, M = log_kernel.shape[-2:]
-    log_a, log_b = -torch.log(torch.tensor(float(N))), -torch.log(torch.tensor(float(M)))
+    log_a, log_b = (-log_kernel.new_tensor(float(n)).log() for n in (N, M))
     g = log_b.expand(log_kernel.shape[0], M)  # [G, M]
     f = log_a.expand(log_kernel.shape[0], N)  # [G, N]
     for _ in range(T):

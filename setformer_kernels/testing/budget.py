@@ -7,12 +7,14 @@ rounded to the input dtype; u is the rounding unit of the dtype the result is st
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
+
+from ..reference import dense
 
 Tensors = dict[str, Tensor]
 NO_GRADIENT = ("query_position", "key_position", "seed")
@@ -75,11 +77,9 @@ def gradients(function: Callable[..., Tensor], tensors: dict[str, Any], cotangen
     """The output (as "output") and the gradient of ⟨cotangent, output⟩ for every tensor that requires one."""
     output = function(**tensors)
     leaves = {name: t for name, t in tensors.items() if isinstance(t, Tensor) and t.requires_grad}
-    # In this thread: what is computed again in the backward pass is to be rounded as the forward pass is.
-    with torch.autograd.set_multithreading_enabled(False):
-        grads = torch.autograd.grad(
-            output, list(leaves.values()), cotangent.to(output.dtype), allow_unused=True, materialize_grads=True
-        )
+    grads = torch.autograd.grad(
+        output, list(leaves.values()), cotangent.to(output.dtype), allow_unused=True, materialize_grads=True
+    )
     return {"output": output.detach()} | dict(zip(leaves, grads, strict=True))
 
 
@@ -95,9 +95,21 @@ def model_inputs(
         return gradients(function, exact, cotangent), gradients(function, cast(inputs, torch.float32), cotangent)
     rounded = cast(cast(inputs, torch.float32, dtype), torch.float64)
     exact = gradients(function, rounded, cotangent)
-    with nullcontext() if dtype == torch.float32 else _RoundedProducts(dtype):
+    # A GPU's backward pass, which recomputes, does not know the mode of the forward pass: then nothing is recomputed.
+    with nullcontext() if dtype == torch.float32 else _RoundedProducts(dtype), kept_whole():
         model = gradients(function, cast(rounded, torch.float32), cotangent)
     return exact, model
+
+
+@contextmanager
+def kept_whole() -> Iterator[None]:
+    """The reference keeps what it would compute again in the backward pass."""
+    before = dense.checkpoint
+    dense.checkpoint = lambda function, *args, **options: function(*args)
+    try:
+        yield
+    finally:
+        dense.checkpoint = before
 
 
 class Sizes(NamedTuple):

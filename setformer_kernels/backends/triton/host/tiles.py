@@ -126,10 +126,12 @@ LIKE = {
     "masked_keys": "gradient",
 }
 # With 227 KiB of shared memory, 128 head dims stay in one product: nothing of the references is loaded twice.
-# Asynchronous products (wgmma) where an H100 was faster with them (the forward pass, 1.8x at 16384 tokens) and every
-# binary of the resource table is whole.  ptxas before CUDA 13.3 loses descriptors of some: with them the backward's
-# kernels gave wrong gradients or read illegal addresses on one, and mma.sync costs them 14 % of their time.
+# Asynchronous products (wgmma): of 16 bits in the forward pass, 1.8 times as fast with them at 16384 tokens (H100), and
+# of float32, whose three parts spill beside mma.sync.  Not in other kernels of 16 bits: ptxas before CUDA 13.3 loses
+# descriptors of their operands, which gave wrong gradients and illegal addresses on that GPU; mma.sync costs the
+# backward pass 14 %.  `benchmarks.compiled.resources` finds lost descriptors in what it compiles.
 HOPPER: dict[tuple[str, str, str], Tile] = {
+    **{key: t._replace(wgmma=True) for key, t in DEFAULT.items() if key[2] == "single"},
     # Three stages: 7 % of the forward pass at 16384 tokens, 4 % at 1024 of eight batch elements (H100).
     ("row", "small", "half"): Tile(64, 64, 4, 2, wgmma=True),
     ("column", "small", "half"): Tile(64, 64, 4, 3, wgmma=True),
@@ -139,10 +141,11 @@ HOPPER: dict[tuple[str, str, str], Tile] = {
     # 128 rows beside the values' sums are 255 registers, and 120 bytes more with Triton 3.9; values in two products
     # form the weights half as often as in four.
     ("pooling", "medium", "half"): Tile(32, 64, 8, 2, wgmma=True),
-    # Four warps and 16 rows: two blocks share a multiprocessor without spilling, and issue fewer instructions a row.
-    ("gradient", "small", "half"): Tile(16, 64, 4, 2),
+    # Four warps and 16 rows: two blocks share a multiprocessor without spilling, and issue fewer instructions a row
+    # (eight warps: 1.5 times the time on an H100).  A second stage was 6 % slower there.
+    ("gradient", "small", "half"): Tile(16, 64, 4, 1),
     ("gradient_log", "small", "half"): Tile(16, 32, 4, 2),
-    ("chunk_backward", "small", "single"): Tile(16, 32, 8, 1),
+    ("chunk_backward", "small", "single"): Tile(16, 32, 8, 1, wgmma=True),
 }
 # 64 rows would go to tcgen05, whose results live in tensor memory: by the model the exponentials are then taken twice.
 BLACKWELL = HOPPER | {

@@ -122,7 +122,7 @@ def mask_argument(mask: Tensor | None) -> Mask:
     if mask is None:
         return Mask(None, (0, 0, 0, 0), (1, 1))
     seen = mask.view(torch.uint8) if mask.dtype == torch.bool else mask
-    own = [n if n > 1 and stride else 1 for n, stride in zip(mask.shape[:2], mask.stride(), strict=False)]
+    own = [n if stride else min(n, 1) for n, stride in zip(mask.shape[:2], mask.stride(), strict=False)]
     strides = [stride if n > 1 else 0 for n, stride in zip((*own, 2, 2), mask.stride(), strict=True)]
     return Mask(seen, tuple(strides), (own[0], own[1]))
 
