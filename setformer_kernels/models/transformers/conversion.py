@@ -13,7 +13,7 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from ..convert import replace_attention
 from ..transport import SetTransport
-from .attention import NAME, SAVED_NAME
+from .attention import SAVED_NAME
 from .initialization import draw_missing
 
 LOADER = "setformer_kernels.models.transformers.from_pretrained"
@@ -28,28 +28,30 @@ def note_conversion(model: nn.Module, names: Iterable[str], own: dict[str, Any])
     plain = {name: value.item() if hasattr(value, "item") else value for name, value in own.items()}
     for name in names:
         module: Any = model.get_submodule(name)
-        prefix, config = _owner(model, name)
-        config = getattr(module, "config", None) if config is None else config
-        if not isinstance(config, PretrainedConfig):
-            continue
-        layers = getattr(config, "setformer", {}).get("layers", {})
-        config.setformer = {"load_with": LOADER, "layers": {**layers, name.removeprefix(prefix): plain}}
-        config.attn_implementation = SAVED_NAME
-        if getattr(module, "config", None) is config:
+        config = getattr(module, "config", None)
+        around = _around(model, name)
+        if not around and isinstance(config, PretrainedConfig):
+            around = {id(config): ("", config)}
+        for prefix, owner in around.values():
+            layers = getattr(owner, "setformer", {}).get("layers", {})
+            owner.setformer = {"load_with": LOADER, "layers": {**layers, name.removeprefix(prefix): plain}}
+            owner.attn_implementation = SAVED_NAME
+        if config is not None and id(config) in around:
             # `model.set_attn_implementation` would make it softmax again
             module.config = copy.copy(config)
-            module.config._attn_implementation_internal = NAME
+            module.config._attn_implementation_internal = config._attn_implementation
 
 
-def _owner(model: nn.Module, name: str) -> tuple[str, PretrainedConfig | None]:
-    """Prefix and configuration of the innermost of transformers' models around the module called name."""
-    found: tuple[str, PretrainedConfig | None] = ("", None)
+def _around(model: nn.Module, name: str) -> dict[int, tuple[str, Any]]:
+    """The configurations of transformers' models around the module called name, each once, with the prefix of the
+    innermost model that it is of: parts with a configuration of their own are saved within the whole's, a copy."""
+    found: dict[int, tuple[str, Any]] = {}
     parts = name.split(".")
     for i in range(len(parts)):
         prefix = ".".join(parts[:i])
         around = model.get_submodule(prefix)
         if isinstance(around, PreTrainedModel):
-            found = (f"{prefix}." if prefix else "", around.config)
+            found[id(around.config)] = (f"{prefix}." if prefix else "", around.config)
     return found
 
 
