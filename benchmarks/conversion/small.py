@@ -14,7 +14,7 @@ FIRST_TOKEN = 100  # special tokens beyond the vocabulary are numbered from here
 COUNTS: tuple[tuple[str, int], ...] = (
     (r"num_kv_shared_layers|num_nextn_predict_layers|num_hash_layers", 0),
     (r"first_k_dense_replace|n_shared_experts|topk_group|n_group|num_expert_group|moe_layer_start_index", 1),
-    (r"max_window_layers|num_feature_levels|fpn_top_down_levels", 10**9),
+    (r"max_window_layers|num_feature_levels|fpn_top_down_levels|num_feat_extract_layers", 10**9),
     (r"hidden_layers|n_layers?|num_layers|encoder_layers|decoder_layers|attention_layers|depth|_layers|^layers", 2),
     (r"experts_per_tok(en)?|top_?k_experts|moe_top_?k|moe_k|num_selected_experts", 2),
     (r"num_experts|n_routed_experts|num_local_experts|moe_num_experts", 4),
@@ -82,6 +82,10 @@ def _shrink(config: PretrainedConfig, rules: tuple[tuple[str, int], ...], images
         _set(config, "num_key_value_heads", HEADS)  # as many as queries have, where it was so
     if layers and chosen:
         _set(config, layers, len(chosen))
+    if chosen and "stage_names" in vars(config):  # of a backbone of layers: the last one is given out
+        _set(config, "stage_names", ["stem", *(f"stage{i + 1}" for i in range(len(chosen)))])
+        _set(config, "_out_features", [f"stage{len(chosen)}"])
+        _set(config, "_out_indices", [len(chosen)])
     if images:
         _small_images(config)
 

@@ -12,11 +12,12 @@ from torch import nn
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from ..convert import replace_attention
-from ..transport import SetTransport
+from ..transport import OWN_DEFAULTS, SetTransport
 from .attention import SAVED_NAME
 from .initialization import draw_missing
 
 LOADER = "setformer_kernels.models.transformers.from_pretrained"
+FORMAT = 1  # of what is noted: a package that knows an older one alone must not read it
 
 
 def note_conversion(model: nn.Module, names: Iterable[str], own: dict[str, Any]) -> None:
@@ -34,7 +35,8 @@ def note_conversion(model: nn.Module, names: Iterable[str], own: dict[str, Any])
             around = {id(config): ("", config)}
         for prefix, owner in around.values():
             layers = getattr(owner, "setformer", {}).get("layers", {})
-            owner.setformer = {"load_with": LOADER, "layers": {**layers, name.removeprefix(prefix): plain}}
+            layers = {**layers, name.removeprefix(prefix): plain}
+            owner.setformer = {"load_with": LOADER, "format": FORMAT, "layers": layers}
             owner.attn_implementation = SAVED_NAME
         if config is not None and id(config) in around:
             # `model.set_attn_implementation` would make it softmax again
@@ -56,8 +58,15 @@ def _around(model: nn.Module, name: str) -> dict[int, tuple[str, Any]]:
 
 
 def convert_as_noted(model: PreTrainedModel) -> None:
-    """Replaces again what `model.config.setformer` says."""
-    noted = getattr(model.config, "setformer", None) or {"layers": {}}
+    """Replaces again what `model.config.setformer` says.
+
+    Raises:
+        ValueError: it was written by a newer release, or names what cannot be SeT attention in these releases.
+    """
+    noted = getattr(model.config, "setformer", None)
+    if not noted:
+        return
+    _check_noted(noted)
     names: dict[tuple[tuple[str, Any], ...], set[str]] = {}
     for name, own in noted["layers"].items():
         names.setdefault(tuple(sorted(own.items())), set()).add(name)
@@ -66,7 +75,30 @@ def convert_as_noted(model: PreTrainedModel) -> None:
         def skip(name: str, _: nn.Module, among: set[str] = among) -> bool:
             return not any(f".{name}".endswith(f".{noted}") for noted in among)
 
-        replace_attention(model, skip=skip, **dict(own))
+        report = replace_attention(model, skip=skip, **dict(own))
+        for name, why in report.left.items():
+            if not skip(name, model):
+                raise ValueError(
+                    f"config.setformer must name attention that this release of transformers"
+                    f" ({transformers.__version__}) lets replace, got {name}: {why}; load it with the release that"
+                    f" saved it ({getattr(model.config, 'transformers_version', 'unknown')})"
+                )
+
+
+def _check_noted(noted: Any) -> None:
+    if not isinstance(noted, dict) or not isinstance(noted.get("layers"), dict):
+        raise ValueError(f"config.setformer must be what replace_attention wrote, got {noted!r}")
+    if noted.get("format", FORMAT) > FORMAT:
+        raise ValueError(
+            f"config.setformer must be of format {FORMAT} or older, got {noted['format']}: the model was saved by a"
+            " newer release of setformer-kernels, upgrade it"
+        )
+    for name, own in noted["layers"].items():
+        if unknown := own.keys() - OWN_DEFAULTS.keys():
+            raise ValueError(
+                f"config.setformer must have arguments that this release of setformer-kernels knows, got"
+                f" {', '.join(sorted(unknown))} for {name}: upgrade it"
+            )
 
 
 def from_pretrained(path: str, **kwargs: Any) -> PreTrainedModel:
