@@ -6,6 +6,7 @@ import inspect
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .. import functional as SF
@@ -55,6 +56,11 @@ class SetTransport(ReferenceSet):
     ) -> Tensor:  # fmt: skip
         """key_mask [B, S] or [B, H, S]: bool (True = take part) or float (added to log masses).  attn_mask: broadcasts
         to [B, H, L, S], likewise, and takes the path that is not linear."""
+        past = k.shape[2] - q.shape[2]
+        if is_causal and attn_mask is None and past > 0 and self.num_iters <= 1:
+            # a scan of all keys, with queries of nothing in front, is linear; a mask is not
+            q = F.pad(q, (0, 0, past, 0))
+            return self.forward(q, k, v, key_mask, None, True, dropout_p)[:, :, past:]
         return SF.set_attention(
             q, k, self._map_values(v), self.references, **self._transport_options(),
             **self._mask_options(q, k, key_mask, attn_mask), causal=is_causal,
