@@ -7,12 +7,13 @@ import argparse
 import csv
 import gc
 import warnings
+from collections import Counter
 from pathlib import Path
 
 import torch
 import transformers
 
-from .census import folders, rows_of
+from .census import ELSEWHERE, folders, rows_of
 
 FIELDS = ("folder", "model", "status", "attention", "left", "reason")
 RESULTS = Path(__file__).parents[1] / "results" / "conversion.csv"
@@ -32,6 +33,20 @@ def main() -> None:
         kept = [row for row in kept if row["folder"] != folder] + new
         _write(given.output, kept)
         gc.collect()
+    print(summary(kept))
+
+
+def summary(rows: list[dict[str, str]]) -> str:
+    """Of the models that could be built and run as transformers made them, how many converted."""
+    of = Counter(row["status"] for row in rows)
+    elsewhere = sum(row["status"] == "left" and row["reason"] == ELSEWHERE for row in rows)
+    asked = of["converted"] + of["failed"] + of["left"] - elsewhere
+    return (
+        f"{of['converted']} of {asked} models whose attention goes through the interface run converted"
+        f" ({of['converted'] / max(asked, 1):.1%}), and of {asked + elsewhere} with any attention"
+        f" ({of['converted'] / max(asked + elsewhere, 1):.1%}); without attention {of['none']}, not built"
+        f" {of['not built']}, not run as they are {of['not run']}"
+    )
 
 
 def _read(path: Path) -> list[dict[str, str]]:

@@ -28,6 +28,7 @@ from .inputs import candidates
 from .small import small
 
 SECONDS, MOST_PARAMETERS = 30, 60_000_000
+ELSEWHERE = "its attention does not go through transformers' interface"
 OWN = {"num_references": 4}
 
 
@@ -104,21 +105,24 @@ def examined(folder: str, kind: type[PreTrainedModel], done: set[str]) -> Row | 
         if kinds and kinds <= done:
             return None
         if not kinds:
-            named = sorted({type(m).__name__ for m in model.modules() if "Attention" in type(m).__name__})
-            if not named:
-                return Row(folder, kind.__name__, "none")
-            reason = "its attention does not go through transformers' interface"
-            return None if done.issuperset(named) else Row(
-                folder, kind.__name__, "left", left=" ".join(named), reason=reason, seen=set(named)
-            )  # fmt: skip
+            return _without_interface(folder, model, done)
         try:
-            given = fitting(model)
+            given, softmax = fitting(model)
         except Exception as error:
             errors.append(_said(error))
             continue
-        return _converted(Row(folder, kind.__name__, "failed", " ".join(sorted(kinds))), model, given)
+        return _converted(Row(folder, kind.__name__, "failed", " ".join(sorted(kinds))), model, given, softmax)
     status = "not run" if any(e.startswith("inputs: ") for e in errors) else "not built"
     return Row(folder, kind.__name__, status, reason=errors[0])
+
+
+def _without_interface(folder: str, model: PreTrainedModel, done: set[str]) -> Row | None:
+    named = {type(m).__name__ for m in model.modules() if "Attention" in type(m).__name__}
+    if not named:
+        return Row(folder, type(model).__name__, "none")
+    if named <= done:
+        return None
+    return Row(folder, type(model).__name__, "left", left=" ".join(sorted(named)), reason=ELSEWHERE, seen=named)
 
 
 def built(kind: type[PreTrainedModel], widths: bool = True, images: bool = True) -> PreTrainedModel:
@@ -137,29 +141,27 @@ def built(kind: type[PreTrainedModel], widths: bool = True, images: bool = True)
     return model
 
 
-def fitting(model: PreTrainedModel) -> dict[str, Any]:
-    """The first inputs that the model takes as transformers made it."""
+def fitting(model: PreTrainedModel) -> tuple[dict[str, Any], list[Tensor]]:
+    """The first inputs that the model takes as transformers made it, and what it answers."""
     torch.manual_seed(1)
     errors = []
     for given in candidates(model):
-        error = _refused(model, given)
-        if not error:
-            return given
-        errors.append(error)
+        try:
+            with torch.no_grad():
+                return given, numbers(model(**copy.deepcopy(given)))
+        except Exception as error:  # noqa: PERF203
+            errors.append(_said(error))
     names = ", ".join(inspect.signature(model.forward).parameters)
     raise ValueError(f"inputs: {errors[0] if errors else f'none are known for {names}'}")
 
 
-@torch.no_grad()
-def _refused(model: PreTrainedModel, given: dict[str, Any]) -> str:
-    try:
-        model(**copy.deepcopy(given))
-    except Exception as error:
-        return _said(error)
-    return ""
+def numbers(outputs: Any) -> list[Tensor]:
+    """The floating tensors of what a model answers."""
+    leaves = tree_leaves(dict(outputs) if hasattr(outputs, "items") else outputs)
+    return [x for x in leaves if isinstance(x, Tensor) and x.is_floating_point()]
 
 
-def _converted(row: Row, model: PreTrainedModel, given: dict[str, Any]) -> Row:
+def _converted(row: Row, model: PreTrainedModel, given: dict[str, Any], softmax: list[Tensor]) -> Row:
     report = replace_attention(model, **OWN)
     row.attention = " ".join(sorted(set(report.replaced.values())))
     left = {f"{type(model.get_submodule(name)).__name__}: {why}" for name, why in report.left.items()}
@@ -172,10 +174,9 @@ def _converted(row: Row, model: PreTrainedModel, given: dict[str, Any]) -> Row:
         module = model.get_submodule(name)
         getattr(module, "set_transport", module).register_forward_pre_hook(_noting(called, report.replaced[name]))
     try:
-        model(**copy.deepcopy(given))  # as it is called for answers
-        loss = _loss(model(**copy.deepcopy(given)))
-        loss.backward()
-        row.reason = _wrong(model, called, loss)
+        answers = numbers(model(**copy.deepcopy(given)))
+        _loss(answers).backward()
+        row.reason = _wrong(model, called, answers, softmax)
     except Exception as error:
         row.reason = _said(error)
         return row
@@ -190,22 +191,23 @@ def _noting(called: set[str], kind: str) -> Callable[..., None]:
     return lambda *_: called.add(kind)
 
 
-def _loss(outputs: Any) -> Tensor:
-    """A fixed projection of all that depends on a parameter."""
-    leaves = [x for x in tree_leaves(dict(outputs) if hasattr(outputs, "items") else outputs) if isinstance(x, Tensor)]
-    leaves = [x for x in leaves if x.requires_grad]
-    if not leaves:
+def _loss(answers: list[Tensor]) -> Tensor:
+    """A fixed projection of all that depends on a parameter; some models answer −∞ by design."""
+    answers = [x.float().masked_fill(~x.isfinite(), 0.0) for x in answers if x.requires_grad]
+    if not answers:
         raise ValueError("no output depends on a parameter")
-    return torch.stack([(x.float() * torch.linspace(0, 9, x.numel()).sin().view_as(x)).sum() for x in leaves]).sum()
+    return torch.stack([(x * torch.linspace(0, 9, x.numel()).sin().view_as(x)).sum() for x in answers]).sum()
 
 
-def _wrong(model: nn.Module, called: set[str], loss: Tensor) -> str:
+def _wrong(model: nn.Module, called: set[str], answers: list[Tensor], softmax: list[Tensor]) -> str:
     gradients = [m.references.grad for m in model.modules() if isinstance(m, (SetTransport, SeTAttention))]
     known = [g for g in gradients if g is not None]
     if not called or not known:
         return "no replaced attention was called by these inputs"
-    if not torch.isfinite(loss) or not all(torch.isfinite(g).all() for g in known):
-        return "outputs or gradients are not finite"
+    if [x.isfinite().all() for x in answers] != [x.isfinite().all() for x in softmax]:
+        return "answers are not finite where softmax's are"
+    if not all(g.isfinite().all() for g in known):
+        return "gradients are not finite"
     return "" if any(g.any() for g in known) else "no gradient reaches the references"
 
 

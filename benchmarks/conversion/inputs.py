@@ -27,9 +27,9 @@ def candidates(model: PreTrainedModel) -> Iterator[dict[str, Any]]:
     if "input_ids" in names:
         for x in own:
             yield {**text, **x}
-        if "decoder_input_ids" in names:
-            for n in found("num_codebooks")[:1]:
-                yield {**text, "decoder_input_ids": _words().repeat_interleave(n, 0)}
+        for n in found("num_codebooks")[:1]:  # a row a codebook
+            last = "decoder_input_ids" if "decoder_input_ids" in names else "input_ids"
+            yield {**text, last: _words().repeat_interleave(n, 0)}
         yield text
         if "use_cache" in names:
             yield {**text, "use_cache": False}

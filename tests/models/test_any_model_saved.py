@@ -51,7 +51,7 @@ def rewrite(folder: Path, **changes: Any) -> None:
 @torch.no_grad()
 def test_what_was_saved_gives_the_same_outputs(name: str, tmp_path: Path) -> None:
     model = built(getattr(transformers, name))
-    given = fitting(model)
+    given, _ = fitting(model)
     softmax = first(model(**given))
     assert replace_attention(model, num_references=4, epsilon=0.1, learn_epsilon=True).replaced
     want = first(model(**given))
