@@ -27,7 +27,7 @@ def main() -> None:
     warnings.simplefilter("ignore")
     transformers.logging.set_verbosity_error()
     torch.set_num_threads(1)
-    kept = _read(given.output)
+    kept = read(given.output)
     for folder in given.folders or [f for f in folders() if f not in {row["folder"] for row in kept}]:
         new = [row.cells() for row in rows_of(folder)] or [{"folder": folder, "status": "none"}]
         kept = [row for row in kept if row["folder"] != folder] + new
@@ -49,7 +49,7 @@ def summary(rows: list[dict[str, str]]) -> str:
     )
 
 
-def _read(path: Path) -> list[dict[str, str]]:
+def read(path: Path) -> list[dict[str, str]]:
     if not path.exists():
         return []
     with path.open(newline="") as file:
@@ -58,7 +58,7 @@ def _read(path: Path) -> list[dict[str, str]]:
 
 def _write(path: Path, rows: list[dict[str, str]]) -> None:
     with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, FIELDS)
+        writer = csv.DictWriter(file, FIELDS, lineterminator="\n")
         writer.writeheader()
         writer.writerows(sorted(rows, key=lambda row: row["folder"]))
 

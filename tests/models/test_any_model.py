@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,11 +10,13 @@ import torch
 import transformers
 from torch import Tensor
 
+from benchmarks.conversion import __main__ as command
 from benchmarks.conversion.census import built, examined, model_classes
 from setformer_kernels import functional as SF
 from setformer_kernels.models import initialize_references, replace_attention
 from setformer_kernels.models.transformers import masks
 from setformer_kernels.models.transformers.attention import set_attention_forward
+from setformer_kernels.models.transformers.causal import CACHE
 from setformer_kernels.models.transformers.masks import CausalMask
 
 OWN: dict[str, Any] = {"num_references": 4}
@@ -81,7 +84,7 @@ def test_a_cache_is_exact_in_steps_and_in_pieces(num_iters: int, monkeypatch: py
     whole = model(x).logits
     for cuts in ([4, 1, 1, 3], [1] * 9):
         cache = transformers.DynamicCache(config=model.config)
-        pieces = [model(piece, past_key_values=cache).logits for piece in x.split(cuts, 1)]
+        pieces = [model(piece, **{CACHE: cache}).logits for piece in x.split(cuts, 1)]
         torch.testing.assert_close(torch.cat(pieces, 1), whole, rtol=1e-4, atol=1e-5)
 
 
@@ -144,6 +147,23 @@ def test_a_compiled_decoder_is_one_graph() -> None:
     torch.testing.assert_close(compiled(x, **given).logits, model(x, **given).logits, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning")
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_recomputed_decoder_learns_alike(reentrant: bool) -> None:
+    model, x = converted(), words()
+    mask = torch.ones(2, 9, dtype=torch.long)
+    mask[1, 6:] = 0
+    gradients = []
+    for again in (False, True):
+        if again:
+            model.train().gradient_checkpointing_enable({"use_reentrant": reentrant})
+        model.zero_grad()
+        model(x, attention_mask=mask, labels=x, use_cache=False).loss.backward()
+        gradients.append(model.model.layers[0].self_attn.set_transport.references.grad)
+    assert gradients[0].any()
+    torch.testing.assert_close(gradients[1], gradients[0])
+
+
 def test_references_are_placed_in_a_decoder() -> None:
     model = converted()
     before = model.model.layers[1].self_attn.set_transport.references.detach().clone()
@@ -192,9 +212,9 @@ def test_a_mask_that_is_told_is_what_it_stands_for() -> None:
         got = operation(mask)
         assert type(got) is Tensor
         assert torch.equal(got, operation(whole))
-    assert masks.as_options(mask, 4, False) == {"is_causal": True, "key_mask": keys}
+    assert masks.as_options(mask, 4, 4, False) == {"is_causal": True, "key_mask": keys}
     mask[:, :, 0] = True
-    changed = masks.as_options(mask, 4, False)["attn_mask"]
+    changed = masks.as_options(mask, 4, 4, False)["attn_mask"]
     assert changed[:, :, 0].all()
     assert torch.equal(changed[:, :, 1:], whole[:, :, 1:])
 
@@ -219,3 +239,30 @@ def test_keys_of_content_and_position_are_twice_as_wide() -> None:
     assert attention.set_transport.references.shape == (4, 4, 16)
     x, places = torch.randn(2, 5, 32), torch.randn(2, 5, 32)
     assert attention(x, x, places, places, places)[0].shape == (2, 5, 32)
+
+
+def test_the_census_goes_on_where_it_was_cut_off(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    table = tmp_path / "table.csv"
+    monkeypatch.setattr(command, "folders", lambda: ["vit", "bloom", "timm_backbone"])
+    monkeypatch.setattr("sys.argv", ["conversion", "--output", str(table), "vit"])
+    command.main()
+    monkeypatch.setattr("sys.argv", ["conversion", "--output", str(table)])
+    command.main()
+    said = capsys.readouterr().out
+    assert said.count("vit ViTModel: converted") == 1
+    assert said.splitlines()[-1].startswith("1 of 1 models whose attention goes through the interface run converted")
+    assert [(row["folder"], row["status"]) for row in command.read(table)] == [
+        ("bloom", "left"), ("timm_backbone", "not built"), ("vit", "converted"),
+    ]  # fmt: skip
+
+
+def test_the_committed_table_of_all_models() -> None:
+    rows = command.read(command.RESULTS)
+    of = {status: [row for row in rows if row["status"] == status] for status in {row["status"] for row in rows}}
+    asked = len(of["converted"]) + len(of["failed"])
+    asked += sum(row["reason"] != command.ELSEWHERE for row in of["left"])
+    assert len(rows) > 500
+    assert len(of["converted"]) / asked >= 0.9
+    assert all(row["reason"] for row in rows if row["status"] not in ("converted", "none"))

@@ -38,7 +38,7 @@ def set_attention_forward(
     causal = bool(implied if is_causal is None else is_causal)
     if query.shape[0] != key.shape[0]:  # learned queries, the same for all
         query = query.expand(key.shape[0], *query.shape[1:])
-    options = as_options(_cropped(attention_mask, key), query.shape[2], causal)
+    options = as_options(_cropped(attention_mask, key), query.shape[2], key.shape[2], causal)
     ends = kwargs.get("cu_seq_lens_q")
     bounds = (ends, kwargs.get("cu_seq_lens_k"))
     if ends is not None:

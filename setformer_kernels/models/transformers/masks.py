@@ -109,12 +109,13 @@ def _ends_together(q_length: Any, kv_length: Any, q_offset: Any, kv_offset: Any)
     return q_offset + q_length == kv_offset + kv_length
 
 
-def as_options(mask: Tensor | None, length: int, causal: bool) -> dict[str, Any]:
-    """A mask that reaches attention of `length` queries, as arguments of `SetTransport`; causal: whether None is."""
+def as_options(mask: Tensor | None, length: int, s: int, causal: bool) -> dict[str, Any]:
+    """A mask that reaches attention of `length` queries and s keys, as arguments of `SetTransport`; causal: whether
+    None is."""
     if mask is None:
         return {"is_causal": causal and length > 1}
     if isinstance(mask, CausalMask):
-        if mask.intact:
+        if mask.intact and mask.shape[2:] == (length, s):
             return {"is_causal": True, "key_mask": mask.keys}
         mask = mask.dense()
     if mask.dim() == 2:
