@@ -36,8 +36,12 @@ def repeated(x: Operands) -> Operands:
     groups = x.query.shape[1] // x.key.shape[1]
     at = dict.fromkeys(("key", "value", "log_a", "key_position", "query_position"), 1)
     at |= dict.fromkeys(("references", "log_b", "reference_position", *HYPER), 0)
-    given = {name: t for name in at if (t := getattr(x, name)) is not None}
-    return replaced(x, **{name: repeated_heads(t, at[name], groups) for name, t in given.items()})
+    given = {}
+    for name, dim in at.items():  # not a comprehension that names its value: dynamo knows no cells of such
+        t = getattr(x, name)
+        if t is not None:
+            given[name] = repeated_heads(t, dim, groups)
+    return replaced(x, **given)
 
 
 def repeated_stream(stream: Stream, groups: int) -> Stream:

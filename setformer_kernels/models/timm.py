@@ -1,10 +1,11 @@
-"""SeTformer in timm's registry: `import setformer_kernels.models.timm`, then `timm.create_model("setformer_tiny")`."""
+"""SeTformer in timm's registry: `import setformer_kernels.models.timm`, then `timm.create_model("setformer_tiny")`; and
+SeT attention as an attention layer of timm's vision transformers: `timm.create_model(name, attn_layer="set")`."""
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import (
@@ -13,13 +14,16 @@ from timm.models import (
     register_model,
     register_notrace_function,
     register_notrace_module,
+    vision_transformer,
 )
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
 from ..nn import SeTAttention, SeTPooling
+from .convert.timm import SeTTimmAttention
+from .convert.weights import like
 from .sizes import VISION_SIZES
-from .transport import SetTransport
+from .transport import OWN_DEFAULTS, SetTransport
 from .vision import STRIDES, SeTformer, checked_image, grid_positions
 
 POOLS = {"avg": "mean", "set": "set", "": ""}  # timm's name -> ours
@@ -122,6 +126,35 @@ def _known_pool(name: str) -> str:
         raise TimmArgumentError(f"global_pool must be one of {names}, got {name!r} ('' would leave the map)")
     return name
 
+
+class SeTAttentionLayer(SeTTimmAttention, vision_transformer.Attention):
+    """timm's `Attention`, by the same constructor, with SeT attention in the place of softmax, to train from scratch:
+    an `attn_layer` of its vision transformers, by name "set" (timm 1.0.16 or later) or as a class.
+
+    own: arguments of `SeTAttention` beyond those of `nn.MultiheadAttention`; `with_options` makes a class of others.
+    """
+
+    own: ClassVar[dict[str, Any]] = {}
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        vision_transformer.Attention.__init__(self, *args, **kwargs)
+        self.set_transport = SetTransport(self.num_heads, self.head_dim, like(self), self.own)
+
+    @classmethod
+    def with_options(cls, **own: Any) -> type[SeTAttentionLayer]:
+        """The class with these arguments, which timm's constructors, taking a class, have no place for.
+
+        Raises:
+            TypeError: SeT attention has no such argument.
+        """
+        if unknown := own.keys() - OWN_DEFAULTS.keys():
+            raise TypeError(f"unknown arguments of SeT attention: {', '.join(sorted(unknown))}")
+        if own.get("position_dim"):
+            raise ValueError(f"position_dim must be 0: timm passes no positions, got {own['position_dim']}")
+        return type(cls.__name__, (cls,), {"own": {**cls.own, **own}, "__module__": __name__})
+
+
+getattr(vision_transformer, "ATTN_LAYERS", {})["set"] = SeTAttentionLayer
 
 default_cfgs = generate_default_cfgs(
     {

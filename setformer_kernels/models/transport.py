@@ -6,6 +6,7 @@ import inspect
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .. import functional as SF
@@ -18,6 +19,8 @@ OWN_DEFAULTS = {
     for name, parameter in inspect.signature(SeTAttention).parameters.items()
     if parameter.kind is inspect.Parameter.KEYWORD_ONLY and name != "num_kv_heads"
 }
+
+NEVER = -1e4  # an additive mask of a key that takes no part: e to that is 0 in every dtype
 
 
 class SetTransport(ReferenceSet):
@@ -42,34 +45,73 @@ class SetTransport(ReferenceSet):
     def extra_repr(self) -> str:
         return self._own_repr()
 
+    @property
+    def converges(self) -> bool:
+        """Whether transport is anything but num_iters iterations."""
+        return self._converges()
+
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None = None, attn_mask: Tensor | None = None,
         is_causal: bool = False, dropout_p: float = 0.0,
     ) -> Tensor:  # fmt: skip
-        """key_mask [B, S]: nonzero or True where a key is.  attn_mask: broadcasts to [B, H, L, S], bool (True = take
-        part) or float (added to log masses), and takes the path that is not linear."""
+        """key_mask [B, S] or [B, H, S]: bool (True = take part) or float (added to log masses).  attn_mask: broadcasts
+        to [B, H, L, S], likewise, and takes the path that is not linear."""
+        past = k.shape[2] - q.shape[2]
+        if is_causal and attn_mask is None and past > 0 and self.num_iters <= 1:
+            # a scan of all keys, with queries of nothing in front, is linear; a mask is not
+            q = F.pad(q, (0, 0, past, 0))
+            return self.forward(q, k, v, key_mask, None, True, dropout_p)[:, :, past:]
         return SF.set_attention(
             q, k, self._map_values(v), self.references, **self._transport_options(),
             **self._mask_options(q, k, key_mask, attn_mask), causal=is_causal,
             dropout_p=dropout_p if self.training else 0.0,
         )  # fmt: skip
 
-    def weights(self, q: Tensor, k: Tensor, key_mask: Tensor | None = None, attn_mask: Tensor | None = None) -> Tensor:
+    def packed(
+        self, q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor | None,
+        is_causal: bool = False, dropout_p: float = 0.0,
+    ) -> Tensor:  # fmt: skip
+        """q [H, Tq, D], k [Hk, Tk, D], v [Hk, Tk, E] of sequences one after another, as `SF.set_attention_varlen` takes
+        them but for the order of dimensions -> [H, Tq, E]."""
+        v = self._map_values(v[None])[0]
+        o = SF.set_attention_varlen(
+            q.transpose(0, 1), k.transpose(0, 1), v.transpose(0, 1), self.references, cu_seqlens_q,
+            cu_seqlens_q if cu_seqlens_k is None else cu_seqlens_k, causal=is_causal, **self._transport_options(),
+            dropout_p=dropout_p if self.training else 0.0,
+        )  # fmt: skip
+        return o.transpose(0, 1)
+
+    def weights(
+        self, q: Tensor, k: Tensor, key_mask: Tensor | None = None, attn_mask: Tensor | None = None,
+        is_causal: bool = False,
+    ) -> Tensor:  # fmt: skip
         """What forward reads v with, without dropout: [B, H, L, S]."""
         return SF.set_attention_weights(
-            q, k, self.references, **self._transport_options(), **self._mask_options(q, k, key_mask, attn_mask)
-        )
+            q, k, self.references, **self._transport_options(), **self._mask_options(q, k, key_mask, attn_mask),
+            causal=is_causal,
+        )  # fmt: skip
 
     @staticmethod
     def _mask_options(q: Tensor, k: Tensor, key_mask: Tensor | None, attn_mask: Tensor | None) -> dict[str, Any]:
-        if attn_mask is not None and attn_mask.is_floating_point():
-            # Models write the lowest finite number for −∞.
-            attn_mask = attn_mask.masked_fill(attn_mask <= torch.finfo(attn_mask.dtype).min / 2, -torch.inf)
+        if attn_mask is not None:
+            attn_mask = _log_mass(attn_mask)
         if attn_mask is not None and attn_mask.dim() == 4:
             attn_mask = attn_mask.expand(q.shape[0], q.shape[1], q.shape[2], k.shape[2])
-        return {"attn_mask": attn_mask, "key_mask": None if key_mask is None else key_mask != 0}
+        if key_mask is not None:
+            key_mask = _log_mass(key_mask).expand(q.shape[0], *key_mask.shape[1:])
+        return {"attn_mask": attn_mask, "key_mask": key_mask}
 
     def initialize_references(self, key: Tensor, value: Tensor, key_mask: Tensor | None = None) -> None:
-        """Places the references (and landmarks) by k-means on keys (and values) [B, H, S, D]; key_mask [B, S]."""
-        padding = None if key_mask is None else key_mask == 0
+        """Places the references (and landmarks) by k-means on keys (and values) [B, H, S, D]; key_mask: forward's."""
+        padding = None
+        if key_mask is not None:
+            mask = _log_mass(key_mask)
+            absent = mask == -torch.inf if mask.is_floating_point() else ~mask
+            padding = absent.all(1) if absent.dim() == 3 else absent
+            padding = padding.expand(key.shape[0], -1)
         self._place_references(key, value, padding, None, num_iters=20, init="k-means++", generator=None)
+
+
+def _log_mass(mask: Tensor) -> Tensor:
+    """mask, bool or numbers that are added to logits, with −∞ where models write −10⁴ or less for it."""
+    return mask.masked_fill(mask <= NEVER, -torch.inf) if mask.is_floating_point() else mask.bool()

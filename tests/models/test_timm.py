@@ -12,7 +12,7 @@ from timm.models import group_parameters, save_for_hf
 from timm.optim import create_optimizer_v2, param_groups_layer_decay
 
 from setformer_kernels.models import VISION_SIZES, initialize_references, replace_attention, setformer_nano
-from setformer_kernels.models.timm import TimmSeTformer
+from setformer_kernels.models.timm import SeTAttentionLayer, TimmSeTformer
 from setformer_kernels.nn import SeTAttention
 
 
@@ -229,3 +229,33 @@ def test_masks_of_a_replaced_vit_attention() -> None:
     torch.testing.assert_close(attention(x, lowest)[:, :4], want, rtol=1e-4, atol=1e-5)
     causal = attention(x, is_causal=True)
     torch.testing.assert_close(causal[:, :4], attention(x[:, :4], is_causal=True), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("by", ["name", "class", "options"])
+def test_a_vision_transformer_of_timm_is_built_with_set_attention(by: str) -> None:
+    layer = {
+        "name": "set", "class": SeTAttentionLayer,
+        "options": SeTAttentionLayer.with_options(num_references=5, learn_epsilon=True),
+    }[by]  # fmt: skip
+    torch.manual_seed(0)
+    model = timm.models.VisionTransformer(**VIT, attn_layer=layer, qk_norm=True, attn_drop_rate=0.1)
+    attention = model.blocks[1].attn
+    assert isinstance(attention, SeTAttentionLayer)
+    assert attention.set_transport.num_references == (5 if by == "options" else 64)
+    assert (attention.set_transport.log_epsilon is not None) == (by == "options")
+    assert not replace_attention(model).replaced
+    model(torch.randn(2, 3, 32, 32)).sum().backward()
+    assert attention.set_transport.references.grad.any()
+    assert attention.qkv.weight.grad.any()
+    plain = timm.models.VisionTransformer(**VIT, qk_norm=True)
+    replace_attention(plain, num_references=attention.set_transport.num_references, learn_epsilon=by == "options")
+    plain.load_state_dict(model.state_dict())
+    x = torch.randn(1, 3, 32, 32)
+    torch.testing.assert_close(plain.eval()(x), model.eval()(x))
+
+
+def test_an_attention_layer_with_unknown_options_is_refused() -> None:
+    with pytest.raises(TypeError, match="unknown arguments of SeT attention: num_reference"):
+        SeTAttentionLayer.with_options(num_reference=5)
+    with pytest.raises(ValueError, match="position_dim must be 0"):
+        SeTAttentionLayer.with_options(position_dim=2)

@@ -230,15 +230,6 @@ def test_half_replaced_bert_keeps_softmax_where_it_was() -> None:
     assert not torch.allclose(got[2], want[2])
 
 
-def test_decoders_are_left() -> None:
-    model = transformers.BertLMHeadModel(transformers.BertConfig(**TINY_BERT, is_decoder=True))
-    report = replace_attention(model)
-    assert not report.replaced
-    assert all("only encoders are replaced" in reason for reason in report.left.values())
-    gpt = transformers.GPT2Model(transformers.GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=50))
-    assert replace_attention(gpt).left == {"h.0.attn": "no rule for GPT2Attention"}
-
-
 def test_vit_with_its_attention_replaced(tmp_path: Path) -> None:
     config = transformers.ViTConfig(
         hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64, image_size=32, patch_size=8

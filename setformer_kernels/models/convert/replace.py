@@ -12,7 +12,7 @@ from ...nn import SeTAttention
 from .report import Refusal, ReplacementReport
 from .timm import from_timm
 from .torch import from_multihead
-from .transformers import from_transformers
+from .transformers import asks_the_interface, from_transformers
 
 
 def replace_attention(
@@ -20,8 +20,9 @@ def replace_attention(
 ) -> ReplacementReport:
     """Makes the softmax attention in model SeT attention with the same projections.
 
-    Known: `nn.MultiheadAttention`, timm's `Attention` (ViT and kin), and BERT and ViT of transformers.  References are
-    new, so the model must be fine-tuned; place them first with `initialize_references(model, ...)`.
+    Known: `nn.MultiheadAttention`, timm's `Attention` (ViT and kin), and whatever goes through the attention interface
+    of transformers, of any model: encoders, decoders with their caches, grouped queries, cross attention.  References
+    are new, so the model must be fine-tuned; place them first with `initialize_references(model, ...)`.
 
     A module stays the object it is and becomes one of another class: its Parameter objects, its hooks, and what
     computes its weights (prune, the old weight_norm and spectral_norm, merged adapters) go on working.  What cannot
@@ -81,15 +82,12 @@ def _rule_of(module: nn.Module) -> Rule | None:
     """What turns this kind of module into SeT attention.  A class that was never imported has no instances."""
     if isinstance(module, nn.MultiheadAttention) and not isinstance(module, SeTAttention):
         return from_multihead
-    for path, name, rule in (
-        ("timm.models.vision_transformer", "Attention", from_timm),
-        ("transformers.models.vit.modeling_vit", "ViTAttention", from_transformers),
-        ("transformers.models.bert.modeling_bert", "BertSelfAttention", from_transformers),
-    ):
-        kind = getattr(sys.modules.get(path), name, None)
-        if kind is not None and _unparametrized(module) is kind and not hasattr(module, "set_transport"):
-            return rule
-    return None
+    if hasattr(module, "set_transport"):
+        return None
+    kind = getattr(sys.modules.get("timm.models.vision_transformer"), "Attention", None)
+    if kind is not None and _unparametrized(module) is kind:
+        return from_timm
+    return from_transformers if asks_the_interface(module) else None
 
 
 def _unparametrized(module: nn.Module) -> type[nn.Module]:
@@ -107,7 +105,9 @@ def _name_the_unknown(model: nn.Module, report: ReplacementReport) -> None:
         module = model.get_submodule(name)
         ours = isinstance(module, SeTAttention) or hasattr(module, "set_transport")
         if not inner and not inside and not ours:
-            report.left[name] = f"no rule for {type(module).__name__}"
+            theirs = type(module).__module__.startswith("transformers.")
+            why = ": it does not go through transformers' attention interface" if theirs else ""
+            report.left[name] = f"no rule for {type(module).__name__}{why}"
 
 
 def _refuse_other_weights(module: nn.Module) -> None:

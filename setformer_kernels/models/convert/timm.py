@@ -19,6 +19,7 @@ class SeTTimmAttention(FloatInPython):
     """
 
     num_heads: int
+    head_dim: int
     set_transport: SetTransport
     qkv: nn.Module
     q_norm: nn.Module

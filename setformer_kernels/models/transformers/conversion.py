@@ -12,11 +12,12 @@ from torch import nn
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from ..convert import replace_attention
-from ..transport import SetTransport
-from .attention import NAME, SAVED_NAME
+from ..transport import OWN_DEFAULTS, SetTransport
+from .attention import SAVED_NAME
 from .initialization import draw_missing
 
 LOADER = "setformer_kernels.models.transformers.from_pretrained"
+FORMAT = 1  # of what is noted: a package that knows an older one alone must not read it
 
 
 def note_conversion(model: nn.Module, names: Iterable[str], own: dict[str, Any]) -> None:
@@ -28,34 +29,44 @@ def note_conversion(model: nn.Module, names: Iterable[str], own: dict[str, Any])
     plain = {name: value.item() if hasattr(value, "item") else value for name, value in own.items()}
     for name in names:
         module: Any = model.get_submodule(name)
-        prefix, config = _owner(model, name)
-        config = getattr(module, "config", None) if config is None else config
-        if not isinstance(config, PretrainedConfig):
-            continue
-        layers = getattr(config, "setformer", {}).get("layers", {})
-        config.setformer = {"load_with": LOADER, "layers": {**layers, name.removeprefix(prefix): plain}}
-        config.attn_implementation = SAVED_NAME
-        if getattr(module, "config", None) is config:
+        config = getattr(module, "config", None)
+        around = _around(model, name)
+        if not around and isinstance(config, PretrainedConfig):
+            around = {id(config): ("", config)}
+        for prefix, owner in around.values():
+            layers = getattr(owner, "setformer", {}).get("layers", {})
+            layers = {**layers, name.removeprefix(prefix): plain}
+            owner.setformer = {"load_with": LOADER, "format": FORMAT, "layers": layers}
+            owner.attn_implementation = SAVED_NAME
+        if config is not None and id(config) in around:
             # `model.set_attn_implementation` would make it softmax again
             module.config = copy.copy(config)
-            module.config._attn_implementation_internal = NAME
+            module.config._attn_implementation_internal = config._attn_implementation
 
 
-def _owner(model: nn.Module, name: str) -> tuple[str, PretrainedConfig | None]:
-    """Prefix and configuration of the innermost of transformers' models around the module called name."""
-    found: tuple[str, PretrainedConfig | None] = ("", None)
+def _around(model: nn.Module, name: str) -> dict[int, tuple[str, Any]]:
+    """The configurations of transformers' models around the module called name, each once, with the prefix of the
+    innermost model that it is of: parts with a configuration of their own are saved within the whole's, a copy."""
+    found: dict[int, tuple[str, Any]] = {}
     parts = name.split(".")
     for i in range(len(parts)):
         prefix = ".".join(parts[:i])
         around = model.get_submodule(prefix)
         if isinstance(around, PreTrainedModel):
-            found = (f"{prefix}." if prefix else "", around.config)
+            found[id(around.config)] = (f"{prefix}." if prefix else "", around.config)
     return found
 
 
 def convert_as_noted(model: PreTrainedModel) -> None:
-    """Replaces again what `model.config.setformer` says."""
-    noted = getattr(model.config, "setformer", None) or {"layers": {}}
+    """Replaces again what `model.config.setformer` says.
+
+    Raises:
+        ValueError: it was written by a newer release, or names what cannot be SeT attention in these releases.
+    """
+    noted = getattr(model.config, "setformer", None)
+    if not noted:
+        return
+    _check_noted(noted)
     names: dict[tuple[tuple[str, Any], ...], set[str]] = {}
     for name, own in noted["layers"].items():
         names.setdefault(tuple(sorted(own.items())), set()).add(name)
@@ -64,7 +75,30 @@ def convert_as_noted(model: PreTrainedModel) -> None:
         def skip(name: str, _: nn.Module, among: set[str] = among) -> bool:
             return not any(f".{name}".endswith(f".{noted}") for noted in among)
 
-        replace_attention(model, skip=skip, **dict(own))
+        report = replace_attention(model, skip=skip, **dict(own))
+        for name, why in report.left.items():
+            if not skip(name, model):
+                raise ValueError(
+                    f"config.setformer must name attention that this release of transformers"
+                    f" ({transformers.__version__}) lets replace, got {name}: {why}; load it with the release that"
+                    f" saved it ({getattr(model.config, 'transformers_version', 'unknown')})"
+                )
+
+
+def _check_noted(noted: Any) -> None:
+    if not isinstance(noted, dict) or not isinstance(noted.get("layers"), dict):
+        raise ValueError(f"config.setformer must be what replace_attention wrote, got {noted!r}")
+    if noted.get("format", FORMAT) > FORMAT:
+        raise ValueError(
+            f"config.setformer must be of format {FORMAT} or older, got {noted['format']}: the model was saved by a"
+            " newer release of setformer-kernels, upgrade it"
+        )
+    for name, own in noted["layers"].items():
+        if unknown := own.keys() - OWN_DEFAULTS.keys():
+            raise ValueError(
+                f"config.setformer must have arguments that this release of setformer-kernels knows, got"
+                f" {', '.join(sorted(unknown))} for {name}: upgrade it"
+            )
 
 
 def from_pretrained(path: str, **kwargs: Any) -> PreTrainedModel:
