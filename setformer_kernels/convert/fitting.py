@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainingArguments
 
@@ -55,12 +56,14 @@ class Schedule:
 def fit(
     matching: LayerMatching | OutputMatching, names: Sequence[str], data: Dataset,
     collate: Callable[[list[Any]], dict[str, Any]], output: Path, schedule: Schedule, resume: bool = False,
+    rates: Mapping[str, float] | None = None,
 ) -> list[dict[str, Any]]:  # fmt: skip
     """Trains the student's parameters called names; what was logged.
 
     Args:
         matching: its student is changed.
         output: a folder for checkpoints, which hold what learns.
+        rates: by name, the multiple of the learning rate that a parameter learns at; 1 where it has none.
         resume: go on from the last complete checkpoint in output, to the weights that the whole run would have had.
 
     Raises:
@@ -72,9 +75,21 @@ def fit(
     discard_incomplete(output)
     with learning(matching, [f"student.{name}" for name in names], matching.learns_values):
         arguments = _arguments(output, schedule)
-        trainer = Trainer(matching, arguments, collate, data, callbacks=[MarkComplete()])
+        groups = _groups(matching.student, names, schedule.learning_rate, rates or {})
+        optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
+        trainer = Trainer(
+            matching, arguments, collate, data, callbacks=[MarkComplete()], optimizers=(optimizer, None)
+        )  # fmt: skip
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         return trainer.state.log_history
+
+
+def _groups(student: nn.Module, names: Sequence[str], rate: float, rates: Mapping[str, float]) -> list[dict[str, Any]]:
+    """A group a learning rate."""
+    by_rate: dict[float, list[nn.Parameter]] = {}
+    for name in names:
+        by_rate.setdefault(rate * rates.get(name, 1.0), []).append(student.get_parameter(name))
+    return [{"params": parameters, "lr": own} for own, parameters in by_rate.items()]
 
 
 def _arguments(output: Path, schedule: Schedule) -> TrainingArguments:

@@ -39,6 +39,7 @@ class Transfer:
         tune: stage 2, the whole model end to end; steps=0 leaves it out.
         projections: stage 1 also learns the projections of queries and keys, not only what SeT attention has of its
             own.
+        own_rate: the learning rate of what SeT attention has of its own, as a multiple of the projections', in stage 1.
         lora_rank: stage 2 learns corrections of this rank (peft) instead of all weights; 0: all weights.
         pooling, hidden: of stage 2 and its measurements, as `OutputMatching` takes them.
         max_error: leaves the layers softmax that cost most, so that the relative error of the output after stage 1 is
@@ -51,6 +52,7 @@ class Transfer:
     match: Schedule = field(default_factory=lambda: Schedule(200, 5e-3))
     tune: Schedule = field(default_factory=lambda: Schedule(200, 2e-4))
     projections: bool = True
+    own_rate: float = 5.0
     lora_rank: int = 0
     pooling: str = "mean"
     hidden: bool = False
@@ -99,8 +101,10 @@ def transfer_attention(
     place_references(student, train, collate, how.placed_on)
     run.measure(PLACED, student, layers)
     if how.match.steps:
-        names = new_parameters(teacher, student) + (query_key_parameters(student, layers) if how.projections else [])
-        run.fit("match", LayerMatching(teacher, student, layers), names, how.match)
+        own_names = new_parameters(teacher, student)
+        names = own_names + (query_key_parameters(student, layers) if how.projections else [])
+        rates = dict.fromkeys(own_names, how.own_rate)
+        run.fit("match", LayerMatching(teacher, student, layers), names, how.match, rates)
         run.measure(MATCHED, student, layers)
     if how.curve or how.max_error is not None:
         options = {"pooling": how.pooling, "progress": progress, **own}
@@ -153,11 +157,12 @@ class _Run:
         self.progress(f"{moment}: " + ", ".join(f"{k} {v:.4f}" for k, v in self.report.outputs[moment].items()))
 
     def fit(
-        self, stage: str, matching: LayerMatching | OutputMatching, names: Sequence[str], schedule: Schedule
+        self, stage: str, matching: LayerMatching | OutputMatching, names: Sequence[str], schedule: Schedule,
+        rates: dict[str, float] | None = None,
     ) -> None:  # fmt: skip
         folder = self.output / stage
         resume = self.resume and folder.exists()
-        fit(matching, names, self.train, self.collate, folder, schedule, resume)
+        fit(matching, names, self.train, self.collate, folder, schedule, resume, rates)
 
     def tune(self, student: nn.Module) -> nn.Module:
         """Stage 2; a layer's error on the teacher's inputs says nothing any more, as all weights may have changed."""
