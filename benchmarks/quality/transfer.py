@@ -43,7 +43,8 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--batch-size", type=int, default=32)
     found.add_argument("--curve", action="store_true", help="the error of 1, 2, ... converted layers too")
     found.add_argument("--work", type=Path, default=ROOT / "build" / "transfer", help="folder of checkpoints")
-    found.add_argument("--name", help="results/NAME.csv and .json (default: transfer and date)")
+    found.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results", help="folder of the results")
+    found.add_argument("--name", help="OUT/NAME.csv and .json (default: transfer and date)")
     found.add_argument("--threads", type=int, default=1)
     return found
 
@@ -126,14 +127,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     torch.set_num_threads(args.threads)
     mark = stamp(args.threads, "cpu")
     rows, conditions = measure(args)
-    path = ROOT / "benchmarks" / "results" / f"{args.name or f'transfer_{mark.date}'}.csv"
+    path = args.out / f"{args.name or f'transfer_{mark.date}'}.csv"
     old = list(csv.reader(path.read_text().splitlines()))[1:] if path.is_file() else []
     kept = [row for row in old if row[:2] != [str(args.references), str(args.iterations)]]
     with path.open("w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerows([COLUMNS, *kept, *((*row[:-1], f"{row[-1]:.6g}") for row in rows)])
     runs = json.loads(path.with_suffix(".json").read_text()) if path.with_suffix(".json").is_file() else {}
-    options = {name: str(value) for name, value in vars(args).items() if name not in ("encoder", "snippets", "work")}
+    options = {
+        name: str(value) for name, value in vars(args).items() if name not in ("encoder", "snippets", "work", "out")
+    }
     runs[f"M {args.references}, T {args.iterations}"] = {**asdict(mark), **conditions, **options}
     path.with_suffix(".json").write_text(json.dumps(runs, indent=2) + "\n")
     print(f"written: {path}")

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
 import torch
 from torch import Tensor, nn
 from transformers import BertConfig, BertForSequenceClassification, BertModel, ViTConfig, ViTModel
@@ -79,11 +80,19 @@ def inputs_of(kind: str) -> dict[str, Tensor]:
         return stack(texts(3))
     if kind == "vit":
         return {"pixel_values": torch.randn(3, 3, 16, 16)}
+    if kind == "timm":
+        return {"x": torch.randn(3, 3, 32, 32)}
     padding = torch.arange(9) >= torch.tensor([[9], [6], [4]])
     return {"src": torch.randn(3, 9, WIDTH), "src_key_padding_mask": padding}
 
 
-BUILT = {"bert": bert, "vit": vit, "encoder": encoder}
+def timm_vit() -> nn.Module:
+    torch.manual_seed(0)
+    sizes = {"img_size": 32, "depth": 2, "embed_dim": WIDTH, "num_heads": HEADS, "num_classes": 3}
+    return timm.create_model("vit_tiny_patch16_224", pretrained=False, **sizes).eval()
+
+
+BUILT = {"bert": bert, "vit": vit, "encoder": encoder, "timm": timm_vit}
 
 
 @pytest.mark.parametrize("kind", BUILT)
@@ -100,8 +109,10 @@ def test_a_taught_student_is_the_teacher(kind: str) -> None:
             got = student(**batch)
         plain = student(**batch)
     wanted, got, plain = (x if isinstance(x, Tensor) else x.last_hidden_state for x in (wanted, got, plain))
-    alive = slice(None) if kind == "vit" else inputs_of(kind).get("attention_mask", torch.ones(3, 9)).bool()
-    if kind == "encoder":
+    alive: Any = slice(None)
+    if kind == "bert":
+        alive = batch["attention_mask"].bool()
+    elif kind == "encoder":
         alive = ~batch["src_key_padding_mask"]
     torch.testing.assert_close(got[alive], wanted[alive])
     assert not torch.allclose(plain[alive], wanted[alive], rtol=0.01)
@@ -111,7 +122,7 @@ def test_a_taught_student_is_the_teacher(kind: str) -> None:
 @pytest.mark.parametrize("kind", BUILT)
 def test_heads_mixed_by_the_output_projection_are_the_layers_answer(kind: str) -> None:
     model, batch = BUILT[kind](), inputs_of(kind)
-    projections = {"bert": None, "vit": "o_proj", "encoder": "out_proj"}
+    projections = {"bert": None, "vit": "o_proj", "encoder": "out_proj", "timm": "proj"}
     student, report = make_student(model, **OWN)
     for each in (model, student.eval()):
         layers = layers_of(student, report)
