@@ -26,7 +26,8 @@ from benchmarks.common.hardware import ROOT
 from benchmarks.common.results import stamp
 
 HELD_OUT = 10
-PROBE_SEEDS, PROBE_TEXTS = 3, 3000
+MEASURED = 512  # held-out texts that agreement is measured on
+PROBE_SEEDS, PROBE_TEXTS = 3, 2000
 COLUMNS = ("references", "iterations", "moment", "name", "value")
 
 
@@ -105,7 +106,7 @@ def measure(args: argparse.Namespace) -> tuple[list[tuple[Any, ...]], dict[str, 
     shared = {"batch_size": args.batch_size, "save_every": 50, "cpu": True}
     match = Schedule(args.steps, args.learning_rate, **shared)
     tune = Schedule(args.tune_steps, args.tune_learning_rate, **shared)
-    how = Transfer(match, tune, curve=args.curve, measured_on=0)
+    how = Transfer(match, tune, curve=args.curve, measured_on=MEASURED // args.batch_size)
     start = time.perf_counter()
     texts = [[text for _, text in rows] for rows in (train, test)]
     own = {"num_references": args.references, "num_iters": args.iterations, "learn_epsilon": True}
@@ -119,7 +120,12 @@ def measure(args: argparse.Namespace) -> tuple[list[tuple[Any, ...]], dict[str, 
     rows += [(*setting, "curve", f"{i} layers, with {s.layer}", s.error) for i, s in enumerate(report.curve, 1)]
     for moment, each in (("original", teacher), ("tuned" if args.tune_steps else "matched", model)):
         rows += [(*setting, moment, *pair) for pair in probes(each, train, test, collate)]
-    return rows, {"train_texts": len(train), "held_out_texts": len(test), "seconds_of_transfer": round(seconds)}
+    return rows, {
+        "train_texts": len(train),
+        "held_out_texts": len(test),
+        "measured_texts": min(MEASURED, len(test)),
+        "seconds_since_last_start": round(seconds),
+    }
 
 
 def main(argv: Sequence[str] | None = None) -> int:

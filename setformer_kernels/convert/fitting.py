@@ -94,7 +94,7 @@ def _groups(student: nn.Module, names: Sequence[str], rate: float, rates: Mappin
 
 def _arguments(output: Path, schedule: Schedule) -> TrainingArguments:
     cuda = torch.cuda.is_available() and not schedule.cpu
-    return TrainingArguments(
+    arguments = TrainingArguments(
         output_dir=str(output), max_steps=schedule.steps, learning_rate=schedule.learning_rate,
         per_device_train_batch_size=schedule.batch_size, gradient_accumulation_steps=schedule.accumulate,
         warmup_steps=0.1, lr_scheduler_type="cosine", weight_decay=0.0, bf16=schedule.precision == "bf16",
@@ -103,3 +103,6 @@ def _arguments(output: Path, schedule: Schedule) -> TrainingArguments:
         save_strategy="steps", save_steps=schedule.save_every or schedule.steps, save_total_limit=2,
         remove_unused_columns=False,
     )  # fmt: skip
+    if arguments.n_gpu > 1:
+        arguments._n_gpu = 1  # what layers answer is seen by hooks, which nn.DataParallel's replicas would share
+    return arguments

@@ -9,10 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..nn import SeTAttention
-from ..nn.reference_set import ReferenceSet
 from .layers import recorded, taught
 from .matching import check_same_layers, chosen, output_of, pool, tokens_of, wide
+from .students import references_of
 
 
 class HeadError(NamedTuple):
@@ -34,7 +33,8 @@ def attention_errors(
         batches: keyword arguments of both models.
     """
     check_same_layers(teacher, layers)
-    sums = {name: torch.zeros(2, heads_of(student.get_submodule(name)), dtype=torch.float64) for name in layers}
+    heads = {name: len(references_of(student.get_submodule(name)).references) for name in layers}
+    sums = {name: torch.zeros(2, count, dtype=torch.float64) for name, count in heads.items()}
     for batch in batches:
         with recorded(teacher, layers, heads=True) as (said, wanted):
             teacher(**batch)
@@ -42,20 +42,12 @@ def attention_errors(
             student(**batch)
         for name in layers:
             for x, target in zip(got[name], wanted[name], strict=True):
-                sums[name] += _squares(x, target, sums[name].shape[1], tokens_of(batch, target))
+                sums[name] += _squares(x, target, heads[name], tokens_of(batch, target))
     return [
         HeadError(name, head, float((wrong / of.clamp_min(1e-20)).sqrt()))
         for name, both in sums.items()
         for head, (wrong, of) in enumerate(both.T)
     ]
-
-
-def heads_of(layer: nn.Module) -> int:
-    """How many heads a SeT layer has."""
-    found = [module for module in layer.modules() if isinstance(module, (SeTAttention, ReferenceSet))]
-    if not found:
-        raise ValueError(f"layers must name SeT attention in the student, got a {type(layer).__name__}")
-    return found[0].references.shape[0]
 
 
 def _squares(x: Tensor, target: Tensor, heads: int, tokens: Tensor | None) -> Tensor:

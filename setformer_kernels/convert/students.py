@@ -6,6 +6,7 @@ import copy
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,12 +16,13 @@ from torch.utils.data import Dataset
 from ..models import replace_attention
 from ..models.convert import ReplacementReport
 from ..models.layers import initialize_references_of
+from ..nn.reference_set import ReferenceSet
 
 Collate = Callable[[list[Any]], dict[str, Tensor]]
-# What projects queries and keys, by the names that transformers, timm and torch use; and what projects values too,
-# whose last third is the values'.
+# What projects queries and keys, by the names that transformers, timm and torch use; and what projects values too, with
+# as many heads: the last third of its outputs.
 QUERY_KEY = re.compile(r"(^|\.)(q|k|query|key|q_proj|k_proj|q_lin|k_lin|query_proj|key_proj)(_weight|\.weight|\.bias)$")
-FUSED = re.compile(r"(^|\.)(qkv\.(weight|bias)|in_proj_(weight|bias))$")
+FUSED = re.compile(r"(^|\.)((qkv|Wqkv|qkv_proj|c_attn)\.(weight|bias)|in_proj_(weight|bias))$")
 
 
 def make_student(
@@ -96,12 +98,34 @@ def query_key_parameters(student: nn.Module, layers: Sequence[str]) -> list[str]
     """
     found = []
     for layer in layers:
-        own = [f"{layer}.{name}" for name, _ in student.get_submodule(layer).named_parameters()]
-        own = [name for name in own if QUERY_KEY.search(name) or FUSED.search(name)]
+        module = student.get_submodule(layer)
+        own = [
+            name
+            for name, parameter in module.named_parameters()
+            if QUERY_KEY.search(name) or (FUSED.search(name) and 3 * width_of(module) in parameter.shape)
+        ]
         if not own:
             raise ValueError(f"the query and key projections of {layer} have no known names: leave projections=False")
-        found += own
+        found += [f"{layer}.{name}" for name in own]
     return found
+
+
+def references_of(layer: nn.Module) -> ReferenceSet:
+    """What SeT attention added to a layer.
+
+    Raises:
+        ValueError: the layer is another.
+    """
+    found = next((module for module in layer.modules() if isinstance(module, ReferenceSet)), None)
+    if found is None:
+        raise ValueError(f"layers must name SeT attention in the student, got a {type(layer).__name__}")
+    return found
+
+
+def width_of(layer: nn.Module) -> int:
+    """H·D of a SeT layer."""
+    heads, _, width = references_of(layer).references.shape
+    return heads * width
 
 
 @contextmanager
@@ -113,7 +137,7 @@ def learning(model: nn.Module, names: Sequence[str], values: bool = True) -> Ite
     for parameter in before:
         parameter.requires_grad_(parameter in learned)
     fused = [] if values else [model.get_parameter(name) for name in names if FUSED.search(name)]
-    handles = [parameter.register_hook(_without_values) for parameter in fused]
+    handles = [parameter.register_hook(partial(_without_values, dim=_outputs(parameter))) for parameter in fused]
     try:
         yield
     finally:
@@ -123,6 +147,12 @@ def learning(model: nn.Module, names: Sequence[str], values: bool = True) -> Ite
             parameter.requires_grad_(had)
 
 
-def _without_values(gradient: Tensor) -> Tensor:
-    """The gradient of [3E, ...], those of the last E rows 0."""
-    return torch.cat([gradient[: 2 * len(gradient) // 3], torch.zeros_like(gradient[2 * len(gradient) // 3 :])])
+def _outputs(parameter: nn.Parameter) -> int:
+    """The dimension of a fused projection's outputs: GPT-2's weights are [in, out]."""
+    return 1 if parameter.dim() == 2 and parameter.shape[1] == 3 * parameter.shape[0] else 0
+
+
+def _without_values(gradient: Tensor, dim: int) -> Tensor:
+    """The gradient with zeros in the last third of a dimension."""
+    query, key, value = gradient.chunk(3, dim)
+    return torch.cat([query, key, torch.zeros_like(value)], dim)

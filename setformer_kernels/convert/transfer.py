@@ -47,10 +47,11 @@ class Transfer:
         curve: measures the error of every number of converted layers, as max_error does.
         placed_on: samples that the references are placed on.
         measured_on: batches of `match.batch_size` held-out samples that errors are measured on; 0: all.
+        curve_on: of these batches, how many the curve is measured on; 0: all.
     """
 
-    match: Schedule = field(default_factory=lambda: Schedule(200, 5e-3))
-    tune: Schedule = field(default_factory=lambda: Schedule(200, 2e-4))
+    match: Schedule = field(default_factory=lambda: Schedule(300, 3e-3))
+    tune: Schedule = field(default_factory=lambda: Schedule(200, 1e-4))
     projections: bool = True
     own_rate: float = 5.0
     lora_rank: int = 0
@@ -60,9 +61,10 @@ class Transfer:
     curve: bool = False
     placed_on: int = 256
     measured_on: int = 8
+    curve_on: int = 8
 
     def __post_init__(self) -> None:
-        for name, low in (("lora_rank", 0), ("placed_on", 1), ("measured_on", 0)):
+        for name, low in (("lora_rank", 0), ("placed_on", 1), ("measured_on", 0), ("curve_on", 0)):
             if getattr(self, name) < low:
                 raise ValueError(f"{name} must be ≥ {low}, got {getattr(self, name)}")
         if self.max_error is not None and not self.max_error >= 0:
@@ -107,8 +109,8 @@ def transfer_attention(
         run.fit("match", LayerMatching(teacher, student, layers), names, how.match, rates)
         run.measure(MATCHED, student, layers)
     if how.curve or how.max_error is not None:
-        options = {"pooling": how.pooling, "progress": progress, **own}
-        report.curve = conversion_curve(teacher, student, layers, run.on_device(), **options)
+        few = run.on_device()[: how.curve_on or None]
+        report.curve = conversion_curve(teacher, student, layers, few, progress=progress, **own)
         if how.max_error is not None:
             report.converted = within(report.curve, how.max_error)
             student = hybrid_of(teacher, student, report.converted, **own)

@@ -45,8 +45,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=int, default=300, help="of stage 1: every layer on the teacher's inputs")
     parser.add_argument("--learning-rate", type=float, default=3e-3, help="of stage 1")
     parser.add_argument("--no-projections", action="store_true", help="leave those of queries and keys as they are")
-    parser.add_argument("--tune-steps", type=int, default=300, help="of stage 2: the whole model; 0: no stage 2")
-    parser.add_argument("--tune-learning-rate", type=float, default=2e-4, help="of stage 2")
+    parser.add_argument("--tune-steps", type=int, default=200, help="of stage 2: the whole model; 0: no stage 2")
+    parser.add_argument("--tune-learning-rate", type=float, default=1e-4, help="of stage 2")
     parser.add_argument("--lora-rank", type=int, default=0, help="of adapters (peft) in stage 2; 0: all weights")
     parser.add_argument(
         "--pooling", choices=["mean", "first"], default="mean", help="of hidden states that are compared"

@@ -12,7 +12,9 @@ import timm
 import torch
 from torch import Tensor, nn
 from transformers import BertConfig, BertForSequenceClassification, BertModel, ViTConfig, ViTModel
+from transformers.pytorch_utils import Conv1D
 
+from setformer_kernels import SeTAttention
 from setformer_kernels.convert import (
     LayerMatching,
     OutputMatching,
@@ -31,6 +33,7 @@ from setformer_kernels.convert.hybrid import Converted, within
 from setformer_kernels.convert.layers import recorded, taught
 from setformer_kernels.convert.students import layers_of, learning, new_parameters, query_key_parameters
 from setformer_kernels.models.transformers import from_pretrained
+from setformer_kernels.models.transport import SetTransport
 
 WIDTH, HEADS, WORDS = 32, 4, 40
 SIZES: dict[str, Any] = {"hidden_size": WIDTH, "num_hidden_layers": 2, "num_attention_heads": HEADS,
@@ -191,6 +194,23 @@ def test_values_of_fused_projections_do_not_learn_with_queries_and_keys() -> Non
     assert not gradient[2 * WIDTH :].any()
     assert query_key_parameters(*_student("bert"))[0].endswith("self.query.weight")
     assert query_key_parameters(*_student("vit"))[0].endswith("q_proj.weight")
+
+
+def test_values_of_projections_in_gpt2s_layout_do_not_learn() -> None:
+    model = nn.Module()
+    model.attn = nn.Module()
+    model.attn.c_attn, model.attn.set_transport = Conv1D(3 * WIDTH, WIDTH), SeTAttention(WIDTH, HEADS)
+    names = query_key_parameters(model, ["attn"])
+    assert {"attn.c_attn.weight", "attn.c_attn.bias"} < set(names)
+    with learning(model, names, values=False):
+        model.attn.c_attn(torch.ones(2, WIDTH)).sum().backward()
+    gradient = model.attn.c_attn.weight.grad
+    assert gradient[:, : 2 * WIDTH].all()
+    assert not gradient[:, 2 * WIDTH :].any()
+    model.attn.c_attn = Conv1D(2 * WIDTH, WIDTH)  # fewer heads of keys and values
+    model.attn.set_transport = SetTransport(HEADS, WIDTH // HEADS, torch.empty(0), {})
+    with pytest.raises(ValueError, match="the query and key projections of attn have no known names"):
+        query_key_parameters(model, ["attn"])
 
 
 def _student(kind: str) -> tuple[nn.Module, list[str]]:
