@@ -103,18 +103,9 @@ def transfer_attention(
     place_references(student, train, collate, how.placed_on)
     run.measure(PLACED, student, layers)
     if how.match.steps:
-        own_names = new_parameters(teacher, student)
-        names = own_names + (query_key_parameters(student, layers) if how.projections else [])
-        rates = dict.fromkeys(own_names, how.own_rate)
-        run.fit("match", LayerMatching(teacher, student, layers), names, how.match, rates)
-        run.measure(MATCHED, student, layers)
+        run.match(student, layers)
     if how.curve or how.max_error is not None:
-        few = run.on_device()[: how.curve_on or None]
-        report.curve = conversion_curve(teacher, student, layers, few, progress=progress, **own)
-        if how.max_error is not None:
-            report.converted = within(report.curve, how.max_error)
-            student = hybrid_of(teacher, student, report.converted, **own)
-            run.measure(HYBRID, student, [])
+        student = run.choose(student, layers, own)
     if how.tune.steps and report.converted:
         student = run.tune(student)
     report.write(output)
@@ -165,6 +156,25 @@ class _Run:
         folder = self.output / stage
         resume = self.resume and folder.exists()
         fit(matching, names, self.train, self.collate, folder, schedule, resume, rates)
+
+    def match(self, student: nn.Module, layers: Sequence[str]) -> None:
+        """Stage 1."""
+        new = new_parameters(self.teacher, student)
+        names = new + (query_key_parameters(student, layers) if self.how.projections else [])
+        matching = LayerMatching(self.teacher, student, layers)
+        self.fit("match", matching, names, self.how.match, dict.fromkeys(new, self.how.own_rate))
+        self.measure(MATCHED, student, layers)
+
+    def choose(self, student: nn.Module, layers: Sequence[str], own: dict[str, Any]) -> nn.Module:
+        """Measures the curve; the student, or with how.max_error the hybrid of the layers that are cheap enough."""
+        few = self.on_device()[: self.how.curve_on or None]
+        self.report.curve = conversion_curve(self.teacher, student, layers, few, progress=self.progress, **own)
+        if self.how.max_error is None:
+            return student
+        self.report.converted = within(self.report.curve, self.how.max_error)
+        student = hybrid_of(self.teacher, student, self.report.converted, **own)
+        self.measure(HYBRID, student, [])
+        return student
 
     def tune(self, student: nn.Module) -> nn.Module:
         """Stage 2; a layer's error on the teacher's inputs says nothing any more, as all weights may have changed."""
