@@ -48,7 +48,7 @@ class TransferReport:
         parts += [f"left {name}: {reason}" for name, reason in self.replacement.left.items()]
         return "\n\n".join(parts)
 
-    def write(self, folder: Path) -> None:
+    def write(self, folder: Path, picture: bool = True) -> None:
         """report.md, layers.csv, outputs.csv, curve.csv where there is one, and report.png where matplotlib is."""
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "report.md").write_text(f"{self}\n", encoding="utf-8")
@@ -59,6 +59,8 @@ class TransferReport:
         if self.curve:
             steps = [(i, *step, step.layer in self.converted) for i, step in enumerate(self.curve, 1)]
             _write_csv(folder / "curve.csv", ("layers", "layer", "alone", "error", "converted"), steps)
+        if not picture:
+            return
         try:
             from .picture import draw
         except ModuleNotFoundError:  # matplotlib is an extra

@@ -146,7 +146,7 @@ class _Run:
         if layers:
             self.report.layers[moment] = attention_errors(self.teacher, student, layers, batches)
         self.report.outputs[moment] = output_agreement(self.teacher, student, batches, self.how.pooling)
-        self.report.write(self.output)
+        self.report.write(self.output, picture=False)  # which takes a second
         self.progress(f"{moment}: " + ", ".join(f"{k} {v:.4f}" for k, v in self.report.outputs[moment].items()))
 
     def fit(
