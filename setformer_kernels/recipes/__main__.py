@@ -13,6 +13,7 @@ COMMANDS = {
     "lm": "a causal language model of text or bytes; bits per byte and perplexity",
     "detect": "object detection with Mask R-CNN in COCO's format; mAP of boxes and masks",
     "segment": "semantic segmentation with UPerNet in ADE20K's format; mean IoU",
+    "convert": "a saved model of transformers on SeT attention, taught by its softmax; error by layer and head",
     "samples": "writes small data sets in these formats",
 }
 PROGRAM = "python -m setformer_kernels.recipes"

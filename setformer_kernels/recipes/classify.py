@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -15,15 +14,11 @@ from torchvision.transforms import v2
 from transformers import EvalPrediction, PreTrainedModel, set_seed
 
 from ..models import VISION_SIZES
-from ..models.layers import initialize_references_of
 from ..models.transformers import SeTformerConfig, SeTformerForImageClassification
 from .arguments import add_training_arguments, check_range, check_training_arguments
 from .errors import RecipeError
 from .images import MEAN, STD, Augmented, read_image, stack
-from .placing import place_references
 from .training import Job, execute, load_model
-
-PLACED_ON = 32  # images that the references are placed on
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -51,13 +46,12 @@ def run(args: argparse.Namespace) -> dict[str, float]:
         if train_classes != classes:
             differing = sorted(set(train_classes) ^ set(classes))
             raise RecipeError(f"{args.data}: train and val must have the same classes, they differ in {differing[:5]}")
+        if len(classes) < 2:
+            raise RecipeError(f"{args.data / 'train'} must have at least 2 classes, got {classes[0]} alone")
         train = LabelledImages(samples, training_transform(args), args.seed)
     evaluation = LabelledImages(held_out, evaluation_transform(args.image_size), args.seed)
-    job = Job(
-        model, train, {"": evaluation}, stack, accuracies, partial(place, samples=train or evaluation),
-        own_arguments={"label_smoothing_factor": args.label_smoothing},
-    )  # fmt: skip
-    return execute(args, job)
+    own = {"label_smoothing_factor": args.label_smoothing}
+    return execute(args, Job(model, train, {"": evaluation}, stack, accuracies, own_arguments=own))
 
 
 def check_arguments(args: argparse.Namespace) -> None:
@@ -125,13 +119,6 @@ def evaluation_transform(size: int) -> v2.Transform:
 
 def tensor_steps() -> list[v2.Transform]:
     return [v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(MEAN, STD)]
-
-
-def place(model: PreTrainedModel, samples: LabelledImages) -> None:
-    place_references(samples, PLACED_ON, lambda rows: initialize_references_of(model, stack(rows)["pixel_values"]))
-    if model.config.num_labels < 2:
-        path = Path(samples.samples[0][0])
-        raise RecipeError(f"{path.parents[1]} must have at least 2 classes, got {path.parent.name} alone")
 
 
 def accuracies(prediction: EvalPrediction) -> dict[str, float]:

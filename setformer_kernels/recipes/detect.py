@@ -4,7 +4,6 @@ FOLDER/val2017/*.jpg, FOLDER/annotations/instances_train2017.json and instances_
 from __future__ import annotations
 
 import argparse
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,20 +11,16 @@ import torch
 from accelerate.utils import gather_object
 from torch import Tensor
 from torch.utils.data import Dataset
-from transformers import PreTrainedModel, set_seed
+from transformers import set_seed
 
 from ..models import VISION_SIZES
-from ..models.layers import initialize_references_of
 from ..models.transformers import SeTformerConfig
 from .arguments import add_training_arguments, check_range, check_training_arguments
 from .coco import CocoImages, average_precision, category_names, results_of
 from .errors import RecipeError
 from .mask_rcnn import SeTformerMaskRcnn
-from .placing import place_references
 from .segment import STAGES, load_backbone
 from .training import Job, RecipeTrainer, execute, load_model
-
-PLACED_ON = 8  # images that the references are placed on
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -57,11 +52,7 @@ def run(args: argparse.Namespace) -> dict[str, float]:
             f"{held_out.annotations} has {len(names)} categories ({', '.join(names[:3])}, ...), {args.evaluate}"
             f" {len(known)} ({', '.join(known[:3])}, ...): they must be the same"
         )
-    job = Job(
-        model, train, {"": held_out}, collate, None, partial(place, images=None if args.backbone else train),
-        trainer=DetectionTrainer,
-    )  # fmt: skip
-    return execute(args, job)
+    return execute(args, Job(model, train, {"": held_out}, collate, None, trainer=DetectionTrainer))
 
 
 def check_arguments(args: argparse.Namespace) -> None:
@@ -95,15 +86,6 @@ def build(args: argparse.Namespace, names: list[str]) -> SeTformerMaskRcnn:
     model = SeTformerMaskRcnn(backbone.config)
     model.detector.backbone.body.load_state_dict(backbone.state_dict())
     return model
-
-
-def place(model: PreTrainedModel, images: CocoImages | None) -> None:
-    def place_on(rows: list[dict[str, Any]]) -> list[str]:
-        batch = model.detector.transform(collate(rows)["pixel_values"])[0].tensors
-        return initialize_references_of(model.detector.backbone.body, batch)
-
-    if images is not None:
-        place_references(images, PLACED_ON, place_on)
 
 
 class DetectionTrainer(RecipeTrainer):

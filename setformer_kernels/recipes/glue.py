@@ -14,19 +14,16 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import EvalPrediction, PreTrainedModel, PreTrainedTokenizerFast, set_seed
 
-from ..models.layers import initialize_references_of
 from ..models.transformers import SeTformerForSequenceClassification, SeTformerTextConfig
 from .arguments import add_training_arguments, check_range, check_training_arguments
 from .errors import RecipeError
 from .glue_tasks import TASKS, Example, GlueTask, read_examples
-from .placing import place_references
 from .training import Job, execute, load_model, load_weights, read_json
 from .wordpiece import SPECIAL, load_tokenizer, train_tokenizer
 
 SIZES = {  # width, blocks, heads, MLP units: those of BERT's sizes
     "tiny": (128, 2, 2, 512), "small": (512, 4, 8, 2048), "base": (768, 12, 12, 3072),
 }  # fmt: skip
-PLACED_ON = 64  # texts that the references are placed on
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -57,12 +54,7 @@ def run(args: argparse.Namespace) -> dict[str, float]:
     sets = {name: Texts(rows, tokenizer, args.max_length, task) for name, rows in held_out.items()}
     train = None if examples is None else Texts(examples, tokenizer, args.max_length, task)
     collate = partial(pad, tokenizer)
-    # an encoder that was trained keeps the references it was trained with
-    texts = None if args.pretrained else train
-    job = Job(
-        model, train, sets, collate, partial(score, task), partial(place, texts=texts, collate=collate), tokenizer,
-    )  # fmt: skip
-    return execute(args, job)
+    return execute(args, Job(model, train, sets, collate, partial(score, task), tokenizer))
 
 
 class Texts(Dataset):
@@ -132,15 +124,6 @@ def check_fit(
         raise RecipeError(f"the tokenizer has {len(tokenizer)} entries, {source} only {config.vocab_size}")
     if args.max_length > config.max_position_embeddings:
         raise RecipeError(f"--max-length {args.max_length}: {source} has {config.max_position_embeddings} positions")
-
-
-def place(model: PreTrainedModel, texts: Texts | None, collate: Any) -> None:
-    def place_on(rows: list[dict[str, Any]]) -> list[str]:
-        batch = {name: value for name, value in collate(rows).items() if name != "labels"}
-        return initialize_references_of(model, **batch)
-
-    if texts is not None:
-        place_references(texts, PLACED_ON, place_on)
 
 
 def score(task: GlueTask, prediction: EvalPrediction) -> dict[str, float]:

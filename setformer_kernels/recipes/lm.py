@@ -17,12 +17,11 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
-from ..models.layers import initialize_references_of
+from ..checkpoints import write_atomically
 from ..models.transformers import SeTformerCausalConfig, SeTformerForCausalLM
 from .arguments import add_training_arguments, check_range, check_training_arguments
 from .errors import RecipeError
-from .placing import place_references
-from .training import Job, RecipeTrainer, execute, load_model, write_atomically
+from .training import Job, RecipeTrainer, execute, load_model
 from .wordpiece import load_tokenizer
 
 SIZES = {  # width, blocks, heads, MLP units
@@ -30,7 +29,6 @@ SIZES = {  # width, blocks, heads, MLP units
 }  # fmt: skip
 END = 256  # of a file, after the 256 bytes
 HELD_OUT = 10  # one of so many files, or so many parts of a single one
-PLACED_ON = 32  # windows that the references are placed on
 PROMPT = 32  # tokens of held-out text that a sample goes on from
 
 
@@ -61,8 +59,8 @@ def run(args: argparse.Namespace) -> dict[str, float]:
     if vocabulary.size > model.config.vocab_size:
         raise RecipeError(f"the tokenizer has {vocabulary.size} entries, {args.evaluate} {model.config.vocab_size}")
     job = Job(
-        model, None if args.evaluate else train, {"": held_out}, stack, None, lambda model: place(model, train),
-        vocabulary.tokenizer, {"prediction_loss_only": True, "use_cache": True}, LanguageTrainer,
+        model, None if args.evaluate else train, {"": held_out}, stack, None, vocabulary.tokenizer,
+        {"prediction_loss_only": True, "use_cache": True}, LanguageTrainer,
     )  # fmt: skip
     measured = execute(args, job)
     if args.samples and PartialState().is_main_process:
@@ -187,13 +185,6 @@ def build(args: argparse.Namespace, vocabulary: Vocabulary) -> SeTformerForCausa
         intermediate_size=hidden, num_references=args.references, conv_width=args.conv_width, gate=not args.no_gate,
         eos_token_id=vocabulary.end,
     ))  # fmt: skip
-
-
-def place(model: PreTrainedModel, train: Windows) -> None:
-    def place_on(rows: list[Any]) -> list[str]:
-        return initialize_references_of(model, torch.stack(rows), use_cache=False)
-
-    place_references(train, PLACED_ON, place_on)
 
 
 class LanguageTrainer(RecipeTrainer):

@@ -4,7 +4,6 @@ FOLDER/annotations/{training,validation}/*.png, whose pixels hold 0 (not labelle
 from __future__ import annotations
 
 import argparse
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,20 +15,17 @@ from torch.utils.data import DataLoader
 from torchvision import tv_tensors
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms import v2
-from transformers import EvalPrediction, PreTrainedModel, UperNetConfig, UperNetForSemanticSegmentation, set_seed
+from transformers import EvalPrediction, UperNetConfig, UperNetForSemanticSegmentation, set_seed
 
 from ..models import VISION_SIZES
-from ..models.layers import initialize_references_of
 from ..models.transformers import SeTformerBackbone, SeTformerConfig
 from .arguments import add_training_arguments, check_range, check_training_arguments
 from .errors import RecipeError
 from .images import MEAN, STD, Augmented, read_image, read_mask, stack
-from .placing import place_references
 from .training import Job, RecipeTrainer, execute, load_model, load_weights, read_json
 
 IGNORED = 255  # of a label: what is 0 in the file, and padding
 STAGES = ["stage1", "stage2", "stage3", "stage4"]
-PLACED_ON = 16  # crops that the references are placed on
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -56,8 +52,6 @@ def run(args: argparse.Namespace) -> dict[str, float]:
         raise RecipeError(f"{args.evaluate} has {model.config.num_labels} classes, --classes is {args.classes}")
     job = Job(
         model, train, {"": held_out}, stack, MeanIou(args.classes),
-        # a backbone that was trained keeps the references it was trained with
-        partial(place, crops=None if args.backbone else train),
         own_arguments={"per_device_eval_batch_size": 1, "batch_eval_metrics": True}, trainer=SegmentationTrainer,
     )  # fmt: skip
     return execute(args, job)
@@ -153,11 +147,6 @@ def load_backbone(folder: Path) -> SeTformerBackbone:
         raise RecipeError(f"{folder / 'config.json'} is not of a SeTformer for images")
     config = SeTformerConfig.from_pretrained(folder, out_features=STAGES)
     return load_weights(SeTformerBackbone, folder, config=config)
-
-
-def place(model: PreTrainedModel, crops: Crops | None) -> None:
-    if crops is not None:
-        place_references(crops, PLACED_ON, lambda rows: initialize_references_of(model, stack(rows)["pixel_values"]))
 
 
 class SegmentationTrainer(RecipeTrainer):

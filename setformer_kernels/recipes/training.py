@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import re
 import shutil
 from collections.abc import Callable, Mapping
@@ -13,15 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from torch import nn
 from torch.utils.data import Dataset
-from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
+from transformers import PreTrainedModel, Trainer, TrainingArguments
 
+from ..checkpoints import COMPLETE, MarkComplete, discard_incomplete, last_complete, write_atomically
 from .curve import write_curve
 from .errors import RecipeError
 
-COMPLETE = "complete"  # the file that a checkpoint gets last
 # References and where they stand are directions and places: decay would only shrink them towards each other.
 NO_DECAY = re.compile(r"references$|reference_position$|position_scale$|gamma\d$|log_epsilon$|reference_log_mass$")
 
@@ -47,19 +45,9 @@ class Job:
     evaluations: Mapping[str, Dataset]  # by name; the one called "" needs no name
     collate: Callable[[list[Any]], dict[str, Any]]
     metrics: Callable[..., dict[str, float]] | None  # None where the trainer measures itself
-    place_references: Callable[[PreTrainedModel], None]
     processor: Any = None  # saved beside the model
     own_arguments: dict[str, Any] = field(default_factory=dict)  # of TrainingArguments
     trainer: type[RecipeTrainer] = RecipeTrainer
-
-
-class MarkComplete(TrainerCallback):
-    """The marker is the last thing written: what a kill left half-written has none, and resuming passes it over."""
-
-    def on_save(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
-        PartialState().wait_for_everyone()  # every process writes its own random state
-        if state.is_world_process_zero:
-            write_atomically(Path(args.output_dir) / f"checkpoint-{state.global_step}" / COMPLETE, "")
 
 
 def training_arguments(args: argparse.Namespace, own: Mapping[str, Any]) -> TrainingArguments:
@@ -86,8 +74,6 @@ def execute(args: argparse.Namespace, job: Job) -> dict[str, float]:
     checkpoint = None if args.evaluate else resumable(args, job.model)
     arguments = training_arguments(args, job.own_arguments)  # also sets up the processes
     discard_incomplete(args.output)
-    if job.train is not None and checkpoint is None:
-        job.place_references(job.model)
     trainer = job.trainer(
         job.model, arguments, job.collate, job.train,
         next(iter(job.evaluations.values())), job.processor, compute_metrics=job.metrics, callbacks=[MarkComplete()],
@@ -124,36 +110,17 @@ def record(output: Path, trainer: Trainer, measured: dict[str, float], trained: 
         partial.rename(final)
 
 
-def write_atomically(path: Path, text: str) -> None:
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text)
-    os.replace(partial, path)
-
-
 def resumable(args: argparse.Namespace, model: PreTrainedModel) -> Path | None:
     """The last complete checkpoint of args.output, checked to be of this model; None for a run from the start."""
-    there = [path for path in args.output.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()]
-    there.sort(key=lambda path: int(path.name.removeprefix("checkpoint-")))
-    complete = [path for path in there if (path / COMPLETE).is_file()]
+    complete = last_complete(args.output)
     if not args.resume:
-        if complete:
+        if complete is not None:
             raise RecipeError(f"--output {args.output} holds the checkpoints of a run: add --resume, or name another")
         return None
-    if not complete:
+    if complete is None:
         raise RecipeError(f"--resume: {args.output} has no complete checkpoint (checkpoint-*/{COMPLETE})")
-    check_variant(complete[-1] / "config.json", model)
-    return complete[-1]
-
-
-def discard_incomplete(output: Path) -> None:
-    """Removes what a kill left half-written: it would count among the checkpoints that are kept."""
-    processes = PartialState()
-    processes.wait_for_everyone()
-    if processes.is_main_process:
-        for path in output.glob("checkpoint-*"):
-            if path.is_dir() and not (path / COMPLETE).is_file():
-                shutil.rmtree(path)
-    processes.wait_for_everyone()
+    check_variant(complete / "config.json", model)
+    return complete
 
 
 def check_variant(path: Path, model: PreTrainedModel) -> None:

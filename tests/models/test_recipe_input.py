@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,42 +11,26 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
+import transformers
 from PIL.Image import Image
 from recipe_helpers import fails, metrics, recipe
 from torch.utils.data import DataLoader
 
 from setformer_kernels.models.layers import initialize_references_of
 from setformer_kernels.models.transformers import SeTformerForImageClassification
-from setformer_kernels.recipes import classify, detect, glue, segment
+from setformer_kernels.nn import reference_set
+from setformer_kernels.recipes import classify, detect, segment
 from setformer_kernels.recipes.coco import CocoImages
 from setformer_kernels.recipes.errors import RecipeError
 from setformer_kernels.recipes.glue_tasks import TASKS, read_examples
 from setformer_kernels.recipes.images import read_image, read_mask
-from setformer_kernels.recipes.placing import place_references
-from setformer_kernels.recipes.samples import write_digits, write_glue, write_scenes, write_shapes
+from setformer_kernels.recipes.samples import write_digits, write_scenes, write_shapes
 
 # pycocotools 2.0.11 with numpy 2
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy:DeprecationWarning")
 
 SMALL_IMAGES = ["--model", "setformer_nano", "--image-size", "32", "--cpu"]
 IMAGE_NET = {"model": "setformer_nano", "pool": "mean", "drop_path": None}
-
-
-def test_references_are_placed_on_as_many_samples_as_it_takes(capsys: pytest.CaptureFixture[str]) -> None:
-    calls: list[list[int]] = []
-
-    def place(rows: list[int], needed: int = 20) -> list[str]:
-        calls.append(rows)
-        return ["last"] if len(rows) < needed else []
-
-    place_references(range(100), 8, place)
-    assert [len(rows) for rows in calls] == [8, 16, 32]
-    assert all(len(set(rows)) == len(rows) and max(rows) > 80 for rows in calls)
-    assert capsys.readouterr().err == ""
-    calls.clear()
-    place_references(range(12), 8, place)
-    assert [len(rows) for rows in calls] == [8, 12]
-    assert "the references of last start at random: all 12 training samples together" in capsys.readouterr().err
 
 
 def test_layers_with_too_few_tokens_stay_and_the_others_are_placed() -> None:
@@ -61,39 +44,36 @@ def test_layers_with_too_few_tokens_stay_and_the_others_are_placed() -> None:
     assert model.training
 
 
-def place_of(kind: str, folder: Path) -> Callable[[], None]:
-    """Places the references of a recipe's model on fewer tokens than these are."""
-    arguments: dict[str, Any] = {"backbone": None, "classes": 3, "head_channels": 8, "min_size": 32, "max_size": 32,
-                                 "anchor_scale": 4, "proposals": 4, "head_width": 8, "channels": 8}  # fmt: skip
-    args = SimpleNamespace(**IMAGE_NET, **arguments)
-    if kind == "classify":
-        write_digits(folder, 5)
-        classes, samples = classify.samples_of(folder / "train")
-        images = classify.LabelledImages(samples, classify.evaluation_transform(32), 0)
-        return lambda: classify.place(classify.build(args, classes), images)
-    if kind == "segment":
-        write_scenes(folder, 3)
-        crops = segment.Crops(segment.pairs_of(folder, "training"), 3, 0, 32)
-        return lambda: segment.place(segment.build(args), crops)
-    if kind == "detect":
-        write_shapes(folder, 3)
-        shapes = CocoImages(folder / "train2017", folder / "annotations" / "instances_train2017.json", 0, True)
-        return lambda: detect.place(detect.build(args, ["disc", "square"]), shapes)
-    write_glue(folder, "sst2", 3)
-    examples = read_examples(folder / "train.tsv", TASKS["sst2"])
-    tokenizer = glue.train_tokenizer((text for row in examples for text in row.sentences), 100)
-    texts = glue.Texts(examples, tokenizer, 16, TASKS["sst2"])
-    options = {"task": "sst2", "pretrained": None, "size": "tiny", "references": 50, "max_length": 16}
-    model = glue.build(SimpleNamespace(**options), tokenizer)
-    return lambda: glue.place(model, texts, lambda rows: glue.pad(tokenizer, rows))
+class TrainedError(Exception):
+    """Training would start."""
 
 
-@pytest.mark.parametrize("kind", ["classify", "segment", "detect", "glue"])
-def test_every_recipe_starts_with_fewer_tokens_than_references(
-    kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+SMALL = {
+    "classify": ["--model", "setformer_nano", "--image-size", "32"],
+    "segment": ["--model", "setformer_nano", "--classes", 3, "--head-channels", 8, "--crop-size", 32],
+    "detect": ["--model", "setformer_nano", "--min-size", 32, "--max-size", 32],
+    "glue": ["--size", "tiny"],
+    "lm": ["--size", "tiny", "--length", 16],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", SMALL)
+def test_what_trains_from_scratch_leaves_its_references_where_they_start(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    place_of(kind, tmp_path)()
-    assert "start at random" in capsys.readouterr().err
+    def train(*_: Any, **__: Any) -> None:
+        raise TrainedError
+
+    def no_kmeans(*_: Any, **__: Any) -> None:
+        raise AssertionError("k-means ran")
+
+    monkeypatch.setattr(transformers.Trainer, "train", train)
+    monkeypatch.setattr(reference_set, "spherical_kmeans", no_kmeans)
+    sample = "glue/sst2" if kind == "glue" else kind
+    recipe("samples", sample, tmp_path / "data", "--size", 20)
+    data = ["sst2", tmp_path / "data"] if kind == "glue" else [tmp_path / "data"]
+    with pytest.raises(TrainedError):
+        recipe(kind, *data, *SMALL[kind], "--cpu", "--output", tmp_path / "run")
 
 
 def test_a_rest_of_one_image_is_left_out_of_segmentation(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

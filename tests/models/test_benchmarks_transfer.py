@@ -1,0 +1,54 @@
+"""The benchmarks of conversion, on a model that takes seconds."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import BertConfig, BertModel
+
+from benchmarks.cpu import converted
+from benchmarks.quality import transfer
+from setformer_kernels.recipes.wordpiece import train_tokenizer
+
+GOOD, BAD = "a good and happy film", "a sad and dull one"
+
+
+@pytest.fixture
+def paths(tmp_path: Path) -> list[str]:
+    lines = [f"{i}\t{1.5 if i % 2 else -2}\t{GOOD if i % 2 else BAD} number {i}" for i in range(60)]
+    (tmp_path / "snippets.txt").write_text("\n".join([*lines, "no columns"]))
+    train_tokenizer(lines, 80).save_pretrained(tmp_path / "encoder")
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+    BertModel(BertConfig(vocab_size=80, **sizes)).save_pretrained(tmp_path / "encoder")
+    return ["--encoder", str(tmp_path / "encoder"), "--snippets", str(tmp_path / "snippets.txt")]
+
+
+def test_rows_of_a_transfer(paths: list[str], tmp_path: Path) -> None:
+    run = [*paths, "--steps", "4", "--tune-steps", "2", "--out", str(tmp_path), "--name", "x", "--work", str(tmp_path)]
+    for references in ("4", "8"):
+        assert transfer.main([*run, "--references", references, "--curve"]) == 0
+    rows = list(csv.DictReader((tmp_path / "x.csv").read_text().splitlines()))
+    for references in ("4", "8"):
+        found = {(row["moment"], row["name"]): float(row["value"]) for row in rows if row["references"] == references}
+        assert len(found) == sum(row["references"] == references for row in rows)
+        assert found["original", "probe_accuracy, seed 2"] > 0.9
+        assert found["matched", "cosine"] != found["placed", "cosine"] != found["tuned", "cosine"]
+        assert sum(moment == "curve" for moment, _ in found) == 2
+        assert sum(name.startswith("error of") for _, name in found) == 2 * 2 * 4
+    conditions = json.loads((tmp_path / "x.json").read_text())["M 8, T 1"]
+    assert (conditions["held_out_texts"], conditions["train_texts"], conditions["steps"]) == (6, 54, "4")
+
+
+def test_rows_of_speed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(converted, "TOKENS", 64)
+    assert converted.main(["--length", "32", "--seconds", "0.1", "--out", str(tmp_path)]) == 0
+    (path,) = tmp_path.glob("*.csv")
+    rows = list(csv.DictReader(path.read_text().splitlines()))
+    named = [(row["length"], row["batch"], row["model"]) for row in rows]
+    assert named == [("32", "2", "softmax"), ("32", "2", "SeT")]
+    assert all(float(row["tokens_per_s"]) > 0 for row in rows)
