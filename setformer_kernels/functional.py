@@ -16,7 +16,7 @@ from . import advice, checks, dispatch, ops, packed, reference, solver, streamin
 from .arguments import Hyper, autocast, from_options, hyper_tensors, normalise, numbers, query_mask
 from .grouping import folded, repeated, unfolded
 from .memory import SetMemory, set_read, set_transport
-from .ops.operands import attention_problem, logits
+from .ops.operands import attention_problem, logits, ready
 from .packed import set_attention_varlen, set_pool_varlen
 from .problem import Operands, Options, compute_dtype, replaced
 from .reference import converged
@@ -164,9 +164,8 @@ def _converged(x: Operands, opt: Options, asked: solver.Asked) -> Any:
 
 def _attention(x: Operands, opt: Options) -> Tensor:
     """o [B, H, L, E] of queries that all see the same keys, of as many heads as there are key heads."""
-    if dispatch.choose(attention_problem("attention", x, opt), opt.backend, logits(x)) == dispatch.REFERENCE:
-        return reference.attention(x, opt)
-    return ops.attention.set_attention(*x, *opt)[0]
+    chosen = ready("attention", x, opt)
+    return reference.attention(x, opt) if chosen is None else ops.attention.set_attention(*x, *chosen)[0]
 
 
 @leaf
@@ -254,10 +253,11 @@ def _with_weights(x: Operands, opt: Options, s: int, average: bool) -> tuple[Ten
     if x.query.shape[1] != x.key.shape[1]:
         o, a = (unfolded(t, x.query) for t in _with_weights(folded(x), opt, s, False))
         return o, a.mean(1) if average else a
-    if dispatch.choose(attention_problem("attention", x, opt), opt.backend, logits(x)) == dispatch.REFERENCE:
+    chosen = ready("attention", x, opt)
+    if chosen is None:
         o, a = reference.attention(x, opt), reference.weights(x, opt)[..., :s]
         return o, a.mean(1) if average else a
-    o, _, _, w_q, w_k = ops.weights.set_attention_weights(*x, *opt, average)
+    o, _, _, w_q, w_k = ops.weights.set_attention_weights(*x, *chosen, average)
     w_k, dtype = w_k[:, :, :s], x.key.dtype
     if not w_q.requires_grad:  # differences of the products' gradients are what counts, which rounding would drown
         w_q, w_k = w_q.to(dtype), w_k.to(dtype)
@@ -317,9 +317,8 @@ def set_pool(
     if asked is not None:
         (z,), info = solver.run("pool", converged.pool, x, opt, asked)
         return z if info is None else (z, info)
-    if dispatch.choose(attention_problem("pool", x, opt), backend, logits(x)) == dispatch.REFERENCE:
-        return reference.pool(x, opt)
-    return ops.attention.set_pool(*x, *opt)[0].to(x.value.dtype)
+    chosen = ready("pool", x, opt)
+    return reference.pool(x, opt) if chosen is None else ops.attention.set_pool(*x, *chosen)[0].to(x.value.dtype)
 
 
 @leaf

@@ -8,16 +8,22 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
+from types import NoneType
 from typing import Any, ParamSpec, TypeVar, cast
 
-from torch import nn
+from torch import Tensor, nn
 from torch.fx import Proxy, Tracer
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
 
+PLAIN = frozenset((Tensor, nn.Parameter, NoneType, str, bool, int, float))  # what calls are mostly made of
+
+
 def _proxy_among(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Proxy | None:
+    if PLAIN.issuperset(map(type, args)) and PLAIN.issuperset(map(type, kwargs.values())):
+        return None
     for value in args:
         if isinstance(value, Proxy):
             return value

@@ -30,7 +30,7 @@ from .writing import Reset, redraw
 READ = ("kernel", "bandwidth", "epsilon", "backend")  # of the options of transport, those of a read
 
 
-class SeTAttention(PythonForward, ReferenceSet, Projections):
+class SeTAttention(ReferenceSet, PythonForward, Projections):
     """SeT attention with the constructor, call, masks, attributes and state of `nn.MultiheadAttention`.
 
     Per head, with q, k, v the projected tokens (L queries, S keys), y the M references, ℓ the kernel logits, and c, g
@@ -182,14 +182,12 @@ class SeTAttention(PythonForward, ReferenceSet, Projections):
         S = k.shape[-2]
         k, v, slots = self._append_slots(k, v)
         mask, causal = attention_mask_of(attn_mask, is_causal, slots, B, self.num_heads, q.shape[-2], S, q.device)
-        options = {
-            **self._transport_options(),
-            **self._dropout_options(q.device),
-            **self._position_options(slots, **positions),
-            "key_mask": key_mask_of(key_padding_mask, slots),
-            "attn_mask": mask,
-            "causal": causal,
-        }
+        options = self._transport_options()
+        options |= {"key_mask": key_mask_of(key_padding_mask, slots), "attn_mask": mask, "causal": causal}
+        if self.dropout > 0.0:
+            options |= self._dropout_options(q.device)
+        if self.position_dim or query_position is not None or key_position is not None:
+            options |= self._position_options(slots, **positions)
         inputs, weights = (q, k, self._map_values(v), self.references), None
         if need_weights:
             heads, weights = SF.attention_and_weights(*inputs, average=average_attn_weights, **options)
