@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import setformer_kernels.functional as SF
+from setformer_kernels.backends import cpu
 
 B, H, G, L, S, M, D, E, P = 2, 2, 3, 20, 30, 5, 16, 8, 2
 
@@ -170,6 +171,44 @@ def test_a_step_of_groups_copies_no_state() -> None:
     every = (t.repeat_interleave(G, 1) for t in (k, v))
     wanted = SF.set_step(wide, q, *every, y.repeat_interleave(G, 0), state_indices=rows, backend="cpu")
     torch.testing.assert_close((o, pool), (wanted, wide[:, ::G]))
+
+
+@pytest.mark.parametrize("kernel", ["rbf", "dot"])
+@pytest.mark.parametrize("absent", [False, True])
+def test_a_step_of_groups_is_that_of_every_head(kernel: str, absent: bool, native: str) -> None:
+    """With positions and gates, and where the token takes no part; bit for bit where a group is one step."""
+    _, state = SF.set_causal(
+        *(torch.randn(B, H, 20, c) for c in (D, D, E)), torch.randn(H, M, D), output_final_state=True, backend=native
+    )  # fmt: skip
+    assert state is not None
+    q, k, v, y = torch.randn(B, G * H, D), torch.randn(B, H, D), torch.randn(B, H, E), torch.randn(H, M, D)
+    places = {"query_position": torch.rand(B, 2), "key_position": torch.rand(B, 2)}
+    gates, pi, options = -torch.rand(B, H), torch.rand(H, M, 2), {"kernel": kernel, "epsilon": 0.5, "backend": native}
+    options["key_mask"] = torch.tensor([not absent, True])
+    wide = state.repeat_interleave(G, 1)
+    wanted = SF.set_step(
+        wide, q, *(t.repeat_interleave(G, 1) for t in (k, v)), y.repeat_interleave(G, 0), **places, **options,
+        log_decay=gates.repeat_interleave(G, 1), reference_position=pi.repeat_interleave(G, 0),
+    )  # fmt: skip
+    o = SF.set_step(state, q, k, v, y, log_decay=gates, reference_position=pi, **places, **options)
+    exact = {"rtol": 0, "atol": 0} if native == "cpu" else {}
+    torch.testing.assert_close((o, state), (wanted, wide[:, ::G]), **exact)
+
+
+@pytest.mark.skipif(bool(cpu.ABSENT), reason=cpu.ABSENT)
+def test_a_step_of_groups_is_one_call_of_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken: list[int] = []
+
+    class Counted:
+        def step(self, *args: Any) -> None:
+            taken.append(1)
+            kernels.step(*args)
+
+    kernels = cpu._C
+    monkeypatch.setattr(cpu, "_C", Counted())
+    q, k, v, y = torch.randn(B, G * H, D), torch.randn(B, H, D), torch.randn(B, H, E), torch.randn(H, M, D)
+    SF.set_step(SF.empty_state(B, H, M, E), q, k, v, y, backend="cpu")
+    assert taken == [1]
 
 
 @pytest.mark.parametrize("empty", ["B", "L", "S"])

@@ -35,6 +35,7 @@ from ._extension import MODULE, REASON, views
 
 NAME = "cpu"
 ABSENT = REASON  # what keeps the whole backend away; empty where it is there
+STEPS_GROUPS = True  # a step answers all queries that share a key
 _C: Any = MODULE
 # A thread keeps an [M, E] state and [96, max(M, D, E)] tiles: beyond this they would leave the second-level cache.
 MAX_REFERENCES = 1024
@@ -136,7 +137,7 @@ def causal(x: Operands, opt: Options, stream: Stream = NO_STREAM, with_state: bo
 
 
 def step(x: Operands, opt: Options, states: Tensor, log_decay: Tensor | None, rows: Tensor | None) -> Tensor:
-    """o [B, H, 1, E] of one token each; in place on `states` [N, H, M, 2E + 3]."""
+    """o [B, H, L, E] of one token each, whose L queries share a key; in place on `states` [N, H, M, 2E + 3]."""
     assert x.query is not None
     o = empty_in_order(x.query, (*x.query.shape[:-1], x.value.shape[-1]))
     rows = None if rows is None else rows.contiguous()
