@@ -231,6 +231,7 @@ void sinkhorn(const py::tuple& t, const py::tuple& scalars, int64_t T, double to
 
 PYBIND11_MODULE(_C, m) {
   m.attr("OPERANDS") = operand_names();
+  m.attr("STEPS_GROUPS") = true;
   m.def("attention", &attention);
   m.def("attention_weights", &attention_weights);
   m.def("transport", &transport);
