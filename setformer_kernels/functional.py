@@ -8,7 +8,7 @@ coordinates, T = num_iters.  x̂ = x/‖x‖, and 0 with zero gradient where ‖
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 from torch import Tensor
 
@@ -24,6 +24,11 @@ from .reference.converged import TransportInfo
 from .sinkhorn import sinkhorn
 from .streaming import empty_state, merge_states, set_causal, set_step
 from .tracing import leaf
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from . import signatures
 
 __all__ = [
     "SetMemory",
@@ -44,6 +49,16 @@ __all__ = [
 ]
 
 
+@overload
+def set_attention(
+    query: Tensor, key: Tensor, value: Tensor, references: Tensor, *, return_info: Literal[False] = ...,
+    **options: Unpack[signatures.Attention],
+) -> Tensor: ...  # fmt: skip
+@overload
+def set_attention(
+    query: Tensor, key: Tensor, value: Tensor, references: Tensor, *, return_info: Literal[True],
+    **options: Unpack[signatures.Attention],
+) -> tuple[Tensor, TransportInfo]: ...  # fmt: skip
 @leaf
 def set_attention(
     query: Tensor,
@@ -267,6 +282,16 @@ def _with_weights(x: Operands, opt: Options, s: int, average: bool) -> tuple[Ten
     return o, (w_q.transpose(1, 2).flatten(2) @ w_k.transpose(1, 2).flatten(2).mT / heads).to(dtype)
 
 
+@overload
+def set_pool(
+    key: Tensor, value: Tensor, references: Tensor, *, return_info: Literal[False] = ...,
+    **options: Unpack[signatures.Transport],
+) -> Tensor: ...  # fmt: skip
+@overload
+def set_pool(
+    key: Tensor, value: Tensor, references: Tensor, *, return_info: Literal[True],
+    **options: Unpack[signatures.Transport],
+) -> tuple[Tensor, TransportInfo]: ...  # fmt: skip
 @leaf
 def set_pool(
     key: Tensor,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, overload
 
 from torch import Tensor
 
@@ -15,6 +15,12 @@ from .problem import Operands, Options, compute_dtype
 from .reference import converged
 from .tracing import leaf
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from . import signatures
+    from .reference.converged import TransportInfo
+
 
 class SetMemory(NamedTuple):
     """What the keys left on the references, float32 (float64 of float64 tokens): its size does not depend on S."""
@@ -23,6 +29,16 @@ class SetMemory(NamedTuple):
     g: Tensor  # [B, Hk, M] dual potentials, −inf where no key takes part
 
 
+@overload
+def set_transport(
+    key: Tensor, value: Tensor, references: Tensor, *, return_info: Literal[False] = ...,
+    **options: Unpack[signatures.Transport],
+) -> SetMemory: ...  # fmt: skip
+@overload
+def set_transport(
+    key: Tensor, value: Tensor, references: Tensor, *, return_info: Literal[True],
+    **options: Unpack[signatures.Transport],
+) -> tuple[SetMemory, TransportInfo]: ...  # fmt: skip
 @leaf
 def set_transport(
     key: Tensor,

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -20,6 +20,11 @@ from .arguments import Hyper
 from .functional import TransportInfo, sinkhorn
 from .problem import compute_dtype
 from .tracing import leaf
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from . import signatures
 
 __all__ = ["barycentric_projection", "sinkhorn_divergence", "squared_distance", "transport_cost", "transport_plan"]
 
@@ -38,6 +43,16 @@ class Solved(NamedTuple):
     info: TransportInfo
 
 
+@overload
+def transport_plan(
+    cost: Tensor, a: Tensor | None = ..., b: Tensor | None = ..., *, epsilon: Hyper, return_info: Literal[False] = ...,
+    **options: Unpack[signatures.Plan],
+) -> Tensor: ...  # fmt: skip
+@overload
+def transport_plan(
+    cost: Tensor, a: Tensor | None = ..., b: Tensor | None = ..., *, epsilon: Hyper, return_info: Literal[True],
+    **options: Unpack[signatures.Plan],
+) -> tuple[Tensor, TransportInfo]: ...  # fmt: skip
 @leaf
 def transport_plan(
     cost: Tensor,
@@ -85,6 +100,16 @@ def transport_plan(
     return (plan, found.info) if checks.flag("return_info", return_info) else plan
 
 
+@overload
+def transport_cost(
+    cost: Tensor, a: Tensor | None = ..., b: Tensor | None = ..., *, epsilon: Hyper, return_info: Literal[False] = ...,
+    **options: Unpack[signatures.Cost],
+) -> Tensor: ...  # fmt: skip
+@overload
+def transport_cost(
+    cost: Tensor, a: Tensor | None = ..., b: Tensor | None = ..., *, epsilon: Hyper, return_info: Literal[True],
+    **options: Unpack[signatures.Cost],
+) -> tuple[Tensor, TransportInfo]: ...  # fmt: skip
 @leaf
 def transport_cost(
     cost: Tensor,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -15,7 +15,22 @@ from .problem import compute_dtype
 from .reference.converged import Marginals, TransportInfo, solve
 from .tracing import leaf
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
+    from . import signatures
+
+
+@overload
+def sinkhorn(
+    log_kernel: Tensor, log_a: Tensor | None = ..., log_b: Tensor | None = ..., *, return_info: Literal[False] = ...,
+    **options: Unpack[signatures.Convergence],
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+@overload
+def sinkhorn(
+    log_kernel: Tensor, log_a: Tensor | None = ..., log_b: Tensor | None = ..., *, return_info: Literal[True],
+    **options: Unpack[signatures.Convergence],
+) -> tuple[Tensor, Tensor, TransportInfo]: ...  # fmt: skip
 @leaf
 def sinkhorn(
     log_kernel: Tensor,
