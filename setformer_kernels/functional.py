@@ -59,6 +59,11 @@ def set_attention(
     query: Tensor, key: Tensor, value: Tensor, references: Tensor, *, return_info: Literal[True],
     **options: Unpack[signatures.Attention],
 ) -> tuple[Tensor, TransportInfo]: ...  # fmt: skip
+@overload
+def set_attention(
+    query: Tensor, key: Tensor, value: Tensor, references: Tensor, *, return_info: bool,
+    **options: Unpack[signatures.Attention],
+) -> Any: ...  # fmt: skip
 @leaf
 def set_attention(
     query: Tensor,
@@ -292,6 +297,11 @@ def set_pool(
     key: Tensor, value: Tensor, references: Tensor, *, return_info: Literal[True],
     **options: Unpack[signatures.Transport],
 ) -> tuple[Tensor, TransportInfo]: ...  # fmt: skip
+@overload
+def set_pool(
+    key: Tensor, value: Tensor, references: Tensor, *, return_info: bool,
+    **options: Unpack[signatures.Transport],
+) -> Any: ...  # fmt: skip
 @leaf
 def set_pool(
     key: Tensor,

@@ -39,6 +39,11 @@ def set_transport(
     key: Tensor, value: Tensor, references: Tensor, *, return_info: Literal[True],
     **options: Unpack[signatures.Transport],
 ) -> tuple[SetMemory, TransportInfo]: ...  # fmt: skip
+@overload
+def set_transport(
+    key: Tensor, value: Tensor, references: Tensor, *, return_info: bool,
+    **options: Unpack[signatures.Transport],
+) -> Any: ...  # fmt: skip
 @leaf
 def set_transport(
     key: Tensor,

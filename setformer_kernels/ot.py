@@ -53,6 +53,11 @@ def transport_plan(
     cost: Tensor, a: Tensor | None = ..., b: Tensor | None = ..., *, epsilon: Hyper, return_info: Literal[True],
     **options: Unpack[signatures.Plan],
 ) -> tuple[Tensor, TransportInfo]: ...  # fmt: skip
+@overload
+def transport_plan(
+    cost: Tensor, a: Tensor | None = ..., b: Tensor | None = ..., *, epsilon: Hyper, return_info: bool,
+    **options: Unpack[signatures.Plan],
+) -> Any: ...  # fmt: skip
 @leaf
 def transport_plan(
     cost: Tensor,
@@ -110,6 +115,11 @@ def transport_cost(
     cost: Tensor, a: Tensor | None = ..., b: Tensor | None = ..., *, epsilon: Hyper, return_info: Literal[True],
     **options: Unpack[signatures.Cost],
 ) -> tuple[Tensor, TransportInfo]: ...  # fmt: skip
+@overload
+def transport_cost(
+    cost: Tensor, a: Tensor | None = ..., b: Tensor | None = ..., *, epsilon: Hyper, return_info: bool,
+    **options: Unpack[signatures.Cost],
+) -> Any: ...  # fmt: skip
 @leaf
 def transport_cost(
     cost: Tensor,

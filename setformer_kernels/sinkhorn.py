@@ -31,6 +31,11 @@ def sinkhorn(
     log_kernel: Tensor, log_a: Tensor | None = ..., log_b: Tensor | None = ..., *, return_info: Literal[True],
     **options: Unpack[signatures.Convergence],
 ) -> tuple[Tensor, Tensor, TransportInfo]: ...  # fmt: skip
+@overload
+def sinkhorn(
+    log_kernel: Tensor, log_a: Tensor | None = ..., log_b: Tensor | None = ..., *, return_info: bool,
+    **options: Unpack[signatures.Convergence],
+) -> Any: ...  # fmt: skip
 @leaf
 def sinkhorn(
     log_kernel: Tensor,

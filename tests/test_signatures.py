@@ -37,8 +37,9 @@ def test_what_comes_back_follows_return_info() -> None:
     if not hasattr(typing, "get_overloads"):
         pytest.skip("typing.get_overloads is Python 3.11's")
     for function, _ in FUNCTIONS.values():
-        plain, informed = typing.get_overloads(inspect.unwrap(function))
+        plain, informed, either = typing.get_overloads(inspect.unwrap(function))
         assert "TransportInfo" not in plain.__annotations__["return"]
         assert plain.__annotations__["return_info"] == "Literal[False]"
         assert "TransportInfo" in informed.__annotations__["return"]
         assert informed.__annotations__["return_info"] == "Literal[True]"
+        assert either.__annotations__["return_info"] == "bool"
