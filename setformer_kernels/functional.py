@@ -14,7 +14,7 @@ from torch import Tensor
 
 from . import advice, checks, dispatch, ops, packed, reference, solver, streaming
 from .arguments import Hyper, autocast, from_options, hyper_tensors, normalise, numbers, query_mask
-from .grouping import folded, repeated, unfolded
+from .grouping import folded, repeated, unfolded, with_own_keys
 from .memory import SetMemory, set_read, set_transport
 from .ops.operands import attention_problem, logits, ready
 from .packed import set_attention_varlen, set_pool_varlen
@@ -162,15 +162,14 @@ def set_attention(
     mask = query_mask(x, attn_mask, s)
     causal = causal and s > 0
     dense = s > 0 and (mask is not None or (causal and (opt.num_iters > 1 or length != s)))
-    grouped = query.shape[1] != key.shape[1]
-    if grouped:
-        x = repeated(x) if dense or causal else folded(x)
     if dense:
         advice.slower_than_linear(mask, causal, opt.num_iters, square=length == s)
-        return _masked(x, opt, mask, causal)
+        return with_own_keys(lambda x, mask: _masked(x, opt, mask, causal), x, opt, mask)
     if causal:
-        return streaming.scan(x, opt)[0]
-    return unfolded(_attention(x, opt), query) if grouped else _attention(x, opt)
+        return with_own_keys(lambda x, _: streaming.scan(x, opt)[0], x, opt)
+    if query.shape[1] == key.shape[1]:
+        return _attention(x, opt)
+    return unfolded(_attention(folded(x), opt), query)
 
 
 def _converged(x: Operands, opt: Options, asked: solver.Asked) -> Any:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from . import checks, ops, reference
 from .arguments import Hyper, normalise
-from .grouping import repeated, repeated_stream
+from .grouping import by_element, elements_as_heads, is_alone, repeated, repeated_stream, shared_by
 from .ops.direct import unwatched
 from .ops.operands import ready
 from .problem import NO_STREAM, Operands, Options, Stream, compute_dtype, replaced
@@ -82,13 +82,18 @@ def set_causal(
     checks.shape("query", query, (None, None, key.shape[2], None), "L = S: a query for every key")
     stream = stream_of(x, key.shape[:3], initial_state, log_decay)
     groups = query.shape[1] // key.shape[1]
-    if groups > 1:
+    alone = groups > 1 and is_alone(x, opt)
+    if alone:
+        x, stream = by_element(x), Stream(*(t if t is None else shared_by(t, groups) for t in stream))
+    elif groups > 1:
         x, stream = repeated(x), repeated_stream(stream, groups)
     if key.shape[2] == 0:
         x = x._replace(key=x.key[:, :, :0], value=x.value[:, :, :0])
         o, state = reference.causal_with_state(x, opt, stream)
     else:
         o, state = scan(x, opt, stream, wanted)
+    if alone:
+        return elements_as_heads(o), state[:1] if wanted else None
     return o, state[:, ::groups] if wanted else None
 
 

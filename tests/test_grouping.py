@@ -82,6 +82,45 @@ def test_groups_are_repeated_keys_bit_for_bit(name: str, dtype: torch.dtype, by_
         assert (one - other).norm() <= tolerance * other.norm()
 
 
+ALONE = ("causal", "few queries", "masked", "dropped")
+
+
+@pytest.mark.parametrize("by_token", [False, True])
+@pytest.mark.parametrize("name", ALONE)
+def test_groups_of_one_batch_element_are_repeated_keys(name: str, by_token: bool, native: str) -> None:
+    """Bit for bit, without a copy of the keys where nothing is dropped."""
+    options = OPTIONS["causal"] | OPTIONS["dropout"] if name == "dropped" else OPTIONS[name]
+    options = {k: v.to(torch.get_default_device()) if isinstance(v, Tensor) else v for k, v in options.items()}
+    of_batch = ("query", "key", "value", "query_position")
+    arguments = {n: t[:1] if n in of_batch else t for n, t in cut(grouped(by_token=by_token), options).items()}
+    arguments["key_mask"] = torch.randn(1, arguments["key"].shape[2], requires_grad=True)
+    if "attn_mask" in options:
+        options["attn_mask"] = options["attn_mask"][:1]
+    found = SF.set_attention(**arguments, **options, backend=native)
+    wanted = SF.set_attention(**repeated(arguments), **options, backend=native)
+    assert torch.equal(found, wanted)
+    leaves, cotangent = [t for t in arguments.values() if t.requires_grad], torch.randn(found.shape)
+    grads = [torch.autograd.grad((o * cotangent).sum(), leaves) for o in (found, wanted)]
+    torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.skipif(bool(cpu.ABSENT), reason=cpu.ABSENT)
+@pytest.mark.parametrize("options", [{"num_iters": 1}, {"num_iters": 2}], ids=str)
+def test_keys_of_one_batch_element_are_not_copied(options: dict[str, Any]) -> None:
+    q, k, v, y = (torch.randn(*shape) for shape in ((1, G * H, L, D), (1, H, L, D), (1, H, L, E), (H, M, D)))
+    seen: list[str] = []
+
+    class Seen(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            seen.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    with Seen():
+        SF.set_attention(q, k, v, y, causal=True, **options)
+    assert "aten.expand.default" in seen
+    assert not [name for name in seen if "copy" in name or "clone" in name]
+
+
 @pytest.mark.parametrize("average", [False, True])
 @pytest.mark.parametrize("causal", [False, True])
 def test_weights_of_groups(causal: bool, average: bool, native: str) -> None:
@@ -118,7 +157,8 @@ def test_packed_groups(causal: bool) -> None:
         torch.testing.assert_close(found[first:last], wanted.squeeze(0).transpose(0, 1))
 
 
-def test_states_of_groups(native: str) -> None:
+@pytest.mark.parametrize("B", [1, B])
+def test_states_of_groups(B: int, native: str) -> None:
     """A state a key head: a scan in two pieces, and the last token as a step."""
     q, k, v, y, n = (
         torch.randn(B, G * H, L, D),
