@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from types import NoneType
 from typing import Any, ParamSpec, TypeVar, cast
 
+import torch
 from torch import Tensor, nn
 from torch.fx import Proxy, Tracer
 
@@ -22,7 +23,8 @@ PLAIN = frozenset((Tensor, nn.Parameter, NoneType, str, bool, int, float))  # wh
 
 
 def _proxy_among(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Proxy | None:
-    if PLAIN.issuperset(map(type, args)) and PLAIN.issuperset(map(type, kwargs.values())):
+    plain = not torch.compiler.is_compiling()  # torch 2.6 cannot compile what follows
+    if plain and PLAIN.issuperset(map(type, args)) and PLAIN.issuperset(map(type, kwargs.values())):
         return None
     for value in args:
         if isinstance(value, Proxy):
