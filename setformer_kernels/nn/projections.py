@@ -110,10 +110,7 @@ class Projections(nn.MultiheadAttention):
         keys = self.key_heads
         heads = (self.num_heads, keys, keys)[first:last]
         projected = self._projection(x, first, last)
-        rows = projected.view(*x.shape[:-1], sum(heads), self.head_dim)
-        if self.batch_first and x.dim() == 3 and not projected.requires_grad:  # fewer calls, for which gradients pay
-            return list(rows.transpose(1, 2).split_with_sizes(heads, 1))
-        parts = rows.split_with_sizes(heads, -2)
+        parts = projected.view(*x.shape[:-1], sum(heads), self.head_dim).split_with_sizes(heads, -2)
         if x.dim() == 2:
             return [one.transpose(0, 1).unsqueeze(0) for one in parts]
         if self.batch_first:
