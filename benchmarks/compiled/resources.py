@@ -3,8 +3,8 @@
 Needs triton and no GPU.  For every call of `workloads.table_calls` the backend's launches are recorded, each distinct
 binary is compiled for sm_80, sm_90 and sm_100, and registers, spills, shared memory, tensor-core use and the
 instructions of the loop over tokens are read from the machine code; for gfx90a and gfx942 (AMD) the same, but for the
-loop, from the assembly.  Exit status 1 where a kernel spills, exceeds the device's shared memory, or computes a product
-without tensor cores.
+loop, from the assembly.  Exit status 1 where a kernel spills, exceeds the device's shared memory, computes a product
+without tensor cores, or reads a register that nothing has written (see `uniform`).
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ import torch
 
 from benchmarks.common import entry_point
 from benchmarks.common.hardware import ROOT
-from benchmarks.compiled import aot, gcn, sass, workloads
+from benchmarks.compiled import aot, gcn, sass, uniform, workloads
 from benchmarks.compiled.gpus import AMD, FAMILIES, resident_blocks, shared_limit
 from benchmarks.compiled.workloads import Call
 
@@ -178,6 +178,8 @@ def compile_row(job: Job, sources: str = "") -> Row:
 
     variant, family, calls = job
     kernel = aot.compiled(variant, family)
+    if family in FAMILIES and (lost := uniform.of(kernel.asm["cubin"])):
+        raise RuntimeError(f"miscompiled: {lost[0]}, which nothing has written")
     tile, call, code = variant.launch.tile, calls[0], _machine_code(kernel.asm, family)
     inside, everywhere = code.inside, code.everywhere
     products, fma = _dots(kernel.asm["ttir"], kernel.asm["ttgir"])

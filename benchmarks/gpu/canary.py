@@ -14,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from benchmarks.common import entry_point
@@ -54,7 +55,8 @@ def checked(plan: GpuPlan, backend: str, T: int) -> Row:
         return set_attention(Inputs(query, key, value, references, x.d_output), T, by)
 
     by_reference = functools.partial(run, by="reference")
-    exact, model = testing.model_inputs(by_reference, leaves, case.dtype, x.d_output)
+    with torch.device(plan.device):
+        exact, model = testing.model_inputs(by_reference, leaves, case.dtype, x.d_output)
     fast = testing.gradients(functools.partial(run, by=backend), leaves, x.d_output)
     testing.assert_within_budget(fast, exact, model, f"{backend}, T = {T}:")
     error = ((fast["output"].double() - exact["output"]).norm() / exact["output"].norm()).item()

@@ -1,8 +1,9 @@
 """`python -m benchmarks.gpu.tune OUT`: other tiles for Triton's kernels, timed beside the table's own.
 
-One row of the tile table (setformer_kernels/backends/triton/host/tiles.py) is changed at a time, and a whole call timed
-as replays of a CUDA graph, the table's own tile before and after.  A line of JSON for each is in OUT as it is measured;
-the best of each row are printed last.  It changes no file: a number moves into the table with its reason.
+One row of the tile table (setformer_kernels/backends/triton/host/tiles.py) is changed at a time; a call's output and
+gradients are held to the error budget, and whole calls timed as replays of a CUDA graph.  A line of JSON for each is in
+OUT as it begins and as it ends: a tile that breaks the CUDA context ends the process with status 70, and the next one
+goes on behind it.  The best of each row are printed last.  No file changes: a number moves into the table by hand.
 """
 
 from __future__ import annotations
@@ -14,18 +15,21 @@ import json
 import math
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from benchmarks.common import entry_point
 from benchmarks.common.cases import BOTH, FORWARD
-from benchmarks.gpu.cases import Call, GpuCase, inputs, set_attention, timed_call
-from benchmarks.gpu.device import captured, event_clock
+from benchmarks.gpu.cases import Call, GpuCase, Inputs, inputs, set_attention, timed_call
+from benchmarks.gpu.device import Gpu, captured, event_clock
+from benchmarks.gpu.process import STICKY
 from benchmarks.gpu.rows import first_line
+from setformer_kernels import testing
 from setformer_kernels.backends.triton.host import launch, tiles
 from setformer_kernels.backends.triton.host.tiles import Tile
 
@@ -58,6 +62,11 @@ WORKS = (
 LENGTHS = {"attention": ((1, 16384), (8, 1024)), "causal": ((1, 8192),), "masked": ((1, 2048),)}  # B, L
 
 
+def iterations(op: str) -> int:
+    """T of a call: 3 launches every pass, and a scan has one."""
+    return 1 if op == "causal" else 3
+
+
 class Trial(NamedTuple):
     """One tile at one size; None: the table's own."""
 
@@ -80,8 +89,8 @@ def trials(kinds: tuple[str, ...], sizes: tuple[str, ...], halves: tuple[str, ..
         depths = sorted({own.depth, WIDTHS[size]} if half == "half" else {own.depth})
         yield Trial(work, size, half, None)
         for rows, depth, warps, stages in itertools.product(work.rows, depths, work.warps, work.stages):
-            if Tile(rows, depth, warps, stages) != own:
-                yield Trial(work, size, half, Tile(rows, depth, warps, stages))
+            if (tile := own._replace(rows=rows, depth=depth, warps=warps, stages=stages)) != own:
+                yield Trial(work, size, half, tile)
 
 
 @contextmanager
@@ -101,8 +110,7 @@ def call_of(trial: Trial, device: str, B: int, L: int) -> Call:
     work, width = trial.work, WIDTHS[trial.size]
     mode, causal = BOTH if work.backward else FORWARD, work.op != "attention"
     case = GpuCase("tune", L, mode, B=B, D=width, M=width, dtype=DTYPES[trial.half], causal=causal)
-    T = 1 if work.op == "causal" else 3
-    run = functools.partial(set_attention, T=T, backend="triton", causal=causal)
+    run = functools.partial(set_attention, T=iterations(work.op), backend="triton", causal=causal)
     return timed_call(run, inputs(case, device), mode, 4)
 
 
@@ -113,36 +121,69 @@ def timed(call: Call) -> list[float]:
     return [event_clock(replay, repeats) / count for _ in range(SAMPLES)]
 
 
-def measured(chosen: list[Trial], family: str, out: Path, deadline: float) -> list[dict[str, object]]:
-    """What each trial took, in each length of its op."""
-    found: list[dict[str, object]] = []
+@functools.cache
+def judged(op: str, size: str, half: str) -> Callable[[], None]:
+    """What raises an AssertionError where the output or a gradient of a call is beyond the error budget."""
+    width, dtype, causal = WIDTHS[size], DTYPES[half], op != "attention"
+    x = inputs(GpuCase("tune", 600, BOTH, H=2, D=width, M=width, dtype=dtype, causal=causal), "cuda")
+    leaves = dict(zip(("query", "key", "value", "references"), x[:4], strict=True))
+
+    def run(by: str, **given: Tensor) -> Tensor:
+        return set_attention(Inputs(**given, d_output=x.d_output), iterations(op), by, causal)
+
+    with torch.device("cuda"):
+        exact, model = testing.model_inputs(functools.partial(run, "reference"), leaves, dtype, x.d_output)
+
+    def judge() -> None:
+        fast = testing.gradients(functools.partial(run, "triton"), leaves, x.d_output)
+        testing.assert_within_budget(fast, exact, model)
+
+    return judge
+
+
+def measured(chosen: list[Trial], family: str, out: Path, deadline: float) -> None:
+    """What each trial took, in each length of its op; what an earlier process has begun is left out."""
+    begun = {record["trial"] for record in read(out) if "trial" in record}
     for trial in chosen:
-        for B, L in LENGTHS[trial.work.op]:
-            if time.monotonic() > deadline:
-                return found
-            told = {"key": "/".join(trial.key), "tile": trial.tile and list(trial.tile), "B": B, "L": L}
+        name = f"{'/'.join(trial.key)} {trial.tile and list(trial.tile)}"
+        if name in begun:
+            continue
+        if time.monotonic() > deadline:
+            return
+        write(out, trial=name)
+        with changed(trial, family):
             try:
-                with changed(trial, family):
+                judged(trial.work.op, trial.size, trial.half)()
+                for B, L in LENGTHS[trial.work.op]:
                     samples = timed(call_of(trial, "cuda", B, L))
-                told |= {"us": 1e6 * statistics.median(samples), "least": 1e6 * min(samples)}
-            except Exception as error:  # a tile that does not fit
-                told |= {"error": f"{type(error).__name__}: {first_line(error)}"}
-                torch.cuda.synchronize()
-            found.append(told)
-            with out.open("a") as file:
-                file.write(json.dumps(told) + "\n")
-    return found
+                    at = {"key": "/".join(trial.key), "tile": trial.tile and list(trial.tile), "B": B, "L": L}
+                    write(out, **at, us=1e6 * statistics.median(samples), least=1e6 * min(samples))
+            except Exception as error:  # a tile that does not fit, or is wrong
+                write(out, failed=name, why=f"{type(error).__name__}: {first_line(error)}")
+                if Gpu().broken():
+                    raise SystemExit(STICKY) from None
 
 
-def report(found: list[dict[str, object]]) -> Iterator[str]:
+def write(out: Path, **record: Any) -> None:
+    """Append a record."""
+    with out.open("a") as file:
+        file.write(json.dumps(record) + "\n")
+
+
+def read(out: Path) -> list[dict[str, Any]]:
+    """The records so far."""
+    return [json.loads(line) for line in out.read_text().splitlines()] if out.exists() else []
+
+
+def report(found: list[dict[str, Any]]) -> Iterator[str]:
     """For each row and length the table's own tile and the best three."""
-    rows: dict[tuple[object, ...], list[dict[str, object]]] = {}
+    rows: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for one in found:
         if "us" in one:
             rows.setdefault((one["key"], one["B"], one["L"]), []).append(one)
     for (key, B, L), ones in rows.items():
         own = next((one for one in ones if one["tile"] is None), None)
-        best = sorted(ones, key=lambda one: float(str(one["us"])))[:4]
+        best = sorted(ones, key=lambda one: one["us"])[:4]
         said = ", ".join(f"{one['tile'] or 'own'} {one['us']:.1f}" for one in best)
         yield f"{key} B{B} L={L}: own {own and own['us']:.1f} µs; {said}"
 
@@ -161,8 +202,10 @@ def main(argv: list[str] | None = None) -> int:
     family = launch.device_of(torch.empty(0, device="cuda")).family
     kinds = tuple(arguments.kind or [work.kind for work in WORKS])
     chosen = list(trials(kinds, tuple(arguments.size or ["small"]), tuple(arguments.dtype or ["half"]), family))
-    found = measured(chosen, family, arguments.out, time.monotonic() + arguments.seconds)
-    print(f"{len(found)} measured of {len(chosen)} trials", *report(found), sep="\n", flush=True)
+    measured(chosen, family, arguments.out, time.monotonic() + arguments.seconds)
+    found = read(arguments.out)
+    wrong = [f"{one['failed']}: {one['why']}" for one in found if "failed" in one]
+    print(f"{len(chosen)} trials", *report(found), *wrong, sep="\n", flush=True)
     return 0
 
 

@@ -75,9 +75,11 @@ def gradients(function: Callable[..., Tensor], tensors: dict[str, Any], cotangen
     """The output (as "output") and the gradient of ⟨cotangent, output⟩ for every tensor that requires one."""
     output = function(**tensors)
     leaves = {name: t for name, t in tensors.items() if isinstance(t, Tensor) and t.requires_grad}
-    grads = torch.autograd.grad(
-        output, list(leaves.values()), cotangent.to(output.dtype), allow_unused=True, materialize_grads=True
-    )
+    # In this thread: what is computed again in the backward pass is to be rounded as the forward pass is.
+    with torch.autograd.set_multithreading_enabled(False):
+        grads = torch.autograd.grad(
+            output, list(leaves.values()), cotangent.to(output.dtype), allow_unused=True, materialize_grads=True
+        )
     return {"output": output.detach()} | dict(zip(leaves, grads, strict=True))
 
 

@@ -52,6 +52,7 @@ CASES = (
     Case("one_reference", M=1),
     Case("many_references", B=1, H=2, M=200, D=32, E=48),
     Case("wide", B=1, H=2, D=256, E=128, M=64),
+    Case("medium", B=1, H=2, L=70, S=130, M=128, D=128, E=128),
     Case("odd_sizes", D=19, E=33, M=13, L=31, S=47),
     Case("bnhd", layout="bnhd", D=32, E=32),
     Case("bhdn", layout="bhdn", D=17, E=33),

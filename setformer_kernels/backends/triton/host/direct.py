@@ -9,7 +9,10 @@ multiple of 16, a count beyond 31 bits, hooks that profilers set, knobs, a GPU o
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+import os
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -82,7 +85,26 @@ def launch(kernel: Any, programs: int, args: Sequence[Any], constants: dict[str,
 
 def _launch_by_triton(kernel: Any, programs: int, args: Sequence[Any], constants: dict[str, Any], tile: Tile) -> Any:
     options = {"num_warps": tile.warps, "num_stages": tile.stages, "enable_fp_fusion": True}
-    return kernel[(programs,)](*args, **constants, **options)
+    with products_of(tile):
+        return kernel[(programs,)](*args, **constants, **options)
+
+
+NO_WGMMA = "DISABLE_MMA_V3"  # Triton's, and part of what its caches know a binary by; a launch has no such option
+_one_at_a_time = threading.Lock()
+
+
+@contextmanager
+def products_of(tile: Tile) -> Iterator[None]:
+    """Inside the block Triton compiles with the products that a tile asks for."""
+    with _one_at_a_time:
+        changed = not tile.wgmma and NO_WGMMA not in os.environ
+        if changed:
+            os.environ[NO_WGMMA] = "1"
+        try:
+            yield
+        finally:
+            if changed:
+                del os.environ[NO_WGMMA]
 
 
 def _watched(kernel: Any) -> bool:

@@ -16,6 +16,7 @@ class Tile(NamedTuple):
     depth: int  # head dims per product: longer ones are summed, or split over programs
     warps: int
     stages: int  # of the software pipeline
+    wgmma: bool = False  # whether products may be Hopper's asynchronous ones, see HOPPER
 
 
 MAX_REFERENCES = 256  # a row of logits stays in one tile, so that the row update needs no second pass
@@ -125,13 +126,19 @@ LIKE = {
     "masked_keys": "gradient",
 }
 # With 227 KiB of shared memory, 128 head dims stay in one product: nothing of the references is loaded twice.
+# Asynchronous products (wgmma) where an H100 was faster with them (the forward pass, 1.8x at 16384 tokens) and every
+# binary of the resource table is whole.  ptxas before CUDA 13.3 loses descriptors of some: with them the backward's
+# kernels gave wrong gradients or read illegal addresses on one, and mma.sync costs them 14 % of their time.
 HOPPER: dict[tuple[str, str, str], Tile] = {
-    ("row", "medium", "half"): Tile(64, 128, 4, 2),
+    # Three stages: 7 % of the forward pass at 16384 tokens, 4 % at 1024 of eight batch elements (H100).
+    ("row", "small", "half"): Tile(64, 64, 4, 2, wgmma=True),
+    ("column", "small", "half"): Tile(64, 64, 4, 3, wgmma=True),
+    ("row", "medium", "half"): Tile(64, 128, 4, 2, wgmma=True),
     # wgmma wants 128 rows of eight warps; values in two products with their weights leave half the columns at a time.
-    ("column", "medium", "half"): Tile(128, 32, 8, 2),
+    ("column", "medium", "half"): Tile(128, 32, 8, 2, wgmma=True),
     # 128 rows beside the values' sums are 255 registers, and 120 bytes more with Triton 3.9; values in two products
     # form the weights half as often as in four.
-    ("pooling", "medium", "half"): Tile(32, 64, 8, 2),
+    ("pooling", "medium", "half"): Tile(32, 64, 8, 2, wgmma=True),
     # Four warps and 16 rows: two blocks share a multiprocessor without spilling, and issue fewer instructions a row.
     ("gradient", "small", "half"): Tile(16, 64, 4, 2),
     ("gradient_log", "small", "half"): Tile(16, 32, 4, 2),
