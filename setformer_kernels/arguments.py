@@ -11,15 +11,16 @@ import torch
 from torch import Tensor
 
 from . import checks
-from .problem import HYPER, SCALARS, Operands, Options, compute_dtype, with_an_absent_key
+from .problem import HYPER, SCALARS, Operands, Options, Passed, compute_dtype, with_an_absent_key
 from .reference.dense import additive, normalise_masses
 
 Hyper = float | Tensor
+NO_TENSORS = (None,) * len(HYPER)
 
 
 def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     device = tensors[0].device.type
-    if device == "meta" or not torch.is_autocast_enabled(device):
+    if not torch._C._is_any_autocast_enabled() or device == "meta" or not torch.is_autocast_enabled(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
     return tuple(t if t.dtype == torch.float64 else t.to(dtype) for t in tensors)
@@ -63,10 +64,10 @@ def normalise(
     tensors = (query, key, value, references, key_mask, reference_log_mass)
     positions = (query_position, key_position, reference_position)
     facts = _facts(constants, (*tensors, *positions))
-    opt = None if facts is None else _passed.get(facts)
+    opt: Options | None = None if facts is None else _passed.get(facts)
     if opt is None:
-        hyper, opt = _checked(constants, tensors, positions)
-        _remember(facts, opt)
+        hyper, checked = _checked(constants, tensors, positions)
+        opt = checked if facts is None else _remember(facts, checked)
 
     given = hyper if facts is None else None
     return _operands(tensors, positions, given, seed_of(seed, opt.dropout_p, key), normalised), opt
@@ -83,14 +84,16 @@ def _operands(
     query, key, value, references, key_mask, log_mass = tensors
     query_position, key_position, reference_position = positions
     b, h, s, _ = key.shape
-    key, value, *rest = autocast(key, value, *(() if query is None else (query,)))
+    if torch._C._is_any_autocast_enabled():
+        key, value, *rest = autocast(key, value, *(() if query is None else (query,)))
+        query = rest[0] if rest else None
     dtype = compute_dtype(key.dtype)
-    beta, epsilon, lam_a, lam_b, tau = [None] * len(HYPER) if hyper is None else hyper_tensors(hyper, h, dtype)
+    beta, epsilon, lam_a, lam_b, tau = NO_TENSORS if hyper is None else hyper_tensors(hyper, h, dtype)
     operands = Operands(
-        query=rest[0] if rest else None,
+        query=query,
         key=key,
         value=value,
-        references=references.to(dtype),
+        references=references if references.dtype == dtype else references.to(dtype),
         log_a=None if key_mask is None else _log_mass(key_mask, dtype, (b, h, s), normalised),
         log_b=None if log_mass is None else log_mass.to(dtype).log_softmax(-1),
         bandwidth=beta,
@@ -106,7 +109,7 @@ def _operands(
     return with_an_absent_key(operands) if s == 0 else operands
 
 
-_passed: dict[tuple[Any, ...], Options] = {}  # the facts of calls that passed every check, and their constants
+_passed: dict[tuple[Any, ...], Passed] = {}  # the facts of calls that passed every check, and their constants
 MOST_PASSED = 4096
 NUMBERS, TENSORS = frozenset((float, int, str)), frozenset((Tensor, torch.nn.Parameter, NoneType))
 
@@ -128,12 +131,11 @@ def _facts(constants: tuple[Any, ...], tensors: tuple[Any, ...]) -> tuple[Any, .
     return (*constants, *kinds, *forms, *seen)
 
 
-def _remember(facts: tuple[Any, ...] | None, opt: Options) -> None:
-    if facts is None:
-        return
+def _remember(facts: tuple[Any, ...], opt: Options) -> Passed:
     if len(_passed) >= MOST_PASSED:
         _passed.clear()
-    _passed[facts] = opt
+    kept = _passed[facts] = Passed(*opt)
+    return kept
 
 
 def _checked(
@@ -165,7 +167,8 @@ def from_options(
     """`normalise` of keyword arguments of `set_attention`, of which the tensors and hyperparameters may be missing."""
     hyper = tuple(options.get(name, scalar) for name, scalar in zip(HYPER, SCALARS, strict=True))
     tensors = ("key_mask", "reference_log_mass", "query_position", "key_position", "reference_position")
-    constants = {name: options[name] for name in ("kernel", "num_iters", "dropout_p", "seed", "backend")}
+    constants = {name: options[name] for name in ("kernel", "num_iters", "backend")}
+    constants |= {"dropout_p": options.get("dropout_p", 0.0), "seed": options.get("seed")}
     return normalise(query, key, value, references, hyper, *(options.get(name) for name in tensors), **constants)
 
 

@@ -22,6 +22,23 @@ LARGE = 2**20  # logits of a call that is worth a word when it runs slowly: some
 EAGER = eager  # behind the ops where no native backend is left: an exported graph on another machine
 
 
+class Chosen(str):
+    """The name of the backend chosen for a call, in the place of the one `asked` for: its op has nothing to choose."""
+
+    asked: str
+
+
+@functools.cache
+def chosen_for(name: str, asked: str) -> Chosen:
+    chosen = Chosen(name)
+    chosen.asked = asked
+    return chosen
+
+
+def asked_for(backend: str) -> str:
+    return backend.asked if isinstance(backend, Chosen) else backend
+
+
 def available_backends(problem: Problem | None = None) -> dict[str, list[str]]:
     """Every backend with the reasons why it cannot run `problem` (an empty list: it can), in the order of `auto`.
 

@@ -8,15 +8,15 @@ coordinates, T = num_iters.  x̂ = x/‖x‖, and 0 with zero gradient where ‖
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 from torch import Tensor
 
 from . import advice, checks, dispatch, ops, packed, reference, solver, streaming
 from .arguments import Hyper, autocast, from_options, hyper_tensors, normalise, numbers, query_mask
-from .grouping import folded, repeated, unfolded
+from .grouping import folded, repeated, unfolded, with_own_keys
 from .memory import SetMemory, set_read, set_transport
-from .ops.operands import attention_problem, logits
+from .ops.operands import attention_problem, logits, ready
 from .packed import set_attention_varlen, set_pool_varlen
 from .problem import Operands, Options, compute_dtype, replaced
 from .reference import converged
@@ -24,6 +24,11 @@ from .reference.converged import TransportInfo
 from .sinkhorn import sinkhorn
 from .streaming import empty_state, merge_states, set_causal, set_step
 from .tracing import leaf
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from . import signatures
 
 __all__ = [
     "SetMemory",
@@ -44,6 +49,21 @@ __all__ = [
 ]
 
 
+@overload
+def set_attention(
+    query: Tensor, key: Tensor, value: Tensor, references: Tensor, *, return_info: Literal[False] = ...,
+    **options: Unpack[signatures.Attention],
+) -> Tensor: ...  # fmt: skip
+@overload
+def set_attention(
+    query: Tensor, key: Tensor, value: Tensor, references: Tensor, *, return_info: Literal[True],
+    **options: Unpack[signatures.Attention],
+) -> tuple[Tensor, TransportInfo]: ...  # fmt: skip
+@overload
+def set_attention(
+    query: Tensor, key: Tensor, value: Tensor, references: Tensor, *, return_info: bool,
+    **options: Unpack[signatures.Attention],
+) -> Any: ...  # fmt: skip
 @leaf
 def set_attention(
     query: Tensor,
@@ -142,15 +162,14 @@ def set_attention(
     mask = query_mask(x, attn_mask, s)
     causal = causal and s > 0
     dense = s > 0 and (mask is not None or (causal and (opt.num_iters > 1 or length != s)))
-    grouped = query.shape[1] != key.shape[1]
-    if grouped:
-        x = repeated(x) if dense or causal else folded(x)
     if dense:
         advice.slower_than_linear(mask, causal, opt.num_iters, square=length == s)
-        return _masked(x, opt, mask, causal)
+        return with_own_keys(lambda x, mask: _masked(x, opt, mask, causal), x, opt, mask)
     if causal:
-        return streaming.scan(x, opt)[0]
-    return unfolded(_attention(x, opt), query) if grouped else _attention(x, opt)
+        return with_own_keys(lambda x, _: streaming.scan(x, opt)[0], x, opt)
+    if query.shape[1] == key.shape[1]:
+        return _attention(x, opt)
+    return unfolded(_attention(folded(x), opt), query)
 
 
 def _converged(x: Operands, opt: Options, asked: solver.Asked) -> Any:
@@ -164,9 +183,8 @@ def _converged(x: Operands, opt: Options, asked: solver.Asked) -> Any:
 
 def _attention(x: Operands, opt: Options) -> Tensor:
     """o [B, H, L, E] of queries that all see the same keys, of as many heads as there are key heads."""
-    if dispatch.choose(attention_problem("attention", x, opt), opt.backend, logits(x)) == dispatch.REFERENCE:
-        return reference.attention(x, opt)
-    return ops.attention.set_attention(*x, *opt)[0]
+    chosen = ready("attention", x, opt)
+    return reference.attention(x, opt) if chosen is None else ops.attention.set_attention(*x, *chosen)[0]
 
 
 @leaf
@@ -254,10 +272,11 @@ def _with_weights(x: Operands, opt: Options, s: int, average: bool) -> tuple[Ten
     if x.query.shape[1] != x.key.shape[1]:
         o, a = (unfolded(t, x.query) for t in _with_weights(folded(x), opt, s, False))
         return o, a.mean(1) if average else a
-    if dispatch.choose(attention_problem("attention", x, opt), opt.backend, logits(x)) == dispatch.REFERENCE:
+    chosen = ready("attention", x, opt)
+    if chosen is None:
         o, a = reference.attention(x, opt), reference.weights(x, opt)[..., :s]
         return o, a.mean(1) if average else a
-    o, _, _, w_q, w_k = ops.weights.set_attention_weights(*x, *opt, average)
+    o, _, _, w_q, w_k = ops.weights.set_attention_weights(*x, *chosen, average)
     w_k, dtype = w_k[:, :, :s], x.key.dtype
     if not w_q.requires_grad:  # differences of the products' gradients are what counts, which rounding would drown
         w_q, w_k = w_q.to(dtype), w_k.to(dtype)
@@ -267,6 +286,21 @@ def _with_weights(x: Operands, opt: Options, s: int, average: bool) -> tuple[Ten
     return o, (w_q.transpose(1, 2).flatten(2) @ w_k.transpose(1, 2).flatten(2).mT / heads).to(dtype)
 
 
+@overload
+def set_pool(
+    key: Tensor, value: Tensor, references: Tensor, *, return_info: Literal[False] = ...,
+    **options: Unpack[signatures.Transport],
+) -> Tensor: ...  # fmt: skip
+@overload
+def set_pool(
+    key: Tensor, value: Tensor, references: Tensor, *, return_info: Literal[True],
+    **options: Unpack[signatures.Transport],
+) -> tuple[Tensor, TransportInfo]: ...  # fmt: skip
+@overload
+def set_pool(
+    key: Tensor, value: Tensor, references: Tensor, *, return_info: bool,
+    **options: Unpack[signatures.Transport],
+) -> Any: ...  # fmt: skip
 @leaf
 def set_pool(
     key: Tensor,
@@ -317,9 +351,8 @@ def set_pool(
     if asked is not None:
         (z,), info = solver.run("pool", converged.pool, x, opt, asked)
         return z if info is None else (z, info)
-    if dispatch.choose(attention_problem("pool", x, opt), backend, logits(x)) == dispatch.REFERENCE:
-        return reference.pool(x, opt)
-    return ops.attention.set_pool(*x, *opt)[0].to(x.value.dtype)
+    chosen = ready("pool", x, opt)
+    return reference.pool(x, opt) if chosen is None else ops.attention.set_pool(*x, *chosen)[0].to(x.value.dtype)
 
 
 @leaf

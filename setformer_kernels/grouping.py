@@ -1,14 +1,17 @@
 """Grouped queries: H = G·Hk query heads on Hk key heads, head h on that of h // G, as `enable_gqa` of torch has it.
 
 Queries of a group read the same pooled keys: they are G·L queries of one head.  Where every query has keys of its own
-(causal, masked), the keys are repeated instead.
+(causal, masked), its heads are elements of a batch that share their keys, or the keys are repeated where there is a
+batch already.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch import Tensor
 
-from .problem import HYPER, Operands, Stream, replaced
+from .problem import HYPER, Operands, Options, Stream, replaced
 
 
 def folded(x: Operands) -> Operands:
@@ -28,6 +31,50 @@ def unfolded(o: Tensor, query: Tensor) -> Tensor:
     """
     (b, h, _, e), (_, heads, length, _) = o.shape, query.shape
     return o.view(b, h, heads // h, length, e).flatten(1, 2)
+
+
+def is_alone(x: Operands, opt: Options) -> bool:
+    """Whether `by_element` stands for `repeated`: of one batch element, without dropout, which counts heads."""
+    return x.key.shape[0] == 1 and opt.dropout_p == 0.0
+
+
+def by_element(x: Operands) -> Operands:
+    """The heads [1, H, L, D] of queries as G elements of a batch [G, Hk, L, D] that share keys: nothing is copied."""
+    assert x.query is not None
+    h = x.key.shape[1]
+    groups = x.query.shape[1] // h
+    at = ("key", "value", "log_a", "key_position", "query_position")
+    shared = {name: shared_by(t, groups) for name in at if (t := getattr(x, name)) is not None}
+    return replaced(x, query=heads_by_element(x.query, h), **shared)
+
+
+def heads_by_element(t: Tensor, h: int) -> Tensor:
+    """[1, H, ...] -> a view [G, Hk, ...]."""
+    return t.squeeze(0).unflatten(0, (h, t.shape[1] // h)).transpose(0, 1)
+
+
+def shared_by(t: Tensor, groups: int) -> Tensor:
+    """[1, Hk, ...] -> a view [G, Hk, ...]."""
+    return t.expand(groups, *t.shape[1:])
+
+
+def elements_as_heads(o: Tensor) -> Tensor:
+    """[G, Hk, L, E] -> [1, H, L, E], a view of what lies in memory as its queries do."""
+    return o.transpose(0, 1).flatten(0, 1).unsqueeze(0)
+
+
+def with_own_keys(
+    run: Callable[[Operands, Tensor | None], Tensor], x: Operands, opt: Options, mask: Tensor | None = None
+) -> Tensor:  # fmt: skip
+    """o [B, H, L, E] by `run`, which takes as many heads of keys as of queries, and a mask [B or 1, H or 1, L, S]."""
+    assert x.query is not None
+    h = x.key.shape[1]
+    if x.query.shape[1] == h:
+        return run(x, mask)
+    if not is_alone(x, opt):
+        return run(repeated(x), mask)
+    mask = mask if mask is None or mask.shape[1] == 1 else heads_by_element(mask, h)
+    return elements_as_heads(run(by_element(x), mask))
 
 
 def repeated(x: Operands) -> Operands:

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, overload
 
 from torch import Tensor
 
-from . import checks, dispatch, ops, reference, solver
+from . import checks, ops, reference, solver
 from .arguments import Hyper, autocast, checked_hyper, hyper_tensors, normalise, numbers, seed_of, token_position
 from .grouping import folded, unfolded
 from .ops.memory import read_problem
-from .ops.operands import attention_problem, logits
+from .ops.operands import ready
 from .problem import Operands, Options, compute_dtype
 from .reference import converged
 from .tracing import leaf
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from . import signatures
+    from .reference.converged import TransportInfo
 
 
 class SetMemory(NamedTuple):
@@ -23,6 +29,21 @@ class SetMemory(NamedTuple):
     g: Tensor  # [B, Hk, M] dual potentials, −inf where no key takes part
 
 
+@overload
+def set_transport(
+    key: Tensor, value: Tensor, references: Tensor, *, return_info: Literal[False] = ...,
+    **options: Unpack[signatures.Transport],
+) -> SetMemory: ...  # fmt: skip
+@overload
+def set_transport(
+    key: Tensor, value: Tensor, references: Tensor, *, return_info: Literal[True],
+    **options: Unpack[signatures.Transport],
+) -> tuple[SetMemory, TransportInfo]: ...  # fmt: skip
+@overload
+def set_transport(
+    key: Tensor, value: Tensor, references: Tensor, *, return_info: bool,
+    **options: Unpack[signatures.Transport],
+) -> Any: ...  # fmt: skip
 @leaf
 def set_transport(
     key: Tensor,
@@ -63,9 +84,10 @@ def set_transport(
         asked = solver.Asked(tol, method, grad, initial_potential, return_info)
         found, info = solver.run("transport", converged.transport, x, opt, asked)
         return SetMemory(*found) if info is None else (SetMemory(*found), info)
-    if dispatch.choose(attention_problem("transport", x, opt), backend, logits(x)) == dispatch.REFERENCE:
+    chosen = ready("transport", x, opt)
+    if chosen is None:
         return SetMemory(*reference.transport(x, opt)[:2])
-    return SetMemory(*ops.memory.set_transport(*x, *opt)[:2])
+    return SetMemory(*ops.memory.set_transport(*x, *chosen)[:2])
 
 
 @leaf
@@ -126,10 +148,11 @@ def set_read(
 
 
 def _read(x: Operands, opt: Options, z: Tensor, g: Tensor) -> Tensor:
-    if dispatch.choose(attention_problem("read", x, opt), opt.backend, logits(x)) == dispatch.REFERENCE:
+    chosen = ready("read", x, opt, z, g)
+    if chosen is None:
         return reference.read(x, opt, z, g)
     tokens, hyper = (x.query, z, g, x.references), (x.bandwidth, x.epsilon, x.position_scale)
-    constants = (opt.scalars, opt.kernel, opt.dropout_p, opt.backend)
+    constants = (opt.scalars, opt.kernel, opt.dropout_p, chosen.backend)
     return ops.memory.set_read(*tokens, *hyper, x.query_position, x.reference_position, x.seed, *constants)
 
 

@@ -10,16 +10,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
 
 from . import checks
 from .arguments import Hyper
-from .functional import TransportInfo, sinkhorn
+from .functional import TransportInfo
 from .problem import compute_dtype
+from .sinkhorn import solved
 from .tracing import leaf
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from . import signatures
 
 __all__ = ["barycentric_projection", "sinkhorn_divergence", "squared_distance", "transport_cost", "transport_plan"]
 
@@ -38,6 +44,21 @@ class Solved(NamedTuple):
     info: TransportInfo
 
 
+@overload
+def transport_plan(
+    cost: Tensor, a: Tensor | None = ..., b: Tensor | None = ..., *, epsilon: Hyper, return_info: Literal[False] = ...,
+    **options: Unpack[signatures.Plan],
+) -> Tensor: ...  # fmt: skip
+@overload
+def transport_plan(
+    cost: Tensor, a: Tensor | None = ..., b: Tensor | None = ..., *, epsilon: Hyper, return_info: Literal[True],
+    **options: Unpack[signatures.Plan],
+) -> tuple[Tensor, TransportInfo]: ...  # fmt: skip
+@overload
+def transport_plan(
+    cost: Tensor, a: Tensor | None = ..., b: Tensor | None = ..., *, epsilon: Hyper, return_info: bool,
+    **options: Unpack[signatures.Plan],
+) -> Any: ...  # fmt: skip
 @leaf
 def transport_plan(
     cost: Tensor,
@@ -85,6 +106,21 @@ def transport_plan(
     return (plan, found.info) if checks.flag("return_info", return_info) else plan
 
 
+@overload
+def transport_cost(
+    cost: Tensor, a: Tensor | None = ..., b: Tensor | None = ..., *, epsilon: Hyper, return_info: Literal[False] = ...,
+    **options: Unpack[signatures.Cost],
+) -> Tensor: ...  # fmt: skip
+@overload
+def transport_cost(
+    cost: Tensor, a: Tensor | None = ..., b: Tensor | None = ..., *, epsilon: Hyper, return_info: Literal[True],
+    **options: Unpack[signatures.Cost],
+) -> tuple[Tensor, TransportInfo]: ...  # fmt: skip
+@overload
+def transport_cost(
+    cost: Tensor, a: Tensor | None = ..., b: Tensor | None = ..., *, epsilon: Hyper, return_info: bool,
+    **options: Unpack[signatures.Cost],
+) -> Any: ...  # fmt: skip
 @leaf
 def transport_cost(
     cost: Tensor,
@@ -183,7 +219,7 @@ def squared_distance(x: Tensor, y: Tensor) -> Tensor:
 
 def _solve(
     cost: Any, a: Any, b: Any, epsilon: Any, rho: Any, mask_a: Any, mask_b: Any,
-    key_relaxation: Hyper = 1.0, reference_relaxation: Hyper = 1.0, **options: Any,
+    key_relaxation: Hyper = 1.0, reference_relaxation: Hyper = 1.0, initial_potential: Any = None, **options: Any,
 ) -> Solved:  # fmt: skip
     if not isinstance(cost, Tensor) or not cost.is_floating_point() or cost.ndim < 2:
         raise ValueError(f"cost must be a floating-point Tensor [..., N, M], got {_shown(cost)}")
@@ -195,9 +231,11 @@ def _solve(
     cost = torch.where(present, cost, 0.0)
     log_kernel = -cost / (epsilon[..., None, None] if isinstance(epsilon, Tensor) else epsilon)
     rates = _relaxations(rho, epsilon, (key_relaxation, reference_relaxation), cost)
-    f, g, info = sinkhorn(log_kernel, log_a, log_b, key_relaxation=rates[0], reference_relaxation=rates[1],
-                          return_info=True, **options)  # fmt: skip
-    plan = (log_kernel + f.unsqueeze(-1) + g.unsqueeze(-2)).exp()
+    f, g, info, plan = solved(log_kernel, log_a, log_b, key_relaxation=rates[0], reference_relaxation=rates[1],
+                              return_info=True, with_plan=True, initial_potential=initial_potential,
+                              **options)  # fmt: skip
+    assert info is not None
+    assert plan is not None
     return Solved(torch.where(cost.isfinite(), cost, 0.0), log_a, log_b, f, g, plan, info)
 
 

@@ -59,6 +59,13 @@ class Options(NamedTuple):
     backend: str = "auto"
 
 
+class Passed(Options):
+    """`Options` kept for calls that look alike: what was found out for one of them is known of the others."""
+
+    def __init__(self, *_: Any) -> None:
+        self.found: dict[Any, Any] = {}
+
+
 class Stream(NamedTuple):
     """What a causal scan takes beside `Operands`; `None` stands for: keys that lose nothing, no key seen before."""
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -12,10 +12,30 @@ from torch import Tensor
 from . import checks, dispatch, ops, reference, solver
 from .arguments import Hyper
 from .problem import compute_dtype
-from .reference.converged import Marginals, TransportInfo, solve
+from .reference.converged import Marginals, TransportInfo, plan_of, solve
 from .tracing import leaf
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
+    from . import signatures
+
+
+@overload
+def sinkhorn(
+    log_kernel: Tensor, log_a: Tensor | None = ..., log_b: Tensor | None = ..., *, return_info: Literal[False] = ...,
+    **options: Unpack[signatures.Convergence],
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+@overload
+def sinkhorn(
+    log_kernel: Tensor, log_a: Tensor | None = ..., log_b: Tensor | None = ..., *, return_info: Literal[True],
+    **options: Unpack[signatures.Convergence],
+) -> tuple[Tensor, Tensor, TransportInfo]: ...  # fmt: skip
+@overload
+def sinkhorn(
+    log_kernel: Tensor, log_a: Tensor | None = ..., log_b: Tensor | None = ..., *, return_info: bool,
+    **options: Unpack[signatures.Convergence],
+) -> Any: ...  # fmt: skip
 @leaf
 def sinkhorn(
     log_kernel: Tensor,
@@ -60,6 +80,20 @@ def sinkhorn(
             where both sides are balanced and tol, method, grad or return_info ask for convergence (CPU tensors alone:
             elsewhere it would wait for the device).
     """
+    f, g, info, _ = solved(
+        log_kernel, log_a, log_b, num_iters=num_iters, tol=tol, key_relaxation=key_relaxation,
+        reference_relaxation=reference_relaxation, method=method, grad=grad, initial_potential=initial_potential,
+        return_info=return_info, backend=backend,
+    )  # fmt: skip
+    return (f, g) if info is None else (f, g, info)
+
+
+def solved(
+    log_kernel: Tensor, log_a: Tensor | None, log_b: Tensor | None, *, num_iters: int, tol: float | None,
+    key_relaxation: Hyper, reference_relaxation: Hyper, method: str, grad: str, initial_potential: Tensor | None,
+    return_info: bool, backend: str, with_plan: bool = False,
+) -> tuple[Tensor, Tensor, TransportInfo | None, Tensor | None]:  # fmt: skip
+    """f, g, the info and the plan [..., N, M] in the compute dtype, these two where they are wanted."""
     if not isinstance(log_kernel, Tensor):
         raise TypeError(f"log_kernel must be a Tensor [..., N, M], got {type(log_kernel).__name__}")
     if log_kernel.ndim < 2 or 0 in log_kernel.shape[-2:]:
@@ -89,11 +123,11 @@ def sinkhorn(
         f, g, _, iters = solve(p, num_iters, how._replace(start=start))
     else:
         f, g, _, iters = ops.sinkhorn.sinkhorn(l, log_a, log_b, *lam, scalars, num_iters, how.tol, backend)
-    info = None if p is None else solver.report(p, f, g, iters, num_iters, how.tol, return_info)
-    f, g = f.reshape(*batch, n).to(log_kernel.dtype), g.reshape(*batch, m).to(log_kernel.dtype)
-    if info is None:
-        return f, g
-    return f, g, TransportInfo(*[t.reshape((*batch, *t.shape[1:])) for t in info])
+    plan = plan_of(l, f, g) if with_plan else None
+    info = None if p is None else solver.report(p, f, g, iters, num_iters, how.tol, return_info, plan)
+    info = None if info is None else TransportInfo(*[t.reshape((*batch, *t.shape[1:])) for t in info])
+    plan = None if plan is None else plan.reshape(*batch, n, m)
+    return f.reshape(*batch, n).to(log_kernel.dtype), g.reshape(*batch, m).to(log_kernel.dtype), info, plan
 
 
 def _marginals(

@@ -104,14 +104,15 @@ def dense() -> None:
 
 
 def report(
-    p: Marginals, f: Tensor, g: Tensor, iters: Tensor, num_iters: int, tol: float | None, wanted: bool
-) -> TransportInfo | None:
+    p: Marginals, f: Tensor, g: Tensor, iters: Tensor, num_iters: int, tol: float | None, wanted: bool,
+    plan: Tensor | None = None,
+) -> TransportInfo | None:  # fmt: skip
     """What was reached, if it is wanted; where it can be read without waiting, whoever asks is warned once."""
     may_warn = readable(p.l) and iters.numel() > 0
     may_warn = may_warn and (wanted or (tol is not None and bool((iters == num_iters).any())))
     if not wanted and not may_warn:
         return None
-    info = certified(p, f, g, iters, num_iters, tol)
+    info = certified(p, f, g, iters, num_iters, tol, plan)
     if may_warn:
         advice.unconverged(num_iters, info.converged, info.error)
     return info if wanted else None

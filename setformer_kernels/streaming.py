@@ -9,11 +9,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import checks, dispatch, ops, reference
+from . import checks, ops, reference
 from .arguments import Hyper, normalise
-from .grouping import repeated, repeated_stream
+from .grouping import by_element, elements_as_heads, is_alone, repeated, repeated_stream, shared_by
 from .ops.direct import unwatched
-from .ops.operands import attention_problem, logits
+from .ops.operands import ready
 from .problem import NO_STREAM, Operands, Options, Stream, compute_dtype, replaced
 from .reference import state as layout
 from .states import check_state, stream_of
@@ -82,20 +82,26 @@ def set_causal(
     checks.shape("query", query, (None, None, key.shape[2], None), "L = S: a query for every key")
     stream = stream_of(x, key.shape[:3], initial_state, log_decay)
     groups = query.shape[1] // key.shape[1]
-    if groups > 1:
+    alone = groups > 1 and is_alone(x, opt)
+    if alone:
+        x, stream = by_element(x), Stream(*(t if t is None else shared_by(t, groups) for t in stream))
+    elif groups > 1:
         x, stream = repeated(x), repeated_stream(stream, groups)
     if key.shape[2] == 0:
         x = x._replace(key=x.key[:, :, :0], value=x.value[:, :, :0])
         o, state = reference.causal_with_state(x, opt, stream)
     else:
         o, state = scan(x, opt, stream, wanted)
+    if alone:
+        return elements_as_heads(o), state[:1] if wanted else None
     return o, state[:, ::groups] if wanted else None
 
 
 def scan(x: Operands, opt: Options, stream: Stream = NO_STREAM, with_state: bool = False) -> tuple[Tensor, Tensor]:
     """o [B, H, L, E] and, `with_state`, the state after the last key, of a checked call with L = S > 0."""
-    if dispatch.choose(attention_problem("causal", x, opt), opt.backend, logits(x)) != dispatch.REFERENCE:
-        return ops.causal.set_causal(*x, *stream, *opt, with_state)
+    chosen = ready("causal", x, opt, *stream)
+    if chosen is not None:
+        return ops.causal.set_causal(*x, *stream, *chosen, with_state)
     if with_state or stream is not NO_STREAM:
         return reference.causal_with_state(x, opt, stream)
     return reference.causal(x, opt), layout.empty_like(x, False)
@@ -156,20 +162,15 @@ def set_step(
     gates = stream_of(x, (b, h, 1), None, decay).log_decay
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (state, *x, gates)):
         raise ValueError("set_step has no gradient: call it under torch.no_grad(), or set_causal with initial_state")
-    return _grouped_step(x, opt, state, gates, state_indices)
+    return _step(x if query.shape[1] == h else _grouped(x), opt, state, gates, state_indices)
 
 
-def _grouped_step(x: Operands, opt: Options, state: Tensor, gates: Tensor | None, rows: Tensor | None) -> Tensor:
-    """o [B, H, E]: the first query of each group comes with the key, the others read the state that it left."""
+def _grouped(x: Operands) -> Operands:
+    """The heads [B, H, 1, D] of queries that share a key as its queries [B, Hk, G, D]."""
     assert x.query is not None
-    (b, h), groups = x.key.shape[:2], x.query.shape[1] // x.key.shape[1]
-    if groups == 1:
-        return _step(x, opt, state, gates, rows)
-    queries = x.query.unflatten(1, (h, groups))  # [B, Hk, G, 1, D]
-    first = _step(replaced(x, query=queries[:, :, 0]), opt, state, gates, rows)
-    later = replaced(x, log_a=x.references.new_full((b, h, 1), -torch.inf))
-    others = [_step(replaced(later, query=queries[:, :, g]), opt, state, None, rows) for g in range(1, groups)]
-    return torch.stack([first, *others], 2).flatten(1, 2)
+    h, groups, place = x.key.shape[1], x.query.shape[1] // x.key.shape[1], x.query_position
+    place = None if place is None else place.expand(-1, -1, groups, -1)
+    return replaced(x, query=x.query.squeeze(2).unflatten(1, (h, groups)), query_position=place)
 
 
 def _one_row(name: str, t: Tensor | None, dim: int) -> Tensor | None:
@@ -184,10 +185,11 @@ def _one_row(name: str, t: Tensor | None, dim: int) -> Tensor | None:
 
 
 def _step(x: Operands, opt: Options, state: Tensor, gates: Tensor | None, rows: Tensor | None) -> Tensor:
-    """o [B, H, E] of a checked call with as many heads of queries as of keys."""
-    if dispatch.choose(attention_problem("causal", x, opt), opt.backend, logits(x)) == dispatch.REFERENCE:
-        return reference.step(x, opt, state, gates, rows).squeeze(2)
-    return ops.step.set_step(state, *x, gates, rows, *opt).squeeze(2)
+    """o [B, H, E] of a checked call, whose queries are the heads that share a key."""
+    chosen = ready("causal", x, opt, state, gates, rows)
+    if chosen is None:
+        return ops.step.one_by_one(reference.step, x, opt, state, gates, rows).flatten(1, 2)
+    return ops.step.set_step(state, *x, gates, rows, *chosen).flatten(1, 2)
 
 
 def merge_states(a: Tensor, b: Tensor) -> Tensor:

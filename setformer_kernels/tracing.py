@@ -8,16 +8,24 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
+from types import NoneType
 from typing import Any, ParamSpec, TypeVar, cast
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.fx import Proxy, Tracer
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
 
+PLAIN = frozenset((Tensor, nn.Parameter, NoneType, str, bool, int, float))  # what calls are mostly made of
+
+
 def _proxy_among(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Proxy | None:
+    plain = not torch.compiler.is_compiling()  # torch 2.6 cannot compile what follows
+    if plain and PLAIN.issuperset(map(type, args)) and PLAIN.issuperset(map(type, kwargs.values())):
+        return None
     for value in args:
         if isinstance(value, Proxy):
             return value

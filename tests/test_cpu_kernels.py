@@ -306,3 +306,20 @@ def test_bfloat16_heads_in_and_out_of_range_share_a_call(isa: str, threads: None
         found = native(q, k, v, y, epsilon=epsilon, key_mask=mask, num_iters=2).float()
         assert (found - expected).norm() <= 1e-2 * expected.norm()
         assert torch.equal(found[1], v[1, :, :1].float().expand_as(found[1]))
+
+
+@pytest.mark.parametrize("width", [3, 20])
+def test_a_group_steps_as_its_heads_do(width: int, isa: str) -> None:
+    """Five query heads on one key, whose values do not fill a vector and do; one of the batch takes no part."""
+    shapes = ((2, 10, 17), (2, 2, 17), (2, 2, width), (2, 70, 17))
+    (q, k, v, y), gates = (torch.randn(*shape, dtype=torch.float64) for shape in shapes), -torch.rand(2, 2)
+    states = SF.set_causal(*(torch.randn(2, 2, 30, c, dtype=torch.float64) for c in (17, 17, width)), y,
+                           output_final_state=True, backend="reference")[1]  # fmt: skip
+    assert states is not None
+    wanted = states.clone()
+    options: dict[str, Any] = {"log_decay": gates.double(), "key_mask": torch.tensor([True, False])}
+    o = SF.set_step(states, q, k, v, y, **options, backend="cpu")
+    torch.testing.assert_close(o, SF.set_step(wanted, q, k, v, y, **options, backend="reference"))
+    assert o.abs().min() > 0
+    sums = [(s[..., :width] + s[..., width + 1 : -2]) * torch.exp2(s[..., -1:]) for s in (states, wanted)]
+    torch.testing.assert_close(*sums)

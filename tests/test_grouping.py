@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import setformer_kernels.functional as SF
+from setformer_kernels.backends import cpu
 
 B, H, G, L, S, M, D, E, P = 2, 2, 3, 20, 30, 5, 16, 8, 2
 
@@ -81,6 +82,45 @@ def test_groups_are_repeated_keys_bit_for_bit(name: str, dtype: torch.dtype, by_
         assert (one - other).norm() <= tolerance * other.norm()
 
 
+ALONE = ("causal", "few queries", "masked", "dropped")
+
+
+@pytest.mark.parametrize("by_token", [False, True])
+@pytest.mark.parametrize("name", ALONE)
+def test_groups_of_one_batch_element_are_repeated_keys(name: str, by_token: bool, native: str) -> None:
+    """Bit for bit, without a copy of the keys where nothing is dropped."""
+    options = OPTIONS["causal"] | OPTIONS["dropout"] if name == "dropped" else OPTIONS[name]
+    options = {k: v.to(torch.get_default_device()) if isinstance(v, Tensor) else v for k, v in options.items()}
+    of_batch = ("query", "key", "value", "query_position")
+    arguments = {n: t[:1] if n in of_batch else t for n, t in cut(grouped(by_token=by_token), options).items()}
+    arguments["key_mask"] = torch.randn(1, arguments["key"].shape[2], requires_grad=True)
+    if "attn_mask" in options:
+        options["attn_mask"] = options["attn_mask"][:1]
+    found = SF.set_attention(**arguments, **options, backend=native)
+    wanted = SF.set_attention(**repeated(arguments), **options, backend=native)
+    assert torch.equal(found, wanted)
+    leaves, cotangent = [t for t in arguments.values() if t.requires_grad], torch.randn(found.shape)
+    grads = [torch.autograd.grad((o * cotangent).sum(), leaves) for o in (found, wanted)]
+    torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.skipif(bool(cpu.ABSENT), reason=cpu.ABSENT)
+@pytest.mark.parametrize("options", [{"num_iters": 1}, {"num_iters": 2}], ids=str)
+def test_keys_of_one_batch_element_are_not_copied(options: dict[str, Any]) -> None:
+    q, k, v, y = (torch.randn(*shape) for shape in ((1, G * H, L, D), (1, H, L, D), (1, H, L, E), (H, M, D)))
+    seen: list[str] = []
+
+    class Seen(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            seen.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    with Seen():
+        SF.set_attention(q, k, v, y, causal=True, **options)
+    assert "aten.expand.default" in seen
+    assert not [name for name in seen if "copy" in name or "clone" in name]
+
+
 @pytest.mark.parametrize("average", [False, True])
 @pytest.mark.parametrize("causal", [False, True])
 def test_weights_of_groups(causal: bool, average: bool, native: str) -> None:
@@ -117,7 +157,8 @@ def test_packed_groups(causal: bool) -> None:
         torch.testing.assert_close(found[first:last], wanted.squeeze(0).transpose(0, 1))
 
 
-def test_states_of_groups(native: str) -> None:
+@pytest.mark.parametrize("B", [1, B])
+def test_states_of_groups(B: int, native: str) -> None:
     """A state a key head: a scan in two pieces, and the last token as a step."""
     q, k, v, y, n = (
         torch.randn(B, G * H, L, D),
@@ -170,6 +211,44 @@ def test_a_step_of_groups_copies_no_state() -> None:
     every = (t.repeat_interleave(G, 1) for t in (k, v))
     wanted = SF.set_step(wide, q, *every, y.repeat_interleave(G, 0), state_indices=rows, backend="cpu")
     torch.testing.assert_close((o, pool), (wanted, wide[:, ::G]))
+
+
+@pytest.mark.parametrize("kernel", ["rbf", "dot"])
+@pytest.mark.parametrize("absent", [False, True])
+def test_a_step_of_groups_is_that_of_every_head(kernel: str, absent: bool, native: str) -> None:
+    """With positions and gates, and where the token takes no part; bit for bit where a group is one step."""
+    _, state = SF.set_causal(
+        *(torch.randn(B, H, 20, c) for c in (D, D, E)), torch.randn(H, M, D), output_final_state=True, backend=native
+    )  # fmt: skip
+    assert state is not None
+    q, k, v, y = torch.randn(B, G * H, D), torch.randn(B, H, D), torch.randn(B, H, E), torch.randn(H, M, D)
+    places = {"query_position": torch.rand(B, 2), "key_position": torch.rand(B, 2)}
+    gates, pi, options = -torch.rand(B, H), torch.rand(H, M, 2), {"kernel": kernel, "epsilon": 0.5, "backend": native}
+    options["key_mask"] = torch.tensor([not absent, True])
+    wide = state.repeat_interleave(G, 1)
+    wanted = SF.set_step(
+        wide, q, *(t.repeat_interleave(G, 1) for t in (k, v)), y.repeat_interleave(G, 0), **places, **options,
+        log_decay=gates.repeat_interleave(G, 1), reference_position=pi.repeat_interleave(G, 0),
+    )  # fmt: skip
+    o = SF.set_step(state, q, k, v, y, log_decay=gates, reference_position=pi, **places, **options)
+    exact = {"rtol": 0, "atol": 0} if native == "cpu" else {}
+    torch.testing.assert_close((o, state), (wanted, wide[:, ::G]), **exact)
+
+
+@pytest.mark.skipif(bool(cpu.ABSENT), reason=cpu.ABSENT)
+def test_a_step_of_groups_is_one_call_of_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken: list[int] = []
+
+    class Counted:
+        def step(self, *args: Any) -> None:
+            taken.append(1)
+            kernels.step(*args)
+
+    kernels = cpu._C
+    monkeypatch.setattr(cpu, "_C", Counted())
+    q, k, v, y = torch.randn(B, G * H, D), torch.randn(B, H, D), torch.randn(B, H, E), torch.randn(H, M, D)
+    SF.set_step(SF.empty_state(B, H, M, E), q, k, v, y, backend="cpu")
+    assert taken == [1]
 
 
 @pytest.mark.parametrize("empty", ["B", "L", "S"])

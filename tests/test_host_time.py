@@ -15,10 +15,10 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import setformer_kernels.functional as SF
-from setformer_kernels import SeTAttention, arguments
+from setformer_kernels import SeTAttention, arguments, dispatch
 from setformer_kernels.backends.cpu import ABSENT
 from setformer_kernels.ops import direct
-from setformer_kernels.problem import SCALARS, Operands, Options
+from setformer_kernels.problem import SCALARS, Operands, Options, Problem
 
 native_cpu = pytest.mark.skipif(bool(ABSENT), reason=ABSENT)
 
@@ -49,7 +49,7 @@ def python_calls(call: Callable[[], Any]) -> int:
 # Each a ratchet: what is counted today, and a few for another release of torch or Python (3.12 has no frames for list
 # comprehensions).  A Python function costs a third of a microsecond and more.  When checks were made anew at each call
 # and the dispatcher was crossed twice, a forward had 163 and a backward, autograd's own included, 241.
-MOST_FORWARD, MOST_BACKWARD, MOST_MODULE = 58, 92, 98
+MOST_FORWARD, MOST_BACKWARD, MOST_MODULE = 40, 92, 77
 
 
 @native_cpu
@@ -71,6 +71,55 @@ def test_a_module_call_enters_few_python_functions() -> None:
     module, x = SeTAttention(24, 3, batch_first=True, num_references=4).eval(), torch.randn(1, 5, 24)
     with torch.no_grad():
         assert python_calls(lambda: module(x, x, x, need_weights=False)) <= MOST_MODULE
+
+
+@native_cpu
+def test_a_backend_is_chosen_once_for_calls_that_look_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    def select(problem: Problem, requested: str) -> str:
+        asked.append(f"{problem.op} {problem.N} {requested}")
+        return "cpu"
+
+    monkeypatch.setattr(dispatch, "select", select)
+    monkeypatch.setattr(arguments, "_passed", {})
+    q, k, v, y = tokens()
+    for _ in range(3):
+        SF.set_attention(q, k, v, y)
+    assert asked == ["attention 9 auto"]  # with the sizes that the op would ask with
+    SF.set_attention(q[:, :, :5], k[:, :, :5], v[:, :, :5], y)
+    SF.set_pool(k, v, y)
+    assert asked[1:] == ["attention 5 auto", "pool 9 auto"]
+    monkeypatch.setattr(dispatch, "NATIVE", dict(dispatch.NATIVE))  # other backends than those there were
+    SF.set_attention(q, k, v, y)
+    assert asked[3:] == ["attention 9 auto"]
+
+
+@native_cpu
+def test_a_backward_chooses_for_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[bool, str]] = []
+
+    def select(problem: Problem, requested: str) -> str:
+        asked.append((problem.backward, requested))
+        return "cpu"
+
+    monkeypatch.setattr(dispatch, "select", select)
+    monkeypatch.setattr(arguments, "_passed", {})
+    SF.set_attention(*tokens(grad=True)).sum().backward()
+    assert asked == [(False, "auto"), (True, "auto")]
+
+
+def test_a_graph_holds_what_was_asked_for_and_not_what_was_chosen_here() -> None:
+    q, k, v, y = tokens()
+    SF.set_attention(q, k, v, y)  # chosen, and remembered
+
+    class Module(torch.nn.Module):
+        def forward(self, q: Tensor, k: Tensor, v: Tensor, y: Tensor) -> Tensor:
+            return SF.set_attention(q, k, v, y)
+
+    graph = torch.export.export(Module(), (q, k, v, y)).graph
+    (node,) = [n for n in graph.nodes if "setformer_kernels" in str(n.target)]
+    assert node.args[-1] == "auto"
 
 
 # (op, T, backward) -> (launches, functions in Python of the backend with its launches recorded).  Of attention forward:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import setformer_kernels.functional as SF
-from setformer_kernels import SeTAttention
+from setformer_kernels import SeTAttention, SeTPooling
 
 B, L, S, E, H, M = 2, 5, 9, 24, 4, 6
 D = E // H
@@ -192,3 +192,37 @@ def test_other_errors() -> None:
     for heads in (0, 3, 8):
         with pytest.raises(ValueError, match=f"num_kv_heads must divide num_heads, 4, got {heads}"):
             SeTAttention(E, H, num_kv_heads=heads)
+
+
+SOLVED: dict[str, Any] = {"num_references": M, "num_iters": 100, "tol": 1e-5, "epsilon": 0.05}
+
+
+@pytest.mark.parametrize("how", [{}, {"method": "newton", "grad": "implicit"}], ids=["sinkhorn", "newton"])
+def test_a_memory_says_what_was_reached_and_begins_where_another_ended(how: dict[str, Any]) -> None:
+    module, (key, value) = SeTAttention(E, H, num_kv_heads=2, **SOLVED, **how), torch.randn(2, S, B, E)
+    memory, info = module.memory(key, value, return_info=True)
+    assert torch.equal(memory.z, module.memory(key, value).z)
+    assert info.converged.shape == (B, 2)
+    assert info.converged.all()
+    again, warm = module.memory(key, value, initial_potential=memory.g.detach(), return_info=True)
+    assert (warm.iters < info.iters).all()
+    torch.testing.assert_close(again, memory, rtol=1e-3, atol=1e-4)
+    with pytest.raises(ValueError, match=r"initial_potential must have shape \[2, 2, 6\], got \[2, 4, 6\]"):
+        module.memory(key, value, initial_potential=torch.zeros(B, H, M))
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize("layout", [torch.strided, torch.jagged])
+def test_pooling_says_what_was_reached_and_begins_where_another_ended(layout: torch.layout) -> None:
+    module, x = SeTPooling(E, H, **SOLVED), torch.randn(B, S, E)
+    pooled, info = module(x, return_info=True)
+    assert torch.equal(pooled, module(x))
+    assert info.converged.shape == (B, H)
+    assert info.converged.all()
+    _, warm = module(x, initial_potential=info.potential, return_info=True)
+    assert (warm.iters < info.iters).all()
+    sequences = torch.nested.nested_tensor(list(x), layout=layout)
+    plain = SeTPooling(E, H, num_references=M)  # jagged ones are not padded, unless something is asked for
+    found, reached = plain(sequences, return_info=True)
+    torch.testing.assert_close(found, plain(x))
+    torch.testing.assert_close(reached, plain(x, return_info=True)[1])

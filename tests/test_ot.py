@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from setformer_kernels import ot as mine
+from setformer_kernels.reference.converged import solve as solving
 
 ot = pytest.importorskip("ot")
 
@@ -230,3 +232,17 @@ def test_points_and_plans_have_to_fit() -> None:
         mine.sinkhorn_divergence(torch.rand(5), torch.rand(4), epsilon=0.1)
     with pytest.raises(ValueError, match=r"y must be \[..., M, D\]"):
         mine.barycentric_projection(torch.rand(5, 2), torch.rand(4, 3))
+
+
+def test_the_plan_is_formed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it says about the plan is said of the one that it returns."""
+
+    def again(*_: Tensor) -> Tensor:
+        raise AssertionError("the plan is formed a second time")
+
+    cost = torch.rand(2, 5, 4)
+    wanted, info = mine.transport_plan(cost, epsilon=0.5, return_info=True)
+    monkeypatch.setattr(inspect.getmodule(solving), "plan_of", again)
+    plan, found = mine.transport_plan(cost, epsilon=0.5, return_info=True)
+    assert torch.equal(plan, wanted)
+    torch.testing.assert_close(found, info)

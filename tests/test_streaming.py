@@ -335,6 +335,22 @@ BAD_STEPS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
 }  # fmt: skip
 
 
+def test_gates_far_below_zero_count_as_the_lowest(native: str) -> None:
+    x = [torch.randn(B, H, 7, n) for n in (D, D, E)]
+    y, gates = torch.randn(H, M, D), torch.zeros(B, H, 7)
+    gates[..., 3] = -torch.inf
+    o = SF.set_causal(*x, y, log_decay=gates, backend=native)[0]
+    torch.testing.assert_close(o, SF.set_causal(*x, y, log_decay=gates.clamp(-1000.0), backend=native)[0])
+
+
+def test_a_gate_above_zero_is_named_beside_one_that_is_no_number() -> None:
+    x = [torch.randn(B, H, n) for n in (D, D, E)]
+    gates = torch.zeros(B, H)
+    gates[0, 0], gates[1, 1] = torch.nan, 0.5
+    with pytest.raises(ValueError, match=r"log_decay must be ≤ 0, got 0\.5"):
+        SF.set_step(SF.empty_state(B, H, M, E), *x, torch.randn(H, M, D), log_decay=gates)
+
+
 @pytest.mark.parametrize(("changes", "error", "message"), BAD_STEPS.values(), ids=BAD_STEPS)
 def test_bad_steps_are_named(changes: dict[str, Any], error: type[Exception], message: str) -> None:
     one = (t[:, :, 0] if t.ndim == 4 and t.shape[2] == 1 else t for t in tokens(1, torch.float32))

@@ -6,17 +6,14 @@ and per head.  A backward gets a gradient of the output alone, as in training.
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
 from torch import nn
 
 from benchmarks.common import entry_point
 from benchmarks.common.cases import BOTH, FORWARD, MODES
-from benchmarks.common.hardware import ROOT
 from benchmarks.common.measure import interleave, paired_ratio, quartiles
 from benchmarks.common.results import OK, Row, read_csv, stamp, write_csv
 from setformer_kernels import SeTAttention
@@ -102,14 +99,7 @@ def table(rows: Sequence[Row]) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """Entry point."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.cpu.weights", description=__doc__)
-    commands = parser.add_subparsers(dest="command")
-    run = commands.add_parser("run", help="measure (the default)")
-    run.add_argument("--quick", action="store_true", help="every code path in seconds; the numbers mean little")
-    run.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results", help="folder of the results")
-    run.add_argument("--threads", type=int, default=1)
-    commands.add_parser("table", help="print what a file says").add_argument("csv", type=Path)
-    arguments = parser.parse_args(entry_point.words(argv, "run"))
+    arguments = entry_point.measure_or_table("benchmarks.cpu.weights", __doc__, argv)
     if arguments.command == "table":
         print(table(read_csv(arguments.csv)[0]))
         return 0

@@ -25,7 +25,9 @@ class ChunkBackward {
         a_(rows * ld_),
         e_(rows * Mp),
         x_(rows * Mp),
-        turned_(std::max(std::max(Mp, Ep) * ld_, Mp * Ep)) {}
+        turned_(std::max(std::max(Mp, Ep) * ld_, Mp * Ep)),
+        high_(Mp),
+        low_(Mp) {}
 
   // p = ⟨dO_i, z_ij⟩ of the queries.
   void pooled(int64_t n, const Chunk<F>& chunk, const Scan<F>& scan, const F* v, const F* d_o) {
@@ -90,10 +92,9 @@ class ChunkBackward {
 
   // The sums over later d log C/C, with twice the digits: they nearly cancel against the rest.
   void take_sums(int64_t n, const F* sum, const F* d_log_c, double* h) {
-    Buffer<F> high(Mp_), low(Mp_);
-    for (int64_t j = 0; j < Mp_; ++j) high[j] = static_cast<F>(h[j]), low[j] = static_cast<F>(h[j] - high[j]);
+    for (int64_t j = 0; j < Mp_; ++j) high_[j] = static_cast<F>(h[j]), low_[j] = static_cast<F>(h[j] - high_[j]);
     for (int64_t j = 0; j < Mp_; j += kLanes<F>) {
-      Vec<F> total = load(high + j), rest = load(low + j);
+      Vec<F> total = load(high_ + j), rest = load(low_ + j);
       for (int64_t k = (n - 1) * Mp_ + j; k >= 0; k -= Mp_) {
         const Vec<F> c = load(sum + k);
         Vec<F> lost;
@@ -101,14 +102,15 @@ class ChunkBackward {
         rest += lost;
         store(p + k, load(e_ + k) * ((load(p + k) + total) + rest));
       }
-      store(high + j, total);
-      store(low + j, rest);
+      store(high_ + j, total);
+      store(low_ + j, rest);
     }
-    for (int64_t j = 0; j < Mp_; ++j) h[j] = static_cast<double>(high[j]) + low[j];
+    for (int64_t j = 0; j < Mp_; ++j) h[j] = static_cast<double>(high_[j]) + low_[j];
   }
 
   int64_t M_, Mp_, E_, Ep_, ld_;
   Buffer<F> d_, a_, e_, x_, turned_;  // [rows][ld] x 2, [rows][Mp] x 2; [Ep][ld], [Mp][ld] or [Ep][Mp]
+  Buffer<F> high_, low_;              // [Mp], of h in `take_sums`
 };
 
 }  // namespace

@@ -108,17 +108,16 @@ void causal_backward(const py::tuple& x, const py::tuple& scalars, bool dot, int
 
 void step(const py::tuple& x, const py::tuple& scalars, bool dot, int64_t T, double dropout_p, uint64_t seed,
           int threads, const py::object& log_decay, const py::tuple& states, uintptr_t rows, const py::object& o) {
-  const CausalParams causal =
-      causal_params(attention_params(x, scalars, dot, T, dropout_p, seed, threads), log_decay, py::none());
-  StepParams p(causal);
-  p.log_decay = causal.log_decay;
+  StepParams p(attention_params(x, scalars, dot, T, dropout_p, seed, threads));
+  need(p.query, kOperands[kQuery]);
+  if (p.S != 1 || p.T > 1) throw std::invalid_argument("a step takes one token, and T <= 1");
+  p.log_decay = gates_view(p, log_decay, "log_decay");
   const char* const names[] = {"state"};
   const py::tuple one = py::make_tuple(states);
   p.states = view(states, "state", {Tensors(one, names).size(0, 0), p.H, p.M, 2 * p.E + 3}, compute_dtype(p.f64));
   p.rows = reinterpret_cast<const int32_t*>(rows);
-  p.o = view(o, "o", {p.B, p.H, 1, p.E}, p.key.dtype);
+  p.o = view(o, "o", {p.B, p.H, p.L, p.E}, p.key.dtype);
   need(p.o, "o");
-  if (p.S != 1) throw std::invalid_argument("a step takes one token");
   if (!p.rows && p.states.size[0] != p.B) throw std::invalid_argument("a state for each batch element is wanted");
   if (p.states.stride[3] != 1 || p.states.stride[2] != p.states.size[3])
     throw std::invalid_argument("tensor 'state' has gaps between its rows");
@@ -232,6 +231,7 @@ void sinkhorn(const py::tuple& t, const py::tuple& scalars, int64_t T, double to
 
 PYBIND11_MODULE(_C, m) {
   m.attr("OPERANDS") = operand_names();
+  m.attr("STEPS_GROUPS") = true;
   m.def("attention", &attention);
   m.def("attention_weights", &attention_weights);
   m.def("transport", &transport);

@@ -7,12 +7,13 @@ from collections.abc import Callable, Iterable, Sequence
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 # torch brings its own OpenMP runtime; loaded first, it is the one the extension's threads come from.
 import torch
 from torch import Tensor
 
-from ..problem import HYPER, Operands, Sinkhorn, compute_dtype, empty_in_order, in_order
+from ..problem import HYPER, Operands, Options, Sinkhorn, Stream, compute_dtype, empty_in_order, in_order
 
 DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3, torch.int64: 4, torch.bool: 5}
 View = tuple[int, tuple[int, ...], tuple[int, ...], int]
@@ -29,6 +30,13 @@ Views = tuple[View | None, ...]
 def views(tensors: Iterable[Tensor | None]) -> Views:
     """`view` of each."""
     return tuple([None if t is None else (t.data_ptr(), t.shape, t.stride(), DTYPE_CODES[t.dtype]) for t in tensors])
+
+
+def on_cpu(x: Operands, opt: Options) -> tuple[Any, ...]:
+    """The arguments every attention kernel for CPUs begins with."""
+    seed = 0 if x.seed is None else int(x.seed) & 0xFFFFFFFFFFFFFFFF
+    constants = tuple(opt.scalars), opt.kernel == "dot", opt.num_iters, opt.dropout_p
+    return views(x[:-1]), *constants, seed, torch.get_num_threads()
 
 
 def attention_backward(x: Operands, needs: Sequence[bool], parts: int, run: Callable[[Views], None]) -> Operands:
@@ -60,6 +68,12 @@ def attention_backward(x: Operands, needs: Sequence[bool], parts: int, run: Call
     d_parameters = in_order(x.references, _added_up(d_references)), in_order(x.log_b, _added_up(d_log_b))
     d_position = in_order(x.reference_position, _added_up(d_position))
     return Operands._make((*tokens, d_parameters[0], d_log_a, d_parameters[1], *d_hypers, None, None, d_position, None))
+
+
+def stream_gradients(stream: Stream, needs: Sequence[bool]) -> list[Tensor | None]:
+    """Memory for those of `stream` that are needed; none where nothing is said of them."""
+    wanted = needs or (False,) * len(stream)
+    return [torch.empty_like(t) if n and t is not None else None for n, t in zip(wanted, stream, strict=True)]
 
 
 def _added_up(t: Tensor | None) -> Tensor | None:
@@ -118,7 +132,7 @@ def _load() -> tuple[ModuleType | None, str]:
         if any((folder / f"_C{suffix}").exists() for suffix in EXTENSION_SUFFIXES):
             return None, f"the C++ extension {name} cannot be loaded ({error})"
         return None, _absence(folder)
-    of_this_version = all(hasattr(module, name) for name in ("read_backward", "packed", "step"))
+    of_this_version = all(hasattr(module, name) for name in ("read_backward", "packed", "STEPS_GROUPS"))
     if getattr(module, "OPERANDS", None) != Operands._fields[:-1] or not of_this_version:
         return None, f"the C++ extension {name} is of another version of this package: pip install -e . builds it again"
     return module, ""

@@ -30,7 +30,7 @@ from .writing import Reset, redraw
 READ = ("kernel", "bandwidth", "epsilon", "backend")  # of the options of transport, those of a read
 
 
-class SeTAttention(PythonForward, ReferenceSet, Projections):
+class SeTAttention(ReferenceSet, PythonForward, Projections):
     """SeT attention with the constructor, call, masks, attributes and state of `nn.MultiheadAttention`.
 
     Per head, with q, k, v the projected tokens (L queries, S keys), y the M references, ℓ the kernel logits, and c, g
@@ -182,14 +182,12 @@ class SeTAttention(PythonForward, ReferenceSet, Projections):
         S = k.shape[-2]
         k, v, slots = self._append_slots(k, v)
         mask, causal = attention_mask_of(attn_mask, is_causal, slots, B, self.num_heads, q.shape[-2], S, q.device)
-        options = {
-            **self._transport_options(),
-            **self._dropout_options(q.device),
-            **self._position_options(slots, **positions),
-            "key_mask": key_mask_of(key_padding_mask, slots),
-            "attn_mask": mask,
-            "causal": causal,
-        }
+        options = self._transport_options()
+        options |= {"key_mask": key_mask_of(key_padding_mask, slots), "attn_mask": mask, "causal": causal}
+        if self.dropout > 0.0:
+            options |= self._dropout_options(q.device)
+        if self.position_dim or query_position is not None or key_position is not None:
+            options |= self._position_options(slots, **positions)
         inputs, weights = (q, k, self._map_values(v), self.references), None
         if need_weights:
             heads, weights = SF.attention_and_weights(*inputs, average=average_attn_weights, **options)
@@ -235,17 +233,22 @@ class SeTAttention(PythonForward, ReferenceSet, Projections):
         return from_rows(self.out_proj(heads.flatten(-2)), query)
 
     def memory(
-        self, key: Tensor, value: Tensor, key_padding_mask: Tensor | None = None, *, key_position: Tensor | None = None
-    ) -> SF.SetMemory:  # fmt: skip
+        self, key: Tensor, value: Tensor, key_padding_mask: Tensor | None = None, *, key_position: Tensor | None = None,
+        initial_potential: Tensor | None = None, return_info: bool = False,
+    ) -> Any:  # fmt: skip
         """Keys and values carried onto the references, for `forward(query, memory=...)` of any number of queries.
 
         `forward(query, key, value, key_padding_mask)` is the same, but with weights.  Differentiable.
 
         Args:
             key, value, key_padding_mask, key_position: as in `forward`; nested where forward takes them nested.
+            initial_potential: [B, Hk, M] in the place of the log masses that transport begins with, as in
+                `functional.sinkhorn`: the g of an earlier memory, detached.
+            return_info: also a `functional.TransportInfo` of [B, Hk]: what transport reached.
 
         Returns:
             z [B, Hk, M, D] and g [B, Hk, M] in float32 (float64 of a float64 module); B = 1 of unbatched keys.
+            With return_info this memory and the info.
         """
         masks, places = {"key_padding_mask": key_padding_mask}, {"key_position": key_position}
         check_tensors({"key": key, "value": value}, {**masks, **places})
@@ -266,7 +269,8 @@ class SeTAttention(PythonForward, ReferenceSet, Projections):
             key_padding_mask = key_padding_mask.unsqueeze(0)
         places = self._position_options(slots, key_position=key_position)
         options = {**self._transport_options(), **places, "key_mask": key_mask_of(key_padding_mask, slots)}
-        return SF.set_transport(k, self._map_values(v), self.references, **options)
+        options["initial_potential"] = initial_potential
+        return SF.set_transport(k, self._map_values(v), self.references, return_info=return_info, **options)
 
     def _read(
         self, query: Tensor, memory: SF.SetMemory, query_position: Tensor | None, keys: dict[str, Any], is_causal: bool

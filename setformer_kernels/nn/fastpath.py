@@ -12,7 +12,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import nn
+from torch.nn.modules import module
 
 # It gives back the arguments of the call.  A function of this package, run before the forward of a module that is being
 # exported, would be taken for a graph of its own by the strict torch.export of torch 2.6; one of torch.nn is not.
@@ -20,7 +22,7 @@ HOOK = nn.Identity.forward
 KEY = -1  # of HOOK; those of registered hooks count up from 0
 
 
-def keep_python_forward(module: nn.Module, args: tuple[Any, ...]) -> None:
+def keep_python_forward(hooked: nn.Module, args: tuple[Any, ...]) -> None:
     """HOOK's predecessor, registered in modules that earlier versions have pickled."""
 
 
@@ -33,6 +35,26 @@ class PythonForward(nn.Module):
         """As in nn.Module."""
         self._ensure_hook()
         return super().named_modules(memo, prefix, remove_duplicate)
+
+    def _call_impl(self, *args: Any, **kwargs: Any) -> Any:
+        """nn.Module's, which takes its long way where there is a hook: HOOK alone changes nothing."""
+        hooks = self._forward_pre_hooks
+        if (
+            len(hooks) == 1
+            and KEY in hooks
+            and not (
+                self._forward_hooks
+                or self._backward_hooks
+                or self._backward_pre_hooks
+                or module._global_forward_hooks
+                or module._global_forward_pre_hooks
+                or module._global_backward_hooks
+                or module._global_backward_pre_hooks
+                or torch._C._get_tracing_state()
+            )
+        ):
+            return self.forward(*args, **kwargs)
+        return super()._call_impl(*args, **kwargs)
 
     def _ensure_hook(self) -> None:
         hooks = self._forward_pre_hooks

@@ -79,23 +79,30 @@ class SeTPooling(ReferenceSet):
         return f"embed_dim={self.embed_dim}, num_heads={self.num_heads}, {self._own_repr()}"
 
     def forward(
-        self, x: Tensor, key_padding_mask: Tensor | None = None, key_position: Tensor | None = None
-    ) -> Tensor:  # fmt: skip
+        self, x: Tensor, key_padding_mask: Tensor | None = None, key_position: Tensor | None = None, *,
+        initial_potential: Tensor | None = None, return_info: bool = False,
+    ) -> Any:  # fmt: skip
         """x [B, S, embed_dim] -> [B, M, embed_dim].
 
         Args:
             x: or a NestedTensor of B sequences, without mask; key_position may be nested then.
             key_padding_mask: [B, S]; bool True = ignore, or float, added to the tokens' log masses.
             key_position: [S, P] or [B, S, P], exactly when position_dim > 0.
+            initial_potential: [B, H, M] in the place of the log masses that transport begins with, as in
+                `functional.sinkhorn`: the `potential` of the last call's info.
+            return_info: also a `functional.TransportInfo` of [B, H]: what transport reached.
         """
-        if self._packs(x, key_padding_mask, key_position):
+        if initial_potential is None and not return_info and self._packs(x, key_padding_mask, key_position):
             return self._forward_packed(x, key_position)
         x, key_padding_mask, key_position = self._padded("x", x, key_padding_mask, key_position)
         k, v = self._keys_values("x", x, key_padding_mask)
         options = {**self._transport_options(), **self._position_options(0, key_position=key_position)}
-        options["key_mask"] = key_mask_of(key_padding_mask, 0)
-        z = SF.set_pool(k, self._map_values(v), self.references, **options)
-        return self.out_proj(merge_heads(z, batch_first=True))
+        options |= {"key_mask": key_mask_of(key_padding_mask, 0), "initial_potential": initial_potential}
+        z = SF.set_pool(k, self._map_values(v), self.references, return_info=return_info, **options)
+        if not return_info:
+            return self.out_proj(merge_heads(z, batch_first=True))
+        z, info = z
+        return self.out_proj(merge_heads(z, batch_first=True)), info
 
     def _packs(self, x: Any, key_padding_mask: Any, key_position: Any) -> bool:
         """Whether a nested call can go without padding."""

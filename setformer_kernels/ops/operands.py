@@ -9,7 +9,8 @@ from typing import Any
 from torch import Tensor
 
 from .. import dispatch
-from ..problem import Operands, Options, Problem, compute_dtype, empty_in_order
+from ..problem import Operands, Options, Passed, Problem, compute_dtype, empty_in_order
+from .direct import unwatched
 from .registration import HEAD, SEED, TOKEN
 
 N_OPERANDS = len(Operands._fields)
@@ -43,11 +44,41 @@ def split(args: Sequence[Any]) -> tuple[Operands, Options]:
     return Operands(*args[:N_OPERANDS]), Options(*args[N_OPERANDS:])
 
 
-def backend_of(op: str, x: Operands, opt: Options, backward: bool = False) -> ModuleType:
+def sized_problem(op: str, x: Operands, opt: Options, backward: bool = False) -> Problem:
+    """`attention_problem` of real tensors."""
     b, h, s, _ = x.key.shape
-    length = 0 if x.query is None else x.query.shape[-2]
-    problem = attention_problem(op, x, opt, (s, backward, b, h, length))
-    return dispatch.implementation(problem, opt.backend, logits(x))
+    return attention_problem(op, x, opt, (s, backward, b, h, 0 if x.query is None else x.query.shape[-2]))
+
+
+def ready(op: str, x: Operands, opt: Options, *others: Tensor | None) -> Options | None:
+    """The options to call an op with, whose further tensors are `others`; None where the reference is to run the call.
+
+    Where nobody but autograd has to see the call they name the backend, and neither question is asked again.  Elsewhere
+    sizes may be unknown, and a graph is to choose where it runs.
+    """
+    if not unwatched((*x, *others)):
+        chosen = dispatch.choose(attention_problem(op, x, opt), opt.backend, logits(x))
+        return None if chosen == dispatch.REFERENCE else opt
+    if not isinstance(opt, Passed):
+        return _chosen(op, x, opt)
+    facts = op, x.key.dtype, x.value.shape[-1]  # what of the call its caller may have changed; autocast, the dtype
+    registry, found = opt.found.get(facts, (None, None))
+    if registry is not dispatch.NATIVE:
+        found = _chosen(op, x, opt)
+        opt.found[facts] = dispatch.NATIVE, found
+    return found
+
+
+def _chosen(op: str, x: Operands, opt: Options) -> Options | None:
+    """`ready` of a call on real tensors."""
+    name = dispatch.choose(sized_problem(op, x, opt), opt.backend, logits(x))
+    return None if name == dispatch.REFERENCE else Options(*opt[:-1], dispatch.chosen_for(name, opt.backend))
+
+
+def backend_of(op: str, x: Operands, opt: Options, backward: bool = False) -> ModuleType:
+    if type(opt.backend) is dispatch.Chosen:
+        return dispatch.NATIVE[opt.backend]
+    return dispatch.implementation(sized_problem(op, x, opt, backward), opt.backend, logits(x))
 
 
 def fake_state(x: Operands, opt: Options) -> tuple[Tensor, Tensor]:

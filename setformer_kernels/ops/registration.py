@@ -17,6 +17,7 @@ from torch import Tensor
 from torch._decomp import register_decomposition
 from torch._functorch.utils import unwrap_dead_wrappers
 
+from ..dispatch import Chosen, asked_for
 from ..problem import empty_in_order
 from .direct import differentiated, unwatched
 
@@ -55,6 +56,11 @@ class Spec:
     @property
     def graded(self) -> tuple[str, ...]:
         return tuple(name for name in self.tensors if name not in self.no_grad)
+
+    @property
+    def backend_at(self) -> int:
+        """Where the name of the backend stands among the arguments."""
+        return len(self.tensors) + [constant.split()[-1] for constant in self.constants.split(", ")].index("backend")
 
     @property
     def backward_tensors(self) -> dict[str, str]:
@@ -166,14 +172,14 @@ def _refuse(what: str, name: str) -> Callable[..., Any]:
 
 def _setup_context(spec: Spec) -> Callable[..., None]:
     """Saves the op's tensors, then those of its outputs that the backward reads."""
-    n, positions = len(spec.tensors), {name: i for i, name in enumerate(spec.outputs)}
+    n, at, positions = len(spec.tensors), spec.backend_at, {name: i for i, name in enumerate(spec.outputs)}
     saved, differentiable = [positions[o] for o in spec.saved], [positions[o] for o in spec.differentiable]
     others = [i for i in positions.values() if i not in differentiable]
 
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
         outputs = as_tuple(output)
         ctx.save_for_backward(*inputs[:n], *[outputs[i] for i in saved])
-        ctx.constants = inputs[n:]
+        ctx.constants = (*inputs[n:at], asked_for(inputs[at]), *inputs[at + 1 :])  # a backward chooses for itself
         ctx.shapes = [outputs[i].shape for i in differentiable]
         ctx.set_materialize_grads(False)  # made by autograd, zero tangents trip functorch before jvp can refuse
         ctx.mark_non_differentiable(*[outputs[i] for i in others])
@@ -189,10 +195,12 @@ def _backward(spec: Spec, call_backward: Callable[..., Any]) -> Callable[..., tu
 
     def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
         grads: list[Tensor | None] = [None] * (n + len(ctx.constants))
-        if all(c is None for c in cotangents):
-            return tuple(grads)
         given = [cotangents[i] for i in differentiable]
-        given = given if spec.apart else _materialise(given, ctx.shapes)
+        missing = sum([c is None for c in given])
+        if missing == len(given):
+            return tuple(grads)
+        if missing and not spec.apart:
+            given = _materialise(given, ctx.shapes)
         kept = ctx.saved_tensors  # read once: non-reentrant checkpointing recomputes at each read
         tensors, saved = kept[:n], kept[n:]
         needs = [False] * n
@@ -264,12 +272,14 @@ def _through(function: type, op: Any) -> Callable[..., Any]:
     return kernel
 
 
-def _called(function: type, op: Any, kernel: Callable[..., Any], tensors: int) -> Callable[..., Any]:
+def _called(
+    function: type, op: Any, kernel: Callable[..., Any], tensors: int, backend_at: int
+) -> Callable[..., Any]:  # fmt: skip
     """The op as this package calls it: through the dispatcher where anybody has to see it."""
     apply = _applied(function)
 
     def call(*args: Any) -> Any:
-        if not unwatched(args[:tensors]):
+        if type(args[backend_at]) is not Chosen and not unwatched(args[:tensors]):
             return op(*args)
         return apply(*args) if differentiated(args) else kernel(*args)
 
@@ -328,13 +338,13 @@ def register(spec: Spec) -> Callable[..., Any]:
     )
     op, op_backward = (getattr(getattr(torch.ops, NAMESPACE), spec.name + s).default for s in ("", "_backward"))
     kernel_backward, function_backward = _kernel_backward(spec), _backward_function(spec, op_backward)
-    call_backward = _called(function_backward, op_backward, kernel_backward, len(spec.backward_tensors))
-    n = len(spec.tensors)
+    n, at, skipped = len(spec.tensors), spec.backend_at, len(spec.backward_tensors)
+    call_backward = _called(function_backward, op_backward, kernel_backward, skipped, skipped - n + at)
     function = _forward_function(spec, op, _forward(op, spec.run, n), call_backward)
     _implement(op, function, spec.run, spec.fake)
     _implement(op_backward, function_backward, kernel_backward, _fake_backward(spec))
     _decompose(op, spec)
-    return _called(_forward_function(spec, op, spec.run, call_backward), op, spec.run, n)
+    return _called(_forward_function(spec, op, spec.run, call_backward), op, spec.run, n, at)
 
 
 def define(

@@ -1,21 +1,24 @@
 """The op of one token a sequence, on states that it writes.
 
-    set_step          states [N, H, M, 2E + 3], Operands (L = S = 1), log_decay [B, H, 1]?, rows int32 [B]?, Options
-                      -> o [B, H, 1, E]
+    set_step          states [N, H, M, 2E + 3], Operands (S = 1), log_decay [B, H, 1]?, rows int32 [B]?, Options
+                      -> o [B, H, L, E]
 
-It has no derivative: what it would need is written over.
+The L queries are those that share a key: all of them read the state that it left.  There is no derivative: what it
+would need is written over.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from ..problem import Operands, Options
+from ..dispatch import Chosen
+from ..problem import Operands, Options, replaced
 from .direct import differentiated, unwatched
 from .operands import N_OPERANDS, OPERANDS, OPTIONS, backend_of, fake_output, flops
 from .registration import define
@@ -31,10 +34,29 @@ def _split(args: Sequence[Any]) -> tuple[Tensor, Operands, Tensor | None, Tensor
 
 def _run(*args: Any) -> Tensor:
     states, x, decay, rows, opt = _split(args)
-    o = backend_of("causal", x, opt).step(x, opt, states, decay, rows)
+    backend = backend_of("causal", x, opt)
+    groups = getattr(backend, "STEPS_GROUPS", False)
+    o = (backend.step if groups else partial(one_by_one, backend.step))(x, opt, states, decay, rows)
     if not states.is_inference():
         torch.autograd.graph.increment_version(states)
     return o
+
+
+def one_by_one(
+    step: Callable[..., Tensor], x: Operands, opt: Options, states: Tensor, decay: Tensor | None, rows: Tensor | None
+) -> Tensor:  # fmt: skip
+    """A `step` of one query for L of them: the first comes with the key, the others read the state that it left."""
+    assert x.query is not None
+    if x.query.shape[2] == 1:
+        return step(x, opt, states, decay, rows)
+    asking = x.query_position
+    places = [None] * x.query.shape[2] if asking is None else asking.split(1, 2)
+    queries = list(zip(x.query.split(1, 2), places, strict=True))
+    first, *others = [replaced(x, query=query, query_position=place) for query, place in queries]
+    absent = x.references.new_full(x.key.shape[:3], -torch.inf)
+    answers = [step(first, opt, states, decay, rows)]
+    answers += [step(replaced(one, log_a=absent), opt, states, None, rows) for one in others]
+    return torch.cat(answers, 2)
 
 
 def _refuse(*args: Any) -> Tensor:
@@ -57,7 +79,7 @@ _op = define(
 
 def set_step(*args: Any) -> Tensor:
     """The op as this package calls it: through the dispatcher where anybody has to see it."""
-    if not unwatched(args[:N_TENSORS]):
+    if type(args[-1]) is not Chosen and not unwatched(args[:N_TENSORS]):
         return _op(*args)
     if differentiated(args):
         raise RuntimeError(NO_GRADIENT)

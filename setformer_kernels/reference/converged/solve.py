@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -68,8 +69,10 @@ def _potentials(p: Marginals, num_iters: int, how: Solver) -> tuple[Tensor, Tens
     return plan.f, plan.g, plan.iters
 
 
-def certified(p: Marginals, f: Tensor, g: Tensor, iters: Tensor, num_iters: int, tol: float | None) -> TransportInfo:
-    """What (f, g) reached, from the plan that they give: so also what rounding took, where ε exhausts the range.
+def certified(
+    p: Marginals, f: Tensor, g: Tensor, iters: Tensor, num_iters: int, tol: float | None, plan: Tensor | None = None
+) -> TransportInfo:  # fmt: skip
+    """What (f, g) reached, from the `plan` that they give: so also what rounding took, where ε exhausts the range.
 
     Wanted are the row sums e^{f' + s} of the f' that another iteration would have, s = LSE_j(ℓ + g): balanced, a;
     likewise for the columns.
@@ -78,13 +81,19 @@ def certified(p: Marginals, f: Tensor, g: Tensor, iters: Tensor, num_iters: int,
         p = _batched(Marginals(*[t.detach() for t in p]))
         f, g = f.detach(), g.detach()
         s, c = lse(p.l + g.unsqueeze(-2), -1), lse(p.l + f.unsqueeze(-1), -2)
-        plan = (p.l + f.unsqueeze(-1) + g.unsqueeze(-2)).clamp_max(LARGEST).exp()
+        plan = plan_of(p.l, f, g) if plan is None else plan.detach()
+        plan = plan.clamp_max(math.exp(LARGEST))
         error = (plan.sum(-1) - _wanted(p.log_a, p.lam_a, s)).abs().sum(-1)
         error = error + (plan.sum(-2) - _wanted(p.log_b, p.lam_b, c)).abs().sum(-1)
         move = torch.where(s > -INF, full(f) - full(potential(p.log_a, p.lam_a, s)), 0.0).abs().amax(-1)
         still = torch.ones_like(iters, dtype=torch.bool) if tol is None else (iters < num_iters) | (move <= tol)
         enough = max(ENOUGH, 0.0 if tol is None else 2 * tol) * p.log_b.exp().sum(-1)
         return TransportInfo(iters, error, still & (error <= enough), g)
+
+
+def plan_of(l: Tensor, f: Tensor, g: Tensor) -> Tensor:
+    """P [..., N, M]."""
+    return (l + f.unsqueeze(-1) + g.unsqueeze(-2)).exp()
 
 
 def _wanted(log_mass: Tensor, lam: Tensor, log_sum: Tensor) -> Tensor:
