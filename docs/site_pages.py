@@ -17,9 +17,9 @@ RESULTS = ROOT / "benchmarks" / "results"
 
 
 def taken() -> list[Path]:
-    """The texts, and the tables and pictures of results."""
+    """The texts, and the reports, tables and pictures of results."""
     texts = [ROOT / name for name in (*TEXTS, DERIVATIONS)]
-    return [*texts, *sorted(RESULTS.glob("*.csv")), *sorted(RESULTS.glob("*.png"))]
+    return [*texts, *(path for kind in ("gpu*.md", "*.csv", "*.png") for path in sorted(RESULTS.glob(kind)))]
 
 
 def on_files(files: Any, config: Any) -> Any:

@@ -55,6 +55,9 @@ NEEDS = {
     "models/test_transformers.py": "transformers", "models/test_transformers_arguments.py": "transformers",
     "models/test_conversion.py": "transformers", "models/test_pipelines.py": "transformers",
     "models/test_generation.py": "transformers", "models/test_recipe_lm.py": "transformers",
+    "models/test_any_model.py": "transformers", "models/test_any_model_saved.py": "transformers",
+    "models/test_convert.py": "transformers", "models/test_recipe_convert.py": "transformers",
+    "models/test_benchmarks_transfer.py": "transformers",
 }  # fmt: skip
 collect_ignore = [file for file, module in NEEDS.items() if importlib.util.find_spec(module) is None]
 
