@@ -53,6 +53,8 @@ def test_a_lost_descriptor_is_found() -> None:
 
 
 def test_what_some_way_has_written_is_no_fault() -> None:
+    wide = WHOLE.replace("UMOV UR18, 0x20 ;", "LDCU.128 UR16, c[0x0][0x380] ;")
+    assert uniform.undefined(wide) == []
     assert uniform.undefined(WHOLE.replace("UIADD3.64 UR20, UR18", "UIADD3.64 UR20, UR16")) != []
     assert uniform.undefined(WHOLE.replace("UMOV UR18, 0x20", "UMOV UR18, 0x20 ;\n /*0008*/ UMOV UR19, 0x0")) == []
 

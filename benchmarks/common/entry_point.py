@@ -20,6 +20,7 @@ EXTRAS = {
     "matplotlib": "bench",
     "ot": "bench",
     "geomloss": "bench",
+    "transformers": "transformers",
 }
 
 

@@ -34,9 +34,9 @@ class Step(NamedTuple):
     falls: bool  # whether the next instruction may be next
 
 
-def _pair(opcode: str) -> int:
-    """How many registers an operand of an instruction has."""
-    return 2 if ".64" in opcode or ".WIDE" in opcode else 1
+def _width(opcode: str) -> int:
+    """How many registers the result of an instruction has."""
+    return 4 if ".128" in opcode else 2 if ".64" in opcode or ".WIDE" in opcode else 1
 
 
 def _product_reads(operands: Sequence[str]) -> Iterator[int]:
@@ -53,7 +53,7 @@ def _step(address: str, guard: str | None, opcode: str, arguments: str) -> Step:
     root, writes, reads = opcode.split(".")[0], set[int](), set[int]()
     sources = operands
     if (target := re.fullmatch(r"UR(\d+)", operands[0])) and root != "R2UP":
-        writes.update(range(int(target[1]), int(target[1]) + _pair(opcode)))
+        writes.update(range(int(target[1]), int(target[1]) + _width(opcode)))
         sources = operands[1:]
     if root == "HGMMA":
         reads.update(_product_reads(operands))

@@ -11,19 +11,25 @@ from collections import Counter
 from pathlib import Path
 
 import torch
-import transformers
 
-from .census import ELSEWHERE, folders, rows_of
+from benchmarks.common import entry_point
+
+from . import ELSEWHERE
 
 FIELDS = ("folder", "model", "status", "attention", "left", "reason")
 RESULTS = Path(__file__).parents[1] / "results" / "conversion.csv"
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+def main(argv: list[str] | None = None) -> int:
+    """Entry point."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.conversion", description=__doc__)
     parser.add_argument("folders", nargs="*", help="folders of transformers' models; all that are not in the table yet")
     parser.add_argument("--output", type=Path, default=RESULTS)
-    given = parser.parse_args()
+    given = parser.parse_args(argv)
+    import transformers
+
+    from .census import folders, rows_of
+
     warnings.simplefilter("ignore")
     transformers.logging.set_verbosity_error()
     torch.set_num_threads(1)
@@ -34,6 +40,7 @@ def main() -> None:
         _write(given.output, kept)
         gc.collect()
     print(summary(kept))
+    return 0
 
 
 def summary(rows: list[dict[str, str]]) -> str:
@@ -64,4 +71,4 @@ def _write(path: Path, rows: list[dict[str, str]]) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    entry_point.run("benchmarks.conversion", main)

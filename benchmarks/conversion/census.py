@@ -24,11 +24,11 @@ from setformer_kernels.models import replace_attention
 from setformer_kernels.models.convert.transformers import asks_the_interface
 from setformer_kernels.models.transport import SetTransport
 
+from . import ELSEWHERE
 from .inputs import candidates
 from .small import small
 
 SECONDS, MOST_PARAMETERS = 90, 60_000_000
-ELSEWHERE = "its attention does not go through transformers' interface"
 OWN = {"num_references": 4}
 
 

@@ -141,6 +141,8 @@ HOPPER: dict[tuple[str, str, str], Tile] = {
     # 128 rows beside the values' sums are 255 registers, and 120 bytes more with Triton 3.9; values in two products
     # form the weights half as often as in four.
     ("pooling", "medium", "half"): Tile(32, 64, 8, 2, wgmma=True),
+    # Half the head dims at a time: without wgmma the operands are registers too.
+    ("across", "small", "half"): Tile(32, 32, 4, 2),
     # Four warps and 16 rows: two blocks share a multiprocessor without spilling, and issue fewer instructions a row
     # (eight warps: 1.5 times the time on an H100).  A second stage was 6 % slower there.
     ("gradient", "small", "half"): Tile(16, 64, 4, 1),
@@ -153,6 +155,7 @@ BLACKWELL = HOPPER | {
     ("row", "medium", "half"): Tile(32, 64, 4, 2),
     ("column", "small", "half"): Tile(32, 64, 4, 2),
     ("column", "medium", "half"): Tile(32, 64, 8, 2),
+    ("across", "small", "half"): Tile(32, 64, 4, 2),
     ("gradient", "small", "half"): Tile(32, 64, 8, 2),
     ("gradient_log", "small", "half"): Tile(16, 64, 8, 2),
 }
