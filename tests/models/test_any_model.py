@@ -245,7 +245,7 @@ def test_the_census_goes_on_where_it_was_cut_off(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     table = tmp_path / "table.csv"
-    monkeypatch.setattr(command, "folders", lambda: ["vit", "timm_backbone"])
+    monkeypatch.setattr("benchmarks.conversion.census.folders", lambda: ["vit", "timm_backbone"])
     monkeypatch.setattr("sys.argv", ["conversion", "--output", str(table), "vit"])
     command.main()
     monkeypatch.setattr("sys.argv", ["conversion", "--output", str(table)])

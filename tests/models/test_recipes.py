@@ -123,7 +123,7 @@ def test_what_bad_images_get(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert "train and val must have the same classes, they differ in ['b', 'c']" in message(other)
     (other / "val" / "c" / "1.png").unlink()
     assert "Found no valid file for the classes c" in message(other)
-    broken = tree(tmp_path / "broken", "train/a/1.png", "val/a/1.png")
+    broken = tree(tmp_path / "broken", "train/a/1.png", "train/b/1.png", "val/a/1.png", "val/b/1.png")
     (broken / "train" / "a" / "1.png").write_bytes(b"not an image")
     assert f"{broken / 'train' / 'a' / '1.png'} is not an image that can be read" in message(broken)
     assert "has no complete checkpoint" in message(good, "--resume")
@@ -199,9 +199,9 @@ def test_segmentation_starts_from_a_classifier(few_digits: Path, tmp_path: Path)
 
 def test_what_bad_scenes_get(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data = tmp_path / "data"
-    run = ["segment", data, "--output", tmp_path / "out", *SMALL_SCENES, "--epochs", 1]
+    run = ["segment", data, "--output", tmp_path / "out", *SMALL_SCENES, "--epochs", 1, "--batch-size", 2]
     assert f"{data / 'images' / 'validation'} holds no images" in fails(capsys, *run)
-    write_scenes(data, 1)
+    write_scenes(data, 2)
     mask = data / "annotations" / "training" / "ADE_train_00000001.png"
     assert "has the class 3, the largest is 2" in fails(capsys, *run, "--classes", 2)
     assert "--classes must be from 2 to 254, got 1" in fails(capsys, *run, "--classes", 1)
