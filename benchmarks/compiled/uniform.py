@@ -1,6 +1,6 @@
 """Uniform registers that a kernel reads and no path has written: what a miscompiled product looks like.
 
-ptxas 12.8 and 12.9 (Triton 3.6 to 3.9) sometimes lose the instruction that puts the descriptor of an operand in shared
+ptxas 12.8 (of Triton 3.6 and 3.7) sometimes loses the instruction that puts the descriptor of an operand in shared
 memory into a uniform register, where products are asynchronous (`wgmma`): the product then reads any address.  On an
 H100 that is a wrong gradient or an illegal access; here it is a register that is read before it can have been written.
 """

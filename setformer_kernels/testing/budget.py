@@ -95,7 +95,7 @@ def model_inputs(
         return gradients(function, exact, cotangent), gradients(function, cast(inputs, torch.float32), cotangent)
     rounded = cast(cast(inputs, torch.float32, dtype), torch.float64)
     exact = gradients(function, rounded, cotangent)
-    # A GPU's backward pass, which recomputes, does not know the mode of the forward pass: then nothing is recomputed.
+    # What a backward pass computes again may be outside this mode, and is then not rounded: nothing is computed again.
     with nullcontext() if dtype == torch.float32 else _RoundedProducts(dtype), kept_whole():
         model = gradients(function, cast(rounded, torch.float32), cotangent)
     return exact, model

@@ -127,7 +127,7 @@ LIKE = {
 }
 # With 227 KiB of shared memory, 128 head dims stay in one product: nothing of the references is loaded twice.
 # Asynchronous products (wgmma): of 16 bits in the forward pass, 1.8 times as fast with them at 16384 tokens (H100), and
-# of float32, whose three parts spill beside mma.sync.  Not in other kernels of 16 bits: ptxas before CUDA 13.3 loses
+# of float32, whose three parts spill beside mma.sync.  Not in other kernels of 16 bits: ptxas 12.8 (Triton 3.6) loses
 # descriptors of their operands, which gave wrong gradients and illegal addresses on that GPU; mma.sync costs the
 # backward pass 14 %.  `benchmarks.compiled.resources` finds lost descriptors in what it compiles.
 HOPPER: dict[tuple[str, str, str], Tile] = {
