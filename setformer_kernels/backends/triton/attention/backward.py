@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from ....problem import Operands, Options, replaced
-from ..device.gradients import gradient_tile
+from ..device.gradients import gradient_split
 from ..host.groups import Segments, sizes_of
-from ..host.launch import Split, device_of, split_tokens
+from ..host.launch import Split
 from ..host.rows import TOKENS, token_gradients
 from ..host.tiles import padded
 from ..parameters.gradients import new_partials, parameter_gradients, wants_parameters
@@ -55,9 +55,9 @@ def _backward(
             gradient.rows.zero_()
     parameters = wants_parameters(x, needs)
     keys = parameters or any(rows[name] is not None for name in ("key", "value", "log_a"))
-    rows_per_step = gradient_tile(x, opt).rows
-    queries = Split(0, 0) if x.query is None else _split(x.query, rows_per_step, at)
-    of_keys = _split(x.key, rows_per_step, at)
+    packed = at is not None
+    queries = Split(0, 0) if x.query is None else gradient_split(x, opt, x.query, "read_backward", packed)
+    of_keys = gradient_split(x, opt, x.key, "keys_backward", packed)
     elements = state[1].shape[0]
     parts = new_partials(x, prepared, queries.programs + of_keys.programs, needs, elements)
     part_z = None
@@ -85,7 +85,7 @@ def read_backward(
     need = dict(zip(Operands._fields, needs, strict=True))
     prepared, sizes = prepare(x, opt), sizes_of(x)
     out = token_gradients(x, need)
-    queries = _split(x.query, gradient_tile(x, opt).rows)
+    queries = gradient_split(x, opt, x.query, "read_backward")
     parts = new_partials(x, prepared, queries.programs, needs)
     (b, h), e = x.query.shape[:2], sizes.E
     part_z = x.references.new_empty((b * h, queries.programs, sizes.MP, sizes.EP))
@@ -98,11 +98,3 @@ def read_backward(
     shapes = (b, h, sizes.M, e), (b, h, sizes.M)
     d_z, d_g = (t.contiguous().view(shape) for t, shape in zip((d_z, d_g), shapes, strict=True))
     return Operands._make(found.get(name) for name in Operands._fields), d_z, d_g
-
-
-def _split(tokens: Tensor, rows: int, at: tuple[Segments, Segments] | None = None) -> Split:
-    """How the tokens of a head are shared among programs; those of a segment are not."""
-    b, h, n, _ = tokens.shape
-    if at is not None:
-        return Split(max(n, 1), 1)
-    return split_tokens(n, rows, b * h, device_of(tokens).multiprocessors)

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ....problem import Operands, Options
-from ..device.gradients import across, gradient_tile, leave_tile, no_sums, store_tile_sums
+from ..device.gradients import gradient_tile, leave_tile, no_sums, store_tile_sums
 from ..device.head import gradient_factor, head_of, load_references
 from ..device.logits import token_logits
 from ..device.places import places_of
@@ -136,7 +136,7 @@ def read_backward(
     query, d_o, sizes = unit_rows(x.query), unit_rows(d_o), sizes_of(x)
     (b, h), l, packed = pooled.z.shape[:2], query.shape[2], at is not None
     queries_at, keys_at = at or (Segments(), Segments())
-    device, t = device_of(query), gradient_tile(x, opt)
+    device, t = device_of(query), gradient_tile(x, opt, "read_backward")
     threshold, keep_scale = dropout_constants(opt.dropout_p)
     # Of a memory nothing is known of its keys: as many as keep every gradient.
     keys, iterations = (2, 1) if pooled.c is None else (x.key.shape[2], pooled.c.shape[2])
@@ -146,7 +146,7 @@ def read_backward(
     dropout = Dropout(seeds_of(x, queries_at), keep_scale)
     groups = (prepared, queries_at, keys_at, pooled, dropout, part_z, parts)
     counts = (h, l, keys, *split, parts.log_b.shape[1], iterations, threshold)
-    cut = cut_of(t, sizes, device, step, across(device, query))
+    cut = cut_of(t, sizes, device, step, t.across)
     constants = {"rule": rule_of(opt, read_range(x, opt)).compiled, "sizes": sizes.compiled, "cut": cut.compiled}
     programs = b * h * split.programs * max(sizes.DP // cut.DEPTH, sizes.EP // cut.VDEPTH)
     launch(read_backward_kernel, programs, (*tokens, *groups, *counts), constants, t)

@@ -24,7 +24,7 @@ from ..device.head import head_of, head_parameters
 from ..device.logits import token_logits
 from ..device.places import farthest, places_of
 from ..device.plan import log_domain_weights, narrow_weights, potentials_narrow, range_known
-from ..device.primitives import INF, LN2, column_sum, dot, finite_or_zero, merged_log_sum, rounded
+from ..device.primitives import INF, LN2, column_sum, dot, finite_or_zero, log_sum, merged_log_sum, rounded
 from ..device.rows import key_mass, load_rows, rows_of, segment_of, uniform_mass
 from ..host.groups import Segments, Sizes, cut_of, rule_of, sizes_of
 from ..host.launch import Split, device_of, kernel, launch, split_tokens
@@ -99,7 +99,7 @@ def transport_kernel(
     position, stride_pb, stride_ph, stride_pn,  # [B, H, S, P] or None
     references, keys_at, before, after,  # References, Segments; Sums of iteration − 1, of this one
     pooled, c,  # [BH, splits, MP, EP], [B, H, iterations, M]
-    H, S, stretch, splits, iteration, iterations, uniform,
+    H, S, stretch, splits, splits_before, iteration, iterations, uniform,
     FIRST: tl.constexpr, LAST: tl.constexpr, rule, sizes, cut,
 ):  # fmt: skip
     """Iteration t ≥ 1 (not UPDATE_ROWS: the one column sum of T = 0) over `stretch` keys of one head.
@@ -122,7 +122,8 @@ def transport_kernel(
     head = head_of(references, h, sizes, cut)
     g = tl.load(head.log_b + j)  # [MP]
     if not FIRST:
-        old = merged_log_sum(before.peak + bh * splits * MP, before.total + bh * splits * MP, splits, MP)
+        parts = bh * splits_before * MP
+        old = merged_log_sum(before.peak + parts, before.total + parts, splits_before, MP)
         g -= head.lam_b * finite_or_zero(old)
         if (split == 0) & (block == 0):
             tl.store(c + (bh * iterations + iteration - 2) * sizes.M + j, old * LN2, mask=j < sizes.M)
@@ -157,47 +158,43 @@ def transport_finish_kernel(
     references, sums,  # References; Sums of the last pass
     pooled, c, g, z,  # [BH, splits, MP, EP], [B, H, iterations, M], [B, H, M], [B, H, M, E]
     H, splits, iterations,
-    UPDATE_ROWS: tl.constexpr, M: tl.constexpr, MP: tl.constexpr, E: tl.constexpr, EP: tl.constexpr,
-    BLOCK: tl.constexpr,
+    UPDATE_ROWS: tl.constexpr, sizes, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """The partial sums of the last pass, merged: its c and g [M], and BLOCK numbers of z [M, E]."""
-    blocks: tl.constexpr = MP * EP // BLOCK
-    bh = (tl.program_id(0) // blocks).to(tl.int64)
-    block = tl.program_id(0) % blocks
-    peaks = sums.peak + bh * splits * MP
-    totals = sums.total + bh * splits * MP
-    j = tl.arange(0, MP)
-    if block == 0:
-        last = merged_log_sum(peaks, totals, splits, MP)
-        tl.store(c + (bh * iterations + iterations - 1) * M + j, last * LN2, mask=j < M)
-        h = bh % H
-        dual = tl.load(references.log_b + h * MP + j)
-        if UPDATE_ROWS:
-            beta, scale, lam_a, lam_b, tau = head_parameters(references.parameters, h)
-            dual -= lam_b * finite_or_zero(last)
-        tl.store(g + bh * M + j, tl.where(last > -INF, dual * LN2, -INF), mask=j < M)
-    index = block * BLOCK + tl.arange(0, BLOCK)
-    row, e, i = index // EP, index % EP, tl.arange(0, 16)
-    peak = tl.full([BLOCK], -INF, tl.float32)
-    total = tl.zeros([BLOCK], tl.float32)
-    value = tl.zeros([BLOCK], tl.float32)
+    """The partial sums of the last pass, merged: c, g and z of ROWS references of a head."""
+    M: tl.constexpr = sizes.M
+    MP: tl.constexpr = sizes.MP
+    bh = (tl.program_id(0) // (MP // ROWS)).to(tl.int64)
+    row, e = tl.program_id(0) % (MP // ROWS) * ROWS + tl.arange(0, ROWS), tl.arange(0, sizes.EP)
+    peak = tl.full([ROWS], -INF, tl.float32)
     for start in range(0, splits, 16):
-        split = (start + i)[:, None]
-        some = split < splits
-        part = tl.load(peaks + split * MP + row[None, :], mask=some, other=-INF)  # [16, BLOCK]
-        new = tl.maximum(peak, tl.max(part, 0))
-        safe = finite_or_zero(new)
-        fade, weight = tl.exp2(peak - safe), tl.exp2(part - safe[None, :])
-        mass = tl.load(totals + split * MP + row[None, :], mask=some, other=0.0)
-        part_value = tl.load(pooled + (bh * splits + split) * (MP * EP) + index[None, :], mask=some, other=0.0)
-        total = total * fade + tl.sum(mass * weight, 0)
-        value = value * fade + tl.sum(part_value * weight, 0)
-        peak = new
-    mean = tl.where(total > 0, value / tl.where(total > 0, total, 1.0), 0.0)
-    tl.store(z + (bh * M + row) * E + e, mean, mask=(row < M) & (e < E))
+        split = (start + tl.arange(0, 16))[:, None]
+        part = tl.load(sums.peak + (bh * splits + split) * MP + row[None, :], mask=split < splits, other=-INF)
+        peak = tl.maximum(peak, tl.max(part, 0))
+    safe = finite_or_zero(peak)
+    total = tl.zeros([ROWS], tl.float32)
+    value = tl.zeros([ROWS, sizes.EP], tl.float32)
+    # A few splits at a time: as many as a thread has loads under way.
+    for start in range(0, splits, 4):
+        split = (start + tl.arange(0, 4))[:, None]
+        at, some = (bh * splits + split) * MP + row[None, :], split < splits
+        weight = tl.exp2(tl.load(sums.peak + at, mask=some, other=-INF) - safe[None, :])  # [4, ROWS]
+        total += tl.sum(tl.load(sums.total + at, mask=some, other=0.0) * weight, 0)
+        part = tl.load(pooled + at[:, :, None] * sizes.EP + e[None, None, :], mask=some[:, :, None], other=0.0)
+        value += tl.sum(part * weight[:, :, None], 0)
+    last = log_sum(peak, total)
+    tl.store(c + (bh * iterations + iterations - 1) * M + row, last * LN2, mask=row < M)
+    h = bh % H
+    dual = tl.load(references.log_b + h * MP + row)
+    if UPDATE_ROWS:
+        beta, scale, lam_a, lam_b, tau = head_parameters(references.parameters, h)
+        dual -= lam_b * finite_or_zero(last)
+    tl.store(g + bh * M + row, tl.where(last > -INF, dual * LN2, -INF), mask=row < M)
+    mean = tl.where((total > 0)[:, None], value / tl.where(total > 0, total, 1.0)[:, None], 0.0)
+    inside = (row < M)[:, None] & (e < sizes.E)[None, :]
+    tl.store(z + (bh * M + row)[:, None] * sizes.E + e[None, :], mean, mask=inside)
 
 
-FINISH = Tile(rows=16, depth=256, warps=4, stages=1)  # a [16 splits, 256] tile is 32 numbers a thread
+FINISH = Tile(rows=8, depth=64, warps=4, stages=1)  # 8 references: 64 columns of them are 16 bytes a thread
 
 
 def transport(
@@ -210,11 +207,9 @@ def transport(
     iterations, new = max(opt.num_iters, 1), x.references.new_empty
     z, g, c = new((b, h, sizes.M, sizes.E)), new((b, h, sizes.M)), new((b, h, iterations, sizes.M))
     split, sums, pooled = column_sums(x, opt, prepared, sizes, c, keys_at)
-    block = min(256, sizes.MP * sizes.EP)
-    constants = {"UPDATE_ROWS": opt.num_iters > 0, "M": sizes.M, "MP": sizes.MP, "E": sizes.E, "EP": sizes.EP}
-    programs = b * h * sizes.MP * sizes.EP // block
+    constants = {"UPDATE_ROWS": opt.num_iters > 0, "sizes": sizes.compiled, "ROWS": FINISH.rows}
     args = (prepared, sums, pooled, c, g, z, h, split.programs, iterations)
-    launch(transport_finish_kernel, programs, args, constants | {"BLOCK": block}, FINISH)
+    launch(transport_finish_kernel, b * h * sizes.MP // FINISH.rows, args, constants, FINISH)
     return z, g, c
 
 
@@ -245,11 +240,13 @@ def column_sums(
     kinds = ("column", "pooling") if known == "always" and not across else ("across", "across")
     widest = max(sizes.MP, sizes.DP, sizes.EP)
     t, pooling = (tile(kind, device.family, widest, key.element_size()) for kind in kinds)
-    split = Split(max(s, 1), 1) if packed else split_tokens(s, t.rows, b * h, device.multiprocessors)
+    splits = [split_tokens(s, own, b * h, device.multiprocessors) for own in (t, pooling)]
+    if packed:
+        splits = 2 * [Split(max(s, 1), 1)]
     new = x.references.new_empty
-    shape = (b * h, split.programs, sizes.MP)
+    shape = (b * h, max(split.programs for split in splits), sizes.MP)
     before, after = Sums(new(shape), new(shape)), Sums(new(shape), new(shape))
-    pooled = new((*shape, sizes.EP))
+    pooled = new((b * h, splits[1].programs, sizes.MP, sizes.EP))
     step = stride_step(key, value)
     cuts = [cut_of(own, sizes, device, step, across) for own in (t, pooling)]
     rows = (*strided(key, step, packed), *strided(value, step, packed))
@@ -259,8 +256,9 @@ def column_sums(
     for iteration in range(1, iterations + 1):
         last = iteration == iterations
         blocks = sizes.EP // cuts[last].VDEPTH if last else 1
-        args = (*tokens, before, after, pooled, c, h, s, *split, iteration, iterations, uniform)
+        counts = (h, s, *splits[last], splits[0].programs, iteration, iterations)
+        args = (*tokens, before, after, pooled, c, *counts, uniform)
         variant = constants | {"FIRST": iteration == 1, "LAST": last, "cut": cuts[last].compiled}
-        launch(transport_kernel, b * h * split.programs * blocks, args, variant, pooling if last else t)
+        launch(transport_kernel, b * h * splits[last].programs * blocks, args, variant, pooling if last else t)
         before, after = after, before
-    return split, before, pooled
+    return splits[1], before, pooled

@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ....problem import Operands, Options, replaced
-from ..device.gradients import across, gradient_tile, leave_tile, no_sums, store_tile_sums, sum_slots
+from ..device.gradients import gradient_split, gradient_tile, leave_tile, no_sums, store_tile_sums, sum_slots
 from ..device.head import gradient_factor, head_of, load_references, load_references_t
 from ..device.logits import token_logits
 from ..device.places import places_of
@@ -211,7 +211,7 @@ def transport_keys_backward_kernel(
     d_value, stride_dvb, stride_dvh, stride_dvn,
     d_log_a, stride_dab, stride_dah, stride_dan,
     references, state, parts,  # References, State, Partials
-    H, S, stretch, splits, first_slot, iterations,
+    H, S, stretch, splits, column_splits, first_slot, iterations,
     rule, sizes, cut,
 ):  # fmt: skip
     """All of dℓ over `stretch` keys of one head; DEPTH columns of dk and dŷ, and every d_blocks-th VDEPTH of dv."""
@@ -239,7 +239,7 @@ def transport_keys_backward_kernel(
     use = tl.load(state.use_values + bh)
     newest = tl.zeros([MP], tl.float32)
     if state.first_d_g is not None:
-        newest = sum_slots(state.first_d_g, bh, 0, 1, splits, splits, MP, j, j < MP)  # dg^1
+        newest = sum_slots(state.first_d_g, bh, 0, 1, column_splits, column_splits, MP, j, j < MP)  # dg^1
     center = relaxation_center(head, state, rule.DOT)
     relaxed, d_g_0 = tl.zeros([cut.ROWS], tl.float32), tl.zeros([MP], tl.float32)
     sums = no_sums(sizes, cut)
@@ -302,28 +302,31 @@ def transport_backward(
     merged, sizes = merged_state(x, opt, prepared, state, given, parts, keys_at), sizes_of(x)
     key, value, position = unit_rows(x.key), unit_rows(x.value), unit_rows(x.key_position)
     (b, h), s, packed = state[1].shape[:2], key.shape[2], keys_at.first is not None
-    iterations, device, t = state[1].shape[2], device_of(key), gradient_tile(x, opt)
+    iterations, device = state[1].shape[2], device_of(key)
+    columns, t = (gradient_tile(x, opt, kind) for kind in ("columns_backward", "keys_backward"))
     step = stride_step(key, value, out.key, out.value)
     tokens = (*strided(key, step, packed), *strided(value, step, packed))
     tokens = (*tokens, *strided(x.log_a, packed=packed), *strided(position, packed=packed))
-    cut = cut_of(t, sizes, device, step, across(device, key))
+    cut_columns, cut = (cut_of(own, sizes, device, step, own.across) for own in (columns, t))
     rule = rule_of(opt, range_known(x, opt))
-    sums = [x.references.new_empty((b * h, split.programs, sizes.MP)) for _ in range(min(2, iterations - 1))]
+    of_columns = gradient_split(x, opt, key, "columns_backward", packed)
+    sums = [x.references.new_empty((b * h, of_columns.programs, sizes.MP)) for _ in range(min(2, iterations - 1))]
     for iteration in range(iterations, 1, -1):
-        args = (*tokens, prepared, merged, sums[0], sums[-1], h, s, *split, iteration, iterations)
+        args = (*tokens, prepared, merged, sums[0], sums[-1], h, s, *of_columns, iteration, iterations)
         constants = {
             "LAST": iteration == iterations,
             "rule": rule.compiled,
             "sizes": sizes.compiled,
-            "cut": cut.compiled,
+            "cut": cut_columns.compiled,
         }
-        launch(transport_columns_backward_kernel, b * h * split.programs, args, constants, t)
+        launch(transport_columns_backward_kernel, b * h * of_columns.programs, args, constants, columns)
         sums.reverse()
     merged = merged._replace(first_d_g=sums[0] if sums else None)
     gradients = (*strided(out.key, step, packed), *strided(out.value, step, packed))
     gradients = (*gradients, *strided(out.log_a, packed=packed))
     parts = parts if log_b else replaced(parts, log_b=None)
-    args = (*tokens, *gradients, prepared, merged, parts, h, s, *split, given.splits, iterations)
+    counts = (h, s, *split, of_columns.programs, given.splits, iterations)
+    args = (*tokens, *gradients, prepared, merged, parts, *counts)
     programs = b * h * split.programs * (sizes.DP // cut.DEPTH)
     constants = {"rule": rule.compiled, "sizes": sizes.compiled, "cut": cut.compiled}
     launch(transport_keys_backward_kernel, programs, args, constants, t)

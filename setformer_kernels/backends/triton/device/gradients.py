@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ....problem import Operands, Options
-from ..host.launch import Device, device_of
+from ..host.launch import Split, device_of, split_tokens
 from ..host.tiles import Tile, padded, tile
 from .places import position_sums
 from .plan import range_known
@@ -27,19 +27,19 @@ from .rows import store_rows
 SUMS = 8  # numbers that a slot holds for the hyperparameters, see `sum_of`
 
 
-def across(device: Device, tokens: Tensor) -> bool:
-    """Whether warps share the references (see `tokens_by`): with few tokens a tile, sharing these would repeat work.
-
-    Not for float32 on Hopper and Blackwell, whose wide products would hold three parts of the references in registers.
-    """
-    return tokens.element_size() == 2 or device.family not in ("sm_90", "sm_100")
-
-
-def gradient_tile(x: Operands, opt: Options) -> Tile:
-    """The tile of the passes over queries and keys."""
+def gradient_tile(x: Operands, opt: Options, kind: str) -> Tile:
+    """The tile of a pass over queries or keys."""
     m, d, e = x.references.shape[1], x.key.shape[-1], x.value.shape[-1]
-    kind = "gradient" if range_known(x, opt) == "always" else "gradient_log"
+    kind = kind if range_known(x, opt) == "always" else "gradient_log"
     return tile(kind, device_of(x.key).family, padded(max(m, d, e)), x.key.element_size())
+
+
+def gradient_split(x: Operands, opt: Options, tokens: Tensor, kind: str, packed: bool = False) -> Split:
+    """How the tokens of a head are shared among programs of a pass; those of a segment are not."""
+    b, h, n, _ = tokens.shape
+    if packed:
+        return Split(max(n, 1), 1)
+    return split_tokens(n, gradient_tile(x, opt, kind), b * h, device_of(tokens).multiprocessors)
 
 
 @triton.jit

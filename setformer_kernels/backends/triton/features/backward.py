@@ -199,7 +199,7 @@ def _over_tokens(
     step = stride_step(x, d_psi, d_x)
     t, cut = landmark_cut(x, landmarks, "features_backward", step, prepared.largest is not None)
     blocks, size = cut.RP // cut.RC, cut.RP * (cut.RP + cut.DP) + EXTRA
-    split = split_tokens(n, t.rows, b * h, device_of(x).multiprocessors)
+    split = split_tokens(n, t, b * h, device_of(x).multiprocessors)
     constants = {"SIZE": size, "cut": cut.compiled}
     tokens, counts = (*strided(x, step), *strided(d_psi, step)), (h, n, *split)
     given = (prepared.y, prepared.inverse_norm, prepared.parameters, w)

@@ -68,23 +68,10 @@ def _query(index: int) -> Device:
 
 # What kernels count, under the names that their signatures use: never specialised on, as strides are not.
 COUNTS = {
-    *(
-        "B",
-        "G",
-        "H",
-        "L",
-        "M",
-        "N",
-        "S",
-        "T",
-        "blocks",
-        "all_chunks",
-        "chunks",
-        "first_chunk",
-        "first_head",
-        "first_slot",
-    ),
-    *("iteration", "iterations", "more", "slots", "splits", "step", "steps", "stretch", "stretches", "t", "threshold"),
+    *("B", "G", "H", "L", "M", "N", "S", "T"),
+    *("blocks", "all_chunks", "chunks", "column_splits", "first_chunk", "first_head", "first_slot"),
+    *("iteration", "iterations", "more", "slots", "splits", "splits_before"),
+    *("step", "steps", "stretch", "stretches", "t", "threshold"),
 }
 
 
@@ -132,14 +119,17 @@ class Split(NamedTuple):
     programs: int  # of one head
 
 
-PROGRAMS_PER_MULTIPROCESSOR = 4  # what the tile table's registers and shared memory let reside at once
-LEAST_TILES = 4  # of a program: with fewer, beginning and merging cost more than they spread
+BEGINNING = 4  # tiles that take as long as what every program does beside: load what all share, leave its sums
 
 
-def split_tokens(length: int, rows: int, heads: int, multiprocessors: int) -> Split:
-    """Enough programs to fill the device once, each with several tiles; more heads than that need no split."""
-    tiles = max(1, math.ceil(length / rows))
-    wanted = math.ceil(PROGRAMS_PER_MULTIPROCESSOR * multiprocessors / max(1, heads))
-    count = max(1, min(wanted, math.ceil(tiles / LEAST_TILES)))
-    stretch = math.ceil(tiles / count) * rows
+@functools.lru_cache(1024)
+def split_tokens(length: int, tile: Tile, heads: int, multiprocessors: int) -> Split:
+    """The split that takes least: programs run in waves, each as long as its tiles and its beginning."""
+    tiles, slots = max(1, math.ceil(length / tile.rows)), max(1, tile.resident * multiprocessors)
+
+    def time(count: int) -> int:
+        return math.ceil(heads * count / slots) * (math.ceil(tiles / count) + BEGINNING)
+
+    most = min(tiles, 2 * math.ceil(slots / max(1, heads)))
+    stretch = math.ceil(tiles / min(range(1, most + 1), key=time)) * tile.rows
     return Split(stretch, max(1, math.ceil(length / stretch)))

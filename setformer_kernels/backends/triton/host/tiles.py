@@ -17,6 +17,8 @@ class Tile(NamedTuple):
     warps: int
     stages: int  # of the software pipeline
     wgmma: bool = False  # whether products may be Hopper's asynchronous ones, see HOPPER
+    across: bool = False  # whether warps share the references, not the tokens, see `primitives.tokens_by`
+    resident: int = 4  # programs that a multiprocessor's registers and shared memory hold at a time
 
 
 MAX_REFERENCES = 256  # a row of logits stays in one tile, so that the row update needs no second pass
@@ -56,12 +58,12 @@ DEFAULT: dict[tuple[str, str, str], Tile] = {
     ("across", "small", "half"): Tile(32, 64, 4, 2),
     ("across", "medium", "half"): Tile(64, 64, 8, 2),
     # Half precision: [references, rows] products of 16 or 32 tokens; eight warps, as [M, depth] sums spill on four.
-    ("gradient", "small", "half"): Tile(32, 64, 8, 2),
-    ("gradient", "medium", "half"): Tile(16, 64, 8, 1),
-    ("gradient", "large", "half"): Tile(16, 64, 8, 1),
-    ("gradient", "small", "single"): Tile(16, 32, 8, 1),
-    ("gradient", "medium", "single"): Tile(16, 32, 8, 1),
-    ("gradient", "large", "single"): Tile(16, 16, 8, 1),
+    ("gradient", "small", "half"): Tile(32, 64, 8, 2, across=True),
+    ("gradient", "medium", "half"): Tile(16, 64, 8, 1, across=True),
+    ("gradient", "large", "half"): Tile(16, 64, 8, 1, across=True),
+    ("gradient", "small", "single"): Tile(16, 32, 8, 1, across=True),
+    ("gradient", "medium", "single"): Tile(16, 32, 8, 1, across=True),
+    ("gradient", "large", "single"): Tile(16, 16, 8, 1, across=True),
     # "chunk": the causal kernels hold several [rows, M] tiles at once and no sums across a loop.
     ("chunk", "small", "half"): Tile(32, 64, 8, 1),
     ("chunk", "medium", "half"): Tile(32, 32, 8, 1),
@@ -121,6 +123,9 @@ DEFAULT: dict[tuple[str, str, str], Tile] = {
 LIKE = {
     "across": "column",
     "pooling": "column",
+    "read_backward": "gradient",
+    "keys_backward": "gradient",
+    "columns_backward": "gradient",
     "gradient_log": "gradient",
     "masked_tokens": "gradient_log",
     "masked_keys": "gradient",
@@ -131,10 +136,11 @@ LIKE = {
 # descriptors of their operands, which gave wrong gradients and illegal addresses on that GPU; mma.sync costs the
 # backward pass 14 %.  `benchmarks.compiled.resources` finds lost descriptors in what it compiles.
 HOPPER: dict[tuple[str, str, str], Tile] = {
-    **{key: t._replace(wgmma=True) for key, t in DEFAULT.items() if key[2] == "single"},
+    **{key: t._replace(wgmma=True, across=False) for key, t in DEFAULT.items() if key[2] == "single"},
     # Three stages: 7 % of the forward pass at 16384 tokens, 4 % at 1024 of eight batch elements (H100).
     ("row", "small", "half"): Tile(64, 64, 4, 2, wgmma=True),
     ("column", "small", "half"): Tile(64, 64, 4, 3, wgmma=True),
+    ("pooling", "small", "half"): Tile(64, 64, 4, 3, wgmma=True, resident=2),
     ("row", "medium", "half"): Tile(64, 128, 4, 2, wgmma=True),
     # wgmma wants 128 rows of eight warps; values in two products with their weights leave half the columns at a time.
     ("column", "medium", "half"): Tile(128, 32, 8, 2, wgmma=True),
@@ -143,10 +149,13 @@ HOPPER: dict[tuple[str, str, str], Tile] = {
     ("pooling", "medium", "half"): Tile(32, 64, 8, 2, wgmma=True),
     # Half the head dims at a time: without wgmma the operands are registers too.
     ("across", "small", "half"): Tile(32, 32, 4, 2),
+    ("read_backward", "small", "half"): Tile(128, 64, 8, 1, wgmma=True, resident=1),
+    ("columns_backward", "small", "half"): Tile(64, 64, 4, 3, wgmma=True, resident=3),
+    ("keys_backward", "small", "half"): Tile(64, 64, 4, 1, resident=2),
     # Four warps and 16 rows: two blocks share a multiprocessor without spilling, and issue fewer instructions a row
     # (eight warps: 1.5 times the time on an H100).  A second stage was 6 % slower there.
-    ("gradient", "small", "half"): Tile(16, 64, 4, 1),
-    ("gradient_log", "small", "half"): Tile(16, 32, 4, 2),
+    ("gradient", "small", "half"): Tile(16, 64, 4, 1, across=True),
+    ("gradient_log", "small", "half"): Tile(16, 32, 4, 2, across=True),
     ("chunk_backward", "small", "single"): Tile(16, 32, 8, 1, wgmma=True),
 }
 # 64 rows would go to tcgen05, whose results live in tensor memory: by the model the exponentials are then taken twice.
@@ -156,16 +165,16 @@ BLACKWELL = HOPPER | {
     ("column", "small", "half"): Tile(32, 64, 4, 2),
     ("column", "medium", "half"): Tile(32, 64, 8, 2),
     ("across", "small", "half"): Tile(32, 64, 4, 2),
-    ("gradient", "small", "half"): Tile(32, 64, 8, 2),
-    ("gradient_log", "small", "half"): Tile(16, 64, 8, 2),
+    ("gradient", "small", "half"): Tile(32, 64, 8, 2, across=True),
+    ("gradient_log", "small", "half"): Tile(16, 64, 8, 2, across=True),
 }
 # Without wgmma the operands are registers too: half the head dims at a time keep them within 255.
 AMPERE: dict[tuple[str, str, str], Tile] = {
     ("row", "medium", "half"): Tile(64, 32, 4, 2),
     ("column", "medium", "half"): Tile(64, 32, 8, 2),
-    ("gradient", "medium", "single"): Tile(16, 16, 8, 1),
-    ("gradient_log", "small", "single"): Tile(16, 16, 8, 1),
-    ("masked_tokens", "small", "half"): Tile(16, 64, 8, 2),
+    ("gradient", "medium", "single"): Tile(16, 16, 8, 1, across=True),
+    ("gradient_log", "small", "single"): Tile(16, 16, 8, 1, across=True),
+    ("masked_tokens", "small", "half"): Tile(16, 64, 8, 2, across=True),
     ("chunk", "medium", "single"): Tile(16, 16, 8, 1),
 }
 # A wavefront has 64 lanes: half as many hold a tile.
@@ -178,7 +187,9 @@ OVERRIDES: dict[str, dict[tuple[str, str, str], Tile]] = {
     "amd": AMD,
     "default": AMPERE,
 }
-INTERPRETER = Tile(64, 64, 4, 1)  # a step costs the same at any size: few steps, yet several at the lengths tested
+INTERPRETER = Tile(
+    64, 64, 4, 1, across=True
+)  # a step costs the same at any size: few steps, yet several at the lengths tested
 
 
 def tile(kind: str, family: str, widest: int, itemsize: int) -> Tile:

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from ....problem import Operands, Options, empty_in_order
-from ..device.gradients import across
 from ..host.groups import cut_of, rule_of
 from ..host.launch import device_of, launch, split_tokens
 from ..host.rows import TOKENS, stride_step, strided, token_gradients, unit_rows
@@ -130,7 +129,7 @@ def tokens_backward(
     x, (h, l, s), sizes, device = call.x, call.lengths, call.sizes, device_of(call.x.key)
     assert x.query is not None
     t = call.tile("masked_tokens")
-    splits = [split_tokens(n, t.rows, call.heads, device.multiprocessors) for n in (l, s)]
+    splits = [split_tokens(n, t, call.heads, device.multiprocessors) for n in (l, s)]
     slots = splits[0].programs + splits[1].programs
     parts = new_partials(x, call.prepared, slots, needs[:-1])
     sides = (("query", state.work.tops, 0), ("key", state.keys.weight, splits[0].programs))
@@ -141,7 +140,7 @@ def tokens_backward(
         groups = (call.prepared, live, state.back.d_logits, state.back, state.terms, parts)
         counts = (h, n, *split, first_head, first_slot, slots, state.back.log_b.shape[1])
         args = (*rows, *strided(out["log_a"] if keys else None), *groups, *counts)
-        cut = cut_of(t, sizes, device, step, across(device, tokens))
+        cut = cut_of(t, sizes, device, step, t.across)
         constants = {"KEYS": keys, "rule": rule_of(call.opt).compiled, "sizes": sizes.compiled, "cut": cut.compiled}
         programs = call.heads * split.programs * (sizes.DP // cut.DEPTH)
         launch(masked_tokens_backward_kernel, programs, args, constants, t)

@@ -58,7 +58,7 @@ def stream(n: int, m: int, groups: int, device: Device, numbers: int = STREAM) -
     rows = INTERPRETER.rows if device.family == "interpreter" else numbers // columns
     # Rows of the widest tile lie in few warps: with eight, the smaller tile of the backward pass spills.
     t = Tile(rows=rows, depth=columns, warps=4 if rows < MIN_BLOCK else 8, stages=1)
-    split = split_tokens(n, t.rows, groups, device.multiprocessors) if m <= columns else Split(t.rows, -(-n // t.rows))
+    split = split_tokens(n, t, groups, device.multiprocessors) if m <= columns else Split(t.rows, -(-n // t.rows))
     return t, split
 
 
