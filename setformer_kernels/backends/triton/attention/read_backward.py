@@ -17,7 +17,7 @@ from ..device.gradients import gradient_tile, leave_tile, no_sums, store_tile_su
 from ..device.head import gradient_factor, head_of, load_references
 from ..device.logits import token_logits
 from ..device.places import places_of
-from ..device.primitives import dot, rounded, tokens_by
+from ..device.primitives import again, dot, rounded, tokens_by
 from ..device.rows import few_keys, load_rows, rows_of, segment_of
 from ..device.softmax import below_top, dropout_constants, numerators, read_gradient
 from ..host.groups import Dropout, Segments, cut_of, rule_of, sizes_of
@@ -99,18 +99,19 @@ def read_backward_kernel(
         rows = start + tl.arange(0, cut.ROWS)
         live = rows < end
         l, kappa, cosine, inverse, x = token_logits(queries, rows, live, places, head, rule.DOT, sizes, cut)
+        # Before the numerators, which a product would keep in registers beside its operands.
+        d_o_z, do = output_products(gradients, rows, live, pooled.z, bh, z_t, use, operand, sizes, cut)
         # Read in the loop: a thread cannot hold its share of the columns beside the tiles.
         g = dual_potential(head, pooled, bh, iterations, rule.UPDATE_ROWS, sizes)
         w = numerators(l, kappa, g, below_top(g, head.scale), head.scale, rule.RANGE)
-        d_o_z, do = output_products(gradients, rows, live, pooled.z, bh, z_t, use, operand, sizes, cut)
         kept, d_s = read_gradient(w, d_o_z, stream, counter, L, rows, threshold, sizes)
         if e_blocks > 1:
             do = load_rows(gradients, rows, live, e, sizes.E)
         if part_z is not None:
             d_z += dot(tl.trans(rounded(kept, do.dtype)), do, cut.PRECISION)
             d_g += tl.sum(d_s, 0)
-        if d_blocks > 1:
-            x = load_rows(queries, rows, live, d, sizes.D)
+        if d_blocks > 1 or cut.FRUGAL:
+            x = load_rows(queries, again(rows) if cut.FRUGAL else rows, live, d, sizes.D)
         sums = leave_tile(
             sums, d_s, 0.0, kappa, cosine, inverse, x, y_own, factor, head.beta, out, rows, live, live, d,
             block < d_blocks, places, parts, True, rule.DOT, sizes, cut,

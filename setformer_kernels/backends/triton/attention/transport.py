@@ -24,7 +24,7 @@ from ..device.head import head_of, head_parameters
 from ..device.logits import token_logits
 from ..device.places import farthest, places_of
 from ..device.plan import log_domain_weights, narrow_weights, potentials_narrow, range_known
-from ..device.primitives import INF, LN2, column_sum, dot, finite_or_zero, log_sum, merged_log_sum, rounded
+from ..device.primitives import INF, LN2, column_sum, dot, finite_or_zero, leading, log_sum, merged_log_sum, rounded
 from ..device.rows import key_mass, load_rows, rows_of, segment_of, uniform_mass
 from ..host.groups import Segments, Sizes, cut_of, rule_of, sizes_of
 from ..host.launch import Split, device_of, kernel, launch, split_tokens
@@ -79,10 +79,10 @@ def walk_keys(
             total += column_sum(weights)
         if POOL:
             v = load_rows(values, rows, live, e, sizes.E)
-            high = rounded(weights, v.dtype)
-            sums += dot(tl.trans(high), v, cut.PRECISION)
+            high = leading(weights, v.dtype)
+            sums += dot(tl.trans(rounded(high, v.dtype)), v, cut.PRECISION)
             if v.dtype != tl.float32:  # the backward subtracts ⟨dz, z⟩ from ⟨dz, v⟩: z needs all of its weights
-                sums += dot(tl.trans(rounded(weights - high.to(tl.float32), v.dtype)), v, cut.PRECISION)
+                sums += dot(tl.trans(rounded(weights - high, v.dtype)), v, cut.PRECISION)
     if NARROW:
         total = column_sum(tile) if DEFER else total
         peak = tl.zeros_like(g)
@@ -174,10 +174,10 @@ def transport_finish_kernel(
     total = tl.zeros([ROWS], tl.float32)
     value = tl.zeros([ROWS, sizes.EP], tl.float32)
     # A few splits at a time: as many as a thread has loads under way.
-    for start in range(0, splits, 4):
-        split = (start + tl.arange(0, 4))[:, None]
+    for start in range(0, splits, 8):
+        split = (start + tl.arange(0, 8))[:, None]
         at, some = (bh * splits + split) * MP + row[None, :], split < splits
-        weight = tl.exp2(tl.load(sums.peak + at, mask=some, other=-INF) - safe[None, :])  # [4, ROWS]
+        weight = tl.exp2(tl.load(sums.peak + at, mask=some, other=-INF) - safe[None, :])  # [8, ROWS]
         total += tl.sum(tl.load(sums.total + at, mask=some, other=0.0) * weight, 0)
         part = tl.load(pooled + at[:, :, None] * sizes.EP + e[None, None, :], mask=some[:, :, None], other=0.0)
         value += tl.sum(part * weight[:, :, None], 0)

@@ -22,8 +22,8 @@ from ..device.gradients import gradient_split, gradient_tile, leave_tile, no_sum
 from ..device.head import gradient_factor, head_of, load_references, load_references_t
 from ..device.logits import token_logits
 from ..device.places import places_of
-from ..device.plan import range_known
-from ..device.primitives import INF, LN2, finite_or_zero, rounded, tokens_by
+from ..device.plan import range_known, row_factor
+from ..device.primitives import INF, LN2, again, finite_or_zero, rounded, tokens_by
 from ..device.rows import key_mass, load_rows, row_starts, rows_of, segment_of, store_rows, uniform_mass
 from ..host.groups import Segments, cut_of, rule_of, sizes_of
 from ..host.launch import Split, device_of, kernel, launch
@@ -49,22 +49,22 @@ def key_value_products(values, rows, live, d_z, first_t, sizes, cut):
 
 @triton.jit
 def _store_value_columns(out, rows, inside, weights, d_z, start, sizes, cut):
-    """Columns start.. of dv_s = Σ_j W^k_sj dz_j."""
-    e = start + tl.arange(0, cut.VDEPTH)
-    d_z_chunk = load_references(d_z, start, sizes.MP, sizes.EP, cut.VDEPTH)
-    d_v = tokens_by(rounded(weights, d_z_chunk.dtype), d_z_chunk, cut.PRECISION, cut.ACROSS)
-    store_rows(out, rows, inside, e, sizes.E, d_v)
+    """Columns start.. of dv_s = Σ_j W^k_sj dz_j, from those of dz."""
+    d_v = tokens_by(rounded(weights, d_z.dtype), d_z, cut.PRECISION, cut.ACROSS)
+    store_rows(out, rows, inside, start + tl.arange(0, cut.VDEPTH), sizes.E, d_v)
 
 
 @triton.jit
-def store_values(out, rows, inside, weights, d_z, block, blocks: tl.constexpr, sizes, cut):
-    """Every `blocks`-th VDEPTH columns of dv from `block` on."""
+def store_values(out, rows, inside, weights, d_z, first_t, block, blocks: tl.constexpr, sizes, cut):
+    """Every `blocks`-th VDEPTH columns of dv from `block` on; first_t: the first of dz, transposed."""
     if sizes.EP == cut.VDEPTH:
         if block == 0:
-            _store_value_columns(out, rows, inside, weights, d_z, 0, sizes, cut)
+            _store_value_columns(out, rows, inside, weights, tl.trans(first_t), 0, sizes, cut)
     else:
         for chunk in range(block, sizes.EP // cut.VDEPTH, blocks):
-            _store_value_columns(out, rows, inside, weights, d_z, chunk * cut.VDEPTH, sizes, cut)
+            start = chunk * cut.VDEPTH
+            d_z_chunk = load_references(d_z, start, sizes.MP, sizes.EP, cut.VDEPTH)
+            _store_value_columns(out, rows, inside, weights, d_z_chunk, start, sizes, cut)
 
 
 @kernel
@@ -249,14 +249,18 @@ def transport_keys_backward_kernel(
         inside = rows < end
         live, mass = key_mass(masses, rows, end, uniform)
         l, kappa, cosine, inverse, x = token_logits(keys, rows, live, places, head, rule.DOT, sizes, cut)
+        # Products come where the fewest tiles are alive, beside which their operands are registers too.
+        v_dz = key_value_products(values, rows, live, d_z, d_z_t, sizes, cut)
         # Columns are read in the loop: a thread cannot hold its share of them beside the tiles.
         column = load_columns(state, bh * iterations + iterations - 1, sizes)
         p, r, lse, first = plan_terms(kappa, l, mass, head, column, rule, sizes)
         weights = pooling_weights(first, column.second, live, use)
-        if d_value is not None:
-            store_values(d_values, rows, inside, weights, d_z, block, d_blocks, sizes, cut)
-        v_dz = key_value_products(values, rows, live, d_z, d_z_t, sizes, cut)
         terms = last_terms(relaxed, d_g_0, center, p, r, lse, weights, v_dz, use, head, state, parts, bh, rule, sizes)
+        if d_value is not None:
+            if cut.FRUGAL and rule.UPDATE_ROWS and rule.RANGE == "always":
+                first = p * row_factor(again(r), mass, head.lam_a)[:, None]
+                weights = pooling_weights(first, column.second, live, use)
+            store_values(d_values, rows, inside, weights, d_z, d_z_t, block, d_blocks, sizes, cut)
         if state.first_d_g is not None:
             terms = earlier_terms(
                 terms, center, kappa, l, mass, newest, head, state, parts, bh, iterations, rule, sizes
@@ -267,8 +271,8 @@ def transport_keys_backward_kernel(
         if d_log_a is not None:
             if block == 0:
                 tl.store(row_starts(d_masses, rows), sent, mask=inside)
-        if d_blocks > 1:
-            x = load_rows(keys, rows, live, d, sizes.D)
+        if d_blocks > 1 or cut.FRUGAL:
+            x = load_rows(keys, again(rows) if cut.FRUGAL else rows, live, d, sizes.D)
         total = (1.0 - head.lam_a) * sent if rule.UPDATE_ROWS else sent  # Σ_j R = 1
         sums = leave_tile(
             sums, d_l, total, kappa, cosine, inverse, x, y_own, factor, head.beta, d_keys, rows, inside, live, d, True,

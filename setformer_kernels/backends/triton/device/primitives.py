@@ -38,12 +38,34 @@ def tokens_by(a, b, PRECISION: tl.constexpr, ACROSS: tl.constexpr):
 
 
 @triton.jit
+def again(x):
+    """x, 32 bits an element, as something the compiler knows nothing of: what is computed from it is computed anew,
+    instead of being held in registers since the first time.  For NVIDIA's GPUs."""
+    if _INTERPRETED:
+        return x
+    else:
+        return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], dtype=x.dtype, is_pure=False, pack=1)
+
+
+@triton.jit
 def rounded(x, dtype: tl.constexpr):
     """x [float32] to the nearest number of a token dtype."""
     if _INTERPRETED and dtype == tl.bfloat16:  # the interpreter (Triton 3.6 to 3.9) truncates instead
         bits = x.to(tl.uint32, bitcast=True)
         x = ((bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000).to(tl.float32, bitcast=True)
     return x.to(dtype)
+
+
+@triton.jit
+def leading(x, dtype: tl.constexpr):
+    """A number of a token dtype near x, in float32: x less it is small.  Cut off where that takes one instruction, as
+    rounding alone is one of those that exponentials wait for."""
+    if dtype == tl.float32:
+        return x
+    elif dtype == tl.bfloat16:
+        return (x.to(tl.uint32, bitcast=True) & 0xFFFF0000).to(tl.float32, bitcast=True)
+    else:
+        return x.to(dtype).to(tl.float32)
 
 
 @triton.jit

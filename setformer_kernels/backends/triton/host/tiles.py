@@ -18,6 +18,7 @@ class Tile(NamedTuple):
     stages: int  # of the software pipeline
     wgmma: bool = False  # whether products may be Hopper's asynchronous ones, see HOPPER
     across: bool = False  # whether warps share the references, not the tokens, see `primitives.tokens_by`
+    frugal: bool = False  # whether tiles are computed anew, and rows read anew, rather than held in registers
     resident: int = 4  # programs that a multiprocessor's registers and shared memory hold at a time
 
 
