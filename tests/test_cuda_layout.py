@@ -114,16 +114,16 @@ def devices(shim: ModuleType) -> Iterator[ModuleType]:
 
 def test_clusters_are_as_large_as_the_driver_lets_run_at_once(devices: ModuleType) -> None:
     facts = (1, 16, 2048, 2048, 64, 64, 64, 0, 3), cuda.DTYPE_CODES[torch.bfloat16], False
-    assert devices.layout(*facts)[0] == 8
-    devices.set_devices([(*H100, (60, 30, 15), True)])  # 15 clusters of 8 at a time: 16 heads would take two turns
+    assert devices.layout(*facts)[0] == 4  # 15 clusters of 8 at a time: 16 heads would take two turns
+    devices.set_devices([(*H100, (60, 30, 16), True)])  # what the driver says of an H100
     assert devices.layout(*facts)[0] == 4
-    assert devices.cuda_devices()[0][-1] == (132, 60, 30, 15)
-    devices.set_devices([(*H100, (60, 30, 16), True)])
+    assert devices.cuda_devices()[0][-1] == (132, 60, 27, 15)
+    devices.set_devices([(*H100, (60, 30, 17), True)])
     assert devices.layout(*facts)[0] == 8
     devices.set_devices([(*H100, (60, 30, 0), True)])  # part of a device: none at all
     assert devices.layout(*facts)[0] == 4
     devices.set_devices([(*H100, (60, 30, 15), False)])  # nobody is asked for a context
-    assert devices.cuda_devices()[0][-1] == (132, 66, 33, 16)
+    assert devices.cuda_devices()[0][-1] == (132, 66, 30, 15)
 
 
 def test_a_device_without_a_context_gets_none(devices: ModuleType) -> None:

@@ -17,7 +17,7 @@ from ..device.gradients import gradient_tile, leave_tile, no_sums, store_tile_su
 from ..device.head import gradient_factor, head_of, load_references
 from ..device.logits import token_logits
 from ..device.places import places_of
-from ..device.primitives import again, dot, rounded, tokens_by
+from ..device.primitives import dot, rounded, tokens_by
 from ..device.rows import few_keys, load_rows, rows_of, segment_of
 from ..device.softmax import below_top, dropout_constants, numerators, read_gradient
 from ..host.groups import Dropout, Segments, cut_of, rule_of, sizes_of
@@ -110,8 +110,8 @@ def read_backward_kernel(
         if part_z is not None:
             d_z += dot(tl.trans(rounded(kept, do.dtype)), do, cut.PRECISION)
             d_g += tl.sum(d_s, 0)
-        if d_blocks > 1 or cut.FRUGAL:
-            x = load_rows(queries, again(rows) if cut.FRUGAL else rows, live, d, sizes.D)
+        if d_blocks > 1:
+            x = load_rows(queries, rows, live, d, sizes.D)
         sums = leave_tile(
             sums, d_s, 0.0, kappa, cosine, inverse, x, y_own, factor, head.beta, out, rows, live, live, d,
             block < d_blocks, places, parts, True, rule.DOT, sizes, cut,

@@ -30,7 +30,7 @@ from ..host.launch import Split, device_of, kernel, launch
 from ..host.rows import stride_step, strided, unit_rows
 from ..parameters.gradients import Partials
 from ..parameters.prepare import References
-from .plan_backward import Cotangents, column_gradient, load_columns, merged_state, plan_terms, pooling_weights
+from .plan_backward import Cotangents, State, column_gradient, load_columns, merged_state, plan_terms, pooling_weights
 
 
 @triton.jit
@@ -212,7 +212,7 @@ def transport_keys_backward_kernel(
     d_log_a, stride_dab, stride_dah, stride_dan,
     references, state, parts,  # References, State, Partials
     H, S, stretch, splits, column_splits, first_slot, iterations,
-    rule, sizes, cut,
+    FRUGAL: tl.constexpr, rule, sizes, cut,
 ):  # fmt: skip
     """All of dℓ over `stretch` keys of one head; DEPTH columns of dk and dŷ, and every d_blocks-th VDEPTH of dv."""
     MP: tl.constexpr = sizes.MP
@@ -257,7 +257,7 @@ def transport_keys_backward_kernel(
         weights = pooling_weights(first, column.second, live, use)
         terms = last_terms(relaxed, d_g_0, center, p, r, lse, weights, v_dz, use, head, state, parts, bh, rule, sizes)
         if d_value is not None:
-            if cut.FRUGAL and rule.UPDATE_ROWS and rule.RANGE == "always":
+            if FRUGAL and rule.UPDATE_ROWS and rule.RANGE == "always":
                 first = p * row_factor(again(r), mass, head.lam_a)[:, None]
                 weights = pooling_weights(first, column.second, live, use)
             store_values(d_values, rows, inside, weights, d_z, d_z_t, block, d_blocks, sizes, cut)
@@ -271,8 +271,8 @@ def transport_keys_backward_kernel(
         if d_log_a is not None:
             if block == 0:
                 tl.store(row_starts(d_masses, rows), sent, mask=inside)
-        if d_blocks > 1 or cut.FRUGAL:
-            x = load_rows(keys, again(rows) if cut.FRUGAL else rows, live, d, sizes.D)
+        if d_blocks > 1 or FRUGAL:
+            x = load_rows(keys, again(rows) if FRUGAL else rows, live, d, sizes.D)
         total = (1.0 - head.lam_a) * sent if rule.UPDATE_ROWS else sent  # Σ_j R = 1
         sums = leave_tile(
             sums, d_l, total, kappa, cosine, inverse, x, y_own, factor, head.beta, d_keys, rows, inside, live, d, True,
@@ -298,6 +298,25 @@ class KeyGradients(NamedTuple):
     log_a: Tensor | None
 
 
+def _column_passes(
+    x: Operands, opt: Options, prepared: References, merged: State, tokens: tuple[Any, ...], step: int, packed: bool
+) -> tuple[Tensor | None, int]:
+    """The passes of t = T..2: parts of dg^1 [BH, splits, MP], which the last leaves, and how many of a head."""
+    t, sizes = gradient_tile(x, opt, "columns_backward"), sizes_of(x)
+    split = gradient_split(x, opt, x.key, "columns_backward", packed)
+    iterations, heads = merged.d_g.shape[1], merged.d_g.shape[0]
+    cut = cut_of(t, sizes, device_of(x.key), step, t.across)
+    sums = [x.references.new_empty((heads, split.programs, sizes.MP)) for _ in range(min(2, iterations - 1))]
+    rule, counts = rule_of(opt, range_known(x, opt)), (x.key.shape[1], x.key.shape[2], *split)
+    constants = {"rule": rule.compiled, "sizes": sizes.compiled, "cut": cut.compiled}
+    for iteration in range(iterations, 1, -1):
+        args = (*tokens, prepared, merged, sums[0], sums[-1], *counts, iteration, iterations)
+        kind = {"LAST": iteration == iterations} | constants
+        launch(transport_columns_backward_kernel, heads * split.programs, args, kind, t)
+        sums.reverse()
+    return (sums[0] if sums else None), split.programs
+
+
 def transport_backward(
     x: Operands, opt: Options, prepared: References, state: tuple[Tensor, Tensor], given: Cotangents,
     split: Split, out: KeyGradients, parts: Partials, log_b: bool, keys_at: Segments,
@@ -305,32 +324,17 @@ def transport_backward(
     """All passes over the keys: `out`, and the slots of `parts` after those of the queries (log_b: that one too)."""
     merged, sizes = merged_state(x, opt, prepared, state, given, parts, keys_at), sizes_of(x)
     key, value, position = unit_rows(x.key), unit_rows(x.value), unit_rows(x.key_position)
-    (b, h), s, packed = state[1].shape[:2], key.shape[2], keys_at.first is not None
-    iterations, device = state[1].shape[2], device_of(key)
-    columns, t = (gradient_tile(x, opt, kind) for kind in ("columns_backward", "keys_backward"))
+    heads, s, packed = merged.d_g.shape[0], key.shape[2], keys_at.first is not None
     step = stride_step(key, value, out.key, out.value)
     tokens = (*strided(key, step, packed), *strided(value, step, packed))
     tokens = (*tokens, *strided(x.log_a, packed=packed), *strided(position, packed=packed))
-    cut_columns, cut = (cut_of(own, sizes, device, step, own.across) for own in (columns, t))
-    rule = rule_of(opt, range_known(x, opt))
-    of_columns = gradient_split(x, opt, key, "columns_backward", packed)
-    sums = [x.references.new_empty((b * h, of_columns.programs, sizes.MP)) for _ in range(min(2, iterations - 1))]
-    for iteration in range(iterations, 1, -1):
-        args = (*tokens, prepared, merged, sums[0], sums[-1], h, s, *of_columns, iteration, iterations)
-        constants = {
-            "LAST": iteration == iterations,
-            "rule": rule.compiled,
-            "sizes": sizes.compiled,
-            "cut": cut_columns.compiled,
-        }
-        launch(transport_columns_backward_kernel, b * h * of_columns.programs, args, constants, columns)
-        sums.reverse()
-    merged = merged._replace(first_d_g=sums[0] if sums else None)
+    first_d_g, column_splits = _column_passes(x, opt, prepared, merged, tokens, step, packed)
+    t = gradient_tile(x, opt, "keys_backward")
+    cut, rule = cut_of(t, sizes, device_of(key), step, t.across), rule_of(opt, range_known(x, opt))
     gradients = (*strided(out.key, step, packed), *strided(out.value, step, packed))
     gradients = (*gradients, *strided(out.log_a, packed=packed))
-    parts = parts if log_b else replaced(parts, log_b=None)
-    counts = (h, s, *split, of_columns.programs, given.splits, iterations)
-    args = (*tokens, *gradients, prepared, merged, parts, *counts)
-    programs = b * h * split.programs * (sizes.DP // cut.DEPTH)
-    constants = {"rule": rule.compiled, "sizes": sizes.compiled, "cut": cut.compiled}
-    launch(transport_keys_backward_kernel, programs, args, constants, t)
+    groups = (prepared, merged._replace(first_d_g=first_d_g), parts if log_b else replaced(parts, log_b=None))
+    counts = (key.shape[1], s, *split, column_splits, given.splits, state[1].shape[2])
+    programs = heads * split.programs * (sizes.DP // cut.DEPTH)
+    constants = {"FRUGAL": t.frugal, "rule": rule.compiled, "sizes": sizes.compiled, "cut": cut.compiled}
+    launch(transport_keys_backward_kernel, programs, (*tokens, *gradients, *groups, *counts), constants, t)

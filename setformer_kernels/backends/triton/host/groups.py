@@ -58,7 +58,6 @@ class Cut(Group):
     STEP: int  # unit of the strides of tokens, see `rows.stride_step`
     PRECISION: str  # of float32 products
     ACROSS: bool = False  # warps share the references, see `primitives.tokens_by`
-    FRUGAL: bool = False  # what is at hand is computed anew rather than held in registers
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,8 +98,7 @@ def _sizes(m: int, d: int, e: int, p: int) -> Sizes:
 @functools.cache
 def cut_of(tile: Tile, sizes: Sizes, device: Device, step: int, across: bool = False) -> Cut:
     """How a tile cuts tokens of these sizes."""
-    depth, v_depth = min(tile.depth, sizes.DP), min(tile.depth, sizes.EP)
-    return Cut(tile.rows, depth, v_depth, step, device.precision, across, tile.frugal)
+    return Cut(tile.rows, min(tile.depth, sizes.DP), min(tile.depth, sizes.EP), step, device.precision, across)
 
 
 def rule_of(opt: Options, known: str = "tile") -> Rule:

@@ -51,20 +51,21 @@ DEFAULT: dict[tuple[str, str, str], Tile] = {
     ("row", "medium", "single"): Tile(16, 32, 4, 1),
     ("row", "large", "single"): Tile(16, 16, 8, 1),
     ("column", "small", "half"): Tile(64, 64, 4, 2),
-    ("column", "medium", "half"): Tile(128, 64, 8, 2),
+    ("column", "medium", "half"): Tile(128, 64, 8, 2, resident=2),
     ("column", "large", "half"): Tile(32, 32, 8, 1),
     ("column", "small", "single"): Tile(32, 16, 4, 1),
-    ("column", "medium", "single"): Tile(32, 32, 8, 1),
+    ("column", "medium", "single"): Tile(32, 32, 8, 1, resident=2),
     ("column", "large", "single"): Tile(16, 16, 8, 1),
     ("across", "small", "half"): Tile(32, 64, 4, 2),
     ("across", "medium", "half"): Tile(64, 64, 8, 2),
-    # Half precision: [references, rows] products of 16 or 32 tokens; eight warps, as [M, depth] sums spill on four.
-    ("gradient", "small", "half"): Tile(32, 64, 8, 2, across=True),
-    ("gradient", "medium", "half"): Tile(16, 64, 8, 1, across=True),
-    ("gradient", "large", "half"): Tile(16, 64, 8, 1, across=True),
-    ("gradient", "small", "single"): Tile(16, 32, 8, 1, across=True),
-    ("gradient", "medium", "single"): Tile(16, 32, 8, 1, across=True),
-    ("gradient", "large", "single"): Tile(16, 16, 8, 1, across=True),
+    # Half precision: [references, rows] products of 16 or 32 tokens; eight warps, as [M, depth] sums spill on four.  A
+    # second program fits beside one only in the passes that hold no such sums.
+    ("gradient", "small", "half"): Tile(32, 64, 8, 2, across=True, resident=2),
+    ("gradient", "medium", "half"): Tile(16, 64, 8, 1, across=True, resident=2),
+    ("gradient", "large", "half"): Tile(16, 64, 8, 1, across=True, resident=2),
+    ("gradient", "small", "single"): Tile(16, 32, 8, 1, across=True, resident=2),
+    ("gradient", "medium", "single"): Tile(16, 32, 8, 1, across=True, resident=2),
+    ("gradient", "large", "single"): Tile(16, 16, 8, 1, across=True, resident=2),
     # "chunk": the causal kernels hold several [rows, M] tiles at once and no sums across a loop.
     ("chunk", "small", "half"): Tile(32, 64, 8, 1),
     ("chunk", "medium", "half"): Tile(32, 32, 8, 1),
@@ -132,50 +133,54 @@ LIKE = {
     "masked_keys": "gradient",
 }
 # With 227 KiB of shared memory, 128 head dims stay in one product: nothing of the references is loaded twice.
-# Asynchronous products (wgmma): of 16 bits in the forward pass, 1.8 times as fast with them at 16384 tokens (H100), and
-# of float32, whose three parts spill beside mma.sync.  Not in other kernels of 16 bits: ptxas 12.8 (Triton 3.6) loses
-# descriptors of their operands, which gave wrong gradients and illegal addresses on that GPU; mma.sync costs the
-# backward pass 14 %.  `benchmarks.compiled.resources` finds lost descriptors in what it compiles.
+# Asynchronous products (wgmma): of 16 bits in the forward pass, 1.8 times as fast with them at 16384 tokens (H100), of
+# float32, whose three parts spill beside mma.sync, and in two of the backward passes.  Not everywhere: ptxas 12.8 (of
+# Triton 3.6) loses descriptors of their operands where there are many, which gave wrong gradients and illegal addresses
+# on that GPU.  `benchmarks.compiled.resources` finds lost descriptors in what it compiles.
 HOPPER: dict[tuple[str, str, str], Tile] = {
     **{key: t._replace(wgmma=True, across=False) for key, t in DEFAULT.items() if key[2] == "single"},
     # Three stages: 7 % of the forward pass at 16384 tokens, 4 % at 1024 of eight batch elements (H100).
-    ("row", "small", "half"): Tile(64, 64, 4, 2, wgmma=True),
+    ("row", "small", "half"): Tile(64, 64, 4, 3, wgmma=True),
     ("column", "small", "half"): Tile(64, 64, 4, 3, wgmma=True),
     ("pooling", "small", "half"): Tile(64, 64, 4, 3, wgmma=True, resident=2),
     ("row", "medium", "half"): Tile(64, 128, 4, 2, wgmma=True),
     # wgmma wants 128 rows of eight warps; values in two products with their weights leave half the columns at a time.
-    ("column", "medium", "half"): Tile(128, 32, 8, 2, wgmma=True),
+    ("column", "medium", "half"): Tile(128, 32, 8, 2, wgmma=True, resident=2),
     # 128 rows beside the values' sums are 255 registers, and 120 bytes more with Triton 3.9; values in two products
     # form the weights half as often as in four.
-    ("pooling", "medium", "half"): Tile(32, 64, 8, 2, wgmma=True),
+    ("pooling", "medium", "half"): Tile(32, 64, 8, 2, wgmma=True, resident=2),
     # Half the head dims at a time: without wgmma the operands are registers too.
     ("across", "small", "half"): Tile(32, 32, 4, 2),
+    # Backward, warps hold rows of their own: sums over a row stay in a warp, and a step has many rows for its dozen
+    # barriers.  16 rows, with references shared among warps, took 1.9, 2.3 and 2.7 times as long on an H100.
+    # Four warps of 64 rows take 10 % less than eight of 128 here, but spill 112 bytes.
     ("read_backward", "small", "half"): Tile(128, 64, 8, 1, wgmma=True, resident=1),
     ("columns_backward", "small", "half"): Tile(64, 64, 4, 3, wgmma=True, resident=3),
-    ("keys_backward", "small", "half"): Tile(64, 64, 4, 1, resident=2),
-    # Four warps and 16 rows: two blocks share a multiprocessor without spilling, and issue fewer instructions a row
-    # (eight warps: 1.5 times the time on an H100).  A second stage was 6 % slower there.
-    ("gradient", "small", "half"): Tile(16, 64, 4, 1, across=True),
-    ("gradient_log", "small", "half"): Tile(16, 32, 4, 2, across=True),
+    # mma.sync takes as long as wgmma; eight warps of 128 rows spill more and take 5 % longer.
+    ("keys_backward", "small", "half"): Tile(64, 64, 4, 1, frugal=True, resident=2),
+    # What is left, logits that are not known to lie close together: of four warps and 16 rows two blocks share a
+    # multiprocessor without spilling.
+    ("gradient", "small", "half"): Tile(16, 64, 4, 1, across=True, resident=2),
+    ("gradient_log", "small", "half"): Tile(16, 32, 4, 2, across=True, resident=2),
     ("chunk_backward", "small", "single"): Tile(16, 32, 8, 1, wgmma=True),
 }
 # 64 rows would go to tcgen05, whose results live in tensor memory: by the model the exponentials are then taken twice.
-BLACKWELL = HOPPER | {
+BLACKWELL = {key: t for key, t in HOPPER.items() if key[2] == "single" or key[1] != "small"} | {
     ("row", "small", "half"): Tile(32, 64, 4, 2),
     ("row", "medium", "half"): Tile(32, 64, 4, 2),
     ("column", "small", "half"): Tile(32, 64, 4, 2),
-    ("column", "medium", "half"): Tile(32, 64, 8, 2),
+    ("column", "medium", "half"): Tile(32, 64, 8, 2, resident=2),
     ("across", "small", "half"): Tile(32, 64, 4, 2),
-    ("gradient", "small", "half"): Tile(32, 64, 8, 2, across=True),
-    ("gradient_log", "small", "half"): Tile(16, 64, 8, 2, across=True),
+    ("gradient", "small", "half"): Tile(32, 64, 8, 2, across=True, resident=2),
+    ("gradient_log", "small", "half"): Tile(16, 64, 8, 2, across=True, resident=2),
 }
 # Without wgmma the operands are registers too: half the head dims at a time keep them within 255.
 AMPERE: dict[tuple[str, str, str], Tile] = {
     ("row", "medium", "half"): Tile(64, 32, 4, 2),
-    ("column", "medium", "half"): Tile(64, 32, 8, 2),
-    ("gradient", "medium", "single"): Tile(16, 16, 8, 1, across=True),
-    ("gradient_log", "small", "single"): Tile(16, 16, 8, 1, across=True),
-    ("masked_tokens", "small", "half"): Tile(16, 64, 8, 2, across=True),
+    ("column", "medium", "half"): Tile(64, 32, 8, 2, resident=2),
+    ("gradient", "medium", "single"): Tile(16, 16, 8, 1, across=True, resident=2),
+    ("gradient_log", "small", "single"): Tile(16, 16, 8, 1, across=True, resident=2),
+    ("masked_tokens", "small", "half"): Tile(16, 64, 8, 2, across=True, resident=2),
     ("chunk", "medium", "single"): Tile(16, 16, 8, 1),
 }
 # A wavefront has 64 lanes: half as many hold a tile.

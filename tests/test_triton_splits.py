@@ -1,0 +1,69 @@
+"""How the tokens of a head are shared among programs, and the small device functions that have a rule of their own."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+import triton
+import triton.language as tl
+
+from setformer_kernels.backends.triton.device.primitives import leading, rounded
+from setformer_kernels.backends.triton.host.launch import BEGINNING, split_tokens
+from setformer_kernels.backends.triton.host.tiles import INTERPRETED, Tile
+
+TILE = Tile(64, 64, 4, 1, resident=2)
+
+
+@pytest.mark.parametrize(
+    ("length", "heads", "programs"),
+    [
+        (16384, 16, 16),  # 256 of the 264 that fit at a time: 17 for each head would take two turns
+        (4096, 16, 16),
+        (1024, 128, 2),
+        (1024, 100, 2),
+        (4096, 100, 5),  # in two turns, of which the second is nearly full too
+        (196, 4096, 1),
+        (0, 16, 1),
+    ],
+)
+def test_programs_fill_the_device_in_whole_turns(length: int, heads: int, programs: int) -> None:
+    assert split_tokens(length, TILE, heads, 132).programs == programs
+
+
+def test_a_split_covers_all_tokens_and_none_takes_less() -> None:
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(200):
+        tiles, heads, slots = (int(torch.randint(1, n, (), generator=generator)) for n in (300, 600, 140))
+        length = (tiles - 1) * TILE.rows + int(torch.randint(1, TILE.rows + 1, (), generator=generator))
+        split = split_tokens(length, TILE, heads, slots)
+        assert split.stretch % TILE.rows == 0
+        assert (split.programs - 1) * split.stretch < length <= split.programs * split.stretch
+
+        def time(count: int, tiles: int = tiles, heads: int = heads, slots: int = slots) -> int:
+            return math.ceil(heads * count / (2 * slots)) * (math.ceil(tiles / count) + BEGINNING)
+
+        assert time(split.programs) <= min(time(count) for count in (1, 2, 3, max(1, 2 * slots // heads)))
+
+
+@triton.jit
+def _parts(x, high, low, dtype: tl.constexpr):
+    i = tl.arange(0, 256)
+    first = leading(tl.load(x + i), dtype)
+    tl.store(high + i, first)
+    tl.store(low + i, rounded(tl.load(x + i) - first, dtype))
+
+
+@pytest.mark.skipif(not INTERPRETED and not torch.cuda.is_available(), reason="no GPU, and Triton is not interpreted")
+@pytest.mark.parametrize(("dtype", "bits"), [(torch.bfloat16, 15), (torch.float16, 21), (torch.float32, 24)])
+def test_two_parts_of_a_weight_hold_twice_the_digits_of_its_dtype(dtype: torch.dtype, bits: int) -> None:
+    device = "cpu" if INTERPRETED else "cuda"
+    x = torch.rand(256, device=device) + 0.5
+    high, low = torch.empty_like(x), torch.empty_like(x)
+    _parts[(1,)](x, high, low, getattr(tl, str(dtype).removeprefix("torch.")))
+    assert torch.equal(high, high.to(dtype).float())
+    assert ((high.double() + low - x.double()).abs() <= 2.0**-bits * x).all()
