@@ -59,9 +59,9 @@ def test_what_some_way_has_written_is_no_fault() -> None:
     assert uniform.undefined(WHOLE.replace("UMOV UR18, 0x20", "UMOV UR18, 0x20 ;\n /*0008*/ UMOV UR19, 0x0")) == []
 
 
-def test_of_16_bits_only_the_forward_pass_on_hopper_has_asynchronous_products() -> None:
+def test_of_16_bits_only_kernels_whose_descriptors_are_known_to_hold_have_asynchronous_products() -> None:
     kinds = {key[0] for key, tile in tiles.HOPPER.items() if tile.wgmma and key[2] == "half"}
-    assert kinds == {"row", "column", "pooling"}
+    assert kinds == {"row", "column", "pooling", "read_backward", "columns_backward"}
     for table in (tiles.DEFAULT, tiles.AMPERE, tiles.AMD):
         assert not any(tile.wgmma for tile in table.values())
 
