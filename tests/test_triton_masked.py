@@ -58,16 +58,25 @@ def test_small_masked_problems_within_the_error_budget(
     measured(small(ALL_CASES[f"masked_{name}"]), dtype).check(name)
 
 
-@pytest.mark.parametrize("name", ["far_positions", "small_epsilon"])
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [("far_positions", torch.float32), ("far_positions", torch.bfloat16), ("small_epsilon", torch.float32)],
+    ids=str,
+)
 @pytest.mark.parametrize("backend", ["triton"])
 def test_logits_far_apart_under_a_mask_within_the_error_budget(
-    backend: str, name: str, small_tiles: torch.device, monkeypatch: pytest.MonkeyPatch, poisoned_memory: None
+    backend: str,
+    name: str,
+    dtype: torch.dtype,
+    small_tiles: torch.device,
+    monkeypatch: pytest.MonkeyPatch,
+    poisoned_memory: None,
 ) -> None:
     """At the shared cases' own lengths: of fewer numbers, one rounding error is most of a norm."""
     from setformer_kernels.backends.triton.host import tiles
 
     monkeypatch.setattr(tiles, "INTERPRETER", tiles.Tile(64, 64, 4, 1))
-    measured(replace(ALL_CASES[f"masked_{name}"], B=1), torch.float32).check(name)
+    measured(replace(ALL_CASES[f"masked_{name}"], B=1), dtype).check(name)
 
 
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float16], ids=str)

@@ -152,12 +152,14 @@ HOPPER: dict[tuple[str, str, str], Tile] = {
     # Half the head dims at a time: without wgmma the operands are registers too.
     ("across", "small", "half"): Tile(32, 32, 4, 2),
     # Backward, warps hold rows of their own: sums over a row stay in a warp, and a step has many rows for its dozen
-    # barriers.  16 rows, with references shared among warps, took 1.9, 2.3 and 2.7 times as long on an H100.
+    # barriers.  16 rows, with references shared among warps, took 1.9, 2.3 and 2.7 times as long on an H100, and
+    # 1.7 times in the one pass of medium size that holds no sums of [M, depth].
     # Four warps of 64 rows take 10 % less than eight of 128 here, but spill 112 bytes.
     ("read_backward", "small", "half"): Tile(128, 64, 8, 1, wgmma=True, resident=1),
     ("columns_backward", "small", "half"): Tile(64, 64, 4, 3, wgmma=True, resident=3),
     # mma.sync takes as long as wgmma; eight warps of 128 rows spill more and take 5 % longer.
     ("keys_backward", "small", "half"): Tile(64, 64, 4, 1, frugal=True, resident=2),
+    ("columns_backward", "medium", "half"): Tile(64, 128, 8, 1, wgmma=True, resident=1),
     # What is left, logits that are not known to lie close together: of four warps and 16 rows two blocks share a
     # multiprocessor without spilling.
     ("gradient", "small", "half"): Tile(16, 64, 4, 1, across=True, resident=2),
