@@ -25,6 +25,12 @@ class Sharded(ABC):
     def transport(self, tensors: tuple[Any, ...], constants: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
         """z [B, Hk, M, E] and g [B, Hk, M] of all keys, the same on every rank."""
 
+    @abstractmethod
+    def scan(
+        self, tensors: tuple[Any, ...], constants: Mapping[str, Any], initial_state: Any, wanted: Any, log_decay: Any
+    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+        """o of this rank's queries, and the state after the last key of all where `wanted`."""
+
 
 def sharded(context: Any) -> Sharded:
     """`cp_context` as given, checked."""

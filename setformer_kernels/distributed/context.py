@@ -10,12 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import checks
+from .. import checks, streaming
 from ..arguments import normalise
 from ..grouping import folded, unfolded
-from ..problem import Operands, Options
+from ..problem import Operands, Options, Stream
 from ..sharding import Sharded, without
 from . import agreement
+from .causal import cut, scan
 from .places import Places, counters
 from .ranks import Communicator, communicator
 from .shares import read, share_of, transport
@@ -136,11 +137,19 @@ class CPContext(Sharded):
     def attention(
         self, tensors: tuple[Any, ...], constants: Mapping[str, Any], attn_mask: Any, causal: Any
     ) -> Tensor:  # fmt: skip
-        def check() -> tuple[Operands, Options]:
-            without(attn_mask=attn_mask, causal=causal)
-            return self._normalised(tensors, constants)
+        def check() -> tuple[Operands, Options, bool]:
+            without(attn_mask=attn_mask)
+            x, opt = self._normalised(tensors, constants)
+            if checks.flag("causal", causal) and opt.num_iters > 1:
+                raise ValueError(
+                    f"num_iters must be 0 or 1 with causal and cp_context, got {opt.num_iters}: more than a scan's "
+                    "is not computed over shards of the keys"
+                )
+            return x, opt, bool(causal)
 
-        x, opt = self._agreed_on("set_attention", tensors, constants, check)
+        x, opt, scans = self._agreed_on("set_attention", tensors, constants, check, causal=causal)
+        if scans:
+            return self._scan(x, opt, tensors[1], streaming.stream_of_piece(x, opt, tensors[1], None, None), False)[0]
         assert x.query is not None
         z, g = self._transport(x, opt)
         grouped = x.query.shape[1] != x.key.shape[1]
@@ -151,6 +160,38 @@ class CPContext(Sharded):
         found = self._agreed_on("transport", tensors, constants, lambda: self._normalised(tensors, constants))
         return self._transport(*found)
 
+    def scan(
+        self, tensors: tuple[Any, ...], constants: Mapping[str, Any], initial_state: Any, wanted: Any, log_decay: Any
+    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+        def check() -> tuple[Operands, Options, Stream, bool]:
+            if tensors[0] is None:  # which stands for no query
+                checks.tensor("query", None, "BHLD")
+            x, opt = self._normalised(tensors, constants)
+            stream = streaming.stream_of_piece(x, opt, tensors[1], initial_state, log_decay)
+            return x, opt, stream, checks.flag("output_final_state", wanted)
+
+        given = {"initial_state": initial_state, "log_decay": log_decay, "output_final_state": wanted}
+        x, opt, stream, wanted = self._agreed_on("set_causal", tensors, constants, check, **given)
+        return self._scan(x, opt, tensors[1], stream, wanted)
+
+    def _scan(
+        self, x: Operands, opt: Options, key: Tensor, stream: Stream, wanted: bool
+    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+        length, counters = key.shape[2], self._counters(x, opt)
+        if length == 0:
+            x = cut(x, 0, 0)
+        of_rows = None
+        if counters is not None:
+            assert x.query is not None
+            groups = x.query.shape[1] // x.key.shape[1]
+            in_groups = counters.unflatten(2, (groups, length))
+            of_rows = lambda first, last: in_groups[:, :, :, first:last].flatten(2, 3)  # noqa: E731
+        return scan(x, opt, stream, self.places.pieces(length), self._offset(), self.ranks, wanted, of_rows)
+
+    def _offset(self) -> float:
+        """The log of how many tokens there are, or of a number that is nearly that on every rank."""
+        return math.log(max(self._total or 1, 1))
+
     def _normalised(self, tensors: tuple[Any, ...], constants: Mapping[str, Any]) -> tuple[Operands, Options]:
         """The call's operands, with masses as they are; ValueError for shards that the context does not have."""
         found = normalise(*tensors, **constants, normalised=False)
@@ -160,19 +201,21 @@ class CPContext(Sharded):
         return found
 
     def _agreed_on(
-        self, op: str, tensors: tuple[Any, ...], constants: Mapping[str, Any], check: Callable[[], Any]
+        self, op: str, tensors: tuple[Any, ...], constants: Mapping[str, Any], check: Callable[[], Any], **others: Any
     ) -> Any:
-        """What `check` returns, on every rank, or its error on every rank."""
+        """What `check` returns, on every rank, or its error on every rank; `others` are said by whether they are given
+        at all, or by their values where these are bools."""
         if torch.compiler.is_compiling():
             return check()
         tokens = tensors[1].shape[2] if isinstance(tensors[1], Tensor) and tensors[1].ndim == 4 else 0
         facts = agreement.facts_of(tensors, constants)
+        facts |= {name: value if isinstance(value, bool) else value is not None for name, value in others.items()}
         found, total = agreement.agreed(self.ranks, self._agreed, op, facts, check, tokens)
         self._total = total if self._total is None else self._total
         return found
 
     def _transport(self, x: Operands, opt: Options) -> tuple[Tensor, Tensor]:
-        return transport(x, opt, share_of(x, opt, math.log(max(self._total or 1, 1)), self.ranks))
+        return transport(x, opt, share_of(x, opt, self._offset(), self.ranks))
 
     def _counters(self, x: Operands, opt: Options) -> Tensor | None:
         """Where the weights of this rank's queries stand among the random numbers of all: [B, Hk, G·L, M]."""

@@ -29,6 +29,10 @@ class Places:
         if self.layout == "zigzag" and length % 2:
             raise ValueError(f"{name} must have an even number of tokens, two parts of layout='zigzag', got {length}")
 
+    def pieces(self, length: int) -> list[tuple[int, int]]:
+        """The rows of each piece of this rank's shard, first .. last − 1."""
+        return [(0, length)] if self.layout == "contiguous" else [(0, length // 2), (length // 2, length)]
+
     def rows(self, length: int, device: torch.device, ranks: Communicator) -> tuple[Tensor, int]:
         """The index of each of this rank's tokens in the sequence [length], and how many tokens there are."""
         lengths = self.lengths
