@@ -37,8 +37,8 @@ def check(case: Case, dtype: torch.dtype, native: str, call: Sharded) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_ranks_are_one_rank_within_the_error_budget(name: str, dtype: torch.dtype, native: str) -> None:
     skip_most(native, dtype, name, 3)
-    if not measure.fits(PLAIN[name], dtype):
-        pytest.skip("beyond what the dtype holds")
+    if dtype in (torch.float64, torch.float16) and name not in FEW["eager"]:
+        pytest.skip("other dtypes, and all arguments in float64, stand for this one")
     check(PLAIN[name], dtype, native, Sharded(SF.set_attention, 3))
 
 

@@ -7,11 +7,17 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .context import CPContext, build_cp_context
+    from .models import context_parallel
     from .simulated import Ranks
 
-_HOMES = {"CPContext": "context", "build_cp_context": "context", "Ranks": "simulated"}
+_HOMES = {
+    "CPContext": "context",
+    "Ranks": "simulated",
+    "build_cp_context": "context",
+    "context_parallel": "models",
+}
 
-__all__ = ["CPContext", "Ranks", "build_cp_context"]
+__all__ = ["CPContext", "Ranks", "build_cp_context", "context_parallel"]
 
 
 def __getattr__(name: str) -> Any:

@@ -87,8 +87,8 @@ def _attended(x: Operands, opt: Options, stream: Stream, counters: Tensor | None
     assert x.query is not None
     if x.query.shape[2] == 0:
         o, _ = streaming.piece(x, opt, stream, False)
-        assert stream.initial_state is not None
-        return o + (stream.initial_state.sum() * 0).to(o.dtype)  # every rank takes part in the backward pass
+        used = [t for t in (x.query, *stream) if t is not None]  # every rank takes part in the backward pass
+        return o + sum((0 * t.sum()).to(o.dtype) for t in used)
     if counters is None:
         return streaming.piece(x, opt, stream, False)[0]
     groups = x.query.shape[1] // x.key.shape[1]

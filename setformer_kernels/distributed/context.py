@@ -131,6 +131,12 @@ class CPContext(Sharded):
     def size(self) -> int:
         return self.ranks.size
 
+    def __deepcopy__(self, _: Any) -> CPContext:
+        return self
+
+    def __reduce__(self) -> Any:  # what is saved has no ranks: None is loaded
+        return type(None), ()
+
     def __repr__(self) -> str:
         return f"CPContext(rank={self.rank}, size={self.size}, {self.places})"
 

@@ -81,7 +81,7 @@ def communicator(group: Any) -> Communicator:
     import torch.distributed as dist
 
     if not (dist.is_available() and dist.is_initialized()):
-        raise ValueError(f"group must be one of torch.distributed, which is not initialised, got {_kind(group)}")
+        raise ValueError(f"group must be one of torch.distributed, which is not initialised, got {kind_of(group)}")
     from torch.distributed.device_mesh import DeviceMesh
 
     if isinstance(group, DeviceMesh):
@@ -92,9 +92,9 @@ def communicator(group: Any) -> Communicator:
     if group is dist.GroupMember.NON_GROUP_MEMBER:
         raise ValueError("group must have this process as a member, got one without it")
     if not isinstance(group, dist.ProcessGroup):
-        raise ValueError(f"group must be a ProcessGroup, a DeviceMesh of one dimension or None, got {_kind(group)}")
+        raise ValueError(f"group must be a ProcessGroup, a DeviceMesh of one dimension or None, got {kind_of(group)}")
     return Processes(group)
 
 
-def _kind(group: Any) -> str:
+def kind_of(group: Any) -> str:
     return "None" if group is None else type(group).__name__
