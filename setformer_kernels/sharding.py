@@ -31,6 +31,13 @@ class Sharded(ABC):
     ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
         """o of this rank's queries, and the state after the last key of all where `wanted`."""
 
+    @abstractmethod
+    def packed(
+        self, tensors: tuple[Any, ...], constants: Mapping[str, Any], offsets: tuple[Any, Any], causal: Any,
+        streamed: tuple[Any, Any, Any],
+    ) -> Tensor:  # fmt: skip
+        """o of `set_attention_varlen`; streamed: initial_state, output_final_state and log_decay."""
+
 
 def sharded(context: Any) -> Sharded:
     """`cp_context` as given, checked."""

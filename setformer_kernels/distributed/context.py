@@ -13,9 +13,10 @@ from torch import Tensor
 from .. import checks, streaming
 from ..arguments import normalise
 from ..grouping import folded, unfolded
+from ..packed import checked_pack
 from ..problem import Operands, Options, Stream
 from ..sharding import Sharded, without
-from . import agreement
+from . import agreement, packs
 from .causal import cut, scan
 from .places import Places, counters
 from .ranks import Communicator, communicator
@@ -65,6 +66,11 @@ def build_cp_context(
         return CPContext(ranks, Places(kind, ranks.rank, _lengths(lengths, kind, offsets, ranks.size)), offsets)
 
     return agreement.agreed(ranks, {}, "build_cp_context", facts, build)[0]
+
+
+def _is_rows(t: Any) -> bool:
+    """Whether `t` has the dimensions of a pack, [T, H, D]."""
+    return isinstance(t, Tensor) and t.ndim == 3
 
 
 def _digest(t: Tensor) -> str:
@@ -180,6 +186,37 @@ class CPContext(Sharded):
         x, opt, stream, wanted = self._agreed_on("set_causal", tensors, constants, check, **given)
         return self._scan(x, opt, tensors[1], stream, wanted)
 
+    def packed(
+        self, tensors: tuple[Any, ...], constants: Mapping[str, Any], offsets: tuple[Any, Any], causal: Any,
+        streamed: tuple[Any, Any, Any],
+    ) -> Tensor:  # fmt: skip
+        def check() -> tuple[Operands, Options]:
+            initial_state, output_final_state, log_decay = streamed
+            without(causal=causal, initial_state=initial_state, output_final_state=output_final_state,
+                    log_decay=log_decay)  # fmt: skip
+            x, opt, *_ = checked_pack(tensors, constants, offsets)
+            self._check_offsets(*offsets)
+            for name, t in (("query", tensors[0]), ("key", tensors[1])):
+                self.places.check(name, t.shape[0])
+            return (cut(x, 0, 0) if tensors[1].shape[0] == 0 else x), opt
+
+        in_heads = [t.transpose(0, 1).unsqueeze(0) if _is_rows(t) else t for t in tensors[:4]]
+        alike = (*in_heads[:3], tensors[3], *tensors[4:])
+        x, opt = self._agreed_on("set_attention_varlen", alike, constants, check)
+        assert self.cu_seqlens is not None
+        return packs.attention(x, opt, self.cu_seqlens, self.places, self.ranks).squeeze(0).transpose(0, 1)
+
+    def _check_offsets(self, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor | None) -> None:
+        """ValueError for a pack that is not the context's; values are looked at on the CPU alone."""
+        if self.cu_seqlens is None:
+            raise ValueError("cp_context must be built with cu_seqlens for a packed batch, got one without")
+        for name, cu in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
+            if cu is None or (cu is cu_seqlens_q and name == "cu_seqlens_k"):
+                continue
+            same = cu.shape[0] == len(self.cu_seqlens)
+            if not same or (cu.device.type == "cpu" and tuple(cu.tolist()) != self.cu_seqlens):
+                raise ValueError(f"{name} must be the cu_seqlens of the cp_context, got other offsets")
+
     def _scan(
         self, x: Operands, opt: Options, key: Tensor, stream: Stream, wanted: bool
     ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
@@ -221,7 +258,7 @@ class CPContext(Sharded):
         return found
 
     def _transport(self, x: Operands, opt: Options) -> tuple[Tensor, Tensor]:
-        return transport(x, opt, share_of(x, opt, self._offset(), self.ranks))
+        return transport(x, opt, share_of(x, opt, self._offset(), self.ranks), x.key.shape[0])
 
     def _counters(self, x: Operands, opt: Options) -> Tensor | None:
         """Where the weights of this rank's queries stand among the random numbers of all: [B, Hk, G·L, M]."""

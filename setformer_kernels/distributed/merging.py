@@ -8,6 +8,7 @@ those of parameters stay partial, each rank's own, until they are added up too.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -24,12 +25,34 @@ def _share(own: Tensor, c: Tensor) -> Tensor:
     return torch.where(here, (torch.where(here, own, 0.0) - torch.where(c > -math.inf, c, 0.0)).exp(), 0.0)
 
 
-def whole(z: Tensor, c: Tensor, ranks: Communicator) -> tuple[Tensor, Tensor]:
+def _together(own: Tensor, ranks: Communicator, ids: Sequence[int]) -> tuple[Tensor, Tensor | None]:
+    """What merges with what: [n, B, H, M, E + 1] of the own [B, ..] of all ranks, and which of the n count for each of
+    the B, [n, B, 1, 1]; None where all do.
+
+    ids: of a pack, rank by rank, which segment each of B is a part of; −1 of none."""
+    parts = ranks.gather(own)
+    if not ids:
+        return parts, None
+    every = torch.tensor(ids, device=own.device)
+    mine = every.view(ranks.size, -1)[ranks.rank]
+    members = (every.unsqueeze(-1) == mine) & (mine >= 0)
+    return parts.flatten(0, 1).unsqueeze(1).expand(-1, mine.shape[0], *own.shape[1:]), members[:, :, None, None]
+
+
+def whole(z: Tensor, c: Tensor, ranks: Communicator, ids: Sequence[int] = ()) -> tuple[Tensor, Tensor]:
     """z [B, H, M, E] and c [B, H, M] of all ranks' keys from this one's; E may be 0."""
-    parts = ranks.gather(torch.cat((z, c.unsqueeze(-1)), -1))
+    parts, members = _together(torch.cat((z, c.unsqueeze(-1)), -1), ranks, ids)
     z, c = parts[..., :-1], parts[..., -1]
+    if members is not None:
+        c = torch.where(members, c, -math.inf)
     together = lse(c, 0)
     return (_share(c, together).unsqueeze(-1) * z).sum(0), together
+
+
+def added(d: Tensor, ranks: Communicator, ids: Sequence[int]) -> Tensor:
+    """What arrives [B, H, M, E + 1] at the whole of which each of B is a part, added up over the ranks."""
+    parts, members = _together(d, ranks, ids)
+    return parts.sum(0) if members is None else torch.where(members.unsqueeze(-1), parts, 0.0).sum(0)
 
 
 def parts_of(
@@ -45,41 +68,44 @@ class _Added(torch.autograd.Function):
     """The sum over the ranks, on every rank: its own adjoint."""
 
     @staticmethod
-    def forward(ctx: Any, t: Tensor, ranks: Communicator) -> Tensor:
-        ctx.ranks = ranks
-        return ranks.gather(t).sum(0)
+    def forward(ctx: Any, t: Tensor, ranks: Communicator, ids: Sequence[int]) -> Tensor:
+        ctx.of = ranks, ids
+        return added(t, ranks, ids)
 
     @staticmethod
-    def backward(ctx: Any, d_sum: Tensor) -> tuple[Tensor, None]:
-        return _Added.apply(d_sum, ctx.ranks), None
+    def backward(ctx: Any, d_sum: Tensor) -> tuple[Tensor, None, None]:
+        return _Added.apply(d_sum, *ctx.of), None, None
 
 
 class _Merged(torch.autograd.Function):
     """`whole`, differentiable to any order."""
 
     @staticmethod
-    def forward(ctx: Any, z: Tensor, c: Tensor, ranks: Communicator) -> tuple[Tensor, Tensor]:
-        together = whole(z, c, ranks)
-        ctx.ranks = ranks
+    def forward(
+        ctx: Any, z: Tensor, c: Tensor, ranks: Communicator, ids: Sequence[int]
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        together = whole(z, c, ranks, ids)
+        ctx.of = ranks, ids
         ctx.save_for_backward(z, c, *together)
         return together
 
     @staticmethod
-    def backward(ctx: Any, d_z: Tensor, d_c: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: Any, d_z: Tensor, d_c: Tensor) -> tuple[Tensor, Tensor, None, None]:
         z, c, *together = ctx.saved_tensors
-        total = _Added.apply(torch.cat((d_z, d_c.unsqueeze(-1)), -1), ctx.ranks)
-        return *parts_of(total, z, c, tuple(together)), None
+        total = _Added.apply(torch.cat((d_z, d_c.unsqueeze(-1)), -1), *ctx.of)
+        return *parts_of(total, z, c, tuple(together)), None, None
 
 
-def merged(z: Tensor, c: Tensor, ranks: Communicator) -> tuple[Tensor, Tensor]:
+def merged(z: Tensor, c: Tensor, ranks: Communicator, ids: Sequence[int] = ()) -> tuple[Tensor, Tensor]:
     """`whole` as PyTorch's own operations."""
-    return _Merged.apply(z, c, ranks)
+    return _Merged.apply(z, c, ranks, ids)
 
 
 def _run_backward(
-    d_z: Tensor, d_c: Tensor, all_z: Tensor, all_c: Tensor, z: Tensor, c: Tensor, ranks: str, *_: Any
-) -> tuple[Tensor, Tensor]:
-    total = of_name(ranks).gather(torch.cat((d_z, d_c.unsqueeze(-1)), -1)).sum(0)
+    d_z: Tensor, d_c: Tensor, all_z: Tensor, all_c: Tensor, z: Tensor, c: Tensor, ranks: str, ids: Sequence[int],
+    *_: Any,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    total = added(torch.cat((d_z, d_c.unsqueeze(-1)), -1), of_name(ranks), ids)
     return parts_of(total, z, c, (all_z, all_c))
 
 
@@ -87,14 +113,14 @@ set_merge = register(
     Spec(
         name="set_merge",
         tensors={"z": (TOKEN, False), "c": (TOKEN, False)},
-        constants="str ranks, str backend",
+        constants="str ranks, int[] ids, str backend",
         outputs={"all_z": TOKEN, "all_c": TOKEN},
         differentiable=("all_z", "all_c"),
         saved=("all_z", "all_c"),
         no_grad=(),
-        run=lambda z, c, ranks, backend: whole(z, c, of_name(ranks)),
+        run=lambda z, c, ranks, ids, backend: whole(z, c, of_name(ranks), ids),
         run_backward=_run_backward,
-        fake=lambda z, c, ranks, backend: (z.new_empty(z.shape), c.new_empty(c.shape)),
+        fake=lambda z, c, ranks, ids, backend: (z.new_empty(z.shape), c.new_empty(c.shape)),
         decomposition=None,
     )
 )

@@ -45,6 +45,14 @@ class Places:
         return torch.cat((first + half, second + half)), sum(lengths)
 
 
+def spans(lengths: tuple[int, ...], layout: str) -> list[list[tuple[int, int]]]:
+    """Of each rank, the tokens of the sequence that each of its pieces has, first .. last − 1."""
+    if layout == "contiguous":
+        ends = list(accumulate(lengths))
+        return [[(end - n, end)] for end, n in zip(ends, lengths, strict=True)]
+    return [[(at, at + n // 2) for at in both] for both, n in zip(starts(lengths), lengths, strict=True)]
+
+
 def starts(lengths: tuple[int, ...]) -> list[tuple[int, int]]:
     """Of zigzag parts r and 2R − 1 − r of each rank r, the index of the first token."""
     halves = [n // 2 for n in lengths]

@@ -21,7 +21,11 @@ Pass = tuple[Tensor, Tensor]  # z [B, H, M, E or 0], c [B, H, M]
 
 
 class Share(ABC):
-    """Passes over the keys of one rank from g [B, H, M], and what merges them; all differentiable."""
+    """Passes over the keys of one rank from g [B, H, M], and what merges them; all differentiable.
+
+    ids: as `merging.whole` has them, of a share of a pack."""
+
+    ids: tuple[int, ...] = ()
 
     @abstractmethod
     def column(self, g: Tensor) -> Pass:
@@ -58,7 +62,7 @@ class Native(Share):
         return self._pass(self.x, g, True)
 
     def merge(self, z: Tensor, c: Tensor) -> Pass:
-        return set_merge(z, c, self.ranks, self.opt.backend)
+        return set_merge(z, c, self.ranks, self.ids, self.opt.backend)
 
 
 class Plain(Share):
@@ -89,12 +93,33 @@ class Plain(Share):
         return w.mT @ self.value, c
 
     def merge(self, z: Tensor, c: Tensor) -> Pass:
-        return merged(z, c, self.ranks)
+        return merged(z, c, self.ranks, self.ids)
 
 
 def _with_number(opt: Options, name: str, value: float) -> Options:
     at = HYPER.index(name)
     return opt._replace(scalars=(*opt.scalars[:at], value, *opt.scalars[at + 1 :]))
+
+
+class Several(Share):
+    """Keys of several segments of a pack, each a share with a batch of one."""
+
+    def __init__(self, parts: list[Share], ids: tuple[int, ...]) -> None:
+        self.parts, self.ids = parts, ids
+        parts[0].ids = ids
+
+    def _each(self, passes: list[Pass]) -> Pass:
+        z, c = zip(*passes, strict=True)
+        return torch.cat(z), torch.cat(c)
+
+    def column(self, g: Tensor) -> Pass:
+        return self._each([part.column(g[i : i + 1]) for i, part in enumerate(self.parts)])
+
+    def pool(self, g: Tensor) -> Pass:
+        return self._each([part.pool(g[i : i + 1]) for i, part in enumerate(self.parts)])
+
+    def merge(self, z: Tensor, c: Tensor) -> Pass:
+        return self.parts[0].merge(z, c)
 
 
 def share_of(x: Operands, opt: Options, offset: float, ranks: Communicator) -> Share:
@@ -104,12 +129,12 @@ def share_of(x: Operands, opt: Options, offset: float, ranks: Communicator) -> S
     return (Plain if plain else Native)(x, opt, offset, ranks)
 
 
-def transport(x: Operands, opt: Options, share: Share) -> tuple[Tensor, Tensor]:
+def transport(x: Operands, opt: Options, share: Share, batch: int) -> tuple[Tensor, Tensor]:
     """z [B, H, M, E] and, but for a constant of each head, g [B, H, M] of all keys, the same bits on every rank:
     max(T, 1) collectives, of M numbers a head each and M(E + 1) the last."""
-    b, h = x.key.shape[:2]
+    h = x.key.shape[1]
     log_b, lam_b = reference_mass(x), hyper(x, opt, "reference_relaxation").squeeze(-1)
-    g = log_b.expand(b, h, -1)
+    g = log_b.expand(batch, h, -1)
     for _ in range(opt.num_iters - 1):
         c = _centred(share.merge(*share.column(g))[1])
         g = log_b - lam_b * torch.where(c > -torch.inf, c, 0.0)
