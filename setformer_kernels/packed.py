@@ -227,16 +227,21 @@ def _beside(name: str, x: Any, other: str, y: Any, dim: int = 1) -> Any:
     return values
 
 
+def gates_of_pack(x: Operands, opt: Options, cu: Tensor, log_decay: Tensor | None, causal: bool) -> Tensor | None:
+    """The checked gates [1, H, T] of a checked pack without states."""
+    if not causal:
+        _only_causal(log_decay=log_decay)
+        return None
+    _check_scan(x, opt)
+    return packed_stream(x, cu, None, log_decay).log_decay
+
+
 def causal_pack(
     x: Operands, opt: Options, cu_q: Tensor, cu_k: Tensor, stream: Stream, with_state: bool
 ) -> tuple[Tensor, Tensor]:
     """o [1, H, T, E] and, `with_state`, the states [N, Hk, M, 2E + 3] after the last keys, of a checked pack."""
+    length = _check_scan(x, opt)
     assert x.query is not None
-    length, total = x.query.shape[2], x.key.shape[2]
-    if opt.num_iters > 1:
-        raise ValueError(f"num_iters must be at most 1 for a causal packed batch, got {opt.num_iters}")
-    if length != total:
-        raise ValueError(f"query must have the T of the key, {total}, where causal is set, got {length}")
     readable = cu_q.device.type == "cpu" and not torch.compiler.is_compiling()
     if cu_q is not cu_k and readable and not torch.equal(cu_q, cu_k):
         raise ValueError("cu_seqlens_k must be cu_seqlens_q where causal is set, got other offsets")
@@ -250,6 +255,17 @@ def causal_pack(
             return reference.packed_causal(x, opt, cu_q), layout.empty_like(x, False)
         o, states = reference.packed_causal_with_state(x, opt, cu_q, stream)
     return o, states[:, ::groups]
+
+
+def _check_scan(x: Operands, opt: Options) -> int:
+    """How many queries, as many as keys, a scan has; ValueError for a call that is none."""
+    assert x.query is not None
+    length, total = x.query.shape[2], x.key.shape[2]
+    if opt.num_iters > 1:
+        raise ValueError(f"num_iters must be at most 1 for a causal packed batch, got {opt.num_iters}")
+    if length != total:
+        raise ValueError(f"query must have the T of the key, {total}, where causal is set, got {length}")
+    return length
 
 
 def _without_keys(x: Operands) -> Operands:

@@ -29,23 +29,28 @@ def pack(lengths: list[int], dtype: torch.dtype) -> tuple[list[Tensor], list[Ten
 
 
 def call(tokens: list[Tensor], parameters: list[Tensor], cu: Tensor, **options: Any) -> Tensor:
-    q, k, v, mask = tokens
+    q, k, v, mask, *gates = tokens
     return SF.set_attention_varlen(
-        q, k, v, parameters[0], cu, key_mask=mask, reference_log_mass=parameters[1], **options
+        q, k, v, parameters[0], cu, key_mask=mask, reference_log_mass=parameters[1],
+        log_decay=gates[0] if gates else None, **options,
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("T", [0, 1, 3])
+@pytest.mark.parametrize(("T", "causal"), [(0, False), (1, False), (3, False), (0, True), (1, True)])
 @pytest.mark.parametrize(("ranks", "layout"), [(1, "contiguous"), (4, "contiguous"), (3, "zigzag")])
 @pytest.mark.parametrize("name", PACKS)
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
 def test_sequences_over_ranks_are_those_of_one_rank(
-    backend: str, name: str, ranks: int, layout: str, T: int
+    backend: str, name: str, ranks: int, layout: str, T: int, causal: bool
 ) -> None:  # fmt: skip
+    """With dropout at T = 1, and gates in a scan of T = 1."""
     if backend == "reference" and name not in ("many", "nothing"):
         pytest.skip("other packs stand for this one")
     tokens, parameters, cu = pack(PACKS[name], torch.float64)
     options = {"num_iters": T, "reference_relaxation": 0.7, "dropout_p": 0.2 * (T == 1), "seed": torch.tensor(5)}
+    options |= {"causal": causal}
+    tokens = [*tokens, *([-torch.rand(len(tokens[0]), H).double()] if causal and T == 1 else [])]
+    tokens = [t.detach().requires_grad_() for t in tokens]
     wanted = call(tokens, parameters, cu, **options, backend="reference")
     cotangent = torch.randn_like(wanted)
     grads = torch.autograd.grad(
@@ -105,9 +110,10 @@ def test_packs_that_are_not_the_contexts() -> None:
         ("cu_seqlens_q must be the cu_seqlens", context, cu.flip(0), {}),
         ("cu_seqlens_k must be the cu_seqlens", context, cu, {"cu_seqlens_k": cu + 1}),
         ("cp_context must be built with cu_seqlens", build_cp_context(group=Ranks(1).members[0]), cu, {}),
-        ("causal goes without cp_context", context, cu, {"causal": True}),
-        ("log_decay goes without cp_context", context, cu, {"log_decay": torch.zeros(34, H)}),
+        ("num_iters must be at most 1", context, cu, {"causal": True, "num_iters": 2}),
+        ("log_decay goes with causal=True", context, cu, {"log_decay": torch.zeros(34, H)}),
+        ("output_final_state goes without cp_context", context, cu, {"causal": True, "output_final_state": True}),
     ]
     for message, of, offsets, options in cases:
         with pytest.raises(ValueError, match=message):
-            call(tokens, parameters, offsets, cp_context=of, **options)
+            SF.set_attention_varlen(*tokens[:3], parameters[0], offsets, cp_context=of, **options)

@@ -69,20 +69,30 @@ def scan(
         parts.append((part, None if gates is None else gates[:, :, first:last]))
         own, plain = own_sums(replaced(part, query=None, query_position=None), opt, parts[-1][1], offset, ranks)
         sums.append(own)
-    form = Form(x.references.shape[1], x.value.shape[-1], len(pieces), gates is not None, offset * (gates is None))
-    own = torch.cat(sums, -1)
-    if plain:
-        prefixes, state = plain_prefixes(own, initial, form, ranks, wanted)
-    else:
-        prefixes, state, _ = set_prefix(own, initial, *form, wanted, ranks.name, opt.backend)
+    form = form_of(x, len(pieces), gates, offset)
+    prefixes, state = prefixes_of(torch.cat(sums, -1), plain, initial, form, opt, ranks, wanted)
     found = []
     for at, (part, fading) in enumerate(parts):
         numbers = None if counters is None else counters(*pieces[at])
-        found.append(_attended(part, opt, Stream(fading, prefixes[:, :, at]), numbers))
+        found.append(attended(part, opt, Stream(fading, prefixes[:, :, at]), numbers))
     return torch.cat(found, 2) if len(found) > 1 else found[0], state if wanted else None
 
 
-def _attended(x: Operands, opt: Options, stream: Stream, counters: Tensor | None) -> Tensor:
+def form_of(x: Operands, pieces: int, gates: Tensor | None, offset: float) -> Form:
+    return Form(x.references.shape[1], x.value.shape[-1], pieces, gates is not None, offset * (gates is None))
+
+
+def prefixes_of(
+    own: Tensor, plain: bool, initial: Tensor | None, form: Form, opt: Options, ranks: Communicator, wanted: bool
+) -> tuple[Tensor, Tensor]:
+    """The states before a rank's pieces [B, H, pieces, M, 2E + 3], and after all."""
+    if plain:
+        return plain_prefixes(own, initial, form, ranks, wanted)
+    prefixes, state, _ = set_prefix(own, initial, *form, wanted, ranks.name, opt.backend)
+    return prefixes, state
+
+
+def attended(x: Operands, opt: Options, stream: Stream, counters: Tensor | None) -> Tensor:
     """o of one piece, which goes on from the state of `stream`."""
     assert x.query is not None
     if x.query.shape[2] == 0:

@@ -13,7 +13,7 @@ from torch import Tensor
 from .. import checks, streaming
 from ..arguments import normalise
 from ..grouping import folded, unfolded
-from ..packed import checked_pack
+from ..packed import checked_pack, gates_of_pack
 from ..problem import Operands, Options, Stream
 from ..sharding import Sharded, without
 from . import agreement, packs
@@ -190,21 +190,25 @@ class CPContext(Sharded):
         self, tensors: tuple[Any, ...], constants: Mapping[str, Any], offsets: tuple[Any, Any], causal: Any,
         streamed: tuple[Any, Any, Any],
     ) -> Tensor:  # fmt: skip
-        def check() -> tuple[Operands, Options]:
+        def check() -> tuple[Operands, Options, Tensor | None, bool]:
             initial_state, output_final_state, log_decay = streamed
-            without(causal=causal, initial_state=initial_state, output_final_state=output_final_state,
-                    log_decay=log_decay)  # fmt: skip
-            x, opt, *_ = checked_pack(tensors, constants, offsets)
+            without(initial_state=initial_state, output_final_state=output_final_state)
+            x, opt, cu, _ = checked_pack(tensors, constants, offsets)
             self._check_offsets(*offsets)
             for name, t in (("query", tensors[0]), ("key", tensors[1])):
                 self.places.check(name, t.shape[0])
-            return (cut(x, 0, 0) if tensors[1].shape[0] == 0 else x), opt
+            x = cut(x, 0, 0) if tensors[1].shape[0] == 0 else x
+            gates = gates_of_pack(x, opt, cu, log_decay, checks.flag("causal", causal))
+            return x, opt, gates, bool(causal)
 
         in_heads = [t.transpose(0, 1).unsqueeze(0) if _is_rows(t) else t for t in tensors[:4]]
         alike = (*in_heads[:3], tensors[3], *tensors[4:])
-        x, opt = self._agreed_on("set_attention_varlen", alike, constants, check)
+        given = {"causal": causal, "log_decay": streamed[2]}
+        x, opt, gates, scans = self._agreed_on("set_attention_varlen", alike, constants, check, **given)
         assert self.cu_seqlens is not None
-        return packs.attention(x, opt, self.cu_seqlens, self.places, self.ranks).squeeze(0).transpose(0, 1)
+        whole = self.cu_seqlens, self.places, self.ranks
+        o = packs.causal(x, opt, gates, *whole) if scans else packs.attention(x, opt, *whole)
+        return o.squeeze(0).transpose(0, 1)
 
     def _check_offsets(self, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor | None) -> None:
         """ValueError for a pack that is not the context's; values are looked at on the CPU alone."""

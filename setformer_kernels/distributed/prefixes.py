@@ -34,6 +34,8 @@ class Form(NamedTuple):
     pieces: int  # of a rank: 2 in "zigzag"
     gated: bool
     offset: float
+    firsts: tuple[int, ...] = ()  # of a pack: the segment that each piece goes on with, −1 none; () goes on with all
+    lasts: tuple[int, ...] = ()  # and the one that it leaves to the next, −1 none
 
     @property
     def numbers(self) -> int:
@@ -76,6 +78,10 @@ def states_before(parts: Tensor, initial: Tensor | None, form: Form, targets: Se
     at = torch.tensor([target + shift for target in targets], device=c.device)
     between = faded[at].unsqueeze(1) - faded[1:].unsqueeze(0)  # [targets, P, B, H]: what pieces after q leave of it
     before = (torch.arange(c.shape[0], device=c.device) < at.unsqueeze(-1))[:, :, None, None, None]
+    if form.firsts:
+        begun = torch.tensor([form.firsts[target] for target in targets], device=c.device).unsqueeze(-1)
+        left = torch.tensor(form.lasts, device=c.device)
+        before = before & ((left == begun) & (begun >= 0))[:, :, None, None, None]
     weights = torch.where(before, c + torch.where(before, between.unsqueeze(-1), 0.0), -math.inf)
     log_c = lse(weights, 1)
     shares = (weights - torch.where(log_c > -math.inf, log_c, 0.0).unsqueeze(1)).exp()
@@ -133,8 +139,8 @@ def plain_prefixes(own: Tensor, initial: Tensor | None, form: Form, ranks: Commu
 
 
 def _form(args: Sequence[Any]) -> tuple[Form, bool, Communicator]:
-    m, e, pieces, gated, offset, wanted, ranks, _ = args
-    return Form(m, e, pieces, gated, offset), wanted, of_name(ranks)
+    m, e, pieces, gated, offset, firsts, lasts, wanted, ranks, _ = args
+    return Form(m, e, pieces, gated, offset, tuple(firsts), tuple(lasts)), wanted, of_name(ranks)
 
 
 def _run(own: Tensor, initial: Tensor | None, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -187,7 +193,8 @@ set_prefix = register(
     Spec(
         name="set_prefix",
         tensors={"own": (TOKEN, False), "initial_state": (TOKEN, True)},
-        constants="int m, int e, int pieces, bool gated, float offset, bool with_state, str ranks, str backend",
+        constants="int m, int e, int pieces, bool gated, float offset, int[] firsts, int[] lasts, bool with_state, "
+        "str ranks, str backend",
         outputs={"prefixes": TOKEN, "last": TOKEN, "parts": TOKEN},
         differentiable=("prefixes", "last"),
         saved=("parts",),
