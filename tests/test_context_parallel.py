@@ -14,7 +14,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 import setformer_kernels.functional as SF
 from setformer_kernels.distributed import Ranks, build_cp_context
 from setformer_kernels.distributed.places import starts
-from setformer_kernels.testing import CASES, Case, measure
+from setformer_kernels.testing import CASES, Case, assert_typically_within_budget, measure
 from setformer_kernels.testing.cases import make
 
 PLAIN = {case.name: case for case in CASES if not case.options.get("causal")}
@@ -53,12 +53,24 @@ def test_any_number_of_ranks_in_both_layouts(name: str, ranks: int, layout: str,
     even = Case(name, S=96, L=66, P=case.P, mask=case.mask, tensors=case.tensors, options=case.options)
     tokens, keywords = make(even)
     cotangent = torch.randn(even.B, even.H, even.L, even.E, dtype=torch.float64)
-    call = Sharded(lambda **given: SF.set_attention(**{"cp_context": None} | given), ranks, layout)
+    call = Sharded(SF.set_attention, ranks, layout)
 
     def function(backend: str, **given: Any) -> Tensor:
         return SF.set_attention(**given, backend=backend) if backend == "reference" else call(**given, backend=backend)
 
     measure.beside(function, tokens | keywords, torch.float32, cotangent, native).check(name)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", ["log_mass", "tensors"])
+def test_small_gradients_of_ranks_within_the_error_budget(name: str, dtype: torch.dtype) -> None:
+    call = Sharded(SF.set_attention, 3)
+
+    def function(backend: str, **given: Any) -> Tensor:
+        return (SF.set_attention if backend == "reference" else call)(**given, backend=backend)
+
+    found = measure.small_gradients(PLAIN[name], dtype, "cpu", draws=2, function=function)
+    assert_typically_within_budget(*found, name)
 
 
 def arguments(dtype: torch.dtype = torch.float64, grouped: int = 1) -> dict[str, Any]:

@@ -48,6 +48,11 @@ class Found(NamedTuple):
     references: Tensor  # [H, M, D] its part of the gradient
 
 
+def summed(t: Tensor) -> Tensor:
+    """[1, H, rows, E] -> [H, E], in float64 but not all at once."""
+    return torch.stack([part[0].double().sum(1) for part in t.split(BLOCK, 2)]).sum(0)
+
+
 class Tokens:
     """The tokens of the rank whose turn it is, made anew in the same memory whenever they are asked for."""
 
@@ -127,7 +132,7 @@ class _Rank:
         d_q, d_z, d_g, d_y, *_ = OPS.set_read_backward(d_o, query, z, g, *rest, needs)
         self._note("query", d_q)
         self.d_references += d_y
-        return d_z, d_g, off, d_o[0].sum(1, dtype=torch.float64)
+        return d_z, d_g, off, summed(d_o)
 
     def run(self) -> Found:
         """One forward and backward pass."""
@@ -162,8 +167,9 @@ class _Rank:
                 assert d_key is not None
                 d_key += d_k
             else:
-                d_key, value_sum = d_k, d_v[0].sum(1, dtype=torch.float64)
+                d_key, value_sum = d_k, summed(d_v)
                 self._note("value", d_v)
+                del d_v
         assert d_key is not None
         self._note("key", d_key)
         return value_sum
