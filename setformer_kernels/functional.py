@@ -21,7 +21,7 @@ from .packed import set_attention_varlen, set_pool_varlen
 from .problem import Operands, Options, compute_dtype, replaced
 from .reference import converged
 from .reference.converged import TransportInfo
-from .sharding import sharded, without
+from .sharding import sharded
 from .sinkhorn import sinkhorn
 from .streaming import empty_state, merge_states, set_causal, set_step
 from .tracing import leaf
@@ -138,20 +138,20 @@ def set_attention(
     Raises:
         ValueError, TypeError: naming the argument, what it got and what it wants.
     """
-    if query is None:  # which stands for no query
+    if query is None and cp_context is None:  # which stands for no query
         checks.tensor("query", query, "BHLD")
     asked = None
     if tol is not None or method != "sinkhorn" or grad != "unrolled" or initial_potential is not None or return_info:
         asked = solver.Asked(tol, method, grad, initial_potential, return_info)
     if cp_context is not None:
-        without(tol=tol, method=method != "sinkhorn", grad=grad != "unrolled", initial_potential=initial_potential,
-                return_info=return_info)  # fmt: skip
+        others = {"attn_mask": attn_mask, "tol": tol, "method": method != "sinkhorn", "grad": grad != "unrolled"}
+        others |= {"initial_potential": initial_potential, "return_info": return_info}
         hyper = (bandwidth, epsilon, key_relaxation, reference_relaxation, position_scale)
         positions = (query_position, key_position, reference_position)
         return sharded(cp_context).attention(
             (query, key, value, references, hyper, key_mask, reference_log_mass, *positions),
             {"kernel": kernel, "num_iters": num_iters, "dropout_p": dropout_p, "seed": seed, "backend": backend},
-            attn_mask, causal,
+            causal, others,
         )  # fmt: skip
     if type(query) is not Tensor and packed.is_jagged(query, key, value):
         if asked is not None:

@@ -13,7 +13,7 @@ from .ops.memory import read_problem
 from .ops.operands import ready
 from .problem import Operands, Options, compute_dtype
 from .reference import converged
-from .sharding import sharded, without
+from .sharding import sharded
 from .tracing import leaf
 
 if TYPE_CHECKING:
@@ -79,13 +79,13 @@ def set_transport(
     g but for a constant of each head, which no read shows.
     """
     if cp_context is not None:
-        without(tol=tol, method=method != "sinkhorn", grad=grad != "unrolled", initial_potential=initial_potential,
-                return_info=return_info)  # fmt: skip
+        others: dict[str, Any] = {"tol": tol, "method": method != "sinkhorn", "grad": grad != "unrolled"}
+        others |= {"initial_potential": initial_potential, "return_info": return_info}
         hyper = (bandwidth, epsilon, key_relaxation, reference_relaxation, position_scale)
         z, g = sharded(cp_context).transport(
             (None, key, value, references, hyper, key_mask, reference_log_mass, None, key_position, reference_position),
-            {"kernel": kernel, "num_iters": num_iters, "dropout_p": 0.0, "seed": None, "backend": backend},
-        )
+            {"kernel": kernel, "num_iters": num_iters, "dropout_p": 0.0, "seed": None, "backend": backend}, others,
+        )  # fmt: skip
         return SetMemory(z, g)
     x, opt = normalise(
         None, key, value, references, (bandwidth, epsilon, key_relaxation, reference_relaxation, position_scale),

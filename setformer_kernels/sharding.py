@@ -14,15 +14,17 @@ from torch import Tensor
 
 class Sharded(ABC):
     """Answers calls on shards.  `tensors` are the positional arguments of `arguments.normalise`, `constants` its
-    others."""
+    others; `others` is what goes without a context.  All unchecked: what is wrong on one rank is told to all."""
 
     @abstractmethod
     def attention(
-        self, tensors: tuple[Any, ...], constants: Mapping[str, Any], attn_mask: Any, causal: Any
+        self, tensors: tuple[Any, ...], constants: Mapping[str, Any], causal: Any, others: Mapping[str, Any]
     ) -> Tensor: ...  # fmt: skip
 
     @abstractmethod
-    def transport(self, tensors: tuple[Any, ...], constants: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+    def transport(
+        self, tensors: tuple[Any, ...], constants: Mapping[str, Any], others: Mapping[str, Any]
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """z [B, Hk, M, E] and g [B, Hk, M] of all keys, the same on every rank."""
 
     @abstractmethod

@@ -12,8 +12,10 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import setformer_kernels.functional as SF
+from setformer_kernels.arguments import normalise
 from setformer_kernels.distributed import Ranks, build_cp_context
 from setformer_kernels.distributed.places import starts
+from setformer_kernels.problem import SCALARS
 from setformer_kernels.testing import CASES, Case, assert_typically_within_budget, measure
 from setformer_kernels.testing.cases import make
 
@@ -200,6 +202,23 @@ def test_no_batch_and_no_token() -> None:
             assert not k.grad.any()
 
 
+def test_the_ops_are_what_torch_library_wants() -> None:
+    group = Ranks(1).members[0]
+    x = normalise(
+        None, torch.randn(B, H, 9, D, requires_grad=True), torch.randn(B, H, 9, E), torch.randn(H, M, D), SCALARS,
+        torch.randn(B, 9), None, None, None, None, kernel="rbf", num_iters=1, dropout_p=0.0, seed=None, backend="cpu",
+    )[0]  # fmt: skip
+    constants = (list(SCALARS), "rbf", 1, 0.0, "cpu", 0.5, True)
+    ops = torch.ops.setformer_kernels
+    g, z = torch.randn(B, H, M, requires_grad=True), torch.randn(B, H, M, E, requires_grad=True)
+    checked = ("test_schema", "test_autograd_registration", "test_faketensor")
+    torch.library.opcheck(ops.set_pass.default, (*x, g, *constants), test_utils=checked)
+    torch.library.opcheck(ops.set_merge.default, (z, g, group.name, [], "cpu"), test_utils=checked)
+    own = torch.randn(B, H, M * (E + 1))
+    form = (M, E, 1, False, 0.0, [], [], True)
+    torch.library.opcheck(ops.set_prefix.default, (own, None, *form, group.name, "cpu"), test_utils=checked)
+
+
 @pytest.mark.exhaustive
 def test_one_graph_serves_every_length() -> None:
     context = build_cp_context(group=Ranks(1).members[0])
@@ -220,10 +239,10 @@ def test_one_graph_serves_every_length() -> None:
     assert len(graphs) == 1
 
 
-def refused(function: Any, sizes: int = 2) -> list[str]:
+def refused(function: Any, kind: type = ValueError) -> list[str]:
     """What each rank is told of a bad call, all of which end."""
-    errors = Ranks(sizes).run(function, raising=False)
-    assert all(type(error) is ValueError for error in errors), errors
+    errors = Ranks(2).run(function, raising=False)
+    assert all(type(error) is kind for error in errors), errors
     return [str(error) for error in errors]
 
 
@@ -239,12 +258,18 @@ def call_of(group: Any, context: Any = None, n: int = 4, dtype: torch.dtype = to
         ("num_iters", lambda r: {"num_iters": 1 + r}), ("key", lambda r: {"dtype": (torch.float32, torch.float64)[r]}),
         ("epsilon", lambda r: {"epsilon": 0.1 * (1 + r)}), ("dropout_p", lambda r: {"dropout_p": 0.1 * r}),
         ("epsilon", lambda r: {"epsilon": (0.1, -1.0)[r]}), ("attn_mask", lambda r: {"attn_mask": torch.ones(4, 4)}),
+        ("tol", lambda r: {"tol": (None, 1e-3)[r]}),
     ],
 )  # fmt: skip
 def test_ranks_that_disagree_are_told_all_alike(name: str, options: Any) -> None:
     """On the first rank as on the second, and with the ranks and values where two differ."""
     for message in refused(lambda group: call_of(group, **options(group.rank))):
         assert name in message
+
+
+def test_a_wrong_type_on_one_rank_is_one_on_all() -> None:
+    for message in refused(lambda group: call_of(group, seed=(None, 3)[group.rank], dropout_p=0.1), TypeError):
+        assert "seed must be an int64 scalar Tensor" in message
 
 
 def test_lengths_that_are_not_those_of_the_context() -> None:

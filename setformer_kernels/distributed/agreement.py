@@ -15,10 +15,10 @@ from typing import Any, TypeVar
 from torch import Tensor
 
 from ..problem import HYPER
-from .ranks import Communicator
+from .ranks import WORDS, Communicator
 
 Found = TypeVar("Found")
-ROOM = 2000  # characters of an error that fit into what a rank may say beside its facts
+ROOM = 800  # characters of an error that fit into what a rank may say beside its facts
 # Sizes that ranks share; those of tokens are a rank's own.
 SIZES = {"query": (0, 1, 3), "key": (0, 1, 3), "value": (0, 1, 3), "references": (0, 1, 2)}
 
@@ -70,12 +70,17 @@ def agreed(
 def _compare(ranks: Communicator, op: str, facts: dict[str, Any], error: Exception | None, tokens: int) -> int:
     """The tokens of all ranks."""
     mine = {"op": op, "facts": facts, "tokens": tokens, "error": None if error is None else str(error)[:ROOM]}
-    all_said = [json.loads(text) for text in ranks.told(json.dumps(mine, ensure_ascii=False, default=str))]
+    mine |= {"kind": type(error).__name__}
+    text = json.dumps(mine, ensure_ascii=False, default=str)
+    if len(text.encode()) > WORDS:
+        text = json.dumps(mine | {"facts": {"arguments": digest(facts)}}, ensure_ascii=False)
+    all_said = [json.loads(said) for said in ranks.told(text)]
     if error is not None:
         raise error
     for rank, said in enumerate(all_said):
         if said["error"] is not None:
-            raise ValueError(f"{said['error']} (on rank {rank} of the cp_context)")
+            kind = TypeError if said["kind"] == "TypeError" else ValueError
+            raise kind(f"{said['error']} (on rank {rank} of the cp_context)")
     _same("call", [said["op"] for said in all_said])
     for name in sorted({name for said in all_said for name in said["facts"]}):
         _same(name, [said["facts"].get(name) for said in all_said])

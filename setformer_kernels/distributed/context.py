@@ -147,10 +147,12 @@ class CPContext(Sharded):
         return f"CPContext(rank={self.rank}, size={self.size}, {self.places})"
 
     def attention(
-        self, tensors: tuple[Any, ...], constants: Mapping[str, Any], attn_mask: Any, causal: Any
+        self, tensors: tuple[Any, ...], constants: Mapping[str, Any], causal: Any, others: Mapping[str, Any]
     ) -> Tensor:  # fmt: skip
         def check() -> tuple[Operands, Options, bool]:
-            without(attn_mask=attn_mask)
+            without(**others)
+            if tensors[0] is None:  # which stands for no query
+                checks.tensor("query", None, "BHLD")
             x, opt = self._normalised(tensors, constants)
             if checks.flag("causal", causal) and opt.num_iters > 1:
                 raise ValueError(
@@ -168,9 +170,14 @@ class CPContext(Sharded):
         o = read(folded(x) if grouped else x, opt, z, g, self._counters(x, opt))
         return unfolded(o, x.query) if grouped else o
 
-    def transport(self, tensors: tuple[Any, ...], constants: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
-        found = self._agreed_on("transport", tensors, constants, lambda: self._normalised(tensors, constants))
-        return self._transport(*found)
+    def transport(
+        self, tensors: tuple[Any, ...], constants: Mapping[str, Any], others: Mapping[str, Any]
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        def check() -> tuple[Operands, Options]:
+            without(**others)
+            return self._normalised(tensors, constants)
+
+        return self._transport(*self._agreed_on("transport", tensors, constants, check))
 
     def scan(
         self, tensors: tuple[Any, ...], constants: Mapping[str, Any], initial_state: Any, wanted: Any, log_decay: Any

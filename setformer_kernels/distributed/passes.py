@@ -16,9 +16,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from .. import stages
-from ..ops.operands import N_OPERANDS, OPERANDS, OPTIONS, POSITIONS
+from ..ops.operands import N_OPERANDS, OPERANDS, OPTIONS, POSITIONS, flops
 from ..ops.registration import TOKEN, Spec, register
 from ..problem import Operands, Options, compute_dtype, replaced
 
@@ -82,3 +83,7 @@ set_pass = register(
         decomposition=None,
     )
 )
+
+# As pooling's, whose backward has one argument less before the op's own.
+register_flop_formula(torch.ops.setformer_kernels.set_pass)(flops(1, 1, 0))
+register_flop_formula(torch.ops.setformer_kernels.set_pass_backward)(flops(3, 2, 4))
