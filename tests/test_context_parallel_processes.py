@@ -26,7 +26,7 @@ def outcome(size: int) -> list[dict[str, str]]:
         paths = os.pathsep.join([root, str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])])
         # an empty CUDA_VISIBLE_DEVICES: gloo's tensors are on the CPU, whatever else there is
         settings = os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-        command = [sys.executable, str(HERE / "ranks_processes.py")]
+        command = [sys.executable, "-W", "error::FutureWarning", str(HERE / "ranks_processes.py")]
         processes = [
             subprocess.Popen([*command, str(rank), str(size), name], env=settings, stderr=subprocess.PIPE, text=True)
             for rank in range(size)

@@ -63,7 +63,8 @@ class Processes(Communicator):
         import torch.distributed as dist
 
         found = flat.new_empty(self.size * flat.numel())
-        dist.all_gather_into_tensor(found, flat, group=self.group)
+        gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # its name before torch 2.13
+        gather(found, flat, group=self.group)
         return found
 
     def _words(self) -> torch.device:

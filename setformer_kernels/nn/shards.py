@@ -14,6 +14,9 @@ PATCHES = (
 )
 
 
+SOFTMAX = F.scaled_dot_product_attention  # while it is this one, nobody has replaced it
+
+
 @torch.compiler.assume_constant_result
 def softmax_is_sharded() -> bool:
     """Whether this runs inside torch's context_parallel, which Accelerate's is: it has replaced softmax attention."""
