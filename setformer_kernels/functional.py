@@ -21,6 +21,7 @@ from .packed import set_attention_varlen, set_pool_varlen
 from .problem import Operands, Options, compute_dtype, replaced
 from .reference import converged
 from .reference.converged import TransportInfo
+from .sharding import sharded
 from .sinkhorn import sinkhorn
 from .streaming import empty_state, merge_states, set_causal, set_step
 from .tracing import leaf
@@ -92,6 +93,7 @@ def set_attention(
     grad: str = "unrolled",
     initial_potential: Tensor | None = None,
     return_info: bool = False,
+    cp_context: Any = None,
     backend: str = "auto",
 ) -> Any:
     """Self-optimal transport attention, linear in L and S: [B,H,L,D], [B,Hk,S,D], [B,Hk,S,E], [Hk,M,D] -> [B,H,L,E].
@@ -129,16 +131,28 @@ def set_attention(
         tol, method, grad, initial_potential, return_info: transport to convergence, as in `sinkhorn`: each head stops
             by itself, num_iters is the most, potentials are [B, Hk, M].  For queries that all see the same keys, on
             PyTorch; with return_info the result is (o, `TransportInfo` of [B, Hk]).
+        cp_context: of `distributed.build_cp_context`: query, key and value are this rank's tokens of a sequence that
+            lies on several ranks, and so is what comes out.  Masks of all queries alike, or causal with T ≤ 1.
         backend: "auto", or a name of `available_backends()`.
 
     Raises:
         ValueError, TypeError: naming the argument, what it got and what it wants.
     """
-    if query is None:  # which stands for no query
+    if query is None and cp_context is None:  # which stands for no query
         checks.tensor("query", query, "BHLD")
     asked = None
     if tol is not None or method != "sinkhorn" or grad != "unrolled" or initial_potential is not None or return_info:
         asked = solver.Asked(tol, method, grad, initial_potential, return_info)
+    if cp_context is not None:
+        others = {"attn_mask": attn_mask, "tol": tol, "method": method != "sinkhorn", "grad": grad != "unrolled"}
+        others |= {"initial_potential": initial_potential, "return_info": return_info}
+        hyper = (bandwidth, epsilon, key_relaxation, reference_relaxation, position_scale)
+        positions = (query_position, key_position, reference_position)
+        return sharded(cp_context).attention(
+            (query, key, value, references, hyper, key_mask, reference_log_mass, *positions),
+            {"kernel": kernel, "num_iters": num_iters, "dropout_p": dropout_p, "seed": seed, "backend": backend},
+            causal, others,
+        )  # fmt: skip
     if type(query) is not Tensor and packed.is_jagged(query, key, value):
         if asked is not None:
             solver.dense()
@@ -323,17 +337,28 @@ def set_pool(
     grad: str = "unrolled",
     initial_potential: Tensor | None = None,
     return_info: bool = False,
+    cp_context: Any = None,
     backend: str = "auto",
 ) -> Any:
     """The OTKE/SeT embedding of a set, M tokens from S: [B,H,S,D], [B,H,S,E], [H,M,D] -> [B,H,M,E].
 
     z_j = Σ_s W^k_sj v_s, in the dtype of the values.
     The columns of W^k = exp(ℓ + f^T − c^T) sum to 1; z = 0 where no key takes part.  Arguments as in `set_attention`;
-    with return_info the result is (z, `TransportInfo` of [B, H]).
+    with return_info the result is (z, `TransportInfo` of [B, H]).  With cp_context z, the same on every rank, is
+    that of the keys of all ranks.
     """
     asked = None
     if tol is not None or method != "sinkhorn" or grad != "unrolled" or initial_potential is not None or return_info:
         asked = solver.Asked(tol, method, grad, initial_potential, return_info)
+    if cp_context is not None:
+        memory = set_transport(
+            key, value, references, kernel=kernel, bandwidth=bandwidth, epsilon=epsilon, num_iters=num_iters,
+            key_mask=key_mask, reference_log_mass=reference_log_mass, key_relaxation=key_relaxation,
+            reference_relaxation=reference_relaxation, key_position=key_position, backend=backend, tol=tol,
+            reference_position=reference_position, position_scale=position_scale, method=method, grad=grad,
+            initial_potential=initial_potential, return_info=return_info, cp_context=cp_context,
+        )  # fmt: skip
+        return memory.z.to(autocast(value)[0].dtype)
     if type(key) is not Tensor and packed.is_jagged(key, value):
         if asked is not None:
             solver.dense()

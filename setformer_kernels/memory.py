@@ -13,6 +13,7 @@ from .ops.memory import read_problem
 from .ops.operands import ready
 from .problem import Operands, Options, compute_dtype
 from .reference import converged
+from .sharding import sharded
 from .tracing import leaf
 
 if TYPE_CHECKING:
@@ -66,6 +67,7 @@ def set_transport(
     grad: str = "unrolled",
     initial_potential: Tensor | None = None,
     return_info: bool = False,
+    cp_context: Any = None,
     backend: str = "auto",
 ) -> Any:
     """The first half of `set_attention`: [B,Hk,S,D], [B,Hk,S,E], [Hk,M,D] -> (z [B,Hk,M,E], g [B,Hk,M]), O(S·M).
@@ -73,8 +75,18 @@ def set_transport(
     z_j = Σ_s W^k_sj v_s, and g = g^T, the dual potentials that T iterations leave: log b − λ_b c^T (T = 0: log b).
     `set_read` of it is `set_attention`, bit for bit on each backend; both are differentiable.  Where no key takes part
     z = 0 and g = −inf.  Arguments and errors as in `set_attention`; with return_info the result is (memory,
-    `TransportInfo` of [B, Hk]).
+    `TransportInfo` of [B, Hk]).  With cp_context the memory, the same on every rank, is that of the keys of all ranks,
+    g but for a constant of each head, which no read shows.
     """
+    if cp_context is not None:
+        others: dict[str, Any] = {"tol": tol, "method": method != "sinkhorn", "grad": grad != "unrolled"}
+        others |= {"initial_potential": initial_potential, "return_info": return_info}
+        hyper = (bandwidth, epsilon, key_relaxation, reference_relaxation, position_scale)
+        z, g = sharded(cp_context).transport(
+            (None, key, value, references, hyper, key_mask, reference_log_mass, None, key_position, reference_position),
+            {"kernel": kernel, "num_iters": num_iters, "dropout_p": 0.0, "seed": None, "backend": backend}, others,
+        )  # fmt: skip
+        return SetMemory(z, g)
     x, opt = normalise(
         None, key, value, references, (bandwidth, epsilon, key_relaxation, reference_relaxation, position_scale),
         key_mask, reference_log_mass, None, key_position, reference_position,
@@ -144,10 +156,11 @@ def set_read(
         "seed": seed_of(seed, opt.dropout_p, query),
     }
     x = read_problem(query, z, given)
-    return _read(x, opt, z, g) if query.shape[1] == h else unfolded(_read(folded(x), opt, z, g), query)
+    return read(x, opt, z, g) if query.shape[1] == h else unfolded(read(folded(x), opt, z, g), query)
 
 
-def _read(x: Operands, opt: Options, z: Tensor, g: Tensor) -> Tensor:
+def read(x: Operands, opt: Options, z: Tensor, g: Tensor) -> Tensor:
+    """o of a checked call, of as many heads of queries as the memory has."""
     chosen = ready("read", x, opt, z, g)
     if chosen is None:
         return reference.read(x, opt, z, g)

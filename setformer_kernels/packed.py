@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from .ops.operands import attention_problem, logits
 from .problem import Operands, Options, Stream, compute_dtype, is_plain, replaced
 from .reference import state as layout
 from .reference.dense import additive
+from .sharding import sharded
 from .states import packed_stream
 from .tracing import leaf
 
@@ -47,6 +49,7 @@ def set_attention_varlen(
     position_scale: Hyper = 1.0,
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
+    cp_context: Any = None,
     backend: str = "auto",
 ) -> Any:
     """`set_attention` of N sequences that lie one after another: [Tq,H,D], [Tk,Hk,D], [Tk,Hk,E], [Hk,M,D] -> [Tq,H,E],
@@ -72,11 +75,37 @@ def set_attention_varlen(
         key_mask: [Tk] or [Tk, Hk], bool (True takes part) or float (log mass, normalised in each sequence).
         query_position, key_position: [Tq, P] and [Tk, P].
         dropout_p, seed: the random numbers of a sequence are those of `set_attention` under seed + its first query row.
+        cp_context: one that was built with these offsets: those of the whole pack, of which the tokens are a shard.
+            Sequences may lie on any number of ranks.  Without states.
         all others: as in `set_attention`.
 
     Raises:
         ValueError, TypeError: naming the argument, what it got and what it wants.
     """
+    hyper = (bandwidth, epsilon, key_relaxation, reference_relaxation, position_scale)
+    given = (query, key, value, references, hyper, key_mask, reference_log_mass, query_position, key_position,
+             reference_position)  # fmt: skip
+    constants = {"kernel": kernel, "num_iters": num_iters, "dropout_p": dropout_p, "seed": seed, "backend": backend}
+    if cp_context is not None:
+        streamed = initial_state, output_final_state, log_decay
+        return sharded(cp_context).packed(given, constants, (cu_seqlens_q, cu_seqlens_k), causal, streamed)
+    x, opt, cu_q, cu_k = checked_pack(given, constants, (cu_seqlens_q, cu_seqlens_k))
+    if checks.flag("causal", causal):
+        wanted = checks.flag("output_final_state", output_final_state)
+        x = _without_keys(x) if key.shape[0] == 0 else x
+        o, states = causal_pack(x, opt, cu_q, cu_k, packed_stream(x, cu_q, initial_state, log_decay), wanted)
+        return (_tokens_first(o), states) if wanted else _tokens_first(o)
+    _only_causal(initial_state=initial_state, output_final_state=output_final_state or None, log_decay=log_decay)
+    return _tokens_first(attended(x, opt, cu_q, cu_k, key.shape[0]))
+
+
+def checked_pack(
+    given: tuple[Any, ...], constants: Mapping[str, Any], offsets: tuple[Any, Any]
+) -> tuple[Operands, Options, Tensor, Tensor]:
+    """Operands [1, H, T, ..] with unnormalised log masses, options, and offsets as int64; `given` in the order of
+    `arguments.normalise`."""
+    query, key, value, references, hyper, key_mask, log_mass, query_position, key_position, reference_position = given
+    cu_seqlens_q, cu_seqlens_k = offsets
     checks.tensor("query", query, "THD")
     _check_tokens(key, value, references)
     checks.heads("query", query, "key", key.shape[1])
@@ -88,22 +117,22 @@ def set_attention_varlen(
             f"cu_seqlens_k must have the shape of cu_seqlens_q, {list(cu_q.shape)}, got {list(cu_k.shape)}"
         )
     x, opt = normalise(
-        _heads_first(query), _heads_first(key), _heads_first(value), references,
-        (bandwidth, epsilon, key_relaxation, reference_relaxation, position_scale),
-        None, reference_log_mass, query_position, key_position, reference_position,
-        kernel=kernel, num_iters=num_iters, dropout_p=dropout_p, seed=seed, backend=backend,
+        _heads_first(query), _heads_first(key), _heads_first(value), references, hyper, None, log_mass,
+        query_position, key_position, reference_position, **constants,
     )  # fmt: skip
-    x = _masked(x, key, key_mask)
-    if checks.flag("causal", causal):
-        wanted = checks.flag("output_final_state", output_final_state)
-        x = _without_keys(x) if key.shape[0] == 0 else x
-        o, states = _causal(x, opt, cu_q, cu_k, packed_stream(x, cu_q, initial_state, log_decay), wanted)
-        return (_tokens_first(o), states) if wanted else _tokens_first(o)
-    _only_causal(initial_state=initial_state, output_final_state=output_final_state or None, log_decay=log_decay)
-    x = repeated(x) if query.shape[1] != key.shape[1] else x
+    return _masked(x, key, key_mask), opt, cu_q, cu_k
+
+
+def attended(x: Operands, opt: Options, cu_q: Tensor, cu_k: Tensor, keys: int) -> Tensor:
+    """o [1, H, Tq, E] of a checked pack whose segments see all of their keys; keys: how many the caller gave."""
+    assert x.query is not None
+    queries = x.query.shape[2]
+    x = repeated(x) if x.query.shape[1] != x.key.shape[1] else x
     if _is_ordinary("packed", x, opt):
-        return _tokens_first(reference.packed(x, opt, _checked("cu_seqlens_q", cu_q, query), _keys(cu_k, cu_q, key)))
-    return _tokens_first(ops.packed.set_attention_varlen(*x, cu_q, cu_k, *opt)[0])
+        name = "cu_seqlens_q" if cu_k is cu_q else "cu_seqlens_k"
+        at_q, at_k = _checked("cu_seqlens_q", cu_q, queries), _checked(name, cu_k, keys)
+        return reference.packed(x, opt, at_q, at_k)
+    return ops.packed.set_attention_varlen(*x, cu_q, cu_k, *opt)[0]
 
 
 @leaf
@@ -140,7 +169,7 @@ def set_pool_varlen(
     )  # fmt: skip
     x = _masked(x, key, key_mask)
     if _is_ordinary("packed_pool", x, opt):
-        return reference.packed_pool(x, opt, _checked("cu_seqlens", cu, key))
+        return reference.packed_pool(x, opt, _checked("cu_seqlens", cu, key.shape[0]))
     return ops.packed.set_pool_varlen(*x, cu, *opt)[0].to(x.value.dtype)
 
 
@@ -198,16 +227,21 @@ def _beside(name: str, x: Any, other: str, y: Any, dim: int = 1) -> Any:
     return values
 
 
-def _causal(
+def gates_of_pack(x: Operands, opt: Options, cu: Tensor, log_decay: Tensor | None, causal: bool) -> Tensor | None:
+    """The checked gates [1, H, T] of a checked pack without states."""
+    if not causal:
+        _only_causal(log_decay=log_decay)
+        return None
+    _check_scan(x, opt)
+    return packed_stream(x, cu, None, log_decay).log_decay
+
+
+def causal_pack(
     x: Operands, opt: Options, cu_q: Tensor, cu_k: Tensor, stream: Stream, with_state: bool
 ) -> tuple[Tensor, Tensor]:
-    """o [1, H, T, E] and, `with_state`, the states [N, Hk, M, 2E + 3] after the last keys."""
+    """o [1, H, T, E] and, `with_state`, the states [N, Hk, M, 2E + 3] after the last keys, of a checked pack."""
+    length = _check_scan(x, opt)
     assert x.query is not None
-    length, total = x.query.shape[2], x.key.shape[2]
-    if opt.num_iters > 1:
-        raise ValueError(f"num_iters must be at most 1 for a causal packed batch, got {opt.num_iters}")
-    if length != total:
-        raise ValueError(f"query must have the T of the key, {total}, where causal is set, got {length}")
     readable = cu_q.device.type == "cpu" and not torch.compiler.is_compiling()
     if cu_q is not cu_k and readable and not torch.equal(cu_q, cu_k):
         raise ValueError("cu_seqlens_k must be cu_seqlens_q where causal is set, got other offsets")
@@ -221,6 +255,17 @@ def _causal(
             return reference.packed_causal(x, opt, cu_q), layout.empty_like(x, False)
         o, states = reference.packed_causal_with_state(x, opt, cu_q, stream)
     return o, states[:, ::groups]
+
+
+def _check_scan(x: Operands, opt: Options) -> int:
+    """How many queries, as many as keys, a scan has; ValueError for a call that is none."""
+    assert x.query is not None
+    length, total = x.query.shape[2], x.key.shape[2]
+    if opt.num_iters > 1:
+        raise ValueError(f"num_iters must be at most 1 for a causal packed batch, got {opt.num_iters}")
+    if length != total:
+        raise ValueError(f"query must have the T of the key, {total}, where causal is set, got {length}")
+    return length
 
 
 def _without_keys(x: Operands) -> Operands:
@@ -255,13 +300,9 @@ def _offsets(name: str, cu: Any, key: Tensor) -> Tensor:
     return cu.to(torch.int64).contiguous()
 
 
-def _checked(name: str, cu: Tensor, tokens: Tensor) -> Tensor:
-    checks.offsets_within(name, cu, tokens.shape[0], f"rows of the {'query' if name.endswith('_q') else 'key'}")
+def _checked(name: str, cu: Tensor, total: int) -> Tensor:
+    checks.offsets_within(name, cu, total, f"rows of the {'query' if name.endswith('_q') else 'key'}")
     return cu
-
-
-def _keys(cu_k: Tensor, cu_q: Tensor, key: Tensor) -> Tensor:
-    return _checked("cu_seqlens_q" if cu_k is cu_q else "cu_seqlens_k", cu_k, key)
 
 
 def _masked(x: Operands, key: Tensor, mask: Tensor | None) -> Operands:

@@ -5,7 +5,7 @@ A test compares each with the signature that it stands for.
 
 from __future__ import annotations
 
-from typing import TypedDict
+from typing import Any, TypedDict
 
 from torch import Tensor
 
@@ -36,6 +36,7 @@ class Transport(Convergence, total=False):
     key_position: Tensor | None
     reference_position: Tensor | None
     position_scale: Hyper
+    cp_context: Any
 
 
 class Attention(Transport, total=False):

@@ -53,8 +53,8 @@ def pool_backward(
     (b, h, m), one = g.shape, opt._replace(num_iters=1, dropout_p=0.0)
     folded = _heads_of(x, g)
     wanted = dict(zip(Operands._fields, needs, strict=True)) | {"query": False, "log_b": True}
-    state = z.reshape(1, b * h, m, -1), c.reshape(1, b * h, 1, m)
-    arriving = d_z.reshape(1, b * h, m, -1), d_c.reshape(1, b * h, 1, m).contiguous()
+    state = z.reshape(1, b * h, m, z.shape[-1]), c.reshape(1, b * h, 1, m)
+    arriving = d_z.reshape(1, b * h, m, z.shape[-1]), d_c.reshape(1, b * h, 1, m).contiguous()
     backend = backend_of("pool", folded, one, backward=True)
     found = dict(zip(Operands._fields, backend.pool_backward(folded, one, *state, *arriving, [*wanted.values()]),
                      strict=True))  # fmt: skip
@@ -74,11 +74,17 @@ def _narrow(x: Operands) -> Operands:
 
 
 def _heads_of(x: Operands, g: Tensor) -> Operands:
+    return replaced(as_heads(x), log_b=g.flatten(0, 1))
+
+
+def as_heads(x: Operands) -> Operands:
     """[1, B·H, ..] and [B·H, ..]: keys are copied where batch and heads are not next to each other in memory."""
     b = x.key.shape[0]
-    found = {name: t.flatten(0, 1).unsqueeze(0) for name in TOKENS if (t := getattr(x, name)) is not None}
-    for name in PARAMETERS:
-        if (t := getattr(x, name)) is not None:
-            found[name] = t.expand(b, *t.shape).flatten(0, 1)
+    found: dict[str, Tensor] = {}
+    for name in (*TOKENS, *PARAMETERS):  # not a comprehension that names its value: dynamo knows no cells of such
+        t = getattr(x, name)
+        if t is not None:
+            one = name in TOKENS
+            found[name] = t.flatten(0, 1).unsqueeze(0) if one else t.expand(b, *t.shape).flatten(0, 1)
     nothing: dict[str, None] = {"query": None, "query_position": None, "seed": None}
-    return replaced(x, **found | nothing, log_b=g.flatten(0, 1))
+    return replaced(x, **found | nothing)

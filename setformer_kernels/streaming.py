@@ -6,6 +6,8 @@ Letters as in `functional`; Hk heads of keys, of which queries have a multiple. 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -16,6 +18,7 @@ from .ops.direct import unwatched
 from .ops.operands import ready
 from .problem import NO_STREAM, Operands, Options, Stream, compute_dtype, replaced
 from .reference import state as layout
+from .sharding import sharded
 from .states import check_state, stream_of
 from .tracing import leaf
 
@@ -46,6 +49,7 @@ def set_causal(
     position_scale: Hyper = 1.0,
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
+    cp_context: Any = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor | None]:
     """Causal attention of a piece of a sequence: [B,H,L,D], [B,Hk,L,D], [B,Hk,L,E], [Hk,M,D] -> (o [B,H,L,E], state).
@@ -65,11 +69,22 @@ def set_causal(
         key_mask: [B, L] or [B, Hk, L], bool (True takes part) or float (log mass, −inf = not there; differentiable).  A
             key that takes no part leaves the state as it was, and its gate is skipped.
         dropout_p: as in `set_attention`; the weights that are dropped depend on places in this piece.
+        cp_context: as in `set_attention`.  initial_state is what was before the first token of the whole sequence, and
+            the state that is returned is after the last: both the same on every rank, with gradients that are each
+            rank's part, as those of references.
         others: as in `set_attention`.
 
     Raises:
         ValueError, TypeError: naming the argument, what it got and what it wants.
     """
+    if cp_context is not None:
+        hyper = (bandwidth, epsilon, key_relaxation, reference_relaxation, position_scale)
+        positions = (query_position, key_position, reference_position)
+        return sharded(cp_context).scan(
+            (query, key, value, references, hyper, key_mask, reference_log_mass, *positions),
+            {"kernel": kernel, "num_iters": num_iters, "dropout_p": dropout_p, "seed": seed, "backend": backend},
+            initial_state, output_final_state, log_decay,
+        )  # fmt: skip
     if query is None:  # which stands for no query
         checks.tensor("query", query, "BHLD")
     x, opt = normalise(
@@ -78,16 +93,30 @@ def set_causal(
         num_iters=num_iters, dropout_p=dropout_p, seed=seed, backend=backend, normalised=False,
     )  # fmt: skip
     wanted = checks.flag("output_final_state", output_final_state)
+    assert query is not None
+    return piece(x, opt, stream_of_piece(x, opt, key, initial_state, log_decay), wanted)
+
+
+def stream_of_piece(
+    x: Operands, opt: Options, key: Tensor, initial_state: Tensor | None, log_decay: Tensor | None
+) -> Stream:  # fmt: skip
+    """The checked state and gates of a call whose operands are checked; key: as the caller gave it."""
+    assert x.query is not None
     _check_iterations("set_causal", opt)
-    checks.shape("query", query, (None, None, key.shape[2], None), "L = S: a query for every key")
-    stream = stream_of(x, key.shape[:3], initial_state, log_decay)
-    groups = query.shape[1] // key.shape[1]
+    checks.shape("query", x.query, (None, None, key.shape[2], None), "L = S: a query for every key")
+    return stream_of(x, key.shape[:3], initial_state, log_decay)
+
+
+def piece(x: Operands, opt: Options, stream: Stream, wanted: bool) -> tuple[Tensor, Tensor | None]:
+    """o [B, H, L, E] and, where `wanted`, the state after the last key, of a checked call."""
+    assert x.query is not None
+    groups, empty = x.query.shape[1] // x.key.shape[1], x.query.shape[2] == 0
     alone = groups > 1 and is_alone(x, opt)
     if alone:
         x, stream = by_element(x), Stream(*(t if t is None else shared_by(t, groups) for t in stream))
     elif groups > 1:
         x, stream = repeated(x), repeated_stream(stream, groups)
-    if key.shape[2] == 0:
+    if empty:
         x = x._replace(key=x.key[:, :, :0], value=x.value[:, :, :0])
         o, state = reference.causal_with_state(x, opt, stream)
     else:

@@ -17,6 +17,8 @@ import torch
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("torch", "numpy", "POT", "geomloss", "setformer-kernels", "triton")
 SIMD_FLAGS = ("sse2", "avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_bf16", "asimd")
+# Of processes whose memory is measured: what is freed leaves them at once.
+CHILD_ENV = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
 COPY_BYTES = 2**26  # of one thread's buffer: beyond any last-level cache share
 
 

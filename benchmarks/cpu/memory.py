@@ -23,10 +23,9 @@ from pathlib import Path
 import torch
 
 from benchmarks.common.cases import BOTH, AttentionCase, Entry, MemoryCase, attention_inputs, query_mask
-from benchmarks.common.hardware import ROOT, Unavailable
+from benchmarks.common.hardware import CHILD_ENV, ROOT, Unavailable
 from benchmarks.common.implementations import attention, has_references
 
-CHILD_ENV = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
 WARM_UP_LENGTH = 64
 NO_HIGH_WATER = 3  # exit status of a child on a system without a resettable high-water mark
 

@@ -43,7 +43,7 @@ def _autograd() -> Iterator[None]:
         yield
 
 
-def _vjp(
+def vjp(
     function: Callable[..., Tensor | tuple[Tensor, ...]],
     tensors: Sequence[Tensor | None],
     needs: Sequence[bool],
@@ -83,7 +83,7 @@ def attention(x: Operands, opt: Options) -> tuple[Tensor, Tensor, Tensor]:
 def attention_backward(
     x: Operands, opt: Options, z: Tensor, c: Tensor, d_o: Tensor, needs: Sequence[bool]
 ) -> Gradients:
-    return _vjp(lambda *t: reference.attention(Operands(*t), opt), x, needs, [d_o])
+    return vjp(lambda *t: reference.attention(Operands(*t), opt), x, needs, [d_o])
 
 
 def pool(x: Operands, opt: Options) -> tuple[Tensor, Tensor]:
@@ -93,7 +93,7 @@ def pool(x: Operands, opt: Options) -> tuple[Tensor, Tensor]:
 def pool_backward(
     x: Operands, opt: Options, z: Tensor, c: Tensor, d_z: Tensor, d_c: Tensor | None, needs: Sequence[bool]
 ) -> Gradients:
-    return _vjp(lambda *t: pool_with_state(Operands(*t), opt), x, needs, [d_z, d_c])
+    return vjp(lambda *t: pool_with_state(Operands(*t), opt), x, needs, [d_z, d_c])
 
 
 def transport(x: Operands, opt: Options) -> tuple[Tensor, Tensor, Tensor]:
@@ -110,7 +110,7 @@ def read(x: Operands, opt: Options, z: Tensor, g: Tensor) -> Tensor:
 def read_backward(
     x: Operands, opt: Options, z: Tensor, g: Tensor, d_o: Tensor, needs: Sequence[bool]
 ) -> tuple[Gradients, Tensor | None, Tensor | None]:
-    *grads, d_z, d_g = _vjp(
+    *grads, d_z, d_g = vjp(
         lambda *t: reference.read(Operands(*t[:-2]), opt, t[-2], t[-1]),
         (*x, z, g), (*needs, True, True), [d_o],
     )  # fmt: skip
@@ -134,7 +134,7 @@ def weight_factors_backward(
     x: Operands, opt: Options, d_w_q: Tensor | None, d_w_k: Tensor | None, needs: Sequence[bool]
 ) -> Gradients:
     """Through the whole transport, which is run again."""
-    return _vjp(lambda *t: reference.weight_factors(Operands(*t), opt), x, needs, [d_w_q, d_w_k])
+    return vjp(lambda *t: reference.weight_factors(Operands(*t), opt), x, needs, [d_w_q, d_w_k])
 
 
 def causal(x: Operands, opt: Options, stream: Stream = NO_STREAM, with_state: bool = False) -> tuple[Tensor, Tensor]:
@@ -160,7 +160,7 @@ def causal_backward(
         return reference.causal_with_state(Operands(*t[:n]), opt, Stream(*t[n:]))  # type: ignore[arg-type]
 
     needs = (*needs, *[False] * (n + len(stream) - len(needs)))
-    return _vjp(run, (*x, *stream), needs, [d_o, d_state])
+    return vjp(run, (*x, *stream), needs, [d_o, d_state])
 
 
 def step(x: Operands, opt: Options, states: Tensor, log_decay: Tensor | None, rows: Tensor | None) -> Tensor:
@@ -177,7 +177,7 @@ def packed(x: Operands, opt: Options, cu_q: Tensor, cu_k: Tensor) -> tuple[Tenso
 def packed_backward(
     x: Operands, opt: Options, cu_q: Tensor, cu_k: Tensor, z: Tensor, c: Tensor, d_o: Tensor, needs: Sequence[bool]
 ) -> Gradients:
-    return _vjp(lambda *t: reference.packed(Operands(*t), opt, cu_q, cu_k), x, needs, [d_o])
+    return vjp(lambda *t: reference.packed(Operands(*t), opt, cu_q, cu_k), x, needs, [d_o])
 
 
 def packed_pool(x: Operands, opt: Options, cu: Tensor) -> tuple[Tensor, Tensor]:
@@ -187,7 +187,7 @@ def packed_pool(x: Operands, opt: Options, cu: Tensor) -> tuple[Tensor, Tensor]:
 def packed_pool_backward(
     x: Operands, opt: Options, cu: Tensor, z: Tensor, c: Tensor, d_z: Tensor, needs: Sequence[bool]
 ) -> Gradients:
-    return _vjp(lambda *t: packed_pool_with_state(Operands(*t), opt, cu), x, needs, [d_z, None])
+    return vjp(lambda *t: packed_pool_with_state(Operands(*t), opt, cu), x, needs, [d_z, None])
 
 
 def packed_causal(
@@ -214,13 +214,13 @@ def packed_causal_backward(
     """In the order of `Operands`, then of `Stream`."""
     n = len(Operands._fields)
     if is_plain(stream, with_state):
-        grads = _vjp(lambda *t: reference.packed_causal(Operands(*t), opt, cu), x, needs[:n], [d_o])
+        grads = vjp(lambda *t: reference.packed_causal(Operands(*t), opt, cu), x, needs[:n], [d_o])
         return *grads, None, None
 
     def run(*t: Tensor | None) -> tuple[Tensor, Tensor]:
         return reference.packed_causal_with_state(Operands(*t[:n]), opt, cu, Stream(*t[n:]))  # type: ignore[arg-type]
 
-    return _vjp(run, (*x, *stream), needs[: n + len(stream)], [d_o, d_state])
+    return vjp(run, (*x, *stream), needs[: n + len(stream)], [d_o, d_state])
 
 
 def masked(x: Operands, mask: Tensor | None, opt: Options, causal: bool) -> Tensor:
@@ -231,7 +231,7 @@ def masked(x: Operands, mask: Tensor | None, opt: Options, causal: bool) -> Tens
 def masked_backward(
     x: Operands, mask: Tensor | None, opt: Options, causal: bool, d_o: Tensor, needs: Sequence[bool]
 ) -> Gradients:
-    return _vjp(lambda *t: reference.masked(Operands(*t[:-1]), opt, t[-1], causal), (*x, mask), needs, [d_o])
+    return vjp(lambda *t: reference.masked(Operands(*t[:-1]), opt, t[-1], causal), (*x, mask), needs, [d_o])
 
 
 def features(
@@ -260,7 +260,7 @@ def features_backward(
     needs: Sequence[bool],
 ) -> Gradients:
     tensors = (x, landmarks, bandwidth)
-    return _vjp(lambda x, w, beta: _features(x, w, beta, scalar, ridge, center), tensors, needs, [d_psi])
+    return vjp(lambda x, w, beta: _features(x, w, beta, scalar, ridge, center), tensors, needs, [d_psi])
 
 
 def _sinkhorn(x: Sinkhorn) -> tuple[Tensor, ...]:
@@ -294,4 +294,4 @@ def sinkhorn_backward(
         return torch.cat([p[0] for p in plans]), torch.cat([p[1] for p in plans])
 
     order = torch.cat([rows for _, rows in groups])
-    return tuple(_vjp(replay, x.tensors, needs, [d_f[order], d_g[order]]))
+    return tuple(vjp(replay, x.tensors, needs, [d_f[order], d_g[order]]))

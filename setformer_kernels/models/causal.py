@@ -41,7 +41,7 @@ class CausalTransport(SetTransport):
     ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
         """Without gradients, one token on a state writes the new one into it."""
         v, options = self._map_values(v), self._transport_options()
-        if q.shape[2] > 1 or state is None or torch.is_grad_enabled():
+        if q.shape[2] > 1 or state is None or torch.is_grad_enabled() or self.cp_context is not None:
             return SF.set_causal(
                 q, k, v, self.references, initial_state=state, output_final_state=need_state, log_decay=log_decay,
                 key_mask=key_mask, **options,

@@ -12,6 +12,7 @@ from torch import Tensor
 from .. import functional as SF
 from ..nn import SeTAttention
 from ..nn.reference_set import ReferenceSet
+from ..nn.shards import whole_only
 
 # What SeTAttention takes beyond nn.MultiheadAttention, with its defaults; how many key heads there are, keys say.
 OWN_DEFAULTS = {
@@ -73,6 +74,7 @@ class SetTransport(ReferenceSet):
     ) -> Tensor:  # fmt: skip
         """q [H, Tq, D], k [Hk, Tk, D], v [Hk, Tk, E] of sequences one after another, as `SF.set_attention_varlen` takes
         them but for the order of dimensions -> [H, Tq, E]."""
+        whole_only(self.cp_context, cu_seqlens_q=True)
         v = self._map_values(v[None])[0]
         o = SF.set_attention_varlen(
             q.transpose(0, 1), k.transpose(0, 1), v.transpose(0, 1), self.references, cu_seqlens_q,
@@ -86,6 +88,7 @@ class SetTransport(ReferenceSet):
         is_causal: bool = False,
     ) -> Tensor:  # fmt: skip
         """What forward reads v with, without dropout: [B, H, L, S]."""
+        whole_only(self.cp_context, weights=True)
         return SF.set_attention_weights(
             q, k, self.references, **self._transport_options(), **self._mask_options(q, k, key_mask, attn_mask),
             causal=is_causal,

@@ -25,6 +25,7 @@ from .masks import attention_mask_of, blank_padding, key_mask_of
 from .nested import from_rows, nest_like, packs, pad, pad_all, pad_position, same_lengths, tokens_first
 from .projections import OUT_PROJ, PROJECTIONS, Projections, merge_heads
 from .reference_set import ReferenceSet
+from .shards import whole_only
 from .writing import Reset, redraw
 
 READ = ("kernel", "bandwidth", "epsilon", "backend")  # of the options of transport, those of a read
@@ -159,6 +160,9 @@ class SeTAttention(ReferenceSet, PythonForward, Projections):
         check_tensors({"query": query, "key": key, "value": value}, optional)
         assert key is not None
         assert value is not None
+        if self.cp_context is not None:
+            slots_added = self.bias_k is not None or self.add_zero_attn
+            whole_only(self.cp_context, need_weights=need_weights, query=query.is_nested, add_bias_kv=slots_added)
         if query.is_nested or key.is_nested or value.is_nested:
             nested = query
             if not need_weights and self._packs((query, key, value), {**masks, **positions}, is_causal):

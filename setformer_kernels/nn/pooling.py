@@ -13,6 +13,7 @@ from .masks import key_mask_of
 from .nested import packs, pad_all, pad_position, same_lengths, tokens_first
 from .projections import OUT_PROJ, merge_heads, split_heads
 from .reference_set import ReferenceSet
+from .shards import whole_only
 from .writing import Init, Reset
 
 KV_PROJ: dict[str, Init] = {"weight": nn.init.xavier_uniform_, "bias": nn.init.zeros_}
@@ -92,6 +93,7 @@ class SeTPooling(ReferenceSet):
                 `functional.sinkhorn`: the `potential` of the last call's info.
             return_info: also a `functional.TransportInfo` of [B, H]: what transport reached.
         """
+        whole_only(self.cp_context, x=isinstance(x, Tensor) and x.is_nested)
         if initial_potential is None and not return_info and self._packs(x, key_padding_mask, key_position):
             return self._forward_packed(x, key_position)
         x, key_padding_mask, key_position = self._padded("x", x, key_padding_mask, key_position)

@@ -17,6 +17,7 @@ from .contract import check_key_position, own_options
 from .doors import FloatInPython
 from .kmeans import cluster_means, spherical_kmeans
 from .masks import present_of
+from .shards import SOFTMAX, refuse_shards_of_others
 from .writing import Init, assign, redraw
 
 
@@ -47,6 +48,7 @@ class ReferenceSet(Leaf, FloatInPython):
     method: str = "sinkhorn"
     grad: str = "unrolled"
     initial_position_scale: float = 1.0  # of modules pickled before it was an argument
+    cp_context: Any = None  # where the tokens are a shard of a sequence: `distributed.context_parallel` sets it
     references: nn.Parameter
     landmarks: nn.Parameter | None
     log_epsilon: nn.Parameter | None
@@ -115,6 +117,10 @@ class ReferenceSet(Leaf, FloatInPython):
         }
         if self.tol is not None or self.method != "sinkhorn" or self.grad != "unrolled":
             options |= {"tol": self.tol, "method": self.method, "grad": self.grad}
+        if self.cp_context is not None:
+            options["cp_context"] = self.cp_context
+        elif F.scaled_dot_product_attention is not SOFTMAX:
+            refuse_shards_of_others()
         return options
 
     def _position_options(self, slots: int, **token_positions: Tensor | None) -> dict[str, Any]:

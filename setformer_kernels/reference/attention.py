@@ -135,17 +135,21 @@ def causal(x: Operands, opt: Options) -> Tensor:
     return causal_with_state(x, opt, NO_STREAM)[0]
 
 
-def causal_with_state(x: Operands, opt: Options, stream: Stream) -> tuple[Tensor, Tensor]:
+def causal_with_state(
+    x: Operands, opt: Options, stream: Stream, counters: Tensor | None = None
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(causal o [B, H, L, E] for T ≤ 1, the state after the last key), as state.py lays it out.  Under autocast too its
-    products are not narrowed: a state in fewer digits drifts."""
+    products are not narrowed: a state in fewer digits drifts.  `counters` as in `dropout`."""
     device = x.key.device.type
     if device == "meta" or not torch.is_autocast_enabled(device):
-        return _causal_with_state(x, opt, stream)
+        return _causal_with_state(x, opt, stream, counters)
     with torch.autocast(device, enabled=False):
-        return _causal_with_state(x, opt, stream)
+        return _causal_with_state(x, opt, stream, counters)
 
 
-def _causal_with_state(x: Operands, opt: Options, stream: Stream) -> tuple[Tensor, Tensor]:
+def _causal_with_state(
+    x: Operands, opt: Options, stream: Stream, counters: Tensor | None
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     dtype, before = x.key.dtype, stream.initial_state
     x = widen(x)
     assert x.query is not None
@@ -162,7 +166,7 @@ def _causal_with_state(x: Operands, opt: Options, stream: Stream) -> tuple[Tenso
     omega = log_weights(l_k, log_a, log_b, opt.num_iters, lam_a)
     c, z, state = scan(omega, x.value, gates, before)  # [B, H, L, M], [B, H, L, M, E]
     g = log_b.unsqueeze(-2) - opt.num_iters * lam_b.unsqueeze(-1) * torch.where(c > -INF, c, 0.0)
-    w = dropout((l_q + g).softmax(-1), opt.dropout_p, x.seed)
+    w = dropout((l_q + g).softmax(-1), opt.dropout_p, x.seed, counters)
     return (w.unsqueeze(-2) @ z).squeeze(-2).to(dtype), state
 
 

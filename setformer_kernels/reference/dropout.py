@@ -33,12 +33,13 @@ def philox(n: Tensor, seed: Tensor) -> Tensor:
     return x0
 
 
-def dropout(w: Tensor, p: float, seed: Tensor | None) -> Tensor:
-    """W^q [B, H, L, M] with entries dropped with probability p and the others scaled by 1/(1−p)."""
+def dropout(w: Tensor, p: float, seed: Tensor | None, counters: Tensor | None = None) -> Tensor:
+    """W^q [B, H, L, M] with entries dropped with probability p and the others scaled by 1/(1−p); `counters`: their n,
+    where the queries are some of more."""
     if p == 0.0 or seed is None:
         return w
     if p >= 1.0:
         return torch.zeros_like(w)
-    n = torch.arange(w.numel(), device=w.device).view(w.shape)
+    n = torch.arange(w.numel(), device=w.device).view(w.shape) if counters is None else counters
     keep = philox(n, seed) >= int(p * 2**32)
     return torch.where(keep, w / (1 - p), 0.0)

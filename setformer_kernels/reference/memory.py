@@ -22,11 +22,12 @@ def transport(x: Operands, opt: Options) -> tuple[Tensor, Tensor, Tensor]:
     return z, potential(reference_mass(x), lam_b if opt.num_iters else 0 * lam_b, c[..., -1, :]), c
 
 
-def read(x: Operands, opt: Options, z: Tensor, g: Tensor) -> Tensor:
-    """o_i = Σ_j softmax_j(ℓ_ij + g_j) z_j [B, H, L, E] in the dtype of the queries; 0 where every g_j is −∞."""
+def read(x: Operands, opt: Options, z: Tensor, g: Tensor, counters: Tensor | None = None) -> Tensor:
+    """o_i = Σ_j softmax_j(ℓ_ij + g_j) z_j [B, H, L, E] in the dtype of the queries; 0 where every g_j is −∞.
+    `counters` as in `dropout`."""
     assert x.query is not None
     seen = (g > -INF).any(-1, keepdim=True)  # [B, H, 1]
     l = token_logits(x, opt, x.query.to(compute_dtype(x.query.dtype)), x.query_position)
     w = (l + torch.where(seen, g, 0.0).unsqueeze(-2)).softmax(-1)
-    o = dropout(w, opt.dropout_p, x.seed) @ z
+    o = dropout(w, opt.dropout_p, x.seed, counters) @ z
     return torch.where(seen.unsqueeze(-1), o, 0.0).to(x.query.dtype)
