@@ -1,5 +1,7 @@
 // Sinkhorn on any log-kernel [G,N,M], forward and backward: the transport of transport.h with given rows and no values.
 #pragma once
+#include "../linearised_params.h"
+#include "base/denormals.h"
 #include "transport_backward.h"
 
 namespace sfk {
@@ -75,19 +77,22 @@ struct Masses {
 template <class F>
 class SinkhornWorker {
  public:
-  SinkhornWorker(const SinkhornParams& p, int threads)
+  SinkhornWorker(const StartedParams& p, int threads)
       : p_(p),
         source_(p),
         masses_(p),
+        start_(pad<F>(p.M)),
         rows_(sinkhorn_rows(pad<F>(p.M))),
         transport_(p.N, p.G < threads ? p.N / threads + 2 * rows_ : p.N + rows_, rows_, pad<F>(p.M), 0, p.T) {}
   ColumnState<F>& shared() { return transport_.state; }
 
   void run(int64_t g, const Team& team) {
+    const NoDenormals guard;
     const int64_t Mp = pad<F>(p_.M);
     const auto [lo, hi] = team.share(p_.N, rows_);
     source_.g = g, source_.lo = lo, source_.la = transport_.la;
     masses_.load(p_, g, p_.T, lo, hi, transport_.la);
+    if (p_.start) start_from(g);
     const int64_t iters = transport_.run(source_, masses_.marg, hi - lo, p_.tol, team);
     if (team.rank != 0) return;
     p_.iters[g] = iters;
@@ -101,9 +106,18 @@ class SinkhornWorker {
   }
 
  private:
-  const SinkhornParams& p_;
+  void start_from(int64_t g) {
+    for (int64_t j = 0; j < pad<F>(p_.M); ++j) {
+      const F b = masses_.log_b[j], given = j < p_.M ? element<F>(p_.start, g, j) : b;
+      start_[j] = std::isfinite(given) && b != -kInf<F> ? given : b;
+    }
+    masses_.marg.start = start_;
+  }
+
+  const StartedParams& p_;
   MatrixSource<F> source_;
   Masses<F> masses_;
+  Buffer<F> start_;  // [Mp]
   int64_t rows_;
   Transport<F, MatrixSource<F>> transport_;
 };
@@ -125,6 +139,7 @@ class SinkhornBackwardWorker {
   Shared& shared() { return shared_; }
 
   void run(int64_t g, const Team& team) {
+    const NoDenormals guard;
     const int64_t Mp = pad<F>(p_.M), T = std::min(p_.iters[g], p_.T);
     const auto [lo, hi] = team.share(p_.N, rows_);
     source_.g = g, source_.lo = lo, source_.la = transport_.given.la;
@@ -170,8 +185,8 @@ class SinkhornBackwardWorker {
   Shared shared_;
 };
 
-template <class Worker>
-void run_sinkhorn(const SinkhornParams& p) {
+template <class Worker, class Params>
+void run_sinkhorn(const Params& p) {
   if (p.G == 0) return;
   const double flops = 8.0 * p.G * static_cast<double>(p.N) * p.M * (p.T + 4);
   std::vector<std::unique_ptr<Worker>> workers;
@@ -181,8 +196,12 @@ void run_sinkhorn(const SinkhornParams& p) {
 }
 
 template <class F>
-void sinkhorn_forward(const SinkhornParams& p) {
+void started_forward(const StartedParams& p) {
   run_sinkhorn<SinkhornWorker<F>>(p);
+}
+template <class F>
+void sinkhorn_forward(const SinkhornParams& p) {
+  started_forward<F>({p});
 }
 template <class F>
 void sinkhorn_backward(const SinkhornParams& p) {

@@ -25,7 +25,8 @@ template <class F>
 struct Marginals {
   int64_t M, Mp, T;
   F lam_a, lam_b;
-  const F* log_b;  // [Mp]
+  const F* log_b;            // [Mp]
+  const F* start = nullptr;  // [Mp] g⁰, log b if null
 };
 
 // out[i] = Σ_j rows[i][j] v[j]
@@ -200,7 +201,7 @@ template <bool kLog>
 int64_t Transport<F, Source>::solve(Source& src, const Marginals<F>& marg, double tol, const Team& team) {
   const int64_t passes = passes_ = std::max<int64_t>(marg.T, 1);
   const F lam = marg.T ? marg.lam_a : F(0);
-  std::copy(marg.log_b, marg.log_b + Mp_, g.data());
+  std::copy_n(marg.start ? marg.start : marg.log_b, Mp_, g.data());
   state.lowest = 0;
   for (int64_t t = 1; t <= passes; ++t) {
     const bool pool = Ep_ > 0 && t == passes;
