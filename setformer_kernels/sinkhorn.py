@@ -11,7 +11,8 @@ from torch import Tensor
 
 from . import checks, dispatch, fixed_point, ops, reference, solver
 from .arguments import Hyper
-from .problem import compute_dtype
+from .ops.direct import differentiated
+from .problem import Sinkhorn, compute_dtype
 from .reference.converged import Marginals, TransportInfo, plan_of, solve
 from .tracing import leaf
 
@@ -116,14 +117,18 @@ def solved(
     asked = how.tol is not None or return_info or not solver.is_plain(how)
     problem = replace(ops.sinkhorn.sinkhorn_problem(l), converged="" if solver.is_plain(how) else solver.kind(how))
     name = dispatch.choose(problem, backend, l.numel() * num_iters)
-    native = fixed_point.backend_for(name, (l, log_a, log_b, *lam)) if problem.converged else None
+    beyond = problem.converged or how.tol is not None  # what kernels have beside the op
+    native = fixed_point.backend_for(name, (l, log_a, log_b, *lam)) if beyond else None
     on_pytorch = name == dispatch.REFERENCE or (bool(problem.converged) and native is None)
     p = _marginals(l, log_a, log_b, lam, scalars) if asked or on_pytorch else None
     if p is not None and asked and all(t is None for t in lam) and scalars == [1.0, 1.0]:
         solver.balanced(p.log_a, p.log_b)
-    if p is not None and (on_pytorch or native is not None):
+    if p is not None and (on_pytorch or problem.converged):
         how = how._replace(start=None if how.start is None else how.start.reshape(groups, m))
         f, g, _, iters = solve(p, num_iters, how) if native is None else fixed_point.solve(p, num_iters, how, native)
+    elif native is not None and not differentiated((l, log_a, log_b, *lam)):  # without the c of every iteration
+        x = Sinkhorn(l, log_a, log_b, lam[0], lam[1], scalars, num_iters, how.tol)
+        f, g, _, iters = native.started(x, None)
     else:
         f, g, _, iters = ops.sinkhorn.sinkhorn(l, log_a, log_b, *lam, scalars, num_iters, how.tol, backend)
     plan = plan_of(l, f, g) if with_plan else None

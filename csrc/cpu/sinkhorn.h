@@ -99,8 +99,10 @@ class SinkhornWorker {
     F* out_g = static_cast<F*>(p_.g.data) + g * p_.g.stride[0];
     for (int64_t j = 0; j < p_.M; ++j) out_g[j * p_.g.stride[1]] = transport_.g[j];
     F* out_c = static_cast<F*>(p_.c.data) + g * p_.c.stride[0];
-    for (int64_t t = 0; t < p_.c.size[1]; ++t) {  // rows past the last iteration repeat it
-      const F* c = transport_.c + std::min(t, std::max<int64_t>(iters, 1) - 1) * Mp;
+    const int64_t last = std::max<int64_t>(iters, 1) - 1;
+    const bool all = p_.c.stride[1] != 0;  // else the last alone is wanted
+    for (int64_t t = all ? 0 : last; t < (all ? p_.c.size[1] : last + 1); ++t) {
+      const F* c = transport_.c + std::min(t, last) * Mp;  // rows past the last iteration repeat it
       for (int64_t j = 0; j < p_.M; ++j) out_c[t * p_.c.stride[1] + j * p_.c.stride[2]] = c[j];
     }
   }

@@ -334,11 +334,11 @@ def sinkhorn_backward(
 
 
 def started(x: Sinkhorn, start: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """As `sinkhorn`, from g⁰ = start [G, M] where that is finite and there is mass."""
+    """As `sinkhorn`, from g⁰ = start [G, M] where that is finite and there is mass; of c the last alone."""
     limit, threads = -1.0 if x.tol is None else x.tol, torch.get_num_threads()
     first = _extension.view(start)
     return _extension.sinkhorn(
-        x, lambda filled: _C.started(filled, tuple(x.scalars), x.num_iters, limit, threads, first)
+        x, lambda filled: _C.started(filled, tuple(x.scalars), x.num_iters, limit, threads, first), last=True
     )
 
 

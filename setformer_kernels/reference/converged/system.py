@@ -111,14 +111,16 @@ def root_of(q: Pass) -> Tensor:
 def _solved(p: Marginals, q: Pass, rhs: Tensor) -> tuple[Tensor, Tensor]:
     """K^{−1} rhs."""
     root, lam = root_of(q), (p.lam_a * p.lam_b).double().expand((*q.c.shape[:-1], 1))
-    a = q.gram.double() / (root.unsqueeze(-1) * root.unsqueeze(-2))
-    eye = torch.eye(a.shape[-1], dtype=a.dtype, device=a.device)
     v = torch.where(q.live & (lam == 1), root, 0.0)
-    v = v / v.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(v.dtype).tiny)
-    k = eye - lam.unsqueeze(-1) * a + v.unsqueeze(-1) * v.unsqueeze(-2)
-    rhs = (rhs - v * (v * rhs).sum(-1, keepdim=True)).unsqueeze(-1)
-    factor, failed = torch.linalg.cholesky_ex(k + RIDGE * torch.finfo(q.gram.dtype).eps * eye)
+    v = (v / v.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(v.dtype).tiny)).unsqueeze(-1)
+    ridge = RIDGE * torch.finfo(q.gram.dtype).eps
+    # K + ridge in as few passes over [M, M] as there are: of small problems with M near N they are most of the time.
+    k = v * v.mT - q.gram * (lam / root).unsqueeze(-1) / root.unsqueeze(-2)
+    k = k + (1 + ridge) * torch.eye(k.shape[-1], dtype=k.dtype, device=k.device)
+    rhs = rhs.unsqueeze(-1)
+    rhs = rhs - v * (v * rhs).sum(-2, keepdim=True)
+    factor, failed = torch.linalg.cholesky_ex(k)
     x = torch.cholesky_solve(rhs, factor)
-    x = (x + torch.cholesky_solve(rhs - k @ x, factor)).squeeze(-1)  # what the ridge took
+    x = (x + torch.cholesky_solve(rhs - (k @ x - ridge * x), factor)).squeeze(-1)  # what the ridge took
     found = (failed == 0).unsqueeze(-1) & x.isfinite().all(-1, keepdim=True)
     return torch.where(found, x, rhs.squeeze(-1)), found
