@@ -112,12 +112,12 @@ def rows_of(case: Case, epsilon: float, error: float, hopeless: set[str]) -> lis
             rows.append(replace(row, status=SKIPPED, note="an easier case was not reached"))
         else:
             reached = reach(solver, l, error, case.seconds)
-            row = replace(row, note=f"{reached.error:.1e}", median=reached.seconds, runs=1)
+            row = replace(row, note=f"error {reached.error:.1e}, {_load()}", median=reached.seconds, runs=1)
             if reached.error <= error:
                 found[name] = reached
             else:
                 hopeless.add(name)
-                row = replace(row, status=FAILED, note=f"error {row.note} in {reached.seconds:.2g} s")
+                row = replace(row, status=FAILED, note=f"error {reached.error:.1e} in {reached.seconds:.2g} s")
             rows.append(row)
     samples = interleave(
         {
@@ -128,6 +128,11 @@ def rows_of(case: Case, epsilon: float, error: float, hopeless: set[str]) -> lis
         case.seconds / 4,
     )
     return _compared([_filled(row, samples.get(row.impl)) for row in rows])
+
+
+def _load() -> str:
+    """How busy the machine is: 1 is this command alone, on one thread."""
+    return f"load {os.getloadavg()[0]:.1f}"
 
 
 def _filled(row: Row, samples: list[float] | None) -> Row:
@@ -165,7 +170,7 @@ def gradient_rows(case: Case, threads: int) -> list[Row]:
             rows.append(replace(blank, status=FAILED, note=(done.stderr.strip().splitlines() or ["killed"])[-1][:200]))
             continue
         told = json.loads(done.stdout.splitlines()[-1])
-        status, note = (OK, "") if told["error"] <= 1e-3 else (FAILED, f"error {told['error']:.1e}")
+        status, note = (OK, _load()) if told["error"] <= 1e-3 else (FAILED, f"error {told['error']:.1e}")
         rows.append(replace(blank, status=status, note=note, median=told["seconds"]))
         rows.append(replace(blank, metric="memory", unit="bytes", status=status, note=note, median=told["bytes"]))
     times, memories = ([row for row in rows if row.metric == metric] for metric in ("time", "memory"))
