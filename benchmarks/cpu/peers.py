@@ -78,11 +78,14 @@ def reach(solver: Solver, l: Tensor, error: float, seconds: float) -> Reached:
     solver.potentials(l, 0.0, 10)
     most = max(4, int(10 * seconds / max(time.perf_counter() - start, 1e-6)))
     tolerance, count, found = error, min(10, most) if solver.counted else most, None
-    for _ in range(TRIES if not solver.counted else 30):
+    for _ in range(30 if solver.counted else TRIES):
         found = _timed(solver, l, tolerance, count)
         if found.error <= error or found.seconds > seconds or (solver.counted and count == most):
             break
-        tolerance, count = tolerance / 4, min(2 * count, most) if solver.counted else count
+        if solver.counted:
+            count = min(2 * count, most)
+        else:  # the first iterations cost more than those that follow, by which the most of them were estimated
+            tolerance, count = tolerance / 4, count * (4 if found.seconds < seconds / 4 else 1)
     assert found is not None
     return found
 

@@ -6,7 +6,9 @@
 // A block of rows is read once: its R and its part of D and A follow from it.  c is log D − g, but where D is no
 // ordinary number: there a second pass takes log sums of the columns.
 #pragma once
-#include "sinkhorn.h"
+#include "../linearised_params.h"
+#include "base/denormals.h"
+#include "transport.h"
 
 namespace sfk {
 namespace {

@@ -10,11 +10,6 @@ namespace {
 // Rows of a tile: 64 KB of numbers, so that it stays in the second-level cache however many columns there are.
 inline int64_t sinkhorn_rows(int64_t Mp) { return std::min<int64_t>(96, std::max<int64_t>(16, 16384 / Mp / 16 * 16)); }
 
-template <class F>
-F element(const View& v, int64_t i, int64_t j) {
-  return static_cast<const F*>(v.data)[i * v.stride[0] + j * v.stride[1]];
-}
-
 // Rows lo.. of problem g.
 template <class F>
 struct MatrixSource {

@@ -1,10 +1,15 @@
-// Rows of logits: their maxima, their exponentials, their products with a vector.
+// Rows of logits: their maxima, their exponentials, their products with a vector; and single numbers of a matrix.
 #pragma once
 #include "base/explog.h"
 #include "base/tiles.h"
 
 namespace sfk {
 namespace {
+
+template <class F>
+F element(const View& v, int64_t i, int64_t j) {
+  return static_cast<const F*>(v.data)[i * v.stride[0] + j * v.stride[1]];
+}
 
 // out[i] = Σ_j rows[i][j] v[j]
 template <class F>
