@@ -38,6 +38,7 @@ PLAIN = ["python/bindings.cpp", "cpu/isa/dispatch.cpp", "cpu/base/scratch.cpp", 
 # Compiled once for each instruction set; those that take longest first.
 UNITS = [
     "sinkhorn",
+    "linearised",
     "packed",
     "attention_backward",
     "attention",

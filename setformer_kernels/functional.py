@@ -129,8 +129,8 @@ def set_attention(
             and gets no position term.  reference_position: [H, M, P].  All three or none.
         dropout_p: dropout on the read weights W^q; seed: int64 scalar tensor, drawn when dropout_p > 0 and None.
         tol, method, grad, initial_potential, return_info: transport to convergence, as in `sinkhorn`: each head stops
-            by itself, num_iters is the most, potentials are [B, Hk, M].  For queries that all see the same keys, on
-            PyTorch; with return_info the result is (o, `TransportInfo` of [B, Hk]).
+            by itself, num_iters is the most, potentials are [B, Hk, M].  For queries that all see the same keys; O(S·M)
+            memory; with return_info the result is (o, `TransportInfo` of [B, Hk]).
         cp_context: of `distributed.build_cp_context`: query, key and value are this rank's tokens of a sequence that
             lies on several ranks, and so is what comes out.  Masks of all queries alike, or causal with T ≤ 1.
         backend: "auto", or a name of `available_backends()`.

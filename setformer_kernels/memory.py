@@ -9,9 +9,9 @@ from torch import Tensor
 from . import checks, ops, reference, solver
 from .arguments import Hyper, autocast, checked_hyper, hyper_tensors, normalise, numbers, seed_of, token_position
 from .grouping import folded, unfolded
-from .ops.memory import read_problem
+from .ops.memory import read, read_problem
 from .ops.operands import ready
-from .problem import Operands, Options, compute_dtype
+from .problem import Options, compute_dtype
 from .reference import converged
 from .sharding import sharded
 from .tracing import leaf
@@ -157,16 +157,6 @@ def set_read(
     }
     x = read_problem(query, z, given)
     return read(x, opt, z, g) if query.shape[1] == h else unfolded(read(folded(x), opt, z, g), query)
-
-
-def read(x: Operands, opt: Options, z: Tensor, g: Tensor) -> Tensor:
-    """o of a checked call, of as many heads of queries as the memory has."""
-    chosen = ready("read", x, opt, z, g)
-    if chosen is None:
-        return reference.read(x, opt, z, g)
-    tokens, hyper = (x.query, z, g, x.references), (x.bandwidth, x.epsilon, x.position_scale)
-    constants = (opt.scalars, opt.kernel, opt.dropout_p, chosen.backend)
-    return ops.memory.set_read(*tokens, *hyper, x.query_position, x.reference_position, x.seed, *constants)
 
 
 def _checked_memory(query: Any, memory: Any, references: Any) -> tuple[Tensor, Tensor]:

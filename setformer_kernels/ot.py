@@ -19,6 +19,7 @@ from . import checks
 from .arguments import Hyper
 from .functional import TransportInfo
 from .problem import compute_dtype
+from .reference.transport import readable
 from .sinkhorn import solved
 from .tracing import leaf
 
@@ -95,7 +96,8 @@ def transport_plan(
         return_info: the result is (P, `TransportInfo`).
 
     Raises:
-        ValueError, TypeError: naming the argument, what it got and what it wants.
+        ValueError, TypeError: naming the argument, what it got and what it wants; also for masses below 0 (CPU tensors
+            alone: elsewhere they count as 0).
     """
     found = _solve(
         cost, a, b, epsilon, rho, mask_a, mask_b, key_relaxation=key_relaxation,
@@ -264,6 +266,8 @@ def _log_mass(name: str, mass: Any, mask: Any, shape: tuple[int, ...], cost: Ten
         if t is not None and not _broadcasts(t, shape):
             raise ValueError(f"{what} must broadcast to {list(shape)}, got {list(t.shape)}")
     checks.same_device("cost", cost, **{name: mass, f"mask_{name}": mask})
+    if mass is not None and readable(mass) and not bool((mass >= 0).all()):
+        raise ValueError(f"{name} must be masses ≥ 0, got {float(mass.detach().nan_to_num(-math.inf).min()):.6g}")
     there = torch.ones(shape, dtype=torch.bool, device=cost.device) if mask is None else mask.expand(shape)
     if mass is None:
         count = there.sum(-1, keepdim=True).clamp_min(1)

@@ -146,7 +146,9 @@ class Problem:
     B: int = 0
     H: int = 0
     L: int = 0  # queries; 0 where there are none
-    converged: bool = False  # a tolerance (but for sinkhorn), Newton's method or the gradient of the fixed point
+    # "unrolled" (a tolerance, but for sinkhorn, or an info), "started" (the same from an initial potential) or
+    # "implicit" (the gradient of the fixed point); "": T iterations
+    converged: str = ""
 
 
 def memory_order(t: Tensor) -> list[int]:

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 import torch
 from torch import Tensor
 
-from . import checks, dispatch, ops, reference, solver
+from . import checks, dispatch, fixed_point, ops, reference, solver
 from .arguments import Hyper
-from .problem import compute_dtype
+from .ops.direct import differentiated
+from .problem import Sinkhorn, compute_dtype
 from .reference.converged import Marginals, TransportInfo, plan_of, solve
 from .tracing import leaf
 
@@ -73,7 +74,8 @@ def sinkhorn(
             a loss that depends on it gets the gradient without that part.
         initial_potential: g⁰ [..., M] without gradient, such as the last call's g; where it is not finite, log b.
         return_info: also a `TransportInfo`, for half an iteration more: (iters, error, converged, potential).
-        backend: "auto" or a name; grad, method and initial_potential other than the defaults run in PyTorch.
+        backend: "auto" or a name.  grad="implicit", also by Newton, has kernels on the CPU (traced calls are
+            PyTorch); it runs in PyTorch elsewhere, and an initial_potential with unrolled gradients everywhere.
 
     Raises:
         ValueError, TypeError: naming the argument, what it got and what it wants; also for masses of different totals
@@ -113,14 +115,20 @@ def solved(
     checks.same_device("log_kernel", log_kernel, log_a=log_a, log_b=log_b, key_relaxation=lam[0],
                        reference_relaxation=lam[1])  # fmt: skip
     asked = how.tol is not None or return_info or not solver.is_plain(how)
-    problem = replace(ops.sinkhorn.sinkhorn_problem(l), converged=not solver.is_plain(how))
-    on_pytorch = dispatch.choose(problem, backend, l.numel() * num_iters) == dispatch.REFERENCE
+    problem = replace(ops.sinkhorn.sinkhorn_problem(l), converged="" if solver.is_plain(how) else solver.kind(how))
+    name = dispatch.choose(problem, backend, l.numel() * num_iters)
+    beyond = problem.converged or how.tol is not None  # what kernels have beside the op
+    native = fixed_point.backend_for(name, (l, log_a, log_b, *lam)) if beyond else None
+    on_pytorch = name == dispatch.REFERENCE or (bool(problem.converged) and native is None)
     p = _marginals(l, log_a, log_b, lam, scalars) if asked or on_pytorch else None
     if p is not None and asked and all(t is None for t in lam) and scalars == [1.0, 1.0]:
         solver.balanced(p.log_a, p.log_b)
-    if p is not None and on_pytorch:
-        start = None if how.start is None else how.start.reshape(groups, m)
-        f, g, _, iters = solve(p, num_iters, how._replace(start=start))
+    if p is not None and (on_pytorch or problem.converged):
+        how = how._replace(start=None if how.start is None else how.start.reshape(groups, m))
+        f, g, _, iters = solve(p, num_iters, how) if native is None else fixed_point.solve(p, num_iters, how, native)
+    elif native is not None and not differentiated((l, log_a, log_b, *lam)):  # without the c of every iteration
+        x = Sinkhorn(l, log_a, log_b, lam[0], lam[1], scalars, num_iters, how.tol)
+        f, g, _, iters = native.started(x, None)
     else:
         f, g, _, iters = ops.sinkhorn.sinkhorn(l, log_a, log_b, *lam, scalars, num_iters, how.tol, backend)
     plan = plan_of(l, f, g) if with_plan else None

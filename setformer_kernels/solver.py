@@ -1,7 +1,8 @@
 """How a call of transport is solved, as its arguments say it: checks, and what the caller is told about the end.
 
-tol, method, grad and initial_potential mean the same wherever they stand, and what differs from the plain iterations is
-PyTorch on every device: backends refuse it by name, and `auto` passes them over.
+tol, method, grad and initial_potential mean the same wherever they stand.  What differs from the plain iterations runs
+on the kernels of `fixed_point` where a backend has them, else in PyTorch: such backends refuse it by name, and `auto`
+passes them over.
 """
 
 from __future__ import annotations
@@ -9,15 +10,18 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from . import advice, checks, dispatch
+from . import advice, checks, dispatch, fixed_point
+from .ops.memory import read, read_problem
 from .ops.operands import attention_problem, logits
 from .problem import Operands, Options, compute_dtype
-from .reference.converged import Marginals, Solver, TransportInfo, certified
+from .reference import converged
+from .reference.converged import Marginals, Solver, Transported, TransportInfo, certified
 from .reference.transport import readable
 
 METHODS, GRADS = ("sinkhorn", "newton"), ("unrolled", "implicit")
@@ -60,6 +64,13 @@ def is_plain(how: Solver) -> bool:
     return how.method == "sinkhorn" and how.grad == "unrolled" and how.start is None
 
 
+def kind(how: Solver) -> str:
+    """What `Problem.converged` says of it."""
+    if how.method == "sinkhorn" and how.grad == "unrolled":
+        return "unrolled" if how.start is None else "started"
+    return "implicit"
+
+
 class Asked(NamedTuple):
     """The arguments of a call on tokens that ask for more than its T iterations, unchecked.
 
@@ -76,16 +87,42 @@ class Asked(NamedTuple):
 def run(
     op: str, function: Callable[..., tuple[Any, ...]], x: Operands, opt: Options, asked: Asked
 ) -> tuple[list[Tensor], TransportInfo | None]:
-    """The outputs of a function of `reference.converged` on the call, and what was reached if that is asked for.
-
-    ValueError if a backend was asked for by name, for it has no kernels for this.
-    """
+    """The outputs of a function of `reference.converged` on the call, and what was reached if that is asked for."""
     shape = (*x.key.shape[:2], x.references.shape[1])
     how = checked(*asked[:4], opt.num_iters, shape, x.key)
     wanted = checks.flag("return_info", asked.return_info)
-    dispatch.choose(replace(attention_problem(op, x, opt), converged=True), opt.backend, logits(x))
-    *outputs, (p, plan) = function(x, opt, how)
+    name = dispatch.choose(replace(attention_problem(op, x, opt), converged=kind(how)), opt.backend, logits(x))
+    backend = fixed_point.backend_for(name, x)
+    if backend is None:
+        *outputs, (p, plan) = function(x, opt, how)
+    elif kind(how) == "implicit" and function in ON_KERNELS:
+        *outputs, (p, plan) = ON_KERNELS[function](x, opt, how, backend)
+    else:
+        *outputs, (p, plan) = function(x, opt, how, fixed_point.solving(backend))
     return outputs, report(p, plan.f, plan.g, plan.iters, opt.num_iters, how.tol, wanted)
+
+
+def _attention(x: Operands, opt: Options, how: Solver, backend: ModuleType) -> tuple[Tensor, Transported]:
+    """o [B, H, L, E]: the two halves of attention."""
+    z, g, found = fixed_point.transport(x, opt, how, backend)
+    assert x.query is not None
+    names = ("references", "bandwidth", "epsilon", "position_scale", "query_position", "reference_position", "seed")
+    given = {name: getattr(x, name) for name in names}
+    return read(read_problem(x.query, z, given), Options(*opt[:2], 1, *opt[3:]), z, g), found
+
+
+def _pool(x: Operands, opt: Options, how: Solver, backend: ModuleType) -> tuple[Tensor, Transported]:
+    """z [B, H, M, E] in the dtype of the values."""
+    z, _, found = fixed_point.transport(x, opt, how, backend)
+    return z.to(x.value.dtype), found
+
+
+# Functions of `reference.converged` -> the same with the gradient of the fixed point, on a backend's kernels.
+ON_KERNELS: dict[Callable[..., tuple[Any, ...]], Callable[..., tuple[Any, ...]]] = {
+    converged.attention: _attention,
+    converged.pool: _pool,
+    converged.transport: fixed_point.transport,
+}
 
 
 def same_keys(attn_mask: Any, causal: Any) -> None:

@@ -17,21 +17,18 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from .ops.operands import POSITIONS, backend_of
-from .problem import HYPER, Operands, Options, replaced
-
-TOKENS = ("key", "value", "log_a", *POSITIONS)
-PARAMETERS = ("references", "reference_position", *HYPER)
+from .ops.operands import TOKENS, backend_of, batch_as_heads, narrow
+from .problem import Operands, Options
 
 
 def column_pass(x: Operands, opt: Options, g: Tensor) -> Tensor:
     """c [B, H, M]."""
-    return pool_pass(_narrow(x), opt, g)[1]
+    return pool_pass(narrow(x), opt, g)[1]
 
 
 def pool_pass(x: Operands, opt: Options, g: Tensor) -> tuple[Tensor, Tensor]:
     """z [B, H, M, E] and c [B, H, M]."""
-    folded, one = _heads_of(x, g), opt._replace(num_iters=1, dropout_p=0.0)
+    folded, one = batch_as_heads(x, g), opt._replace(num_iters=1, dropout_p=0.0)
     z, c = backend_of("pool", folded, one).pool(folded, one)
     return z.view(*g.shape, z.shape[-1]), c.view(g.shape)
 
@@ -40,7 +37,7 @@ def column_backward(
     x: Operands, opt: Options, g: Tensor, c: Tensor, d_c: Tensor, needs: Sequence[bool]
 ) -> tuple[Operands, Tensor]:
     """Gradients in the order of `Operands`, None where not needed, and dg [B, H, M]; no value has one."""
-    x = _narrow(x)
+    x = narrow(x)
     needs = [need and name != "value" for name, need in zip(Operands._fields, needs, strict=True)]
     zero = c.new_zeros((*c.shape, x.value.shape[-1]))
     return pool_backward(x, opt, g, zero, c, zero, d_c, needs)
@@ -51,7 +48,7 @@ def pool_backward(
 ) -> tuple[Operands, Tensor]:
     """As `column_backward`, from the gradients of z and c."""
     (b, h, m), one = g.shape, opt._replace(num_iters=1, dropout_p=0.0)
-    folded = _heads_of(x, g)
+    folded = batch_as_heads(x, g)
     wanted = dict(zip(Operands._fields, needs, strict=True)) | {"query": False, "log_b": True}
     state = z.reshape(1, b * h, m, z.shape[-1]), c.reshape(1, b * h, 1, m)
     arriving = d_z.reshape(1, b * h, m, z.shape[-1]), d_c.reshape(1, b * h, 1, m).contiguous()
@@ -66,25 +63,3 @@ def pool_backward(
             found[name] = t if name in TOKENS else t.sum(0)
 
     return Operands._make(found.get(name) for name in Operands._fields), d_g.view(b, h, m)
-
-
-def _narrow(x: Operands) -> Operands:
-    """With as few values as an op reads."""
-    return replaced(x, value=x.value[..., :1])
-
-
-def _heads_of(x: Operands, g: Tensor) -> Operands:
-    return replaced(as_heads(x), log_b=g.flatten(0, 1))
-
-
-def as_heads(x: Operands) -> Operands:
-    """[1, B·H, ..] and [B·H, ..]: keys are copied where batch and heads are not next to each other in memory."""
-    b = x.key.shape[0]
-    found: dict[str, Tensor] = {}
-    for name in (*TOKENS, *PARAMETERS):  # not a comprehension that names its value: dynamo knows no cells of such
-        t = getattr(x, name)
-        if t is not None:
-            one = name in TOKENS
-            found[name] = t.flatten(0, 1).unsqueeze(0) if one else t.expand(b, *t.shape).flatten(0, 1)
-    nothing: dict[str, None] = {"query": None, "query_position": None, "seed": None}
-    return replaced(x, **found | nothing)

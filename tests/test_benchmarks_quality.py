@@ -184,7 +184,7 @@ def test_alone_mixes_nothing() -> None:
     assert same.tolist() == 2 * [[True, True, False, True, True]]
 
 
-@pytest.mark.parametrize("variant", train.VARIANTS, ids=lambda variant: variant.name)
+@pytest.mark.parametrize("variant", train.VARIANTS + train.TO_THE_END, ids=lambda variant: variant.name)
 def test_variants_differ_in_the_attention_only_and_padding_changes_nothing(variant: train.Variant) -> None:
     task = TASKS["listops"]
     softmax, model = (train.initial(task, one, 5) for one in (train.SOFTMAX, variant))
@@ -193,6 +193,7 @@ def test_variants_differ_in_the_attention_only_and_padding_changes_nothing(varia
     assert all(re.search(r"reference|landmarks|position_scale", name) for name in set(own) - set(shared))
     tokens = torch.randint(1, 16, (2, 20))
     tokens[0, 12:] = listops.PAD
+    model.eval()  # for what a step leaves to the next one
     with torch.no_grad():
         both, alone = model(tokens), model(tokens[:1, :12])
     torch.testing.assert_close(both[:1], alone, atol=2e-5, rtol=1e-4)
@@ -212,6 +213,21 @@ def test_variants_are_what_their_names_say() -> None:
         assert getattr(modules[f"SeT, {name}"], field) == value
         assert getattr(modules["SeT, T = 3"], field) == getattr(plain, field)
     assert modules["SeT, T = 3"].position_dim == 2
+
+
+def test_started_iterations_go_on_from_step_to_step() -> None:
+    torch.manual_seed(0)
+    started, converged = (
+        next(one for one in train.TO_THE_END if one.epsilon == 0.0125 and one.transport == name).attention(0)(16, 2)
+        for name in ("started", "converged")
+    )
+    converged.load_state_dict(started.state_dict())
+    x = torch.randn(1, 30, 16)
+    with torch.no_grad():
+        want = converged(x, x, x)[0]
+        away = [(started(x, x, x)[0] - want).norm() for _ in range(300)]
+    assert away[-1] < 1e-2 * away[0]
+    assert torch.equal(started.eval()(x, x, x)[0], started(x, x, x)[0])
 
 
 def test_sinusoids_tell_all_positions_apart() -> None:
@@ -271,6 +287,8 @@ def test_every_task_runs_quickly() -> None:
 def test_a_plan_holds_what_was_asked_for() -> None:
     found = command.plan(False, ["digits"], ["softmax", "SeT, T = 1"], 2)
     assert [(one.variant.name, one.seed) for one in found] == list(itertools.product(["softmax", "SeT, T = 1"], [0, 1]))
+    assert [one.variant.name for one in command.plan(False, ["digits"], ["SeT, started"], 1)] == ["SeT, started"]
+    assert not {one.variant.transport for one in command.plan(False)} - {"iterations"}
     assert command.main(["--seeds", "0"]) == 1
 
 

@@ -204,6 +204,8 @@ def test_what_cannot_be_solved_stays_finite(how: dict[str, Any]) -> None:
     [
         ({"a": torch.ones(5)}, ValueError, "equal totals of mass .* got 5 and 1"),
         ({"a": torch.ones(4)}, ValueError, r"a must broadcast to \[5\], got \[4\]"),
+        ({"a": torch.tensor([0.5, -0.25, 0.25, 0.25, 0.25])}, ValueError, "a must be masses ≥ 0, got -0.25"),
+        ({"b": torch.tensor([math.nan, 0.5, 0.5])}, ValueError, "b must be masses ≥ 0"),
         ({"a": [0.2] * 5}, TypeError, r"a must be a floating-point Tensor \[5\], got list"),
         ({"mask_b": torch.ones(3)}, TypeError, r"mask_b must be a bool Tensor \[3\]"),
         ({"epsilon": 0.0}, ValueError, "epsilon must be finite and > 0"),

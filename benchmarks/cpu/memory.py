@@ -30,7 +30,7 @@ WARM_UP_LENGTH = 64
 NO_HIGH_WATER = 3  # exit status of a child on a system without a resettable high-water mark
 
 
-def _resident(field: str) -> int:
+def resident(field: str) -> int:
     """VmRSS or VmHWM in bytes."""
     match = re.search(rf"^{field}:\s+(\d+) kB$", Path("/proc/self/status").read_text(), re.MULTILINE)
     if match is None:
@@ -38,7 +38,7 @@ def _resident(field: str) -> int:
     return int(match.group(1)) * 1024
 
 
-def _reset_high_water() -> None:
+def reset_high_water() -> None:
     try:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError as error:
@@ -57,12 +57,12 @@ def peak_extra(entry: Entry, L: int, mask: str = "") -> int:
     x = attention_inputs(case)
     query_mask(mask, L)  # an input, too
     gc.collect()
-    _reset_high_water()
-    before = _resident("VmRSS")
+    reset_high_water()
+    before = resident("VmRSS")
     output = run(x)
     gradients = torch.autograd.grad(output, x.leaves()[leaves], x.grad_output)
     asked_for = sum(tensor.numel() * tensor.element_size() for tensor in (output, *gradients))
-    return _resident("VmHWM") - before - asked_for
+    return resident("VmHWM") - before - asked_for
 
 
 def measure(case: MemoryCase, threads: int) -> int:

@@ -38,8 +38,8 @@ def parser() -> argparse.ArgumentParser:
         help="only this (repeatable); the language models, lm and lm1024, run where they are named",
     )
     run.add_argument(
-        "--variant", choices=[one.name for one in (*train.VARIANTS, *language.VARIANTS)], action="append",
-        metavar="NAME",
+        "--variant", choices=[one.name for one in (*train.VARIANTS, *train.TO_THE_END, *language.VARIANTS)],
+        action="append", metavar="NAME",
         help="only this attention, by its name in the table (repeatable)",
     )  # fmt: skip
     run.add_argument("--seeds", type=int, default=SEEDS, help=f"how many seeds, from 0 (default: {SEEDS})")
@@ -55,7 +55,8 @@ def plan(
     by variant."""
     if seeds < 1:
         raise ValueError(f"--seeds must be at least 1, got {seeds}")
-    variants = [variant for variant in (QUICK if quick else train.VARIANTS) if not only or variant.name in only]
+    known = train.VARIANTS + train.TO_THE_END if only else QUICK if quick else train.VARIANTS
+    variants = [variant for variant in known if not only or variant.name in only]
     tasks = [task for task in TASKS if not names or task.name in names]
     own = [variant for variant in language.VARIANTS if not only or variant.name in only]
     named = [language.BY_NAME[name] for name in names or () if name in language.BY_NAME]

@@ -7,6 +7,7 @@ seed start from the same values of these.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -57,6 +58,24 @@ class Alone(Mixing):
 
     def mix(self, q: Tensor, k: Tensor, v: Tensor, present: Tensor | None) -> Tensor:
         return v
+
+
+class Started(SeTAttention):
+    """SeT attention whose iterations begin where those of the last training step ended, in the mean over its batch."""
+
+    start: Tensor | None = None  # [Hk,M]
+
+    def forward(  # type: ignore[override]
+        self, query: Tensor, key: Tensor, value: Tensor, key_padding_mask: Tensor | None = None, **given: Any
+    ) -> tuple[Tensor, None]:
+        """As SeTAttention's, without weights."""
+        start = None if self.start is None else self.start.expand(query.shape[0], -1, -1)
+        memory = self.memory(
+            key, value, key_padding_mask, key_position=given.get("key_position"), initial_potential=start
+        )
+        if self.training:
+            self.start = memory.g.detach().mean(0)
+        return super().forward(query, memory=memory, query_position=given.get("query_position"))
 
 
 class Encoder(nn.Module):

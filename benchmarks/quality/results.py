@@ -55,7 +55,7 @@ def missing(settings: Iterable[Setting], done: list[Record]) -> list[Setting]:
         old = found.get((cells["task"], cells["variant"], cells["seed"]))
         if old is None:
             left.append(setting)
-        elif other := [name for name, cell in cells.items() if old[name] != cell]:
+        elif other := [name for name, cell in cells.items() if old.get(name, cell) != cell]:
             raise ValueError(
                 f"{cells['task']}, {cells['variant']}, seed {cells['seed']} is in the results with another "
                 f"{', '.join(other)}: choose another --name, or remove these rows"

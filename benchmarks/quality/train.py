@@ -8,13 +8,14 @@ from functools import partial
 import numpy as np
 import torch
 
-from benchmarks.quality.model import Alone, Elu, Encoder, Softmax
+from benchmarks.quality.model import Alone, Elu, Encoder, Softmax, Started
 from benchmarks.quality.tasks import Budget, Task
 from benchmarks.tasks.encoder import Attention
 from benchmarks.tasks.training import Trainer, predict, rate
 from setformer_kernels import SeTAttention
 
 TEST_BATCH = 50
+CONVERGED = {"tol": 1e-4, "grad": "implicit"}
 
 
 @dataclass(frozen=True)
@@ -29,15 +30,17 @@ class Variant:
     positions: bool = True
     epsilon: float = 0.05
     bandwidth: float = 1.0
+    transport: str = "iterations"  # "converged": to CONVERGED; "started": where the last step's potentials ended
 
     def attention(self, position_dim: int) -> Attention:
         """The module to build, for tokens with `position_dim` coordinates."""
         if self.kind != "set":
             return {"softmax": Softmax, "elu": Elu, "alone": Alone}[self.kind]
         return partial(
-            SeTAttention, batch_first=True, num_references=self.num_references, num_iters=self.num_iters,
-            value_map=self.value_map, epsilon=self.epsilon, bandwidth=self.bandwidth,
-            position_dim=position_dim if self.positions else 0,
+            Started if self.transport == "started" else SeTAttention, batch_first=True,
+            num_references=self.num_references, num_iters=self.num_iters, value_map=self.value_map,
+            epsilon=self.epsilon, bandwidth=self.bandwidth, position_dim=position_dim if self.positions else 0,
+            **(CONVERGED if self.transport == "converged" else {}),
         )  # fmt: skip
 
 
@@ -55,6 +58,12 @@ VARIANTS = (
     Variant("SeT, no positions", positions=False),
     Variant("SeT, ε = 0.2", epsilon=0.2),
     Variant("SeT, ε = 0.0125", epsilon=0.0125),
+)
+# What iterations that go on to the transport itself would give: run where they are named.
+TO_THE_END = tuple(
+    Variant(f"SeT{at}, {transport}", num_iters=iters, epsilon=epsilon, transport=transport)
+    for at, epsilon in (("", 0.05), (", ε = 0.0125", 0.0125))
+    for transport, iters in (("converged", 500), ("started", 3))
 )
 
 

@@ -1,5 +1,7 @@
 // Sinkhorn on any log-kernel [G,N,M], forward and backward: the transport of transport.h with given rows and no values.
 #pragma once
+#include "../linearised_params.h"
+#include "base/denormals.h"
 #include "transport_backward.h"
 
 namespace sfk {
@@ -7,11 +9,6 @@ namespace {
 
 // Rows of a tile: 64 KB of numbers, so that it stays in the second-level cache however many columns there are.
 inline int64_t sinkhorn_rows(int64_t Mp) { return std::min<int64_t>(96, std::max<int64_t>(16, 16384 / Mp / 16 * 16)); }
-
-template <class F>
-F element(const View& v, int64_t i, int64_t j) {
-  return static_cast<const F*>(v.data)[i * v.stride[0] + j * v.stride[1]];
-}
 
 // Rows lo.. of problem g.
 template <class F>
@@ -75,35 +72,49 @@ struct Masses {
 template <class F>
 class SinkhornWorker {
  public:
-  SinkhornWorker(const SinkhornParams& p, int threads)
+  SinkhornWorker(const StartedParams& p, int threads)
       : p_(p),
         source_(p),
         masses_(p),
+        start_(pad<F>(p.M)),
         rows_(sinkhorn_rows(pad<F>(p.M))),
         transport_(p.N, p.G < threads ? p.N / threads + 2 * rows_ : p.N + rows_, rows_, pad<F>(p.M), 0, p.T) {}
   ColumnState<F>& shared() { return transport_.state; }
 
   void run(int64_t g, const Team& team) {
+    const NoDenormals guard;
     const int64_t Mp = pad<F>(p_.M);
     const auto [lo, hi] = team.share(p_.N, rows_);
     source_.g = g, source_.lo = lo, source_.la = transport_.la;
     masses_.load(p_, g, p_.T, lo, hi, transport_.la);
+    if (p_.start) start_from(g);
     const int64_t iters = transport_.run(source_, masses_.marg, hi - lo, p_.tol, team);
     if (team.rank != 0) return;
     p_.iters[g] = iters;
     F* out_g = static_cast<F*>(p_.g.data) + g * p_.g.stride[0];
     for (int64_t j = 0; j < p_.M; ++j) out_g[j * p_.g.stride[1]] = transport_.g[j];
     F* out_c = static_cast<F*>(p_.c.data) + g * p_.c.stride[0];
-    for (int64_t t = 0; t < p_.c.size[1]; ++t) {  // rows past the last iteration repeat it
-      const F* c = transport_.c + std::min(t, std::max<int64_t>(iters, 1) - 1) * Mp;
+    const int64_t last = std::max<int64_t>(iters, 1) - 1;
+    const bool all = p_.c.stride[1] != 0;  // else the last alone is wanted
+    for (int64_t t = all ? 0 : last; t < (all ? p_.c.size[1] : last + 1); ++t) {
+      const F* c = transport_.c + std::min(t, last) * Mp;  // rows past the last iteration repeat it
       for (int64_t j = 0; j < p_.M; ++j) out_c[t * p_.c.stride[1] + j * p_.c.stride[2]] = c[j];
     }
   }
 
  private:
-  const SinkhornParams& p_;
+  void start_from(int64_t g) {
+    for (int64_t j = 0; j < pad<F>(p_.M); ++j) {
+      const F b = masses_.log_b[j], given = j < p_.M ? element<F>(p_.start, g, j) : b;
+      start_[j] = std::isfinite(given) && b != -kInf<F> ? given : b;
+    }
+    masses_.marg.start = start_;
+  }
+
+  const StartedParams& p_;
   MatrixSource<F> source_;
   Masses<F> masses_;
+  Buffer<F> start_;  // [Mp]
   int64_t rows_;
   Transport<F, MatrixSource<F>> transport_;
 };
@@ -125,6 +136,7 @@ class SinkhornBackwardWorker {
   Shared& shared() { return shared_; }
 
   void run(int64_t g, const Team& team) {
+    const NoDenormals guard;
     const int64_t Mp = pad<F>(p_.M), T = std::min(p_.iters[g], p_.T);
     const auto [lo, hi] = team.share(p_.N, rows_);
     source_.g = g, source_.lo = lo, source_.la = transport_.given.la;
@@ -170,8 +182,8 @@ class SinkhornBackwardWorker {
   Shared shared_;
 };
 
-template <class Worker>
-void run_sinkhorn(const SinkhornParams& p) {
+template <class Worker, class Params>
+void run_sinkhorn(const Params& p) {
   if (p.G == 0) return;
   const double flops = 8.0 * p.G * static_cast<double>(p.N) * p.M * (p.T + 4);
   std::vector<std::unique_ptr<Worker>> workers;
@@ -181,8 +193,12 @@ void run_sinkhorn(const SinkhornParams& p) {
 }
 
 template <class F>
-void sinkhorn_forward(const SinkhornParams& p) {
+void started_forward(const StartedParams& p) {
   run_sinkhorn<SinkhornWorker<F>>(p);
+}
+template <class F>
+void sinkhorn_forward(const SinkhornParams& p) {
+  started_forward<F>({p});
 }
 template <class F>
 void sinkhorn_backward(const SinkhornParams& p) {

@@ -3,9 +3,12 @@
 // Scaled mode keeps K = e^{ℓ − m}, m the row maximum, so that an iteration is a row dot, a logarithm and an exponential
 // per row, and a column sum: no exponentials of tiles.  It holds while K and e^g stay in the normal range.  Otherwise
 // the head is done again in log mode: row-wise and column-wise logsumexp of ℓ − m, at two exponentials per element.
+// Without values to pool, two such iterations are enough: potentials ĝ of the first go into K = e^{ℓ + ĝ − m}, and
+// iterations are rescalings by e^{g − ĝ} until that has drifted too far, when ĝ becomes g.  What underflows in K then
+// is too little of its row to count, as its columns' sums are in the normal range.
 #pragma once
-#include "base/explog.h"
 #include "base/team.h"
+#include "transport_rows.h"
 
 namespace sfk {
 namespace {
@@ -15,88 +18,20 @@ struct Limits;
 template <>
 struct Limits<float> {
   static constexpr float kRange = 80, kColumn = 1e-27f;  // e^-80 = 2e-35 leaves the row dots normal numbers
+  static constexpr float kDrift = 40;  // e^{40 - 87} is what an entry that underflows may be of its row
 };
 template <>
 struct Limits<double> {
-  static constexpr double kRange = 600, kColumn = 1e-240;
+  static constexpr double kRange = 600, kColumn = 1e-240, kDrift = 300;
 };
 
 template <class F>
 struct Marginals {
   int64_t M, Mp, T;
   F lam_a, lam_b;
-  const F* log_b;  // [Mp]
+  const F* log_b;            // [Mp]
+  const F* start = nullptr;  // [Mp] g⁰, log b if null
 };
-
-// out[i] = Σ_j rows[i][j] v[j]
-template <class F>
-void row_dots(int64_t n, int64_t Mp, const F* rows, const F* v, F* out) {
-  for (int64_t i = 0; i < n; ++i, rows += Mp) {
-    Vec<F> acc{};
-    for (int64_t j = 0; j < Mp; j += kLanes<F>) acc += load(rows + j) * load(v + j);
-    out[i] = reduce_add<F>(acc);
-  }
-}
-
-// G = exp(g − max g); returns max g, and the spread of the finite g.
-template <class F>
-F exp_shifted(int64_t M, int64_t Mp, const F* g, F* G, F& spread) {
-  F top = -kInf<F>, low = kInf<F>;
-  for (int64_t j = 0; j < M; ++j) {
-    top = std::max(top, g[j]);
-    if (g[j] != -kInf<F>) low = std::min(low, g[j]);
-  }
-  spread = top == -kInf<F> ? kInf<F> : top - low;  // nothing to shift by: left to log mode
-  for (int64_t j = 0; j < Mp; j += kLanes<F>) store(G + j, vexp<F>(load(g + j) - top));
-  return top;
-}
-
-// The maximum of a row of ℓ, whose columns M.. become −inf; a row that takes no part becomes all equal.
-template <class F>
-F row_maximum(int64_t M, int64_t Mp, F* row, bool absent) {
-  if (absent) fill(row, M, F(0));
-  for (int64_t j = M; j < Mp; ++j) row[j] = -kInf<F>;
-  Vec<F> top = load(row);
-  for (int64_t j = kLanes<F>; j < Mp; j += kLanes<F>) top = vmax(top, load(row + j));
-  return reduce_max<F>(top);
-}
-
-// ℓ -> ℓ − m in place: what a row's logits share, as a long way to every reference, cancels before it costs digits.
-template <class F>
-void shift_rows(int64_t n, int64_t M, int64_t Mp, F* tile, const F* la, F* m) {
-  for (int64_t i = 0; i < n; ++i, tile += Mp) {
-    m[i] = row_maximum<F>(M, Mp, tile, la[i] == -kInf<F>);
-    for (int64_t j = 0; j < Mp; j += kLanes<F>) store(tile + j, load(tile + j) - m[i]);
-  }
-}
-
-// ℓ -> e^{ℓ − m} in place.  Lowers `lowest` to the smallest finite ℓ − m.
-template <class F>
-void scale_rows(int64_t n, int64_t M, int64_t Mp, F* tile, const F* la, F* m, F& lowest) {
-  Vec<F> low = splat(lowest);
-  for (int64_t i = 0; i < n; ++i, tile += Mp) {
-    m[i] = row_maximum<F>(M, Mp, tile, la[i] == -kInf<F>);
-    for (int64_t j = 0; j < Mp; j += kLanes<F>) {
-      const Vec<F> x = load(tile + j) - m[i];
-      low = vmin(x == -kInf<F> ? Vec<F>{} : x, low);
-      store(tile + j, vexp<F>(x));
-    }
-  }
-  lowest = reduce_min<F>(low);
-}
-
-// logsumexp of a row of ℓ + add; also its parts: the maximum, and the sum of exponentials below it.
-template <class F>
-F row_lse(int64_t Mp, const F* row, const F* add, F* top_out = nullptr, F* sum_out = nullptr) {
-  Vec<F> top = splat(-kInf<F>), sum{};
-  for (int64_t j = 0; j < Mp; j += kLanes<F>) top = vmax(top, load(row + j) + load(add + j));
-  const F m = reduce_max<F>(top);
-  if (m == -kInf<F>) return m;
-  for (int64_t j = 0; j < Mp; j += kLanes<F>) sum += vexp<F>(load(row + j) + load(add + j) - m);
-  const F total = reduce_add<F>(sum);
-  if (top_out) *top_out = m, *sum_out = total;
-  return static_cast<F>(m + std::log(static_cast<double>(total)));
-}
 
 // f + m of a row, from lse = LSE_j(ℓ − m + g).  Where f itself is a result, g must follow from f as it is rounded.
 template <class F>
@@ -145,7 +80,9 @@ class Transport {
         u_(block_ + kLanes<F>),
         G_(Mp),
         ref_(Mp),
-        inv_(Mp) {
+        inv_(Mp),
+        hat_(Mp),
+        drift_(Mp) {
     state.ref.reset(Mp);
     state.sum.reset(Mp);
     state.z.reset(Mp * Ep);
@@ -157,9 +94,14 @@ class Transport {
     rows_ = rows;
     for (int64_t i = rows; i < rows + kLanes<F>; ++i) la[i] = -kInf<F>, m_[i] = 0;
     state.lone = is_lone<F>(la, rows, team);
-    const int64_t iters = solve<false>(src, marg, tol, team);
-    log_ = iters < 0;
-    return log_ ? solve<true>(src, marg, tol, team) : iters;
+    passes_ = std::max<int64_t>(marg.T, 1);
+    begin(marg);
+    const Progress scaled = iterate<false>(src, marg, tol, team, 0, passes_);
+    log_ = !scaled.ok;
+    if (!log_) return scaled.done;
+    begin(marg);
+    return Ep_ > 0 || marg.T < kWorthwhile ? iterate<true>(src, marg, tol, team, 0, passes_).done
+                                           : absorb(src, marg, tol, team);
   }
 
   // After `run` of all T iterations: rows row0.. of W^k = e^{ℓ + f − c} [n][Mp], by the numbers that z was pooled with.
@@ -172,8 +114,21 @@ class Transport {
   ColumnState<F> state;
 
  private:
+  static constexpr int64_t kWorthwhile = 4;  // iterations of which some are worth making K twice
+  // How many iterations have run, whether the mode holds what they need, whether they have converged.
+  struct Progress {
+    int64_t done;
+    bool ok, stopped;
+  };
+
+  void begin(const Marginals<F>& marg) {
+    std::copy_n(marg.start ? marg.start : marg.log_b, Mp_, g.data());
+    state.lowest = 0, absorbed_ = false;
+  }
   template <bool kLog>
-  int64_t solve(Source& src, const Marginals<F>& marg, double tol, const Team& team);
+  Progress iterate(Source& src, const Marginals<F>& marg, double tol, const Team& team, int64_t from, int64_t to);
+  int64_t absorb(Source& src, const Marginals<F>& marg, double tol, const Team& team);
+  F scaling(const Marginals<F>& marg, F& spread);
   template <bool kLog>
   F* rows_tile(Source& src, int64_t row0, int64_t n, bool first, int64_t M);
   void scaled_rows(Source& src, int64_t row0, int64_t n, const F* K, F lam, F shift);
@@ -183,7 +138,7 @@ class Transport {
   void pool_lone(int64_t n, const F* present);
   bool merge(const Marginals<F>& marg, F shift, bool pool, bool check, F* c_t, const Team& team);
 
-  bool keep_, log_ = false;
+  bool keep_, log_ = false, absorbed_ = false;
   int64_t block_, cache_rows_, Mp_, Ep_, rows_ = 0, passes_ = 1;
   Buffer<F> m_;       // [rows] row maxima
   Buffer<F> cache_;   // [cache rows][Mp] K of the first rows (log mode: ℓ − m)
@@ -193,26 +148,57 @@ class Transport {
   Buffer<F> G_;       // [Mp] e^{g − max g}
   Buffer<F> ref_;     // [Mp] what the sums of the whole team were taken relative to
   Buffer<F> inv_;     // [Mp] and their inverses
+  Buffer<F> hat_;     // [Mp] ĝ, if absorbed
+  Buffer<F> drift_;   // [Mp] g − ĝ
 };
 
+// All iterations with the potentials that went before in K, but for the first and the last: these are in the log
+// domain, where g follows from f as it is rounded.
+template <class F, class Source>
+int64_t Transport<F, Source>::absorb(Source& src, const Marginals<F>& marg, double tol, const Team& team) {
+  Progress at = iterate<true>(src, marg, tol, team, 0, 1);
+  for (int64_t before = 0; at.done < passes_ - 1 && !at.stopped;) {
+    absorbed_ = at.ok && at.done > before && std::all_of(g.data(), g + marg.M, [](F x) { return x != -kInf<F>; });
+    if (!absorbed_) return iterate<true>(src, marg, tol, team, at.done, passes_).done;
+    std::copy_n(g.data(), Mp_, hat_.data());
+    before = at.done;
+    at = iterate<false>(src, marg, tol, team, before, passes_ - 1);
+  }
+  absorbed_ = false;
+  if (at.stopped && at.done == 1) return 1;
+  if (at.stopped) {  // once more from where the last one set out
+    const F* c_t = c + (--at.done - 1) * Mp_;
+    for (int64_t j = 0; j < marg.M; ++j) g[j] = marg.log_b[j] - marg.lam_b * c_t[j];
+  }
+  return iterate<true>(src, marg, tol, team, at.done, at.done + 1).done;
+}
+
+// G and what it was shifted by.
+template <class F, class Source>
+F Transport<F, Source>::scaling(const Marginals<F>& marg, F& spread) {
+  if (!absorbed_) return exp_shifted<F>(marg.M, Mp_, g, G_, spread);
+  for (int64_t j = 0; j < Mp_; ++j) drift_[j] = j < marg.M ? g[j] - hat_[j] : -kInf<F>;
+  return exp_shifted<F>(marg.M, Mp_, drift_, G_, spread);
+}
+
+// Iterations from + 1 to `to`; fewer where the mode does not hold the next one, or ĝ has to become g.
 template <class F, class Source>
 template <bool kLog>
-int64_t Transport<F, Source>::solve(Source& src, const Marginals<F>& marg, double tol, const Team& team) {
-  const int64_t passes = passes_ = std::max<int64_t>(marg.T, 1);
-  const F lam = marg.T ? marg.lam_a : F(0);
-  std::copy(marg.log_b, marg.log_b + Mp_, g.data());
-  state.lowest = 0;
-  for (int64_t t = 1; t <= passes; ++t) {
-    const bool pool = Ep_ > 0 && t == passes;
+typename Transport<F, Source>::Progress Transport<F, Source>::iterate(Source& src, const Marginals<F>& marg, double tol,
+                                                                      const Team& team, int64_t from, int64_t to) {
+  const F lam = marg.T ? marg.lam_a : F(0), range = absorbed_ ? kInf<F> : Limits<F>::kRange;
+  for (int64_t t = from + 1; t <= to; ++t) {
+    const bool pool = Ep_ > 0 && t == passes_;
     F shift = 0, spread = 0;
-    if (!kLog) shift = -lam * exp_shifted<F>(marg.M, Mp_, g, G_, spread);
+    if (!kLog) shift = -lam * scaling(marg, spread);
+    if (!kLog && absorbed_ && spread > Limits<F>::kDrift) return {t - 1, true, false};
     fill(state.ref.data(), Mp_, -kInf<F>);
     fill(state.sum.data(), Mp_, F(0));
     if (pool) fill(state.z.data(), Mp_ * Ep_, F(0));
     for (int64_t row0 = 0; row0 < rows_; row0 += block_) {
       const int64_t n = std::min(block_, rows_ - row0);
-      F* tile = rows_tile<kLog>(src, row0, n, t == 1, marg.M);
-      if (!kLog && spread - state.lowest > Limits<F>::kRange) break;
+      F* tile = rows_tile<kLog>(src, row0, n, t == from + 1, marg.M);
+      if (!kLog && spread - state.lowest > range) break;
       if (kLog)
         log_block(src, row0, n, tile, lam, pool);
       else
@@ -222,19 +208,19 @@ int64_t Transport<F, Source>::solve(Source& src, const Marginals<F>& marg, doubl
     team.sync();
     bool ok = merge(marg, shift, pool, !kLog, c_t, team);
     for (int i = 0; !kLog && i < team.size; ++i)
-      ok = ok && spread - team.template member<ColumnState<F>>(i).lowest <= Limits<F>::kRange;
+      ok = ok && spread - team.template member<ColumnState<F>>(i).lowest <= range;
     team.sync();
-    if (!ok) return -1;
-    if (marg.T == 0) return 0;
+    if (!ok) return {t - 1, false, false};
+    if (marg.T == 0) return {0, true, true};
     F change = 0;
     for (int64_t j = 0; j < marg.M; ++j) {
       const F next = c_t[j] == -kInf<F> ? -kInf<F> : marg.log_b[j] - marg.lam_b * c_t[j];
       if (next != -kInf<F> || g[j] != -kInf<F>) change = std::max(change, std::fabs(next - g[j]));
       g[j] = next;
     }
-    if (tol >= 0 && change <= tol) return t;
+    if (tol >= 0 && change <= tol) return {t, true, true};
   }
-  return marg.T;
+  return {to, true, to == passes_};
 }
 
 // The block's K (or ℓ − m in log mode): from the cache, or made anew.
@@ -245,6 +231,8 @@ F* Transport<F, Source>::rows_tile(Source& src, int64_t row0, int64_t n, bool fi
   F* tile = cached ? cache_ + row0 * Mp_ : tile_.data();
   if (cached && !first) return tile;
   src.logits(row0, n, tile);
+  for (int64_t i = 0; absorbed_ && !kLog && i < n; ++i)
+    for (int64_t j = 0; j < M; ++j) tile[i * Mp_ + j] += hat_[j];
   if (kLog)
     shift_rows<F>(n, M, Mp_, tile, la + row0, m_ + row0);
   else
@@ -358,6 +346,7 @@ bool Transport<F, Source>::merge(const Marginals<F>& marg, F shift, bool pool, b
     }
     if (check && j < marg.M && !(sum > Limits<F>::kColumn)) ok = false;
     c_t[j] = sum > 0 && j < marg.M ? static_cast<F>(std::log(static_cast<double>(sum)) + ref + shift) : -kInf<F>;
+    if (absorbed_ && j < marg.M) c_t[j] -= hat_[j];
     const F inv = state.lone ? F(sum > 0) : sum > 0 ? 1 / sum : F(0);
     ref_[j] = ref == -kInf<F> ? F(0) : ref, inv_[j] = inv;
     for (int64_t e = 0; pool && e < Ep_; ++e) z[j * Ep_ + e] *= inv;

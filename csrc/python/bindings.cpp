@@ -227,6 +227,43 @@ void sinkhorn(const py::tuple& t, const py::tuple& scalars, int64_t T, double to
   backward ? kernels().sinkhorn_backward(p) : kernels().sinkhorn(p);
 }
 
+void started(const py::tuple& t, const py::tuple& scalars, int64_t T, double tol, int threads,
+             const py::object& start) {
+  StartedParams p{sinkhorn_params(t, scalars, T, tol, threads, false)};
+  p.start = view(start, "start", {p.G, p.M}, compute_dtype(p.f64));
+  py::gil_scoped_release nogil;
+  kernels().started(p);
+}
+
+enum LinearisedTensor { kOfKernel, kOfRows, kRate, kPotential, kS, kOfF, kOfC, kMass, kGram, kOfX, kNumLinearised };
+constexpr const char* kLinearised[kNumLinearised] = {"log_kernel", "log_a", "lam_a", "g",    "s",
+                                                     "f",          "c",     "mass",  "gram", "rows"};
+
+void linearised(const py::tuple& tensors, int threads) {
+  const Tensors x(tensors, kLinearised);
+  LinearisedParams p;
+  p.G = x.size(kOfKernel, 0), p.N = x.size(kOfKernel, 1), p.M = x.size(kOfKernel, 2);
+  if (p.M < 1) throw std::invalid_argument("M must be positive");
+  p.threads = threads < 1 ? 1 : threads, p.f64 = x.dtype(kOfKernel) == Dtype::f64;
+  const Dtype compute = compute_dtype(p.f64);
+  p.log_kernel = x.needed(kOfKernel, {p.G, p.N, p.M}, compute);
+  p.log_a = x.needed(kOfRows, {p.G, p.N}, compute);
+  p.lam_a = x.needed(kRate, {p.G}, compute);
+  p.g = x.needed(kPotential, {p.G, p.M}, compute);
+  p.s = x.needed(kS, {p.G, p.N}, compute);
+  p.f = x.needed(kOfF, {p.G, p.N}, compute);
+  p.c = x.needed(kOfC, {p.G, p.M}, compute);
+  p.mass = x.needed(kMass, {p.G, p.M}, compute);
+  p.gram = x.view(kGram, {p.G, p.M, p.M}, compute);
+  p.rows = x.view(kOfX, {p.G, p.N, p.M}, compute);
+  if (bool(p.gram) == bool(p.rows)) throw std::invalid_argument("either 'gram' or 'rows' is wanted");
+  for (const View* v : {&p.gram, &p.rows})
+    if (*v && p.G * p.N > 0 && (v->stride[2] != 1 || v->stride[1] != p.M))
+      throw std::invalid_argument("tensors 'gram' and 'rows' must be contiguous");
+  py::gil_scoped_release nogil;
+  kernels().linearised(p);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -247,6 +284,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("packed_backward", &packed_backward);
   m.def("features", &features);
   m.def("sinkhorn", &sinkhorn);
+  m.def("started", &started);
+  m.def("linearised", &linearised);
   m.def("cpu_isa", [] { return kernels().isa; }, "the instruction set in use");
   m.def("has_cpu_isa", [](const std::string& isa) { return has_isa(isa.c_str()); });
   m.def("set_cpu_isa", [](const std::string& isa) { return set_isa(isa.c_str()); });

@@ -88,10 +88,12 @@ def _own(t: Tensor) -> Tensor:
     return t.clone(memory_format=torch.contiguous_format)
 
 
-def sinkhorn(x: Sinkhorn, run: Callable[[Views], None]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """f [G, N], g [G, M], c [G, max(T, 1), M], iters [G]."""
-    (groups, n, m), new = x.log_kernel.shape, x.log_kernel.new_empty
-    f, g, c = new((groups, n)), new((groups, m)), new((groups, max(x.num_iters, 1), m))
+def sinkhorn(
+    x: Sinkhorn, run: Callable[[Views], None], last: bool = False
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """f [G, N], g [G, M], c [G, max(T, 1), M], iters [G]; if `last`, the c of the last iteration stands for all."""
+    (groups, n, m), new, steps = x.log_kernel.shape, x.log_kernel.new_empty, max(x.num_iters, 1)
+    f, g, c = new((groups, n)), new((groups, m)), new((groups, 1 if last else steps, m)).expand(-1, steps, -1)
     iters = new(groups, dtype=torch.int64)
     run(views((*x.tensors, f, g, c, iters, *[None] * 6)))
     return f, g, c, iters
@@ -132,7 +134,7 @@ def _load() -> tuple[ModuleType | None, str]:
         if any((folder / f"_C{suffix}").exists() for suffix in EXTENSION_SUFFIXES):
             return None, f"the C++ extension {name} cannot be loaded ({error})"
         return None, _absence(folder)
-    of_this_version = all(hasattr(module, name) for name in ("read_backward", "packed", "STEPS_GROUPS"))
+    of_this_version = all(hasattr(module, name) for name in ("read_backward", "packed", "STEPS_GROUPS", "linearised"))
     if getattr(module, "OPERANDS", None) != Operands._fields[:-1] or not of_this_version:
         return None, f"the C++ extension {name} is of another version of this package: pip install -e . builds it again"
     return module, ""

@@ -6,6 +6,7 @@ Called below autograd on real CPU tensors; any strides.  The kernels are in csrc
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -46,6 +47,8 @@ _C: Any = MODULE
 # A thread keeps an [M, E] state and [96, max(M, D, E)] tiles: beyond this they would leave the second-level cache.
 MAX_REFERENCES = 1024
 MAX_HEAD_DIM = 1024
+# Columns up to which a thread keeps A [M, M] while rows go by, 1 MB; beyond, A is a product of what the rows become.
+MAX_GRAM = 512
 
 
 def unsupported_reasons(p: Problem) -> list[str]:
@@ -53,6 +56,9 @@ def unsupported_reasons(p: Problem) -> list[str]:
     reasons = [ABSENT] if ABSENT else []
     if p.device != "cpu":
         reasons.append(f"runs on cpu tensors, not on {p.device}")
+    if p.converged == "started":
+        reasons.append("has no kernels for initial_potential with grad='unrolled'")
+    p = replace(p, converged="") if p.converged else p
     return reasons + beyond(p, DTYPES, MAX_REFERENCES, MAX_HEAD_DIM)
 
 
@@ -325,3 +331,22 @@ def sinkhorn_backward(
         needs,
         lambda filled: _C.sinkhorn(filled, tuple(x.scalars), c.shape[1], -1.0, threads, True),
     )
+
+
+def started(x: Sinkhorn, start: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """As `sinkhorn`, from g⁰ = start [G, M] where that is finite and there is mass; of c the last alone."""
+    limit, threads = -1.0 if x.tol is None else x.tol, torch.get_num_threads()
+    first = _extension.view(start)
+    return _extension.sinkhorn(
+        x, lambda filled: _C.started(filled, tuple(x.scalars), x.num_iters, limit, threads, first), last=True
+    )
+
+
+def linearised(log_kernel: Tensor, log_a: Tensor, lam_a: Tensor, g: Tensor) -> tuple[Tensor, ...]:
+    """One pass over the rows from g [G, M]: s and f [G, N], c and the column sums D of P [G, M], A = PᵀR [G, M, M]."""
+    (groups, n, m), new = log_kernel.shape, log_kernel.new_empty
+    found = new((groups, n)), new((groups, n)), new((groups, m)), new((groups, m))
+    kept = new((groups, m if m <= MAX_GRAM else n, m))
+    gram, rows = (kept, None) if m <= MAX_GRAM else (None, kept)
+    _C.linearised(views((log_kernel, log_a, lam_a, g, *found, gram, rows)), torch.get_num_threads())
+    return *found, kept if rows is None else rows.mT @ rows

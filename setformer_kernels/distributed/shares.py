@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import dispatch, memory, reference, stages
-from ..ops.memory import OF_OPERANDS, read_problem
-from ..ops.operands import attention_problem, logits
+from .. import dispatch, reference
+from ..ops.memory import OF_OPERANDS, read, read_problem
+from ..ops.operands import as_heads, attention_problem, logits
 from ..problem import HYPER, Operands, Options, replaced
 from ..reference.attention import hyper, reference_mass, token_logits, widen
 from .merging import merged, set_merge
@@ -49,7 +49,7 @@ class Native(Share):
         self.opt = opt._replace(num_iters=1, dropout_p=0.0)
         self.batch, self.offset, self.ranks = x.key.shape[:2], offset, ranks.name
         # A pass takes all (b, h) as heads: put into that form once, not at each pass.
-        self.x = x if x.key.shape[0] == 1 else stages.as_heads(x)
+        self.x = x if x.key.shape[0] == 1 else as_heads(x)
 
     def _pass(self, x: Operands, g: Tensor, pools: bool) -> Pass:
         z, c, _ = set_pass(*x, g.reshape(x.key.shape[0], -1, g.shape[-1]), *self.opt, self.offset, pools)
@@ -155,5 +155,5 @@ def read(x: Operands, opt: Options, z: Tensor, g: Tensor, counters: Tensor | Non
     given: dict[str, Any] = {name: getattr(x, name) for name in OF_OPERANDS if name != "query"}
     of = read_problem(x.query, z, given)
     if counters is None:
-        return memory.read(of, opt, z, g)
+        return read(of, opt, z, g)
     return reference.read(of, opt, z, g, counters)

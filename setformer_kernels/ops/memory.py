@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from .. import dispatch
+from .. import dispatch, reference
 from ..problem import HYPER, Operands, Options
-from .operands import OPERANDS, OPTIONS, POSITIONS, backend_of, fake_output, fake_state, flops, split
+from .operands import OPERANDS, OPTIONS, POSITIONS, backend_of, fake_output, fake_state, flops, ready, split
 from .registration import TOKEN, Spec, register
 
 READ = (
@@ -131,6 +131,16 @@ set_read = register(
         decomposition=lambda *args: dispatch.EAGER.read(*_split_read(args)),
     )
 )
+
+
+def read(x: Operands, opt: Options, z: Tensor, g: Tensor) -> Tensor:
+    """o [B, H, L, E] of operands without keys, as `read_problem` makes them, on what runs them."""
+    chosen = ready("read", x, opt, z, g)
+    if chosen is None:
+        return reference.read(x, opt, z, g)
+    tokens, hyper = (x.query, z, g, x.references), (x.bandwidth, x.epsilon, x.position_scale)
+    constants = (opt.scalars, opt.kernel, opt.dropout_p, chosen.backend)
+    return set_read(*tokens, *hyper, x.query_position, x.reference_position, x.seed, *constants)
 
 
 def _read_flops(d_products: int, e_products: int, skip: int) -> Any:

@@ -9,13 +9,15 @@ from typing import Any
 from torch import Tensor
 
 from .. import dispatch
-from ..problem import Operands, Options, Passed, Problem, compute_dtype, empty_in_order
+from ..problem import HYPER, Operands, Options, Passed, Problem, compute_dtype, empty_in_order, replaced
 from .direct import unwatched
 from .registration import HEAD, SEED, TOKEN
 
 N_OPERANDS = len(Operands._fields)
 REQUIRED = ("key", "value", "references")
 POSITIONS = ("query_position", "key_position")
+TOKENS = ("key", "value", "log_a", *POSITIONS)
+PARAMETERS = ("references", "reference_position", *HYPER)
 OPERANDS = {
     name: (
         SEED if name == "seed" else TOKEN if name in ("query", "key", "value", "log_a", *POSITIONS) else HEAD,
@@ -103,3 +105,26 @@ def flops(d_products: int, e_products: int, skip: int) -> Any:
         return 2 * b * h * shapes.references[1] * (length + s) * (d_products * d + e_products * shapes.value[3])
 
     return formula
+
+
+def narrow(x: Operands) -> Operands:
+    """With as few values as an op reads."""
+    return replaced(x, value=x.value[..., :1])
+
+
+def as_heads(x: Operands) -> Operands:
+    """[1, B·H, ..] and [B·H, ..]: keys are copied where batch and heads are not next to each other in memory."""
+    b = x.key.shape[0]
+    found: dict[str, Tensor] = {}
+    for name in (*TOKENS, *PARAMETERS):  # not a comprehension that names its value: dynamo knows no cells of such
+        t = getattr(x, name)
+        if t is not None:
+            one = name in TOKENS
+            found[name] = t.flatten(0, 1).unsqueeze(0) if one else t.expand(b, *t.shape).flatten(0, 1)
+    nothing: dict[str, None] = {"query": None, "query_position": None, "seed": None}
+    return replaced(x, **found | nothing)
+
+
+def batch_as_heads(x: Operands, g: Tensor) -> Operands:
+    """`as_heads`, and potentials g [B, H, M] in the place of log b."""
+    return replaced(as_heads(x), log_b=g.flatten(0, 1))

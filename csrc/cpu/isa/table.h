@@ -2,6 +2,7 @@
 // machine has.
 #pragma once
 #include "../../causal_params.h"
+#include "../../linearised_params.h"
 
 // Every kernel: X(name, what it takes).
 #define SFK_EACH_KERNEL(X)               \
@@ -17,7 +18,9 @@
   X(features, FeatureParams)             \
   X(features_backward, FeatureParams)    \
   X(sinkhorn, SinkhornParams)            \
-  X(sinkhorn_backward, SinkhornParams)
+  X(sinkhorn_backward, SinkhornParams)   \
+  X(started, StartedParams)              \
+  X(linearised, LinearisedParams)
 
 namespace sfk {
 

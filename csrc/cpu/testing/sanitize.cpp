@@ -1,5 +1,5 @@
 // Every kernel of every instruction set, under sanitizers.
-#include "../../testing/cases.h"
+#include "../../testing/linearised_case.h"
 
 using namespace sfk;
 
@@ -15,6 +15,7 @@ int main(int argc, char** argv) {
       attention_case<double>(kernels(), true), attention_case<float>(kernels(), true);
       features_case<double>(kernels()), features_case<float>(kernels());
       sinkhorn_case<double>(kernels()), sinkhorn_case<float>(kernels());
+      linearised_case<double>(kernels()), linearised_case<float>(kernels());
     }
     std::printf("%s: %d rounds, %d failures so far\n", isa, rounds, failures);
   }

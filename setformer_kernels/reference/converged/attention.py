@@ -9,7 +9,7 @@ from torch import Tensor
 from ...problem import Operands, Options, compute_dtype
 from ..attention import hyper, key_mass, query_weights, reference_mass, token_logits, widen
 from ..transport import Plan, pool_weights
-from .solve import Solver, solve
+from .solve import Solver, Solving, solve
 from .system import Marginals
 
 
@@ -20,39 +20,43 @@ class Transported(NamedTuple):
     plan: Plan
 
 
-def _transported(x: Operands, opt: Options, how: Solver) -> tuple[Tensor, Transported]:
+def _transported(x: Operands, opt: Options, how: Solver, by: Solving) -> tuple[Tensor, Transported]:
     """W^k [B, H, S, M] of widened operands, and the plan behind it."""
-    l = token_logits(x, opt, x.key, x.key_position)
+    p = marginals(x, opt)
+    plan = by(p, opt.num_iters, how)
+    return pool_weights(p.l, plan), Transported(p, plan)
+
+
+def marginals(x: Operands, opt: Options) -> Marginals:
+    """The keys' problems of transport [B, H] of widened operands."""
     lam = (hyper(x, opt, name).squeeze(-1) for name in ("key_relaxation", "reference_relaxation"))
-    p = Marginals(l, key_mass(x), reference_mass(x), *lam)
-    plan = solve(p, opt.num_iters, how)
-    return pool_weights(l, plan), Transported(p, plan)
+    return Marginals(token_logits(x, opt, x.key, x.key_position), key_mass(x), reference_mass(x), *lam)
 
 
-def pool(x: Operands, opt: Options, how: Solver) -> tuple[Tensor, Transported]:
+def pool(x: Operands, opt: Options, how: Solver, by: Solving = solve) -> tuple[Tensor, Transported]:
     """z [B, H, M, E] in the dtype of the values."""
     x, dtype = widen(x), x.value.dtype
-    w, found = _transported(x, opt, how)
+    w, found = _transported(x, opt, how, by)
     return (w.mT @ x.value).to(dtype), found
 
 
-def transport(x: Operands, opt: Options, how: Solver) -> tuple[Tensor, Tensor, Transported]:
+def transport(x: Operands, opt: Options, how: Solver, by: Solving = solve) -> tuple[Tensor, Tensor, Transported]:
     """z [B, H, M, E] and g [B, H, M] in the compute dtype."""
     x, dtype = widen(x), compute_dtype(x.key.dtype)
-    w, found = _transported(x, opt, how)
+    w, found = _transported(x, opt, how, by)
     return (w.mT @ x.value).to(dtype), found.plan.g, found
 
 
-def attention(x: Operands, opt: Options, how: Solver) -> tuple[Tensor, Transported]:
+def attention(x: Operands, opt: Options, how: Solver, by: Solving = solve) -> tuple[Tensor, Transported]:
     """o [B, H, L, E] in the dtype of the queries."""
     x, dtype = widen(x), x.key.dtype
-    w, found = _transported(x, opt, how)
+    w, found = _transported(x, opt, how, by)
     return (query_weights(x, opt, found.plan.c) @ (w.mT @ x.value)).to(dtype), found
 
 
-def weights(x: Operands, opt: Options, how: Solver) -> tuple[Tensor, Tensor, Transported]:
+def weights(x: Operands, opt: Options, how: Solver, by: Solving = solve) -> tuple[Tensor, Tensor, Transported]:
     """o, and A = W^q W^kᵀ [B, H, L, S]."""
     x, dtype = widen(x), x.key.dtype
-    w, found = _transported(x, opt, how)
+    w, found = _transported(x, opt, how, by)
     w_q = query_weights(x, opt, found.plan.c)
     return (w_q @ (w.mT @ x.value)).to(dtype), (w_q @ w.mT).to(dtype), found

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .system import Marginals, adjoint_resolvent, full, passed
+from .system import Marginals, Pass, adjoint_resolvent, full, passed
 
 
 def refuse(ctx: Any, *_: Any) -> Any:
@@ -61,12 +61,18 @@ def adjoint(*args: Tensor) -> tuple[Tensor, ...]:
     """Gradients of the five tensors of `Marginals` from these, g and dg."""
     p, g, d_g = Marginals(*args[:5]), args[5], args[6]
     q = passed(p, g)
-    u, _ = adjoint_resolvent(p, q, torch.where(q.live, d_g, 0.0).double())
-    u = torch.where(q.live, u, 0.0).to(g.dtype)
+    u = through(p, q, d_g)
+    r = (p.l + g.unsqueeze(-2) - full(q.s).unsqueeze(-1)).exp()
     columns = (p.l + q.f.unsqueeze(-1) - full(q.c).unsqueeze(-2)).exp()
     d_l = columns * (-p.lam_b * u).unsqueeze(-2)
     d_f = d_l.sum(-1)
-    d_l = d_l - q.r * (p.lam_a * d_f).unsqueeze(-1)
+    d_l = d_l - r * (p.lam_a * d_f).unsqueeze(-1)
     d_lam_a, d_lam_b = -(d_f * full(q.s)).sum(-1, keepdim=True), -(u * full(q.c)).sum(-1, keepdim=True)
     found = (d_l, d_f, u, d_lam_a, d_lam_b)
     return tuple(t.sum_to_size(x.shape) for t, x in zip(found, p, strict=True))
+
+
+def through(p: Marginals, q: Pass, d_g: Tensor) -> Tensor:
+    """u [..., M] of dg, at the potentials of which q is the pass."""
+    u, _ = adjoint_resolvent(p, q, torch.where(q.live, d_g, 0.0).double())
+    return torch.where(q.live, u, 0.0).to(d_g.dtype)

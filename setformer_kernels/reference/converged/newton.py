@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..transport import INF, Plan, potential, readable, started
-from .system import Marginals, Pass, full, passed, resolvent
+from .system import Marginals, Pass, Passed, full, passed, resolvent
 
 RADIUS, SMALLEST, LARGEST = 4.0, 0.25, 256.0  # of |δ_j|; the largest keeps infeasible problems, where Φ → ∞, finite
 REFUSALS = 2
@@ -40,10 +40,12 @@ class Point(NamedTuple):
     slope: Tensor  # [..., 1] ⟨∇Φ, δ⟩; 0 where there is no step
 
 
-def newton(p: Marginals, num_iters: int, tol: float | None, start: Tensor | None) -> Plan:
+def newton(
+    p: Marginals, num_iters: int, tol: float | None, start: Tensor | None, by: Passed = passed
+) -> Plan:  # fmt: skip
     """At most so many passes; a problem stops once Sinkhorn's step would move no g_j by more than tol."""
     shape = p.l.shape[:-2] + p.l.shape[-1:]
-    at = _evaluate(p, started(start, p.log_b).expand(shape))
+    at = _evaluate(p, started(start, p.log_b).expand(shape), by)
     refused = torch.full_like(at.moved, REFUSALS if start is None else 0, dtype=torch.int64)
     radius, iters = torch.full_like(at.value, RADIUS), torch.ones_like(refused)
     limit = -1.0 if tol is None else tol
@@ -54,7 +56,7 @@ def newton(p: Marginals, num_iters: int, tol: float | None, start: Tensor | None
         plain = (refused >= REFUSALS) | (at.slope <= 0)
         length = at.step.abs().amax(-1, keepdim=True)
         t = (radius / length.clamp_min(torch.finfo(length.dtype).tiny)).clamp_max(1.0)
-        trial = _evaluate(p, torch.where(plain, at.after, (at.g + t * at.step).to(at.g.dtype)))
+        trial = _evaluate(p, torch.where(plain, at.after, (at.g + t * at.step).to(at.g.dtype)), by)
         gain, promised = trial.value - at.value, t * at.slope
         good = (gain >= SUFFICIENT * promised - at.noise) & trial.value.isfinite()
         taken = running & (plain | good)
@@ -66,8 +68,8 @@ def newton(p: Marginals, num_iters: int, tol: float | None, start: Tensor | None
     return Plan(at.f, at.after, at.c.unsqueeze(-2), iters.squeeze(-1))
 
 
-def _evaluate(p: Marginals, g: Tensor) -> Point:
-    q = passed(p, g)
+def _evaluate(p: Marginals, g: Tensor, by: Passed) -> Point:
+    q = by(p, g)
     after = potential(p.log_b, p.lam_b, q.c)
     log_b, at = torch.where(q.live, p.log_b, 0.0), torch.where(q.live, g, 0.0)
     seen = q.live & (q.mass > torch.finfo(q.mass.dtype).tiny)
@@ -96,7 +98,7 @@ def _semi_dual(p: Marginals, q: Pass, psi: Tensor) -> tuple[Tensor, Tensor]:
     terms = b * _phi(psi, (1 - lam_b) / lam_b), a * _phi(s, p.lam_a.double() - 1)
     of_b, of_a = (t.sum(-1, keepdim=True) for t in terms)
     size = (b * psi.abs()).sum(-1, keepdim=True) + (a * s.abs()).sum(-1, keepdim=True)
-    return of_b - of_a, NOISE * torch.finfo(q.r.dtype).eps * size
+    return of_b - of_a, NOISE * torch.finfo(q.s.dtype).eps * size
 
 
 def _phi(x: Tensor, r: Tensor) -> Tensor:

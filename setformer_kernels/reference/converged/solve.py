@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -35,9 +36,12 @@ class TransportInfo(NamedTuple):
     potential: Tensor  # [..., M] g without gradient: the next call's `initial_potential`
 
 
+Solving = Callable[[Marginals, int, Solver], Plan]
+
+
 def solve(p: Marginals, num_iters: int, how: Solver) -> Plan:
     """(f, g, c, iters) with gradient; implicit: of the fixed point, from which the last iteration sets out."""
-    p = _batched(p)
+    p = batched(p)
     if how.grad == "unrolled" and how.method == "sinkhorn":
         return sinkhorn(p.l, p.log_a, p.log_b, num_iters, p.lam_a, p.lam_b, how.tol, how.start)
     with torch.no_grad(), without_autocast(p.l):
@@ -49,7 +53,7 @@ def solve(p: Marginals, num_iters: int, how: Solver) -> Plan:
     return Plan(f, g, c.unsqueeze(-2), iters + 1)
 
 
-def _batched(p: Marginals) -> Marginals:
+def batched(p: Marginals) -> Marginals:
     """Everything in the batch of ℓ: a side's λ is then one that the other side's may be multiplied with."""
     batch, (n, m) = p.l.shape[:-2], p.l.shape[-2:]
     sizes = (n, m, 1, 1)
@@ -78,7 +82,7 @@ def certified(
     likewise for the columns.
     """
     with torch.no_grad():
-        p = _batched(Marginals(*[t.detach() for t in p]))
+        p = batched(Marginals(*[t.detach() for t in p]))
         f, g = f.detach(), g.detach()
         s, c = lse(p.l + g.unsqueeze(-2), -1), lse(p.l + f.unsqueeze(-1), -2)
         plan = plan_of(p.l, f, g) if plan is None else plan.detach()

@@ -12,6 +12,7 @@ vector a part: a ridge far below what counts holds these.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
@@ -44,10 +45,12 @@ class Pass(NamedTuple):
     s: Tensor  # [..., N] LSE_j(ℓ + g)
     f: Tensor  # [..., N]
     c: Tensor  # [..., M] LSE_i(ℓ + f)
-    r: Tensor  # [..., N, M] R
-    sent: Tensor  # [..., N] row sums of P, e^{f + s}
+    gram: Tensor  # [..., M, M] A
     mass: Tensor  # [..., M] D, by a sum of P: potentials may be too large for e^{c + g} to be accurate
     live: Tensor  # [..., M] columns that have mass and can be reached
+
+
+Passed = Callable[[Marginals, Tensor], Pass]
 
 
 def rows_of(p: Marginals, g: Tensor) -> Tensor:
@@ -72,8 +75,15 @@ def passed(p: Marginals, g: Tensor) -> Pass:
     f = potential(p.log_a, p.lam_a, s)
     c = lse(p.l + f.unsqueeze(-1), -2)
     r = (scores - full(s).unsqueeze(-1)).exp()
-    sent = (p.log_a + (1 - p.lam_a) * full(s)).exp() * (s > -INF)
-    return Pass(s, f, c, r, sent, (sent.unsqueeze(-1) * r).sum(-2), (c > -INF) & (g > -INF) & (p.log_b > -INF))
+    sent = ((p.log_a + (1 - p.lam_a) * full(s)).exp() * (s > -INF)).unsqueeze(-1)  # row sums of P
+    with without_autocast(r):
+        half = r * sent.sqrt()
+        gram = half.mT @ half
+    return Pass(s, f, c, gram, (sent * r).sum(-2), is_live(p, g, c))
+
+
+def is_live(p: Marginals, g: Tensor, c: Tensor) -> Tensor:
+    return (c > -INF) & (g > -INF) & (p.log_b > -INF)
 
 
 def without_autocast(t: Tensor) -> AbstractContextManager[None]:
@@ -101,16 +111,16 @@ def root_of(q: Pass) -> Tensor:
 def _solved(p: Marginals, q: Pass, rhs: Tensor) -> tuple[Tensor, Tensor]:
     """K^{−1} rhs."""
     root, lam = root_of(q), (p.lam_a * p.lam_b).double().expand((*q.c.shape[:-1], 1))
-    with without_autocast(q.r):
-        half = q.r * q.sent.sqrt().unsqueeze(-1)
-        a = (half.mT @ half).double() / (root.unsqueeze(-1) * root.unsqueeze(-2))
-    eye = torch.eye(a.shape[-1], dtype=a.dtype, device=a.device)
     v = torch.where(q.live & (lam == 1), root, 0.0)
-    v = v / v.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(v.dtype).tiny)
-    k = eye - lam.unsqueeze(-1) * a + v.unsqueeze(-1) * v.unsqueeze(-2)
-    rhs = (rhs - v * (v * rhs).sum(-1, keepdim=True)).unsqueeze(-1)
-    factor, failed = torch.linalg.cholesky_ex(k + RIDGE * torch.finfo(q.r.dtype).eps * eye)
+    v = (v / v.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(v.dtype).tiny)).unsqueeze(-1)
+    ridge = RIDGE * torch.finfo(q.gram.dtype).eps
+    # K + ridge in as few passes over [M, M] as there are: of small problems with M near N they are most of the time.
+    k = v * v.mT - q.gram * (lam / root).unsqueeze(-1) / root.unsqueeze(-2)
+    k = k + (1 + ridge) * torch.eye(k.shape[-1], dtype=k.dtype, device=k.device)
+    rhs = rhs.unsqueeze(-1)
+    rhs = rhs - v * (v * rhs).sum(-2, keepdim=True)
+    factor, failed = torch.linalg.cholesky_ex(k)
     x = torch.cholesky_solve(rhs, factor)
-    x = (x + torch.cholesky_solve(rhs - k @ x, factor)).squeeze(-1)  # what the ridge took
+    x = (x + torch.cholesky_solve(rhs - (k @ x - ridge * x), factor)).squeeze(-1)  # what the ridge took
     found = (failed == 0).unsqueeze(-1) & x.isfinite().all(-1, keepdim=True)
     return torch.where(found, x, rhs.squeeze(-1)), found
