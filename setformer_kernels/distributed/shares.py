@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from .. import dispatch, reference
-from ..ops.memory import OF_OPERANDS, read, read_problem
+from ..ops.memory import OF_OPERANDS, read_problem
+from ..ops.memory import read as read_memory
 from ..ops.operands import as_heads, attention_problem, logits
 from ..problem import HYPER, Operands, Options, replaced
 from ..reference.attention import hyper, reference_mass, token_logits, widen
@@ -155,5 +156,5 @@ def read(x: Operands, opt: Options, z: Tensor, g: Tensor, counters: Tensor | Non
     given: dict[str, Any] = {name: getattr(x, name) for name in OF_OPERANDS if name != "query"}
     of = read_problem(x.query, z, given)
     if counters is None:
-        return read(of, opt, z, g)
+        return read_memory(of, opt, z, g)
     return reference.read(of, opt, z, g, counters)
