@@ -24,6 +24,7 @@ def run(files: Sequence[Path], ranks: int, folder: Path, timeout: float = 300.0)
     """Calls all functions `case_*` of the files on every rank; AssertionError with what they raised."""
     path = os.pathsep.join([str(HERE.parent), str(HERE), os.environ.get("PYTHONPATH", "")])
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
+    environment |= {"MASTER_ADDR": "localhost", "WORLD_SIZE": str(ranks), "LOCAL_RANK": "0"}  # which transformers reads
     command = [sys.executable, "-W", "error", *IGNORED, __file__, str(ranks), str(folder / "store")]
     processes = [
         subprocess.Popen(

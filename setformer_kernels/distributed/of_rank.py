@@ -7,7 +7,7 @@ and that checkpoints know, so its pieces become parameters of their own.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -25,7 +25,7 @@ class OfRank(nn.Module):
     """
 
     mesh: DeviceMesh
-    pieces: dict[str, tuple[list[str], list[int]]]
+    pieces: dict[str, tuple[Sequence[str], list[int]]]
     summed: dict[str, Callable[[Tensor], Tensor]]
     joined: tuple[str, ...] = ()  # of `pieces`, those that the module reads as one
     inside = False
@@ -110,13 +110,12 @@ def place(module: nn.Module, mesh: DeviceMesh, name: str, placement: Placement, 
     module.register_parameter(name, nn.Parameter(whole, requires_grad=old.requires_grad))
 
 
-def cut(module: OfRank, name: str, names: list[str], rows: list[int]) -> None:
+def cut(module: nn.Module, name: str, names: Sequence[str], rows: list[int]) -> None:
     """Replaces a parameter by pieces of so many rows each, not yet distributed."""
     whole = module._parameters.pop(name)
     assert whole is not None
     for piece, part in zip(names, whole.detach().split(rows), strict=True):
         module.register_parameter(piece, nn.Parameter(part.clone(), requires_grad=whole.requires_grad))
-    module.pieces[name] = names, rows
 
 
 def rows_of(rows: list[int], rank: int, ranks: int) -> Callable[[Tensor], Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -84,54 +85,62 @@ class SeTParallel(ParallelStyle):
         """The rank whose values count."""
         return getattr(self, "src_data_rank", 0)
 
-    def _by_rows(self, module: nn.Module, mesh: DeviceMesh, mixin: type[OfRank]) -> OfRank:
+    def _by_rows(
+        self, module: nn.Module, mesh: DeviceMesh, mixin: type[OfRank], at: dict[str, Placement] | None = None
+    ) -> OfRank:
+        """Rows of all of a module's own parameters, but for those that lie as `at` says."""
         for name in dict(module.named_parameters(recurse=False)):
-            place(module, mesh, name, Shard(0), self.source)
+            place(module, mesh, name, (at or {}).get(name, Shard(0)), self.source)
         return become(module, mixin, mesh)
 
     def _attention(self, module: SeTAttention, mesh: DeviceMesh) -> None:
-        """SeTAttention's own parameters."""
-        of_rank = become(module, AttentionOfRank, mesh)
         wide, narrow = module.num_heads * module.head_dim, module.key_heads * module.head_dim
         rows = [wide, narrow, narrow]
+        pieces: dict[str, tuple[Sequence[str], list[int]]] = {}
         if module._qkv_same_embed_dim:
-            cut(of_rank, "in_proj_weight", list(ATTENTION), rows)
-            module.in_proj_weight = None  # type: ignore[assignment]
+            cut(module, "in_proj_weight", ATTENTION, rows)
+            pieces["in_proj_weight"] = ATTENTION, rows
+            module.register_parameter("in_proj_weight", None)
             module._qkv_same_embed_dim = False
-        of_rank.summed["in_proj_bias"] = rows_of(rows, mesh.get_local_rank(), mesh.size())
-        for name in dict(module.named_parameters(recurse=False)):
-            at = Shard(2) if name in ("bias_k", "bias_v") else Replicate() if name == "in_proj_bias" else Shard(0)
-            place(module, mesh, name, at, self.source)
+        at = {"bias_k": Shard(2), "bias_v": Shard(2), "in_proj_bias": Replicate()}
+        of_rank = self._by_rows(module, mesh, AttentionOfRank, at)
+        of_rank.pieces = pieces
+        of_rank.summed = {"in_proj_bias": rows_of(rows, mesh.get_local_rank(), mesh.size())}
 
     def _part(self, child: nn.Module, kind: int, mesh: DeviceMesh) -> None:
         if kind == COLUMNS:
-            style = RowwiseParallel(output_layouts=self.output_layouts, use_local_output=self.use_local_output)
-            style.src_data_rank = self.source
-            parallelize_module(child, mesh, style).register_forward_hook(waited)
+            self._columns(child, mesh)
         elif kind == ROWS:
             self._by_rows(child, mesh, TransportOfRank if isinstance(child, ReferenceSet) else OfRank)
         elif kind == SHARED:
-            of_rank = become(child, OfRank, mesh)
-            for name in dict(child.named_parameters(recurse=False)):
-                place(child, mesh, name, Replicate(), self.source)
-                of_rank.summed[name] = lambda x: x
+            names = [name for name, _ in child.named_parameters(recurse=False)]
+            self._by_rows(child, mesh, OfRank, dict.fromkeys(names, Replicate())).summed = dict.fromkeys(names, whole)
         else:
             self._packed(child, kind, mesh)
 
+    def _columns(self, child: nn.Module, mesh: DeviceMesh) -> None:
+        style = RowwiseParallel(output_layouts=self.output_layouts, use_local_output=self.use_local_output)
+        style.src_data_rank = self.source
+        parallelize_module(child, mesh, style).register_forward_hook(waited)
+
     def _packed(self, child: nn.Module, parts: int, mesh: DeviceMesh) -> None:
         """A linear layer, or a convolution of each channel, whose rows are heads, `parts` times."""
-        of_rank = become(child, OfRank, mesh)
-        rows = [len(child.get_parameter("weight")) // parts] * parts
-        cut(of_rank, "weight", list(NAMES[parts]), rows)
-        of_rank.joined = ("weight",)
-        for name in NAMES[parts]:
-            place(child, mesh, name, Shard(0), self.source)
-        if child._parameters.get("bias") is not None:
-            place(child, mesh, "bias", Replicate(), self.source)
-            of_rank.summed["bias"] = rows_of(rows, mesh.get_local_rank(), mesh.size())
+        rows, names = [len(child.get_parameter("weight")) // parts] * parts, NAMES[parts]
+        cut(child, "weight", names, rows)
+        of_rank = self._by_rows(child, mesh, OfRank, {"bias": Replicate()})
+        of_rank.pieces, of_rank.joined = {"weight": (names, rows)}, ("weight",)
+        of_rank.summed = {"bias": rows_of(rows, mesh.get_local_rank(), mesh.size())}
+        self._narrow(child, mesh)
+
+    @staticmethod
+    def _narrow(child: nn.Module, mesh: DeviceMesh) -> None:
         for name in ("out_features", "in_channels", "out_channels", "groups"):
             if hasattr(child, name):
                 setattr(child, name, getattr(child, name) // mesh.size())
+
+
+def whole(x: Tensor) -> Tensor:
+    return x
 
 
 def waited(module: nn.Module, args: Any, output: Any) -> Any:
