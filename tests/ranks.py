@@ -60,6 +60,7 @@ def main(ranks: int, store: str, rank: int, files: Sequence[str]) -> int:
     dist.init_process_group("gloo", init_method=f"file://{store}", world_size=ranks, rank=rank, timeout=TIMEOUT)
     advice.enabled = False  # of slow paths, which are among what is tested
     cases = {name: case for file in files for name, case in cases_of(file).items()}
+    assert cases
     failures = 0
     for name, case in cases.items():
         torch.manual_seed(0)

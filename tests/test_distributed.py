@@ -11,13 +11,17 @@ from ranks import run
 
 import setformer_kernels as sk
 
-CASES = sorted((Path(__file__).parent / "ranked").glob("*.py"))
+RANKED = Path(__file__).parent / "ranked"
 
 
 @pytest.mark.slow
 def test_two_ranks_are_one_process(tmp_path: Path) -> None:
-    assert CASES
-    run(CASES, 2, tmp_path)
+    run(sorted(RANKED.glob("*.py")), 2, tmp_path)
+
+
+@pytest.mark.slow
+def test_four_ranks_in_two_dimensions_are_one_process(tmp_path: Path) -> None:
+    run(sorted((RANKED / "four").glob("*.py")), 4, tmp_path)
 
 
 def test_nothing_is_imported_before_it_is_asked_for() -> None:

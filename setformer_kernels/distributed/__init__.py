@@ -8,7 +8,9 @@ from typing import Any
 # Public name -> the module that has it.  Nothing imports torch.distributed before it is asked for.
 NAMES = {
     "SeTParallel": "tensor_parallel",
+    "clip_grad_norm_": "sharding",
     "full_state_dict": "of_rank",
+    "fully_shard": "sharding",
 }
 
 __all__ = list(NAMES)

@@ -55,7 +55,8 @@ class OfRank(nn.Module):
         if name not in self.summed:
             return parameter.to_local()
         # redistributing to what it is changes nothing, and sums the gradient
-        whole = parameter.redistribute(placements=parameter.placements).to_local(grad_placements=[Partial()])
+        at = [Partial() if isinstance(p, Replicate) else p for p in parameter.placements]
+        whole = parameter.redistribute(placements=parameter.placements).to_local(grad_placements=at)
         return self.summed[name](whole)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
