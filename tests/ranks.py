@@ -24,11 +24,12 @@ def run(files: Sequence[Path], ranks: int, folder: Path, timeout: float = 300.0)
     """Calls all functions `case_*` of the files on every rank; AssertionError with what they raised."""
     path = os.pathsep.join([str(HERE.parent), str(HERE), os.environ.get("PYTHONPATH", "")])
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
-    environment |= {"MASTER_ADDR": "localhost", "WORLD_SIZE": str(ranks), "LOCAL_RANK": "0"}  # which transformers reads
+    environment |= {"MASTER_ADDR": "localhost", "MASTER_PORT": "29500", "WORLD_SIZE": str(ranks)}  # which others read
     command = [sys.executable, "-W", "error", *IGNORED, __file__, str(ranks), str(folder / "store")]
     processes = [
         subprocess.Popen(
-            [*command, str(rank), *map(str, files)], env=environment, cwd=folder, text=True,
+            [*command, str(rank), *map(str, files)], cwd=folder, text=True,
+            env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         )
         for rank in range(ranks)
