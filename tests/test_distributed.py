@@ -30,6 +30,6 @@ def test_nothing_is_imported_before_it_is_asked_for() -> None:
         " sk.distributed.SeTParallel(); assert 'torch.distributed.tensor' in sys.modules"
     )
     subprocess.run([sys.executable, "-W", "error", "-c", code], check=True)
-    assert {"SeTParallel", "full_state_dict"} <= set(dir(sk.distributed))
+    assert {"SeTParallel", "full_state_dict"} <= set(sk.distributed.__all__)
     with pytest.raises(AttributeError, match="'nothing'"):
         sk.distributed.nothing  # noqa: B018

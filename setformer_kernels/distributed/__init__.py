@@ -1,26 +1,26 @@
-"""Models on several ranks, by torch.distributed: what is here is imported with the first use of it."""
+"""One sequence, or its heads, over many devices, on torch.distributed, which nothing else here imports."""
 
 from __future__ import annotations
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-# Public name -> the module that has it.  Nothing imports torch.distributed before it is asked for.
-NAMES = {
+if TYPE_CHECKING:
+    from .of_rank import full_state_dict
+    from .sharding import clip_grad_norm_, fully_shard
+    from .tensor_parallel import SeTParallel
+
+_HOMES = {
     "SeTParallel": "tensor_parallel",
     "clip_grad_norm_": "sharding",
     "full_state_dict": "of_rank",
     "fully_shard": "sharding",
 }
 
-__all__ = list(NAMES)
+__all__ = ["SeTParallel", "clip_grad_norm_", "full_state_dict", "fully_shard"]
 
 
 def __getattr__(name: str) -> Any:
-    if name not in NAMES:
+    if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f".{NAMES[name]}", __name__), name)
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *NAMES})
+    return getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)
