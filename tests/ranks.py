@@ -7,6 +7,7 @@ import importlib.util
 import os
 import subprocess
 import sys
+import time
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -42,6 +43,7 @@ def run(files: Sequence[Path], ranks: int, folder: Path, timeout: float = 300.0)
     failed = [f"rank {r}:\n{text}" for r, text in enumerate(said) if processes[r].returncode != 0]
     assert not failed, "\n".join(failed)
     assert all("cases passed" in text for text in said), said
+    print(said[0])
 
 
 # torch's own words about itself
@@ -66,8 +68,10 @@ def main(ranks: int, store: str, rank: int, files: Sequence[str]) -> int:
     failures = 0
     for name, case in cases.items():
         torch.manual_seed(0)
+        start = time.monotonic()
         try:
             case()
+            print(f"{name}: {time.monotonic() - start:.1f} s")
         except Exception:  # also of the ranks that wait for one that raised
             print(f"--- {name}\n{traceback.format_exc()}", flush=True)
             failures += 1

@@ -142,11 +142,11 @@ POLICIES = (None, MixedPrecisionPolicy(torch.float64))
 
 
 def case_fsdp() -> None:
-    for make in MODELS:
-        for policy in POLICIES:
-            one = make().double()
-            many = sk.distributed.fully_shard(copy.deepcopy(one), mesh=mesh_of_all(), mp_policy=policy)
-            check(one, many, dist.get_world_size(), dist.get_rank(), waiting(many))
+    kept = POLICIES[1]
+    for make, policy in ((image_model, None), (text_model, None), (text_model, kept), (language_model, kept)):
+        one = make().double()
+        many = sk.distributed.fully_shard(copy.deepcopy(one), mesh=mesh_of_all(), mp_policy=policy)
+        check(one, many, dist.get_world_size(), dist.get_rank(), waiting(many))
 
 
 def case_fsdp_keeps_references_in_float32() -> None:
