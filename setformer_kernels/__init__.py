@@ -7,5 +7,12 @@ from .nn import SeTAttention, SeTPooling
 __version__ = "0.1.0"
 
 __all__ = [
-    "SeTAttention", "SeTPooling", "__version__", "advice", "available_backends", "distributed", "functional", "ot",
-]  # fmt: skip
+    "SeTAttention",
+    "SeTPooling",
+    "__version__",
+    "advice",
+    "available_backends",
+    "distributed",
+    "functional",
+    "ot",
+]
