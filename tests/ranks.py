@@ -21,7 +21,7 @@ HERE = Path(__file__).parent
 TIMEOUT = datetime.timedelta(seconds=60)  # of a collective that another rank never comes to
 
 
-def run(files: Sequence[Path], ranks: int, folder: Path, timeout: float = 300.0) -> None:
+def run(files: Sequence[Path], ranks: int, folder: Path, timeout: float = 600.0) -> None:
     """Calls all functions `case_*` of the files on every rank; AssertionError with what they raised."""
     path = os.pathsep.join([str(HERE.parent), str(HERE), os.environ.get("PYTHONPATH", "")])
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}

@@ -54,6 +54,8 @@ class OfRank(nn.Module):
             return parameter
         if name not in self.summed:
             return parameter.to_local()
+        if not torch.is_grad_enabled():
+            return self.summed[name](parameter.to_local())
         # redistributing to what it is changes nothing, and sums the gradient
         at = [Partial() if isinstance(p, Replicate) else p for p in parameter.placements]
         whole = parameter.redistribute(placements=parameter.placements).to_local(grad_placements=at)
@@ -138,6 +140,8 @@ def enter(x: Any, mesh: DeviceMesh, layout: Placement) -> Any:
         rows = enter(x.values(), mesh, layout)
         return torch.nested.nested_tensor_from_jagged(rows, offsets=x.offsets())  # type: ignore[attr-defined]
     if not isinstance(x, DTensor):
+        if layout.is_replicate() and not (x.requires_grad and torch.is_grad_enabled()):
+            return x
         x = DTensor.from_local(x, mesh, [layout], run_check=False)
     return x.redistribute(placements=[Replicate()]).to_local(grad_placements=[Partial()])
 

@@ -141,6 +141,13 @@ def case_a_step_writes_its_states() -> None:
         torch.testing.assert_close(part.full_tensor(), whole)
 
 
+def case_without_gradients() -> None:
+    x = inputs()
+    with torch.inference_mode():
+        one, many = pool(x), pool({name: t.detach() for name, t in distributed(x, HEADS).items()})
+    torch.testing.assert_close(many.full_tensor(), one)
+
+
 def case_dropout_is_that_of_the_whole() -> None:
     x, seed = inputs(), torch.tensor(5)
     one = SF.set_attention(*list(x.values())[:4], dropout_p=0.4, seed=seed, backend="cpu")

@@ -250,6 +250,15 @@ def case_layouts_of_a_sharded_sequence() -> None:
     torch.testing.assert_close(many(whole, whole, whole)[0], found)
 
 
+def case_without_gradients() -> None:
+    one = attention()
+    many, x = parallel(one), tokens(B, L, E)
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            for found, wanted in zip(self_attention(many, [x]), self_attention(one, [x]), strict=True):
+                torch.testing.assert_close(found, wanted)
+
+
 def case_compiled_in_one_graph() -> None:
     one = attention()
     many = parallel(one)
