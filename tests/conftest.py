@@ -51,7 +51,7 @@ NEEDS = {
     "test_demo_parts.py": "sklearn", "test_benchmarks_quality.py": "sklearn",
     "models/test_heads.py": "transformers", "models/test_recipes.py": "transformers",
     "models/test_recipe_detect.py": "transformers", "models/test_timm.py": "timm", "models/test_onnx.py": "onnxruntime",
-    "models/test_recipe_input.py": "transformers",
+    "models/test_recipe_input.py": "transformers", "models/test_ranks.py": "transformers",
     "models/test_transformers.py": "transformers", "models/test_transformers_arguments.py": "transformers",
     "models/test_conversion.py": "transformers", "models/test_pipelines.py": "transformers",
     "models/test_generation.py": "transformers", "models/test_recipe_lm.py": "transformers",

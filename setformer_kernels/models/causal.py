@@ -15,6 +15,7 @@ from .. import checks
 from .. import functional as SF
 from ..nn.contract import sizes
 from ..nn.doors import FloatInPython
+from ..nn.heads import COLUMNS, ROWS
 from ..nn.projections import merge_heads, split_heads
 from ..nn.writing import redraw
 from ..problem import compute_dtype
@@ -107,6 +108,8 @@ class CausalAttention(nn.Module):
         x [B, L, width], lengths [B] (of a row the first are there; None: all) -> [B, L, width], and the `Past` after
         the tokens that are there, where it is asked for.
     """
+
+    of_heads: ClassVar[dict[str, int]] = {"in_proj": 3, "conv": 3, "gate": ROWS, "transport": ROWS, "out_proj": COLUMNS}
 
     def __init__(
         self, width: int, num_heads: int, *, conv_width: int = 4, gate: bool = True, **options: Any

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,7 @@ from .contract import (
     sizes,
 )  # fmt: skip
 from .fastpath import PythonForward, keep_python_forward  # noqa: F401  (pickles of earlier versions name it here)
+from .heads import COLUMNS
 from .masks import attention_mask_of, blank_padding, key_mask_of
 from .nested import from_rows, nest_like, packs, pad, pad_all, pad_position, same_lengths, tokens_first
 from .projections import OUT_PROJ, PROJECTIONS, Projections, merge_heads
@@ -81,6 +82,8 @@ class SeTAttention(ReferenceSet, PythonForward, Projections):
 
     Sources: SeTformer (arXiv 2401.03540); OTKE (arXiv 2006.12065).
     """
+
+    of_heads: ClassVar[dict[str, int]] = {"out_proj": COLUMNS}  # beside its own parameters
 
     def __init__(
         self, embed_dim: int, num_heads: int, dropout: float = 0.0, bias: bool = True, add_bias_kv: bool = False,

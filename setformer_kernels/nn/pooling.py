@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from .. import functional as SF
 from .contract import AttentionInputError, check_dense, check_layout, check_masks, check_tensors, sizes
+from .heads import COLUMNS
 from .masks import key_mask_of
 from .nested import packs, pad_all, pad_position, same_lengths, tokens_first
 from .projections import OUT_PROJ, merge_heads, split_heads
@@ -41,6 +42,8 @@ class SeTPooling(ReferenceSet):
 
     Source: OTKE (arXiv 2006.12065).
     """
+
+    of_heads: ClassVar[dict[str, int]] = {"kv_proj": 2, "out_proj": COLUMNS}  # beside its own parameters
 
     def __init__(
         self, embed_dim: int, num_heads: int, bias: bool = True, device: torch.device | str | None = None,

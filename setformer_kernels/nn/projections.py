@@ -97,8 +97,8 @@ class Projections(nn.MultiheadAttention):
         weight: Tensor = self.in_proj_weight
         bias: Tensor | None = self.in_proj_bias
         if last - first < 3:
-            narrow = self.key_heads * self.head_dim
-            ends = (0, self.embed_dim, self.embed_dim + narrow, self.embed_dim + 2 * narrow)
+            wide, narrow = self.num_heads * self.head_dim, self.key_heads * self.head_dim
+            ends = (0, wide, wide + narrow, wide + 2 * narrow)
             rows = slice(ends[first], ends[last])
             bias = None if bias is None else bias[rows]
             own = None if self._qkv_same_embed_dim else (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)

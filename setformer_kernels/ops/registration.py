@@ -29,6 +29,8 @@ _library = torch.library.Library(NAMESPACE, "DEF")
 TOKEN, HEAD, MASK, SEED = "token", "head", "mask", "seed"
 ALONE = (MASK, SEED)
 HEADS_AT = {TOKEN: 1, HEAD: 0, MASK: 1}
+# Called before an op goes to the dispatcher; sharding.py needs to know of tensors that only the dispatcher knows.
+before_dispatch: list[Callable[[], None]] = []
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,9 @@ class Spec:
         extra = {f"d_{name}": self.outputs[name] for name in self.differentiable}
         extra |= {f"saved_{name}": self.outputs[name] for name in self.saved}
         return extra | {name: kind for name, (kind, _) in self.tensors.items()}
+
+
+SPECS: list[Spec] = []  # of the registered ops
 
 
 def as_tuple(outputs: Any) -> tuple[Tensor, ...]:
@@ -255,12 +260,18 @@ def _applied(function: type) -> Callable[..., Any]:
     return super(torch.autograd.Function, function).apply  # type: ignore[misc]
 
 
+def _prepare() -> None:
+    for prepare in before_dispatch:
+        prepare()
+
+
 def _through(function: type, op: Any) -> Callable[..., Any]:
     """The kernel of the Autograd and FuncTorchBatched keys."""
     front = torch._C.DispatchKey.FuncTorchDynamicLayerFrontMode
     apply = _applied(function)
 
     def kernel(*args: Any) -> Any:
+        _prepare()
         if torch._C._are_functorch_transforms_active():
             # The dispatcher has switched functorch's front key off on the way here; apply() needs it to find its level.
             with torch._C._SetExcludeDispatchKeyGuard(front, False), torch._C._IncludeDispatchKeyGuard(front):
@@ -280,6 +291,8 @@ def _called(
 
     def call(*args: Any) -> Any:
         if type(args[backend_at]) is not Chosen and not unwatched(args[:tensors]):
+            if not torch.compiler.is_compiling() and torch.is_inference_mode_enabled():  # which has no autograd key
+                _prepare()
             return op(*args)
         return apply(*args) if differentiated(args) else kernel(*args)
 
@@ -327,6 +340,7 @@ def _kernel_backward(spec: Spec) -> Callable[..., tuple[Tensor, ...]]:
 
 def register(spec: Spec) -> Callable[..., Any]:
     """Define `spec.name` and its backward; returns the call of the op."""
+    SPECS.append(spec)
     cotangents = ", ".join(
         f"Tensor{'?' if spec.apart and i < len(spec.differentiable) else ''} {name}"
         for i, name in enumerate(list(spec.backward_tensors)[: -len(spec.tensors)])

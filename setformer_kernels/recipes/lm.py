@@ -12,8 +12,9 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from accelerate import PartialState
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
@@ -60,7 +61,7 @@ def run(args: argparse.Namespace) -> dict[str, float]:
         raise RecipeError(f"the tokenizer has {vocabulary.size} entries, {args.evaluate} {model.config.vocab_size}")
     job = Job(
         model, None if args.evaluate else train, {"": held_out}, stack, None, vocabulary.tokenizer,
-        {"prediction_loss_only": True, "use_cache": True}, LanguageTrainer,
+        {"use_cache": True}, LanguageTrainer,
     )  # fmt: skip
     measured = execute(args, job)
     if args.samples and PartialState().is_main_process:
@@ -188,11 +189,23 @@ def build(args: argparse.Namespace, vocabulary: Vocabulary) -> SeTformerForCausa
 
 
 class LanguageTrainer(RecipeTrainer):
-    """The mean loss of a token [nats] as what texts are compared by."""
+    """The mean loss of a token [nats] as what texts are compared by.
+
+    Of every window apart: ranks fill their last batches up with windows that were there already, and what is gathered
+    leaves these out.
+    """
+
+    def prediction_step(
+        self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        loss, logits, labels = super().prediction_step(model, inputs, False, ignore_keys)
+        by_token = F.cross_entropy(logits[:, :-1].mT.float(), labels[:, 1:], reduction="none")
+        return loss, by_token.mean(1), labels.new_zeros(len(labels))
 
     def evaluation_loop(self, dataloader: Any, *args: Any, **kwargs: Any) -> Any:
         output = super().evaluation_loop(dataloader, *args, **kwargs)
-        loss = output.metrics["eval_loss"]
+        loss = float(output.predictions.astype("float64").mean())
+        output.metrics["eval_loss"] = loss
         output.metrics["eval_bits_per_byte"] = loss / math.log(2) * dataloader.dataset.tokens_per_byte
         output.metrics["eval_perplexity"] = math.exp(min(loss, 700.0))
         return output

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate import PartialState
 from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -50,11 +51,18 @@ def run(args: argparse.Namespace) -> dict[str, float]:
     model = load_model(UperNetForSemanticSegmentation, args.evaluate) if args.evaluate else build(args)
     if model.config.num_labels != args.classes:
         raise RecipeError(f"{args.evaluate} has {model.config.num_labels} classes, --classes is {args.classes}")
+    model = with_one_norm(model, PartialState(cpu=args.cpu))
     job = Job(
         model, train, {"": held_out}, stack, MeanIou(args.classes),
         own_arguments={"per_device_eval_batch_size": 1, "batch_eval_metrics": True}, trainer=SegmentationTrainer,
     )  # fmt: skip
     return execute(args, job)
+
+
+def with_one_norm(model: nn.Module, processes: PartialState) -> nn.Module:
+    """On several GPUs the head normalises over what all of them have, as one does; torch has that for GPUs alone."""
+    many = processes.num_processes > 1 and processes.device.type == "cuda"
+    return nn.SyncBatchNorm.convert_sync_batchnorm(model) if many else model
 
 
 def pairs_of(data: Path, split: str) -> list[tuple[Path, Path]]:
@@ -162,7 +170,7 @@ class SegmentationTrainer(RecipeTrainer):
                 "UPerNet's head normalises over the batch: training needs at least 2 images and --batch-size 2, got"
                 f" {images} and {batch}"
             )
-        self.args.dataloader_drop_last = images % batch == 1
+        self.args.dataloader_drop_last = images % batch == 1 and self.args.world_size == 1  # else it is filled up
         try:
             return super().get_train_dataloader()
         finally:

@@ -30,7 +30,15 @@ def decays(name: str, parameter: nn.Parameter) -> bool:
 
 
 class RecipeTrainer(Trainer):
-    """transformers' Trainer, with decay where it makes sense."""
+    """transformers' Trainer, with decay where it makes sense, and losses that are means over their batch.
+
+    Of a model whose forward takes any keyword transformers believes that its loss is a sum over all ranks' batches and
+    all that are accumulated, and scales it by their number.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.model_accepts_loss_kwargs = getattr(self.model, "accepts_loss_kwargs", False)
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         return [name for name, parameter in model.named_parameters() if decays(name, parameter)]

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,13 +15,14 @@ import torch
 import transformers
 from recipe_helpers import fails, metrics, recipe
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from setformer_kernels.models.transformers import SeTformerForMaskedLM, SeTformerTextConfig
 from setformer_kernels.recipes.__main__ import main
 from setformer_kernels.recipes.errors import RecipeError
 from setformer_kernels.recipes.glue_tasks import TASKS, read_examples
 from setformer_kernels.recipes.samples import write_digits, write_glue, write_scenes
-from setformer_kernels.recipes.segment import MeanIou, confusion
+from setformer_kernels.recipes.segment import MeanIou, confusion, with_one_norm
 
 # pycocotools 2.0.11 with numpy 2
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy:DeprecationWarning")
@@ -168,6 +170,15 @@ def test_scenes_are_segmented_and_the_saved_model_scores_the_same(tmp_path: Path
     saved = ["--evaluate", tmp_path / "run" / "model", *SMALL_SCENES]
     recipe("segment", tmp_path / "data", "--output", tmp_path / "again", *saved)
     assert metrics(tmp_path / "again") == pytest.approx(measured)
+
+
+def test_batches_of_several_gpus_are_normalised_as_one() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
+    for ranks, device, kind in ((1, "cuda", nn.BatchNorm2d), (2, "cpu", nn.BatchNorm2d), (2, "cuda", nn.SyncBatchNorm)):
+        processes = SimpleNamespace(num_processes=ranks, device=torch.device(device))
+        converted = with_one_norm(model, processes)
+        assert type(converted[1]) is kind
+        assert converted.state_dict().keys() == model.state_dict().keys()
 
 
 def test_mean_iou_is_that_of_the_pixels() -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from types import NoneType
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
 from ...nn.doors import FloatInPython
+from ...nn.heads import COLUMNS, ROWS, SHARED
 from ..transport import SetTransport
 from .report import Refusal
 from .weights import like
@@ -29,6 +31,16 @@ class SeTTimmAttention(FloatInPython):
     gate: nn.Module | None
     proj: nn.Module
     proj_drop: nn.Module
+    of_heads: ClassVar[dict[str, int]] = {
+        "qkv": 3, "q_norm": SHARED, "k_norm": SHARED, "set_transport": ROWS, "proj": COLUMNS,
+    }  # fmt: skip
+
+    def whole_heads(self) -> str:
+        """Why heads cannot be taken apart; empty if they can."""
+        across = [
+            name for name in ("norm", "gate") if not isinstance(getattr(self, name, None), (NoneType, nn.Identity))
+        ]
+        return f"its {across[0]} acts across heads" if across else ""
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         """x [B, N, C] -> [B, N, C]; attn_mask as `F.scaled_dot_product_attention` takes it."""

@@ -17,6 +17,7 @@ from ...nn import SeTAttention
 from ..causal import CausalAttention
 from ..sizes import VISION_SIZES
 from ..transport import OWN_DEFAULTS
+from .parallel import plan_of
 
 # What `attention` may set of SeTAttention; the rest follows from other fields.
 ATTENTION_OPTIONS = {"dropout", "bias", "add_bias_kv", "add_zero_attn", "num_kv_heads", *OWN_DEFAULTS} - {
@@ -113,6 +114,7 @@ class SeTformerConfig(SavedWithModule, BackboneConfigMixin, PretrainedConfig):
     """
 
     model_type = "setformer"
+    base_model_tp_plan: ClassVar[dict[str, Any] | None] = plan_of("backbone.stages.*.blocks.*")
     attribute_map: ClassVar[dict[str, str]] = {"num_attention_heads": "num_heads", "num_hidden_layers": "num_layers"}
     auto_classes: ClassVar[dict[str, str]] = {
         "AutoModel": "SeTformerModel",
@@ -167,6 +169,7 @@ class SeTformerTextConfig(SavedWithModule, PretrainedConfig):
     """Arguments of `TextEncoder` by the names that transformers gives them; the defaults are BERT-base's."""
 
     model_type = "setformer_text"
+    base_model_tp_plan: ClassVar[dict[str, Any] | None] = plan_of("encoder.blocks.*")
     auto_classes: ClassVar[dict[str, str]] = {
         "AutoModel": "SeTformerTextModel",
         "AutoModelForSequenceClassification": "SeTformerForSequenceClassification",
@@ -207,6 +210,7 @@ class SeTformerCausalConfig(SavedWithModule, PretrainedConfig):
     """Arguments of `CausalDecoder` by the names that transformers gives them; the defaults are GPT-2's sizes."""
 
     model_type = "setformer_causal"
+    base_model_tp_plan: ClassVar[dict[str, Any] | None] = plan_of("decoder.blocks.*")
     keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values", "cache"]
     auto_classes: ClassVar[dict[str, str]] = {
         "AutoModel": "SeTformerCausalModel",

@@ -15,6 +15,7 @@ from ..convert import replace_attention
 from ..transport import OWN_DEFAULTS, SetTransport
 from .attention import SAVED_NAME
 from .initialization import draw_missing
+from .parallel import name_transports
 
 LOADER = "setformer_kernels.models.transformers.from_pretrained"
 FORMAT = 1  # of what is noted: a package that knows an older one alone must not read it
@@ -134,6 +135,17 @@ def _after(method: Callable[..., None], first: Callable[..., bool | None]) -> Ca
     return call
 
 
+def _before(method: Callable[..., None], last: Callable[[Any], None]) -> Callable[..., None]:
+    """method, and then last(self)."""
+
+    @functools.wraps(method)
+    def call(self: Any, *args: Any, **kwargs: Any) -> None:
+        method(self, *args, **kwargs)
+        last(self)
+
+    return call
+
+
 def _draw_transport(model: PreTrainedModel, module: Any, *args: Any, **kwargs: Any) -> bool:
     """Whether module is SeT attention, whose parameters that a checkpoint lacks are then drawn as its own are."""
     if not isinstance(module, SetTransport) or getattr(module, "_is_hf_initialized", False):
@@ -145,5 +157,5 @@ def _draw_transport(model: PreTrainedModel, module: Any, *args: Any, **kwargs: A
 
 # transformers has no door for a model whose modules are exchanged between its constructor and its weights but the one
 # for quantizers, and that one marks the model as quantized: no `.float()`, no training.
-PreTrainedModel.post_init = _after(PreTrainedModel.post_init, convert_as_noted)
+PreTrainedModel.post_init = _before(_after(PreTrainedModel.post_init, convert_as_noted), name_transports)
 PreTrainedModel._initialize_weights = _after(PreTrainedModel._initialize_weights, _draw_transport)

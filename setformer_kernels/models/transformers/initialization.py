@@ -73,6 +73,8 @@ class SeTPreTrainedModel(PreTrainedModel):
 def draw_missing(module: nn.Module) -> None:
     """Draws the parameters of a layer anew as it draws them itself, those that were loaded left as they are."""
     loaded = [(p, p.clone()) for p in module.parameters() if getattr(p, "_is_hf_initialized", False)]
+    if len(loaded) == len(list(module.parameters())):
+        return
     assert isinstance(module, (SeTAttention, SeTPooling, SetTransport, Gates, ShortConvolution))
     module.reset_parameters()
     for parameter, value in loaded:
