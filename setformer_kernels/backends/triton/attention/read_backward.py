@@ -99,11 +99,10 @@ def read_backward_kernel(
         rows = start + tl.arange(0, cut.ROWS)
         live = rows < end
         l, kappa, cosine, inverse, x = token_logits(queries, rows, live, places, head, rule.DOT, sizes, cut)
-        # Before the numerators, which a product would keep in registers beside its operands.
-        d_o_z, do = output_products(gradients, rows, live, pooled.z, bh, z_t, use, operand, sizes, cut)
         # Read in the loop: a thread cannot hold its share of the columns beside the tiles.
         g = dual_potential(head, pooled, bh, iterations, rule.UPDATE_ROWS, sizes)
         w = numerators(l, kappa, g, below_top(g, head.scale), head.scale, rule.RANGE)
+        d_o_z, do = output_products(gradients, rows, live, pooled.z, bh, z_t, use, operand, sizes, cut)
         kept, d_s = read_gradient(w, d_o_z, stream, counter, L, rows, threshold, sizes)
         if e_blocks > 1:
             do = load_rows(gradients, rows, live, e, sizes.E)

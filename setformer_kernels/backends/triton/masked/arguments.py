@@ -134,13 +134,14 @@ def always_narrow(x: Operands, opt: Options) -> bool:
     return opt.kernel == "rbf" and given == (None,) * 4 and (1 - math.exp(-2 * bandwidth)) / epsilon <= SAFE
 
 
-def factor_dtype(x: Operands, always: bool) -> torch.dtype:
+def factor_dtype(x: Operands) -> torch.dtype:
     """The dtype of e^{ℓ−m} and what multiplies it.
 
-    bfloat16 where the logits are known to lie close together: where they lie far apart, dℓ is what is left of terms
-    that cancel, and their rounding is several times the error budget.  float16 has too few exponents.
+    float16 has too few exponents.  Positions may lie far from all references but one: then dℓ is what is left of terms
+    that cancel, and their rounding to bfloat16 is 2 to 10 times the error budget.
     """
-    return torch.bfloat16 if always and x.key.dtype == torch.bfloat16 else torch.float32
+    near = x.reference_position is None
+    return torch.bfloat16 if near and x.key.dtype == torch.bfloat16 else torch.float32
 
 
 def pieces(length: int, rows: int) -> int:

@@ -115,7 +115,7 @@ def form_keys(call: Arguments, seen: Tensor | None, first_head: int, heads: int)
     x, sizes, (h, _, s) = call.x, call.sizes, call.lengths
     new, t = x.references.new_empty, call.tile("masked_keys")
     keys = Keys(
-        new((heads, s, sizes.MP), dtype=factor_dtype(x, call.always)),
+        new((heads, s, sizes.MP), dtype=factor_dtype(x)),
         None if call.always else new((heads, s, sizes.MP)),
         new((heads, s)),
         new((heads, s)),
