@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 
-import torch
 import torch.nn.functional as F
 
 # Where releases of torch keep the functions that their context_parallel has replaced.
@@ -17,11 +16,14 @@ PATCHES = (
 SOFTMAX = F.scaled_dot_product_attention  # while it is this one, nobody has replaced it
 
 
-@torch.compiler.assume_constant_result
 def softmax_is_sharded() -> bool:
     """Whether this runs inside torch's context_parallel, which Accelerate's is: it has replaced softmax attention."""
     replaced = [getattr(sys.modules.get(name), "_replaced_functions", None) for name in PATCHES]
     return any(functions and F.scaled_dot_product_attention in functions for functions in replaced)
+
+
+# What torch.compiler.assume_constant_result does, which imports dynamo and with it a second of modules.
+softmax_is_sharded._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def refuse_shards_of_others() -> None:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from ....problem import Operands, Options, replaced
-from ..device.gradients import gradient_split
+from ..device.gradients import gradient_split, gradient_tile
 from ..host.groups import Segments, sizes_of
 from ..host.launch import Split
 from ..host.rows import TOKENS, token_gradients
@@ -56,8 +56,9 @@ def _backward(
     parameters = wants_parameters(x, needs)
     keys = parameters or any(rows[name] is not None for name in ("key", "value", "log_a"))
     packed = at is not None
-    queries = Split(0, 0) if x.query is None else gradient_split(x, opt, x.query, "read_backward", packed)
-    of_keys = gradient_split(x, opt, x.key, "keys_backward", packed)
+    tiles = [gradient_tile(x, opt, kind) for kind in ("read_backward", "keys_backward")]
+    queries = Split(0, 0) if x.query is None else gradient_split(x.query, tiles[0], packed)
+    of_keys = gradient_split(x.key, tiles[1], packed)
     elements = state[1].shape[0]
     parts = new_partials(x, prepared, queries.programs + of_keys.programs, needs, elements)
     part_z = None
@@ -85,7 +86,7 @@ def read_backward(
     need = dict(zip(Operands._fields, needs, strict=True))
     prepared, sizes = prepare(x, opt), sizes_of(x)
     out = token_gradients(x, need)
-    queries = gradient_split(x, opt, x.query, "read_backward")
+    queries = gradient_split(x.query, gradient_tile(x, opt, "read_backward"))
     parts = new_partials(x, prepared, queries.programs, needs)
     (b, h), e = x.query.shape[:2], sizes.E
     part_z = x.references.new_empty((b * h, queries.programs, sizes.MP, sizes.EP))

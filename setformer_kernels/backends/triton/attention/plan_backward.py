@@ -45,6 +45,7 @@ class State(NamedTuple):
     c: Tensor  # [B, H, max(T, 1), M] of the forward pass
     d_c: Tensor | None  # likewise, what arrives there
     first_d_g: Tensor | None  # [BH, splits, MP] parts of dg^1, once the last of these passes comes
+    first_splits: float  # how many these are: a float, as Triton specialises on integers in a group
     uniform: float  # log2 of a key's mass where none is given
     first: Tensor | None  # and the following: the keys' Segments
     length: Tensor | None
@@ -241,7 +242,7 @@ def merged_state(
         new((heads, iterations, mp)),
         new((heads, iterations, COLUMNS.value, mp)),
         new((heads, iterations, FACTORS.value)),
-        *(c, given.d_c, None, log2_uniform(x.key.shape[2]), *keys_at),
+        *(c, given.d_c, None, 0.0, log2_uniform(x.key.shape[2]), *keys_at),
     )
     rows = max(1, TILE.depth // sizes.EP)
     tensors = (

@@ -25,7 +25,7 @@ from ..device.places import places_of
 from ..device.plan import range_known, row_factor
 from ..device.primitives import INF, LN2, again, finite_or_zero, rounded, tokens_by
 from ..device.rows import key_mass, load_rows, row_starts, rows_of, segment_of, store_rows, uniform_mass
-from ..host.groups import Segments, cut_of, rule_of, sizes_of
+from ..host.groups import Rule, Segments, cut_of, keys_cut_of, rule_of, sizes_of
 from ..host.launch import Split, device_of, kernel, launch
 from ..host.rows import stride_step, strided, unit_rows
 from ..parameters.gradients import Partials
@@ -211,8 +211,8 @@ def transport_keys_backward_kernel(
     d_value, stride_dvb, stride_dvh, stride_dvn,
     d_log_a, stride_dab, stride_dah, stride_dan,
     references, state, parts,  # References, State, Partials
-    H, S, stretch, splits, column_splits, first_slot, iterations,
-    FRUGAL: tl.constexpr, rule, sizes, cut,
+    H, S, stretch, splits, first_slot, iterations,
+    rule, sizes, cut,
 ):  # fmt: skip
     """All of dℓ over `stretch` keys of one head; DEPTH columns of dk and dŷ, and every d_blocks-th VDEPTH of dv."""
     MP: tl.constexpr = sizes.MP
@@ -239,7 +239,8 @@ def transport_keys_backward_kernel(
     use = tl.load(state.use_values + bh)
     newest = tl.zeros([MP], tl.float32)
     if state.first_d_g is not None:
-        newest = sum_slots(state.first_d_g, bh, 0, 1, column_splits, column_splits, MP, j, j < MP)  # dg^1
+        found = state.first_splits.to(tl.int32)
+        newest = sum_slots(state.first_d_g, bh, 0, 1, found, found, MP, j, j < MP)  # dg^1
     center = relaxation_center(head, state, rule.DOT)
     relaxed, d_g_0 = tl.zeros([cut.ROWS], tl.float32), tl.zeros([MP], tl.float32)
     sums = no_sums(sizes, cut)
@@ -257,7 +258,7 @@ def transport_keys_backward_kernel(
         weights = pooling_weights(first, column.second, live, use)
         terms = last_terms(relaxed, d_g_0, center, p, r, lse, weights, v_dz, use, head, state, parts, bh, rule, sizes)
         if d_value is not None:
-            if FRUGAL and rule.UPDATE_ROWS and rule.RANGE == "always":
+            if cut.FRUGAL and rule.UPDATE_ROWS and rule.RANGE == "always":
                 first = p * row_factor(again(r), mass, head.lam_a)[:, None]
                 weights = pooling_weights(first, column.second, live, use)
             store_values(d_values, rows, inside, weights, d_z, d_z_t, block, d_blocks, sizes, cut)
@@ -271,8 +272,8 @@ def transport_keys_backward_kernel(
         if d_log_a is not None:
             if block == 0:
                 tl.store(row_starts(d_masses, rows), sent, mask=inside)
-        if d_blocks > 1 or FRUGAL:
-            x = load_rows(keys, again(rows) if FRUGAL else rows, live, d, sizes.D)
+        if d_blocks > 1 or cut.FRUGAL:
+            x = load_rows(keys, again(rows) if cut.FRUGAL else rows, live, d, sizes.D)
         total = (1.0 - head.lam_a) * sent if rule.UPDATE_ROWS else sent  # Σ_j R = 1
         sums = leave_tile(
             sums, d_l, total, kappa, cosine, inverse, x, y_own, factor, head.beta, d_keys, rows, inside, live, d, True,
@@ -299,22 +300,24 @@ class KeyGradients(NamedTuple):
 
 
 def _column_passes(
-    x: Operands, opt: Options, prepared: References, merged: State, tokens: tuple[Any, ...], step: int, packed: bool
-) -> tuple[Tensor | None, int]:
-    """The passes of t = T..2: parts of dg^1 [BH, splits, MP], which the last leaves, and how many of a head."""
+    x: Operands, opt: Options, prepared: References, merged: State, tokens: tuple[Any, ...], step: int, rule: Rule
+) -> State:
+    """The passes of t = T..2, if there are any: the state, with the parts of dg^1 that the last leaves."""
+    heads, iterations, _ = merged.d_g.shape
+    if iterations == 1:
+        return merged
     t, sizes = gradient_tile(x, opt, "columns_backward"), sizes_of(x)
-    split = gradient_split(x, opt, x.key, "columns_backward", packed)
-    iterations, heads = merged.d_g.shape[1], merged.d_g.shape[0]
+    split = gradient_split(x.key, t, merged.first is not None)
     cut = cut_of(t, sizes, device_of(x.key), step, t.across)
     sums = [x.references.new_empty((heads, split.programs, sizes.MP)) for _ in range(min(2, iterations - 1))]
-    rule, counts = rule_of(opt, range_known(x, opt)), (x.key.shape[1], x.key.shape[2], *split)
+    counts = (x.key.shape[1], x.key.shape[2], *split)
     constants = {"rule": rule.compiled, "sizes": sizes.compiled, "cut": cut.compiled}
     for iteration in range(iterations, 1, -1):
         args = (*tokens, prepared, merged, sums[0], sums[-1], *counts, iteration, iterations)
         kind = {"LAST": iteration == iterations} | constants
         launch(transport_columns_backward_kernel, heads * split.programs, args, kind, t)
         sums.reverse()
-    return (sums[0] if sums else None), split.programs
+    return merged._replace(first_d_g=sums[0], first_splits=float(split.programs))
 
 
 def transport_backward(
@@ -328,13 +331,13 @@ def transport_backward(
     step = stride_step(key, value, out.key, out.value)
     tokens = (*strided(key, step, packed), *strided(value, step, packed))
     tokens = (*tokens, *strided(x.log_a, packed=packed), *strided(position, packed=packed))
-    first_d_g, column_splits = _column_passes(x, opt, prepared, merged, tokens, step, packed)
-    t = gradient_tile(x, opt, "keys_backward")
-    cut, rule = cut_of(t, sizes, device_of(key), step, t.across), rule_of(opt, range_known(x, opt))
+    rule, t = rule_of(opt, range_known(x, opt)), gradient_tile(x, opt, "keys_backward")
+    merged = _column_passes(x, opt, prepared, merged, tokens, step, rule)
+    cut = keys_cut_of(t, sizes, device_of(key), step)
     gradients = (*strided(out.key, step, packed), *strided(out.value, step, packed))
     gradients = (*gradients, *strided(out.log_a, packed=packed))
-    groups = (prepared, merged._replace(first_d_g=first_d_g), parts if log_b else replaced(parts, log_b=None))
-    counts = (key.shape[1], s, *split, column_splits, given.splits, state[1].shape[2])
+    groups = (prepared, merged, parts if log_b else replaced(parts, log_b=None))
+    counts = (key.shape[1], s, *split, given.splits, state[1].shape[2])
     programs = heads * split.programs * (sizes.DP // cut.DEPTH)
-    constants = {"FRUGAL": t.frugal, "rule": rule.compiled, "sizes": sizes.compiled, "cut": cut.compiled}
+    constants = {"rule": rule.compiled, "sizes": sizes.compiled, "cut": cut.compiled}
     launch(transport_keys_backward_kernel, programs, (*tokens, *gradients, *groups, *counts), constants, t)

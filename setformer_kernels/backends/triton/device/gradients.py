@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ....problem import Operands, Options
 from ..host.launch import Split, device_of, split_tokens
-from ..host.tiles import Tile, padded, tile
+from ..host.tiles import Tile, tile
 from .places import position_sums
 from .plan import range_known
 from .primitives import dot, exact_scale, rounded, tokens_by
@@ -31,15 +31,13 @@ def gradient_tile(x: Operands, opt: Options, kind: str) -> Tile:
     """The tile of a pass over queries or keys."""
     m, d, e = x.references.shape[1], x.key.shape[-1], x.value.shape[-1]
     kind = kind if range_known(x, opt) == "always" else "gradient_log"
-    return tile(kind, device_of(x.key).family, padded(max(m, d, e)), x.key.element_size())
+    return tile(kind, device_of(x.key).family, max(m, d, e), x.key.element_size())
 
 
-def gradient_split(x: Operands, opt: Options, tokens: Tensor, kind: str, packed: bool = False) -> Split:
+def gradient_split(tokens: Tensor, t: Tile, packed: bool = False) -> Split:
     """How the tokens of a head are shared among programs of a pass; those of a segment are not."""
     b, h, n, _ = tokens.shape
-    if packed:
-        return Split(max(n, 1), 1)
-    return split_tokens(n, gradient_tile(x, opt, kind), b * h, device_of(tokens).multiprocessors)
+    return Split(max(n, 1), 1) if packed else split_tokens(n, t, b * h, device_of(tokens).multiprocessors)
 
 
 @triton.jit

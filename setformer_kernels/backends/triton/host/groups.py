@@ -61,6 +61,13 @@ class Cut(Group):
 
 
 @dataclass(frozen=True, eq=False)
+class KeysCut(Cut):
+    """That of the keys' backward pass."""
+
+    FRUGAL: bool = False  # what is at hand is computed, or read, anew rather than held in registers
+
+
+@dataclass(frozen=True, eq=False)
 class Rule(Group):
     """Which formulas a kernel follows."""
 
@@ -99,6 +106,13 @@ def _sizes(m: int, d: int, e: int, p: int) -> Sizes:
 def cut_of(tile: Tile, sizes: Sizes, device: Device, step: int, across: bool = False) -> Cut:
     """How a tile cuts tokens of these sizes."""
     return Cut(tile.rows, min(tile.depth, sizes.DP), min(tile.depth, sizes.EP), step, device.precision, across)
+
+
+@functools.cache
+def keys_cut_of(tile: Tile, sizes: Sizes, device: Device, step: int) -> KeysCut:
+    """`cut_of`, for the keys' backward pass."""
+    depths = min(tile.depth, sizes.DP), min(tile.depth, sizes.EP)
+    return KeysCut(tile.rows, *depths, step, device.precision, tile.across, tile.frugal)
 
 
 def rule_of(opt: Options, known: str = "tile") -> Rule:
