@@ -21,7 +21,8 @@ struct Device {
   int at_once[3] = {0, 0, 0};
 
   // Blocks of a cluster share a group of processors, in which others are left over.  The driver counts as if there were
-  // one group: on an H100 it says 33 clusters of 4 and 16 of 8, where 30 and 15 run, and the next wait for all of these.
+  // one group: on an H100 it says 33 clusters of 4 and 16 of 8, where 30 and 15 run, and the next wait for all of
+  // these.
   int64_t clusters_at_once(int cluster) const {
     const int told = cluster > 1 ? at_once[cluster / 4] : 0, most = told ? told : processors / cluster;
     return cluster > 2 ? most - most / 10 : most;
