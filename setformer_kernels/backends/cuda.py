@@ -55,9 +55,9 @@ def _sizes(p: Problem) -> tuple[int, ...]:
     return p.B, p.H, p.L, p.N, p.M, p.D, p.E, p.P, p.num_iters
 
 
-# On an H100 (bfloat16, M = D = 64, T = 1 and 3) this backend's forward takes 0.2 to 0.8 of Triton's time up to 1024
-# keys and queries, 1 to 1.2 at 2048 (128 heads), 1.5 to 1.8 at 4096 (16); with the backward pass it takes 1.1 to 4.5
-# times as long: benchmarks/results/gpu_h100_2026-11-26_backends.csv.
+# On an H100 (bfloat16, M = D = 64) this backend's forward takes 0.46, 0.54, 0.61 and 0.93 of Triton's time at 128, 256,
+# 512 and 1024 keys and queries of 128 heads (T = 1: to 1.12), 1.4 to 1.5 at 2048 and, of 16 heads, at 4096; with
+# the backward pass 1.3 to 6 times as long: benchmarks/results/gpu_h100_2026-11-26.csv.
 FEW_TOKENS = 1024
 
 

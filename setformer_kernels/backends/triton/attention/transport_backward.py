@@ -30,7 +30,16 @@ from ..host.launch import Split, device_of, kernel, launch
 from ..host.rows import stride_step, strided, unit_rows
 from ..parameters.gradients import Partials
 from ..parameters.prepare import References
-from .plan_backward import Cotangents, State, column_gradient, load_columns, merged_state, plan_terms, pooling_weights
+from .plan_backward import (
+    Cotangents,
+    State,
+    column_gradient,
+    count_of,
+    load_columns,
+    merged_state,
+    plan_terms,
+    pooling_weights,
+)
 
 
 @triton.jit
@@ -239,7 +248,7 @@ def transport_keys_backward_kernel(
     use = tl.load(state.use_values + bh)
     newest = tl.zeros([MP], tl.float32)
     if state.first_d_g is not None:
-        found = state.first_splits.to(tl.int32)
+        found = count_of(state.first_splits)
         newest = sum_slots(state.first_d_g, bh, 0, 1, found, found, MP, j, j < MP)  # dg^1
     center = relaxation_center(head, state, rule.DOT)
     relaxed, d_g_0 = tl.zeros([cut.ROWS], tl.float32), tl.zeros([MP], tl.float32)
