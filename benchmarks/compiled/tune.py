@@ -1,6 +1,6 @@
 """`python -m benchmarks.compiled.tune`: what other tiles would do to the kernels of one kind, compiled without a GPU.
 
-    python -m benchmarks.compiled.tune attention --backward --kind gradient --tile 32,64,8,1 --tile 32,32,8,1
+    python -m benchmarks.compiled.tune attention --backward --kind keys_backward --tile 32,64,8,1 --tile 32,32,8,1
 
 compiles the launches once per tile (rows, depth, warps, stages) and prints registers, spills, shared memory and the
 model's predicted time of each kernel whose code changes.  Nothing is written: numbers go into `tiles.py` by hand, each
@@ -26,7 +26,8 @@ def _tiles(call: Call, kind: str, size: str, gpu: str, texts: list[str]) -> list
     key = (kind, size, "half" if call.dtype.itemsize == 2 else "single")
     shipped = tiles.shipped(family, key)
     lines, seen = [], set()
-    for tile in [shipped, *(tiles.Tile(*map(int, text.split(","))) for text in texts)]:
+    cuts = [zip(("rows", "depth", "warps", "stages"), map(int, text.split(",")), strict=True) for text in texts]
+    for tile in [shipped, *(shipped._replace(**dict(cut)) for cut in cuts)]:
         tiles.OVERRIDES[family][key] = tile
         for launch in workloads.launches(call, family, GPUS[gpu].multiprocessors):
             (variant,) = aot.variants([launch], family)

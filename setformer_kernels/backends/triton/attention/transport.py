@@ -240,9 +240,8 @@ def column_sums(
     kinds = ("column", "pooling") if known == "always" and not across else ("across", "across")
     widest = max(sizes.MP, sizes.DP, sizes.EP)
     t, pooling = (tile(kind, device.family, widest, key.element_size()) for kind in kinds)
-    splits = [split_tokens(s, own, b * h, device.multiprocessors) for own in (t, pooling)]
-    if packed:
-        splits = 2 * [Split(max(s, 1), 1)]
+    whole = Split(max(s, 1), 1)  # segments of a packed batch are not split
+    splits = [whole if packed else split_tokens(s, own, b * h, device.multiprocessors) for own in (t, pooling)]
     new = x.references.new_empty
     shape = (b * h, max(split.programs for split in splits), sizes.MP)
     before, after = Sums(new(shape), new(shape)), Sums(new(shape), new(shape))

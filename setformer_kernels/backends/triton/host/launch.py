@@ -130,6 +130,7 @@ def split_tokens(length: int, tile: Tile, heads: int, multiprocessors: int) -> S
     def time(count: int) -> int:
         return math.ceil(heads * count / slots) * (math.ceil(tiles / count) + BEGINNING)
 
-    most = min(tiles, 2 * math.ceil(slots / max(1, heads)) + 6)
-    stretch = math.ceil(tiles / min(range(1, most + 1), key=time)) * tile.rows
+    turns = range(1, 4 * math.ceil(heads / slots) + 6)  # as many programs as these hold: fewer would be longer
+    counts = [1, *(min(tiles, n * slots // max(1, heads)) or 1 for n in turns)]
+    stretch = math.ceil(tiles / min(counts, key=time)) * tile.rows
     return Split(stretch, max(1, math.ceil(length / stretch)))
