@@ -48,7 +48,7 @@ LONG_INTERPRETED = (
 NEEDS = {
     "test_docs.py": "sybil", "models/test_docs_extras.py": "transformers",
     "test_fuzz.py": "hypothesis", "test_cuda_fuzz.py": "hypothesis", "test_centring.py": "scipy",
-    "test_demo_parts.py": "sklearn", "test_benchmarks_quality.py": "sklearn",
+    "test_demo_parts.py": "sklearn", "test_benchmarks_quality.py": "sklearn", "test_benchmarks_long.py": "matplotlib",
     "models/test_heads.py": "transformers", "models/test_recipes.py": "transformers",
     "models/test_recipe_detect.py": "transformers", "models/test_timm.py": "timm", "models/test_onnx.py": "onnxruntime",
     "models/test_recipe_input.py": "transformers", "models/test_ranks.py": "transformers",
@@ -57,6 +57,7 @@ NEEDS = {
     "models/test_generation.py": "transformers", "models/test_recipe_lm.py": "transformers",
     "models/test_any_model.py": "transformers", "models/test_any_model_saved.py": "transformers",
     "models/test_convert.py": "transformers", "models/test_recipe_convert.py": "transformers",
+    "models/test_convert_recording.py": "transformers", "models/test_ranks_convert.py": "transformers",
     "models/test_benchmarks_transfer.py": "transformers",
 }  # fmt: skip
 collect_ignore = [file for file, module in NEEDS.items() if importlib.util.find_spec(module) is None]

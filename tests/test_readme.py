@@ -84,3 +84,10 @@ def test_ratios_and_times_on_pages_are_those_of_the_table(page: Path) -> None:
 @pytest.mark.parametrize("link", sorted(set(re.findall(r"\]\(([^)#:]+)\)", README))))
 def test_links_lead_to_files(link: str) -> None:
     assert (ROOT / link).exists()
+
+
+def test_the_readme_is_short_and_points_to_pages_that_exist() -> None:
+    assert len(README.splitlines()) <= 180
+    links = [link for link in re.findall(r"\]\(([^)#]+)", README) if "://" not in link]
+    assert links
+    assert [link for link in links if not (ROOT / link).exists()] == []

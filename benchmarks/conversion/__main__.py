@@ -1,5 +1,5 @@
-"""`python -m benchmarks.conversion`: the census, a folder of transformers' models at a time; what was written is kept,
-and a run that was cut off goes on."""
+"""`python -m benchmarks.conversion`: the census, a folder of transformers' models at a time, and `timm`, its attention
+classes; what was written is kept, and a run that was cut off goes on."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import torch
 
 from benchmarks.common import entry_point
 
-from . import ELSEWHERE
+from . import ELSEWHERE, TIMM
 
 FIELDS = ("folder", "model", "status", "attention", "left", "reason")
 RESULTS = Path(__file__).parents[1] / "results" / "conversion.csv"
@@ -28,14 +28,17 @@ def main(argv: list[str] | None = None) -> int:
     given = parser.parse_args(argv)
     import transformers
 
+    from . import timm_classes
     from .census import folders, rows_of
 
     warnings.simplefilter("ignore")
     transformers.logging.set_verbosity_error()
     torch.set_num_threads(1)
     kept = read(given.output)
-    for folder in given.folders or [f for f in folders() if f not in {row["folder"] for row in kept}]:
-        new = [row.cells() for row in rows_of(folder)] or [{"folder": folder, "status": "none"}]
+    every = [*folders(), TIMM]
+    for folder in given.folders or [f for f in every if f not in {row["folder"] for row in kept}]:
+        found = timm_classes.rows() if folder == TIMM else rows_of(folder)
+        new = [row.cells() for row in found] or [{"folder": folder, "status": "none"}]
         kept = [row for row in kept if row["folder"] != folder] + new
         _write(given.output, kept)
         gc.collect()
@@ -44,7 +47,9 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def summary(rows: list[dict[str, str]]) -> str:
-    """Of the models that could be built and run as transformers made them, how many converted."""
+    """Of the models that could be built and run as transformers made them, how many converted; of timm's classes."""
+    timm = Counter(row["status"] for row in rows if row["folder"] == TIMM)
+    rows = [row for row in rows if row["folder"] != TIMM]
     of = Counter(row["status"] for row in rows)
     elsewhere = sum(row["status"] == "left" and row["reason"] == ELSEWHERE for row in rows)
     asked = of["converted"] + of["failed"] + of["left"] - elsewhere
@@ -52,7 +57,8 @@ def summary(rows: list[dict[str, str]]) -> str:
         f"{of['converted']} of {asked} models whose attention goes through the interface run converted"
         f" ({of['converted'] / max(asked, 1):.1%}), and of {asked + elsewhere} with any attention"
         f" ({of['converted'] / max(asked + elsewhere, 1):.1%}); without attention {of['none']}, not built"
-        f" {of['not built']}, not run as they are {of['not run']}"
+        f" {of['not built']}, not run as they are {of['not run']}; timm: {timm['converted']} of"
+        f" {timm['converted'] + timm['failed'] + timm['left']} classes, not built {timm['not built']}"
     )
 
 

@@ -75,15 +75,15 @@ def rows_of(folder: str) -> Iterator[Row]:
     try:
         kinds = model_classes(folder)
     except ImportError as error:
-        yield Row(folder, "", "not built", reason=_said(error))
+        yield Row(folder, "", "not built", reason=said(error))
         return
     for kind in kinds:
         started = time.monotonic()
         try:
-            with _limited(SECONDS):
+            with limited(SECONDS):
                 row = examined(folder, kind, done)
         except Exception as error:
-            row = Row(folder, kind.__name__, "not built", reason=_said(error))
+            row = Row(folder, kind.__name__, "not built", reason=said(error))
         if row is None or (row.status.startswith("not") and row.reason in reasons):
             continue
         done |= row.seen
@@ -99,7 +99,7 @@ def examined(folder: str, kind: type[PreTrainedModel], done: set[str]) -> Row | 
         try:
             model = built(kind, widths, images)
         except Exception as error:
-            errors.append(_said(error))
+            errors.append(said(error))
             continue
         kinds = {type(m).__name__ for m in model.modules() if asks_the_interface(m)}
         if kinds and kinds <= done:
@@ -109,9 +109,9 @@ def examined(folder: str, kind: type[PreTrainedModel], done: set[str]) -> Row | 
         try:
             given, softmax = fitting(model)
         except Exception as error:
-            errors.append(_said(error))
+            errors.append(said(error))
             continue
-        return _converted(Row(folder, kind.__name__, "failed", " ".join(sorted(kinds))), model, given, softmax)
+        return converted(Row(folder, kind.__name__, "failed", " ".join(sorted(kinds))), model, given, softmax)
     status = "not run" if any(e.startswith("inputs: ") for e in errors) else "not built"
     return Row(folder, kind.__name__, status, reason=errors[0])
 
@@ -150,7 +150,7 @@ def fitting(model: PreTrainedModel) -> tuple[dict[str, Any], list[Tensor]]:
             with torch.no_grad():
                 return given, numbers(model(**copy.deepcopy(given)))
         except Exception as error:  # noqa: PERF203
-            errors.append(_said(error))
+            errors.append(said(error))
     names = ", ".join(inspect.signature(model.forward).parameters)
     raise ValueError(f"inputs: {errors[0] if errors else f'none are known for {names}'}")
 
@@ -161,8 +161,12 @@ def numbers(outputs: Any) -> list[Tensor]:
     return [x for x in leaves if isinstance(x, Tensor) and x.is_floating_point()]
 
 
-def _converted(row: Row, model: PreTrainedModel, given: dict[str, Any], softmax: list[Tensor]) -> Row:
-    report = replace_attention(model, **OWN)
+def converted(
+    row: Row, model: nn.Module, given: dict[str, Any], softmax: list[Tensor],
+    skip: Callable[[str, nn.Module], bool] | None = None,
+) -> Row:  # fmt: skip
+    """The row, filled: model replaced and run on what it was given, where it answered `softmax` before."""
+    report = replace_attention(model, skip=skip, **OWN)
     row.attention = " ".join(sorted(set(report.replaced.values())))
     left = {f"{type(model.get_submodule(name)).__name__}: {why}" for name, why in report.left.items()}
     row.left = "; ".join(sorted(left))
@@ -178,7 +182,7 @@ def _converted(row: Row, model: PreTrainedModel, given: dict[str, Any], softmax:
         _loss(answers).backward()
         row.reason = _wrong(model, called, answers, softmax)
     except Exception as error:
-        row.reason = _said(error)
+        row.reason = said(error)
         return row
     if not row.reason:
         row.status, row.seen = "converted", called
@@ -211,13 +215,13 @@ def _wrong(model: nn.Module, called: set[str], answers: list[Tensor], softmax: l
     return "" if any(g.any() for g in known) else "no gradient reaches the references"
 
 
-def _said(error: BaseException) -> str:
+def said(error: BaseException) -> str:
     said = str(error) if str(error).startswith("inputs:") else f"{type(error).__name__}: {error}"
     return " ".join(said.split())[:160]
 
 
 @contextmanager
-def _limited(seconds: int) -> Iterator[None]:
+def limited(seconds: int) -> Iterator[None]:
     def stop(*_: Any) -> None:
         raise TimeoutError(f"took more than {seconds} s")
 

@@ -99,24 +99,24 @@ def digit_data(budget: Budget) -> Data:
 
 
 @cache
-def text_data(budget: Budget) -> Data:
-    """Windows of standard-library source [N,256], a token a byte; no file is in both splits."""
-    corpus = sources.load(length=TEXT_LENGTH, max_test_chunks=budget.test)
+def text_data(budget: Budget, length: int = TEXT_LENGTH) -> Data:
+    """Windows of standard-library source [N,length], a token a byte; no file is in both splits."""
+    corpus = sources.load(length=length, max_test_chunks=budget.test)
     return Data(corpus.sample, corpus.test_tokens, corpus.test_labels)
 
 
 @cache
-def listops_data(budget: Budget) -> Data:
-    """ListOps tokens [N, up to 512], padded to the longest of a batch."""
-    found = listops.samples(budget.train + budget.test, DATA_SEED)
+def listops_data(budget: Budget, lengths: tuple[int, int] = (listops.MIN_LENGTH, listops.MAX_LENGTH)) -> Data:
+    """ListOps tokens [N, up to lengths[1]], padded to the longest of a batch."""
+    found = listops.samples(budget.train + budget.test, DATA_SEED, lengths)
     train, test = found[: budget.train], found[budget.train :]
-    lengths = np.array([len(tokens) for tokens, _ in train])
+    counts = np.array([len(tokens) for tokens, _ in train])
 
     def sample(batch: int, rng: np.random.Generator) -> Batch:
         """Neighbours by length out of eight times as many draws, so that little of a batch is padding."""
         rows = rng.integers(len(train), size=8 * batch)
         start = rng.integers(len(rows) - batch + 1)
-        rows = rows[np.argsort(lengths[rows], kind="stable")][start : start + batch]
+        rows = rows[np.argsort(counts[rows], kind="stable")][start : start + batch]
         return padded([train[row] for row in rows])
 
     return Data(sample, *padded(sorted(test, key=lambda one: len(one[0]))))
@@ -165,23 +165,31 @@ def _classes(count: int) -> Callable[[], nn.Module]:
     return partial(nn.Linear, WIDTH, count)
 
 
+def text_task(name: str, length: int, budget: Budget) -> Task:
+    return Task(
+        name, f"bytes of the standard library, length {length}", "accuracy", budget, partial(text_data, length=length),
+        partial(encoder, embed=text.ByteEmbedding, head=_classes(sources.CLASSES), position=grid(length)), accuracy,
+    )  # fmt: skip
+
+
+def listops_task(name: str, lengths: tuple[int, int], budget: Budget) -> Task:
+    return Task(
+        name, f"ListOps, lengths {lengths[0]} to {lengths[1]}", "accuracy", budget,
+        partial(listops_data, lengths=lengths),
+        partial(encoder, embed=partial(nn.Embedding, 1 + len(listops.VOCABULARY), WIDTH), head=_classes(10),
+                position=grid(lengths[1]), pad=listops.PAD),
+        accuracy,
+    )  # fmt: skip
+
+
 TASKS = (
     Task(
         "digits", "digits, a token a pixel, length 64", "accuracy", Budget(300, 64, 3e-3), digit_data,
         partial(encoder, embed=partial(nn.Linear, 1, WIDTH), head=_classes(10), position=grid(8, 8)), accuracy,
     ),
-    Task(
-        "text", f"bytes of the standard library, length {TEXT_LENGTH}", "accuracy",
-        Budget(200, 16, 3e-3, test=TEXT_TESTS), text_data,
-        partial(encoder, embed=text.ByteEmbedding, head=_classes(sources.CLASSES), position=grid(TEXT_LENGTH)),
-        accuracy,
-    ),
-    Task(
-        "listops", f"ListOps, lengths {listops.MIN_LENGTH} to {listops.MAX_LENGTH}", "accuracy",
-        Budget(150, 32, 3e-3, train=10_000, test=1000), listops_data,
-        partial(encoder, embed=partial(nn.Embedding, 1 + len(listops.VOCABULARY), WIDTH), head=_classes(10),
-                position=grid(listops.MAX_LENGTH), pad=listops.PAD),
-        accuracy,
+    text_task("text", TEXT_LENGTH, Budget(200, 16, 3e-3, test=TEXT_TESTS)),
+    listops_task(
+        "listops", (listops.MIN_LENGTH, listops.MAX_LENGTH), Budget(150, 32, 3e-3, train=10_000, test=1000)
     ),
     Task(
         "shapes", "segmentation of drawn shapes, length 64", "mIoU", Budget(500, 32, 3e-3, train=4000, test=300),

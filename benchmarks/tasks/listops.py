@@ -2,7 +2,7 @@
 
 An expression is a digit, or an operator with 2 to 10 arguments and a closing bracket, nested at most 10 deep; above the
 depth limit a node is an operator with probability 1/4. Its value is a digit. Expressions too short or too long are
-drawn again, and none occurs twice. The Long Range Arena takes lengths from 500 to 2000; only these limits differ here.
+drawn again, and none occurs twice. The Long Range Arena takes lengths from 500 to 2000, `ARENA`.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ PAD = 0  # the token that is not there
 VOCABULARY = {word: 1 + i for i, word in enumerate((*"0123456789", *OPERATORS, END))}
 MAX_DEPTH, MAX_ARGUMENTS, OPERATOR_PROBABILITY = 10, 10, 0.25
 MIN_LENGTH, MAX_LENGTH = 10, 512
+ARENA = (500, 2000)
 
 
 def expression(rng: random.Random, depth: int = 1) -> list[str]:
@@ -47,13 +48,15 @@ def value(words: list[str]) -> int:
     return open_calls[0][1][0]
 
 
-def samples(count: int, seed: int) -> list[tuple[list[int], int]]:
+def samples(
+    count: int, seed: int, lengths: tuple[int, int] = (MIN_LENGTH, MAX_LENGTH)
+) -> list[tuple[list[int], int]]:  # fmt: skip
     """`count` different expressions within the length limits: their tokens, and their values."""
     rng, seen = random.Random(seed), set()
     found: list[tuple[list[int], int]] = []
     while len(found) < count:
         words = expression(rng)
-        if not MIN_LENGTH <= len(words) <= MAX_LENGTH or (text := " ".join(words)) in seen:
+        if not lengths[0] <= len(words) <= lengths[1] or (text := " ".join(words)) in seen:
             continue
         seen.add(text)
         found.append(([VOCABULARY[word] for word in words], value(words)))

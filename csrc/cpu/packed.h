@@ -136,19 +136,11 @@ void run_packed(const PackedStreamParams& p, double work, bool can_share, Make m
     slots.push_back(&workers[i]->shared());
   }
   std::atomic<size_t> next{0};
-#ifdef _OPENMP
-#pragma omp parallel num_threads(plan.threads) if (plan.threads > 1)
-#endif
-  {
-#ifdef _OPENMP
-    const int rank = omp_get_thread_num(), size = omp_get_num_threads();
-#else
-    const int rank = 0, size = 1;
-#endif
+  on_threads(plan.threads, [&](int rank, int size) {
     for (const PackedItem& item : plan.shared) workers[rank]->run(item.n, item.h, Team{rank, size, slots.data()});
     for (size_t i; (i = next.fetch_add(1)) < plan.alone.size();)
       workers[rank]->run(plan.alone[i].n, plan.alone[i].h, Team{0, 1, &slots[rank]});
-  }
+  });
 }
 
 template <class Inner>

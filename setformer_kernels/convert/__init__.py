@@ -4,6 +4,7 @@ from .fitting import Schedule, fit
 from .hybrid import Converted, conversion_curve
 from .matching import LayerMatching, OutputMatching
 from .measuring import HeadError, attention_errors, output_agreement
+from .recording import Recording, record_teacher
 from .report import TransferReport
 from .students import hybrid_of, make_student, place_references
 from .transfer import Transfer, transfer_attention
@@ -13,6 +14,7 @@ __all__ = [
     "HeadError",
     "LayerMatching",
     "OutputMatching",
+    "Recording",
     "Schedule",
     "Transfer",
     "TransferReport",
@@ -23,5 +25,6 @@ __all__ = [
     "make_student",
     "output_agreement",
     "place_references",
+    "record_teacher",
     "transfer_attention",
 ]

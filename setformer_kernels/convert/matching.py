@@ -9,9 +9,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .layers import recorded, taught
+from .layers import Answers, taught
+from .layers import recorded as seen
 
 POOLINGS = ("mean", "first")
+MASKS = ("attention_mask", "src_key_padding_mask")
+RECORDED = "recorded"  # of a batch: what the teacher answered to it, by LAYER.name.call, OUTPUT.kind and HIDDEN.number
+LAYER, OUTPUT, HIDDEN = "layer", "output", "hidden"
+Recorded = dict[str, Tensor] | None
 
 
 class _Matching(nn.Module):
@@ -71,9 +76,8 @@ class LayerMatching(_Matching):
         check_same_layers(teacher, layers)
         self.layers = list(layers)
 
-    def forward(self, **inputs: Tensor) -> dict[str, Tensor]:
-        with torch.no_grad(), recorded(self.teacher, self.layers) as (said, _):
-            self.teacher(**inputs)
+    def forward(self, recorded: Recorded = None, **inputs: Tensor) -> dict[str, Tensor]:
+        said = self._asked(inputs) if recorded is None else self._read(recorded)
         with taught(self.student, self.layers, said) as (own, _):
             self.student(**inputs)
         errors = [
@@ -84,6 +88,17 @@ class LayerMatching(_Matching):
         if not errors:
             raise ValueError(f"the model called none of the layers {', '.join(self.layers)}")
         return {"loss": torch.stack(errors).mean()}
+
+    @torch.no_grad()
+    def _asked(self, inputs: dict[str, Tensor]) -> Answers:
+        with seen(self.teacher, self.layers) as (said, _):
+            self.teacher(**inputs)
+        return said
+
+    def _read(self, recorded: dict[str, Tensor]) -> Answers:
+        """What the layers answered, in the order of their calls."""
+        calls = {name: sum(key.startswith(f"{LAYER}.{name}.") for key in recorded) for name in self.layers}
+        return {name: [recorded[f"{LAYER}.{name}.{i}"] for i in range(calls[name])] for name in self.layers}
 
 
 class OutputMatching(_Matching):
@@ -101,12 +116,10 @@ class OutputMatching(_Matching):
             raise ValueError(f"pooling must be one of {', '.join(POOLINGS)}, got {pooling!r}")
         self.pooling, self.hidden = pooling, hidden
 
-    def forward(self, **inputs: Tensor) -> dict[str, Tensor]:
-        more = {"output_hidden_states": True} if self.hidden else {}
-        with torch.no_grad():
-            wanted = self.teacher(**inputs, **more)
-        got = self.student(**inputs, **more)
-        (kind, t), (_, o) = output_of(wanted), output_of(got)
+    def forward(self, recorded: Recorded = None, **inputs: Tensor) -> dict[str, Tensor]:
+        kind, t, states = self._asked(inputs) if recorded is None else self._read(recorded)
+        got = self.student(**inputs, **self._more())
+        o = output_of(got)[1]
         tokens = tokens_of(inputs, t)
         loss = relative_error(o, t, tokens)
         if kind == "logits":
@@ -115,9 +128,24 @@ class OutputMatching(_Matching):
             a, b = (pool(wide(x), tokens, self.pooling) for x in (o, t))
             loss = loss + (1 - F.cosine_similarity(a, b, dim=-1)).mean()
         if self.hidden:
-            pairs = list(zip(got.hidden_states, wanted.hidden_states, strict=True))[1:]  # the first are embeddings
+            pairs = list(zip(got.hidden_states, states, strict=True))[1:]  # the first are embeddings
             loss = loss + torch.stack([relative_error(o, t, tokens_of(inputs, t)) for o, t in pairs]).mean()
         return {"loss": loss}
+
+    def _more(self) -> dict[str, bool]:
+        return {"output_hidden_states": True} if self.hidden else {}
+
+    @torch.no_grad()
+    def _asked(self, inputs: dict[str, Tensor]) -> tuple[str, Tensor, list[Tensor]]:
+        """Of the teacher: whether it gives logits, what it gives, and its hidden states where they count."""
+        answer = self.teacher(**inputs, **self._more())
+        return *output_of(answer), list(answer.hidden_states) if self.hidden else []
+
+    def _read(self, recorded: dict[str, Tensor]) -> tuple[str, Tensor, list[Tensor]]:
+        (name,) = (name for name in recorded if name.startswith(f"{OUTPUT}."))
+        count = sum(name.startswith(f"{HIDDEN}.") for name in recorded)
+        states = [recorded[f"{HIDDEN}.{i}"] for i in range(count)] if self.hidden else []
+        return name.removeprefix(f"{OUTPUT}."), recorded[name], states
 
 
 def check_same_layers(teacher: nn.Module, layers: Sequence[str]) -> None:
@@ -141,7 +169,7 @@ def output_of(answer: Any) -> tuple[str, Tensor]:
 
 def tokens_of(inputs: dict[str, Any], x: Tensor) -> Tensor | None:
     """Which tokens of x [B, L, ...] take part, [B, L]; None where all do."""
-    mask, padding = inputs.get("attention_mask"), inputs.get("src_key_padding_mask")
+    mask, padding = (inputs.get(name) for name in MASKS)
     if mask is None and padding is not None:
         mask = padding == 0  # bool: True is padding; float: −∞ is
     if mask is None or x.dim() < 3 or mask.shape != x.shape[:2]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
@@ -16,6 +17,7 @@ from .fitting import Schedule, fit
 from .hybrid import conversion_curve, within
 from .matching import LayerMatching, OutputMatching
 from .measuring import attention_errors, output_agreement
+from .recording import recorded_by
 from .report import HYBRID, MATCHED, PLACED, TUNED, TransferReport
 from .students import (
     Collate,
@@ -74,13 +76,14 @@ class Transfer:
 def transfer_attention(
     teacher: nn.Module, train: Dataset, held_out: Dataset, collate: Collate, output: Path, how: Transfer | None = None,
     *, resume: bool = False, skip: Callable[[str, nn.Module], bool] | None = None, progress: Progress = print,
-    **own: Any,
+    recording: Path | None = None, **own: Any,
 ) -> tuple[nn.Module, TransferReport]:  # fmt: skip
     """A copy of the teacher with SeT attention that was taught by the teacher, and what came of it.
 
     References are placed by k-means; stage 1 matches every layer's attention on the teacher's own inputs; layers that
     cost too much go back to softmax (how.max_error); stage 2 matches the outputs.  No labels are used.  Trained by
-    transformers' Trainer, with checkpoints in output/match and output/tune; the report is also written to output.
+    transformers' Trainer, also on several ranks (torchrun), with checkpoints in output/match and output/tune; the
+    report is also written to output.
 
     Args:
         teacher: a model with softmax attention; it is not changed, but put in eval mode and on the Trainer's device.
@@ -88,18 +91,27 @@ def transfer_attention(
         resume: go on from what is in output, after a kill, with the same arguments.
         skip, own: as `replace_attention` takes them (num_references, learn_epsilon, ...).
         progress: called with a line for every step but those that Trainer reports.
+        recording: a folder for the teacher's answers to `train`: recorded there first, of all layers that are replaced,
+            unless they are there from an earlier run, whatever its student was; then no step runs the teacher.
 
     Raises:
         ValueError: nothing can be replaced, the data have fewer tokens than a layer has references, or output holds
             another run.
     """
     how = Transfer() if how is None else how
+    PartialState(cpu=how.match.cpu)  # the ranks, if there are several
     torch.manual_seed(how.match.seed)  # of the references
     student, replaced = make_student(teacher, skip=skip, **own)
     layers, report = layers_of(student, replaced), TransferReport(replaced)
     report.converted = list(layers)
     batches = _batches(held_out, collate, how)
-    run = _Run(teacher, train, collate, output, how, resume, progress, report, batches)
+    learn = (train, collate)
+    if recording is not None:
+        asked = (layers if how.match.steps else [], how.hidden and how.tune.steps > 0)
+        with PartialState(cpu=how.match.cpu).main_process_first():
+            kept = recorded_by(teacher, train, collate, recording, *asked, progress=progress)
+        learn = kept.samples(train), kept.collate(collate)
+    run = _Run(teacher, *learn, output, how, resume, progress, report, batches)
     place_references(student, train, collate, how.placed_on)
     run.measure(PLACED, student, layers)
     if how.match.steps:
@@ -108,7 +120,7 @@ def transfer_attention(
         student = run.choose(student, layers, own)
     if how.tune.steps and report.converted:
         student = run.tune(student)
-    report.write(output)
+    run.write()
     return student, report
 
 
@@ -139,6 +151,11 @@ class _Run:
         device = next(self.teacher.parameters()).device
         return [{name: x.to(device) for name, x in batch.items()} for batch in self.batches]
 
+    def write(self, picture: bool = True) -> None:
+        """By one of the ranks, which all measure the same."""
+        if PartialState().is_main_process:
+            self.report.write(self.output, picture)
+
     def measure(self, moment: str, student: nn.Module, layers: Sequence[str]) -> None:
         self.teacher.eval()
         student.eval()
@@ -146,7 +163,7 @@ class _Run:
         if layers:
             self.report.layers[moment] = attention_errors(self.teacher, student, layers, batches)
         self.report.outputs[moment] = output_agreement(self.teacher, student, batches, self.how.pooling)
-        self.report.write(self.output, picture=False)  # which takes a second
+        self.write(picture=False)  # which takes a second
         self.progress(f"{moment}: " + ", ".join(f"{k} {v:.4f}" for k, v in self.report.outputs[moment].items()))
 
     def fit(

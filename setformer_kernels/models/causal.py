@@ -9,7 +9,6 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from .. import checks
 from .. import functional as SF
@@ -19,7 +18,7 @@ from ..nn.heads import COLUMNS, ROWS
 from ..nn.projections import merge_heads, split_heads
 from ..nn.writing import redraw
 from ..problem import compute_dtype
-from .layers import Mlp, initialize_weights
+from .layers import Mlp, Recomputing, initialize_weights
 from .transport import OWN_DEFAULTS, SetTransport
 
 # How many tokens heads remember at the start, 1/e of a key being left after as many: from words to pages.
@@ -194,7 +193,7 @@ class Compaction:
         return x if self.order is None else torch.zeros_like(x).scatter(1, self.order.unsqueeze(-1).expand_as(x), x)
 
 
-class CausalDecoder(FloatInPython):
+class CausalDecoder(Recomputing, FloatInPython):
     """Word embeddings, pre-norm blocks, a norm: a language model without its head.  There are no positions: order is
     known by the convolutions and the gates, and texts may be of any length.
 
@@ -232,12 +231,7 @@ class CausalDecoder(FloatInPython):
             self.block_class(width, num_heads, hidden, dropout, layer_norm_eps, own) for _ in range(depth)
         )
         self.norm = nn.LayerNorm(width, layer_norm_eps)
-        self.recompute = False
         self.apply(initialize_weights)
-
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recomputes each block in the backward pass: memory of one block's activations instead of all blocks'."""
-        self.recompute = enable
 
     def forward(
         self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None,
@@ -281,12 +275,6 @@ class CausalDecoder(FloatInPython):
                 f"attention_mask must be {list(x.shape[:2])}, as the text, got {list(attention_mask.shape)}"
             )
         return self.dropout(x)
-
-    def run(self, block: nn.Module, *args: Any) -> Any:
-        """block(*args), recomputed in the backward pass after `set_grad_checkpointing`."""
-        if self.recompute and torch.is_grad_enabled():
-            return checkpoint(block, *args, use_reentrant=False)
-        return block(*args)
 
 
 class CausalLM(FloatInPython):

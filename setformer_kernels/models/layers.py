@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from .. import checks
 from ..nn import SeTAttention, SeTPooling
@@ -19,6 +20,22 @@ from ..tracing import Leaf
 from .transport import SetTransport
 
 STD = 0.02  # of linear and embedding weights at the start, as in BERT and ViT
+
+
+class Recomputing(nn.Module):
+    """Of blocks that can be recomputed in the backward pass."""
+
+    recompute = False
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recomputes each block in the backward pass: memory of one block's activations instead of all blocks'."""
+        self.recompute = enable
+
+    def run(self, block: nn.Module, *args: Any) -> Any:
+        """block(*args), recomputed in the backward pass after `set_grad_checkpointing`."""
+        if self.recompute and torch.is_grad_enabled():
+            return checkpoint(block, *args, use_reentrant=False)
+        return block(*args)
 
 
 class DropPath(Leaf):

@@ -7,12 +7,11 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from .. import checks
 from ..nn.doors import FloatInPython
 from ..tracing import leaf
-from .layers import Mlp, initialize_weights, own_start, set_attention
+from .layers import Mlp, Recomputing, initialize_weights, own_start, set_attention
 
 
 def unit_positions(attention_mask: Tensor) -> Tensor:
@@ -88,7 +87,7 @@ class TextBlock(nn.Module):
         return self.mlp(x)
 
 
-class TextEncoder(FloatInPython):
+class TextEncoder(Recomputing, FloatInPython):
     """BERT's encoder with SeT attention; the defaults are the sizes of BERT-base.
 
     Args:
@@ -133,12 +132,7 @@ class TextEncoder(FloatInPython):
             self.block_class(width, num_heads, hidden, dropout, layer_norm_eps, position_scale, options)
             for _ in range(depth)
         )
-        self.recompute = False
         self.apply(initialize_weights)
-
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recomputes each block in the backward pass: memory of one block's activations instead of all blocks'."""
-        self.recompute = enable
 
     def forward(
         self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None,
@@ -162,12 +156,6 @@ class TextEncoder(FloatInPython):
         x = self.embeddings(input_ids, token_type_ids, position_ids, inputs_embeds)
         there = x.new_ones((B, L), dtype=torch.bool) if attention_mask is None else attention_mask != 0
         return x, None if attention_mask is None else ~there, unit_positions(there)
-
-    def run(self, block: nn.Module, *args: Any) -> Any:
-        """block(*args), recomputed in the backward pass after `set_grad_checkpointing`."""
-        if self.recompute and torch.is_grad_enabled():
-            return checkpoint(block, *args, use_reentrant=False)
-        return block(*args)
 
 
 @leaf

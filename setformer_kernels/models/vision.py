@@ -8,14 +8,13 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from .. import checks
 from ..nn import SeTPooling
 from ..nn.doors import FloatInPython
 from ..nn.writing import redraw
 from ..tracing import leaf
-from .layers import DropPath, Mlp, initialize_weights, set_attention
+from .layers import DropPath, Mlp, Recomputing, initialize_weights, set_attention
 from .sizes import VISION_SIZES
 
 STRIDES = (4, 8, 16, 32)
@@ -78,7 +77,7 @@ class VisionBlock(nn.Module):
         return x + self.drop_path(self.gamma2 * self.mlp(self.norm2(x)))
 
 
-class Stage(nn.Module):
+class Stage(Recomputing):
     """Downsampling, blocks, LayerNorm: [B, C, h, w] -> [B, C', h', w'], a view of the tokens [B, h'·w', C'].
 
     The map is what the next stage or the head reads, so that hooks and `retain_grad` on it see gradients.
@@ -89,7 +88,6 @@ class Stage(nn.Module):
         self.downsample = downsample
         self.blocks = nn.ModuleList(blocks)
         self.norm = nn.LayerNorm(width, **factory)
-        self.recompute = False
 
     def forward(self, x: Tensor, downsample: bool = True) -> Tensor:
         """downsample=False: x is what `self.downsample` gave."""
@@ -99,10 +97,7 @@ class Stage(nn.Module):
         position = grid_positions(height, width, x.device)
         x = x.flatten(2).transpose(1, 2)
         for block in self.blocks:
-            if self.recompute and torch.is_grad_enabled():
-                x = checkpoint(block, x, position, use_reentrant=False)
-            else:
-                x = block(x, position)
+            x = self.run(block, x, position)
         # a view: unflatten has no symbol in the exporters
         return self.norm(x).transpose(1, 2).view(x.shape[0], x.shape[-1], height, width)
 
@@ -256,7 +251,7 @@ class SeTformer(FloatInPython):
         """Recomputes each block in the backward pass: memory of one block's activations instead of all blocks'."""
         for stage in self.stages:
             assert isinstance(stage, Stage)
-            stage.recompute = enable
+            stage.set_grad_checkpointing(enable)
 
     def forward_maps(self, image: Tensor) -> list[Tensor]:
         """Maps [B, C_i, h_i, w_i] of all stages there are."""

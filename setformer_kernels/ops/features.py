@@ -1,6 +1,6 @@
 """The op of Nyström features.
 
-nystrom_features  x [B, H, N, D], landmarks [H, R, D], bandwidth [H]? -> ψ [B, H, N, R]; `center` as in functional.py
+nystrom_features  x [B, H, N, D], landmarks [H, R, D], bandwidth [H]? -> ψ [B, H, N, R]; `center` as in features.py
 """
 
 from __future__ import annotations

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import transformers
+from accelerate import PartialState
 from torch import Tensor, nn
 from torch.utils.data import Dataset, Subset
 from torchvision.datasets.folder import IMG_EXTENSIONS
@@ -53,6 +54,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--hidden", action="store_true", help="stage 2 matches all hidden states")
     parser.add_argument("--max-error", type=float, help="leave the dearest layers softmax, down to this relative error")
+    parser.add_argument(
+        "--recording", type=Path, metavar="FOLDER",
+        help="keep the teacher's answers there, or learn from those that another run has left; large",
+    )  # fmt: skip
     parser.add_argument("--curve", action="store_true", help="measure the error of 1, 2, ... converted layers")
     parser.add_argument("--batch-size", type=int, default=32, help="per device")
     parser.add_argument("--accumulate", type=int, default=1, help="batches an optimizer step")
@@ -73,17 +78,20 @@ def run(args: argparse.Namespace) -> TransferReport:
     own = {"num_references": args.references, "num_iters": args.iterations, "epsilon": args.epsilon,
            "learn_epsilon": not args.fixed_epsilon, "learn_log_mass": args.learn_log_mass}  # fmt: skip
     train, held_out = split(data)
-    check_run(args)
+    processes = PartialState(cpu=args.cpu)
+    check_run(args, processes)
     try:
         model, report = transfer_attention(
-            teacher, train, held_out, collate, args.output, how, resume=args.resume, skip=skip_of(args), **own
-        )
+            teacher, train, held_out, collate, args.output, how, resume=args.resume, skip=skip_of(args),
+            recording=args.recording, **own,
+        )  # fmt: skip
     except ValueError as error:
         raise RecipeError(str(error)) from error
-    print(report)
-    assert isinstance(model, PreTrainedModel)
-    model.save_pretrained(args.output / "model")
-    processor.save_pretrained(args.output / "model")
+    if processes.is_main_process:
+        print(report)
+        assert isinstance(model, PreTrainedModel)
+        model.save_pretrained(args.output / "model")
+        processor.save_pretrained(args.output / "model")
     return report
 
 
@@ -120,9 +128,9 @@ def skip_of(args: argparse.Namespace) -> Callable[[str, nn.Module], bool] | None
     return (lambda name, module: pattern.search(name) is not None) if args.skip else None
 
 
-def check_run(args: argparse.Namespace) -> None:
+def check_run(args: argparse.Namespace, processes: PartialState) -> None:
     """--output holds no run, or one of these arguments that --resume goes on with."""
-    path, passing = args.output / "arguments.json", {"resume", "output", "workers", "cpu"}
+    path, passing = args.output / "arguments.json", {"resume", "output", "workers", "cpu", "recording"}
     own = {name: str(value) for name, value in vars(args).items() if name not in passing}
     if path.is_file() and not args.resume:
         raise RecipeError(f"--output {args.output} holds a run: add --resume, or name another")
@@ -133,8 +141,10 @@ def check_run(args: argparse.Namespace) -> None:
                 raise RecipeError(f"{path} is of another run: {name} is {saved.get(name)}, now {own.get(name)}")
     elif args.resume:
         raise RecipeError(f"--resume: {args.output} holds no run")
-    args.output.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, json.dumps(own, indent=2) + "\n")
+    processes.wait_for_everyone()  # all look before one writes
+    if processes.is_main_process:
+        args.output.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, json.dumps(own, indent=2) + "\n")
 
 
 def load_teacher(folder: Path) -> PreTrainedModel:

@@ -35,6 +35,17 @@ struct Team {
   }
 };
 
+// body(rank, size) on each of a team's threads: `threads` of them, or as many as the runtime grants.
+template <class Body>
+void on_threads(int threads, Body body) {
+#ifdef _OPENMP
+#pragma omp parallel num_threads(threads) if (threads > 1)
+  body(omp_get_thread_num(), omp_get_num_threads());
+#else
+  body(0, 1);
+#endif
+}
+
 // Runs worker.run(item, team) for items 0..count, each worker on its own thread.  Whole rounds give every thread its
 // own item; what is left over is shared by all threads, so that no result depends on which thread came first.
 template <class Worker>
@@ -43,19 +54,11 @@ void run_team(std::vector<std::unique_ptr<Worker>>& workers, int64_t count) {
   std::vector<void*> slots(threads);
   for (int i = 0; i < threads; ++i) slots[i] = &workers[i]->shared();
   const int64_t own = threads == 1 ? count : count / threads * threads;
-#ifdef _OPENMP
-#pragma omp parallel num_threads(threads) if (threads > 1)
-#endif
-  {
-#ifdef _OPENMP
-    const int rank = omp_get_thread_num(), size = omp_get_num_threads();
-#else
-    const int rank = 0, size = 1;
-#endif
+  on_threads(threads, [&](int rank, int size) {
     // Should the runtime grant fewer threads than asked for, the rounds still cover every item.
     for (int64_t i = rank; i < own; i += size) workers[rank]->run(i, Team{0, 1, &slots[rank]});
     for (int64_t i = own; i < count; ++i) workers[rank]->run(i, Team{rank, size, slots.data()});
-  }
+  });
 }
 
 // The same for workers that cannot share an item.

@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from ...nn import SeTAttention
+from .fused import calls, from_fused
 from .report import Refusal, ReplacementReport
 from .timm import from_timm
 from .torch import from_multihead
@@ -20,8 +21,9 @@ def replace_attention(
 ) -> ReplacementReport:
     """Makes the softmax attention in model SeT attention with the same projections.
 
-    Known: `nn.MultiheadAttention`, timm's `Attention` (ViT and kin), and whatever goes through the attention interface
-    of transformers, of any model: encoders, decoders with their caches, grouped queries, cross attention.  References
+    Known: `nn.MultiheadAttention`; timm's `Attention` (ViT and kin) and whatever else of timm is written with one call
+    of `F.scaled_dot_product_attention` (Swin, BEiT, EVA, ...); and whatever goes through the attention interface of
+    transformers, of any model: encoders, decoders with their caches, grouped queries, cross attention.  References
     are new, so the model must be fine-tuned; place them first with `initialize_references(model, ...)`.
 
     A module stays the object it is and becomes one of another class: its Parameter objects, its hooks, and what
@@ -84,9 +86,11 @@ def _rule_of(module: nn.Module) -> Rule | None:
         return from_multihead
     if hasattr(module, "set_transport"):
         return None
-    kind = getattr(sys.modules.get("timm.models.vision_transformer"), "Attention", None)
-    if kind is not None and _unparametrized(module) is kind:
+    kind = _unparametrized(module)
+    if kind is getattr(sys.modules.get("timm.models.vision_transformer"), "Attention", None):
         return from_timm
+    if calls(kind):
+        return from_fused
     return from_transformers if asks_the_interface(module) else None
 
 
