@@ -18,6 +18,7 @@ from ..problem import Operands, Options, Stream
 from ..sharding import Sharded, without
 from . import agreement, packs
 from .causal import cut, scan
+from .halo import set_halo, tail, tails_of
 from .places import Places, counters
 from .ranks import Communicator, communicator
 from .shares import read, share_of, transport
@@ -216,6 +217,25 @@ class CPContext(Sharded):
         whole = self.cu_seqlens, self.places, self.ranks
         o = packs.causal(x, opt, gates, *whole) if scans else packs.attention(x, opt, *whole)
         return o.squeeze(0).transpose(0, 1)
+
+    def windows(
+        self, x: Tensor, reach: int, before: Tensor | None, wanted: bool
+    ) -> tuple[list[Tensor], Tensor | None]:  # fmt: skip
+        def check() -> None:
+            self.places.check("x", x.shape[2])
+            if before is not None:
+                checks.shape("before", before, (*x.shape[:2], reach), "B and C of x, and what it reaches over")
+
+        if not torch.compiler.is_compiling():
+            facts = {"x": f"{x.dtype} {list(x.shape[:2])}", "reach": reach, "before": before is not None}
+            agreement.agreed(self.ranks, self._agreed, "windows", facts | {"wanted": wanted}, check)
+        tails = tails_of(self.places, self.places.all_lengths(x.shape[2], x.device, self.ranks), reach)
+        pieces = [x[..., first:last] for first, last in self.places.pieces(x.shape[2])]
+        before = x.new_zeros((*x.shape[:2], reach)) if before is None else before.to(x.dtype)
+        own = torch.cat([tail(piece, reach) for piece in pieces], -1)
+        halo = set_halo(own, before, *tails, wanted, self.ranks.name, "auto")
+        found = [torch.cat((halo[:, :, i], piece), -1) for i, piece in enumerate(pieces)]
+        return found, halo[:, :, -1] if wanted else None
 
     def _check_offsets(self, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor | None) -> None:
         """ValueError for a pack that is not the context's; values are looked at on the CPU alone."""

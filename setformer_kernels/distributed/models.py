@@ -26,7 +26,8 @@ def context_parallel(
     """The model itself, whose SeT attention now takes its tokens as a shard of a sequence that lies on several ranks.
 
     Every rank calls this with the same model, and then the model with its own tokens.  What is not attention works
-    token by token; positions are what the caller gives: those of the whole sequence.  Gradients of parameters are each
+    token by token, but for the short convolution of `models.CausalDecoder`, which takes the tokens before a shard from
+    other ranks; positions are what the caller gives: those of the whole sequence.  Gradients of parameters are each
     rank's part, which DDP or FSDP over these ranks average, as they do the ranks' losses.
 
     Args:
@@ -46,8 +47,9 @@ def context_parallel(
             communicator(group), {}, "context_parallel", _short(facts), lambda: _check(model, modules)
         )  # fmt: skip
         context = build_cp_context(group=group, layout=layout, lengths=lengths)
-    for module in modules.values():
-        module.cp_context = context
+    for module in model.modules():
+        if hasattr(module, "cp_context"):
+            vars(module)["cp_context"] = context
     return model
 
 
@@ -83,7 +85,8 @@ def _check(model: nn.Module, modules: dict[str, ReferenceSet]) -> None:
     for name, module in model.named_modules():
         if isinstance(module, nn.MultiheadAttention) and not isinstance(module, ReferenceSet):
             raise ValueError(f"model must have no attention but SeT's, which sees the tokens of its rank alone: {name}")
-        if isinstance(module, _ConvNd) and len(module.kernel_size) == 1 and module.kernel_size[0] > 1:
+        reaches = isinstance(module, _ConvNd) and len(module.kernel_size) == 1 and module.kernel_size[0] > 1
+        if reaches and not hasattr(module, "cp_context"):
             raise ValueError(f"model must have no convolution over tokens, which ends at those of its rank: {name}")
     for name, own in modules.items():
         if own._converges():
