@@ -38,19 +38,23 @@ def context_parallel(
         ValueError: on every rank, where the model has no SeT attention, or parts that look at other tokens (attention
             that is not SeT, convolutions over tokens); where settings, dtypes or sizes of the ranks' modules differ.
     """
-    modules = {name or "model": module for name, module in model.named_modules() if isinstance(module, ReferenceSet)}
+    modules = _reference_sets(model)
     context = None
     if mesh is not None:
         group = _of_dimension(mesh)
         facts = {f"{name}.{key}": value for name, module in modules.items() for key, value in _facts(module).items()}
-        agreement.agreed(
-            communicator(group), {}, "context_parallel", _short(facts), lambda: _check(model, modules)
-        )  # fmt: skip
+        ranks = communicator(group, "mesh")
+        agreement.agreed(ranks, {}, "context_parallel", _short(facts), lambda: _check(model, modules))
         context = build_cp_context(group=group, layout=layout, lengths=lengths)
     for module in model.modules():
         if hasattr(module, "cp_context"):
             vars(module)["cp_context"] = context
     return model
+
+
+def _reference_sets(model: Any) -> dict[str, ReferenceSet]:
+    named = model.named_modules() if isinstance(model, nn.Module) else ()
+    return {name or "model": module for name, module in named if isinstance(module, ReferenceSet)}
 
 
 def _of_dimension(mesh: Any) -> Any:
@@ -79,7 +83,9 @@ def _short(facts: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _check(model: nn.Module, modules: dict[str, ReferenceSet]) -> None:
+def _check(model: Any, modules: dict[str, ReferenceSet]) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be an nn.Module, got {kind_of(model)}")
     if not modules:
         raise ValueError(f"model must have SeT attention, got {kind_of(model)} without")
     for name, module in model.named_modules():
