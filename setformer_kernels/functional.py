@@ -140,9 +140,6 @@ def set_attention(
     """
     if query is None and cp_context is None:  # which stands for no query
         checks.tensor("query", query, "BHLD")
-    asked = None
-    if tol is not None or method != "sinkhorn" or grad != "unrolled" or initial_potential is not None or return_info:
-        asked = solver.Asked(tol, method, grad, initial_potential, return_info)
     if cp_context is not None:
         others = {"attn_mask": attn_mask, "tol": tol, "method": method != "sinkhorn", "grad": grad != "unrolled"}
         others |= {"initial_potential": initial_potential, "return_info": return_info}
@@ -153,6 +150,9 @@ def set_attention(
             {"kernel": kernel, "num_iters": num_iters, "dropout_p": dropout_p, "seed": seed, "backend": backend},
             causal, others,
         )  # fmt: skip
+    asked = None
+    if tol is not None or method != "sinkhorn" or grad != "unrolled" or initial_potential is not None or return_info:
+        asked = solver.Asked(tol, method, grad, initial_potential, return_info)
     if type(query) is not Tensor and packed.is_jagged(query, key, value):
         if asked is not None:
             solver.dense()
@@ -347,9 +347,6 @@ def set_pool(
     with return_info the result is (z, `TransportInfo` of [B, H]).  With cp_context z, the same on every rank, is
     that of the keys of all ranks.
     """
-    asked = None
-    if tol is not None or method != "sinkhorn" or grad != "unrolled" or initial_potential is not None or return_info:
-        asked = solver.Asked(tol, method, grad, initial_potential, return_info)
     if cp_context is not None:
         memory = set_transport(
             key, value, references, kernel=kernel, bandwidth=bandwidth, epsilon=epsilon, num_iters=num_iters,
@@ -359,6 +356,9 @@ def set_pool(
             initial_potential=initial_potential, return_info=return_info, cp_context=cp_context,
         )  # fmt: skip
         return memory.z.to(autocast(value)[0].dtype)
+    asked = None
+    if tol is not None or method != "sinkhorn" or grad != "unrolled" or initial_potential is not None or return_info:
+        asked = solver.Asked(tol, method, grad, initial_potential, return_info)
     if type(key) is not Tensor and packed.is_jagged(key, value):
         if asked is not None:
             solver.dense()

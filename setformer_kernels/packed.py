@@ -12,7 +12,7 @@ from . import checks, dispatch, ops, reference
 from .arguments import Hyper, normalise
 from .grouping import repeated, repeated_stream
 from .ops.operands import attention_problem, logits
-from .problem import Operands, Options, Stream, compute_dtype, is_plain, replaced
+from .problem import NO_STREAM, Operands, Options, Stream, compute_dtype, is_plain, replaced
 from .reference import state as layout
 from .reference.dense import additive
 from .sharding import sharded
@@ -76,7 +76,8 @@ def set_attention_varlen(
         query_position, key_position: [Tq, P] and [Tk, P].
         dropout_p, seed: the random numbers of a sequence are those of `set_attention` under seed + its first query row.
         cp_context: one that was built with these offsets: those of the whole pack, of which the tokens are a shard.
-            Sequences may lie on any number of ranks.  Without states.
+            Sequences may lie on any number of ranks.  States are those of all sequences, before and after, the same on
+            every rank.
         all others: as in `set_attention`.
 
     Raises:
@@ -90,12 +91,12 @@ def set_attention_varlen(
         streamed = initial_state, output_final_state, log_decay
         return sharded(cp_context).packed(given, constants, (cu_seqlens_q, cu_seqlens_k), causal, streamed)
     x, opt, cu_q, cu_k = checked_pack(given, constants, (cu_seqlens_q, cu_seqlens_k))
-    if checks.flag("causal", causal):
-        wanted = checks.flag("output_final_state", output_final_state)
-        x = _without_keys(x) if key.shape[0] == 0 else x
-        o, states = causal_pack(x, opt, cu_q, cu_k, packed_stream(x, cu_q, initial_state, log_decay), wanted)
+    causal, wanted = checks.flag("causal", causal), checks.flag("output_final_state", output_final_state)
+    x = _without_keys(x) if causal and key.shape[0] == 0 else x
+    stream = stream_of_pack(x, opt, cu_q, initial_state, wanted, log_decay, causal)
+    if causal:
+        o, states = causal_pack(x, opt, cu_q, cu_k, stream, wanted)
         return (_tokens_first(o), states) if wanted else _tokens_first(o)
-    _only_causal(initial_state=initial_state, output_final_state=output_final_state or None, log_decay=log_decay)
     return _tokens_first(attended(x, opt, cu_q, cu_k, key.shape[0]))
 
 
@@ -227,13 +228,16 @@ def _beside(name: str, x: Any, other: str, y: Any, dim: int = 1) -> Any:
     return values
 
 
-def gates_of_pack(x: Operands, opt: Options, cu: Tensor, log_decay: Tensor | None, causal: bool) -> Tensor | None:
-    """The checked gates [1, H, T] of a checked pack without states."""
+def stream_of_pack(
+    x: Operands, opt: Options, cu: Tensor, initial_state: Tensor | None, wanted: bool, log_decay: Tensor | None,
+    causal: bool,
+) -> Stream:  # fmt: skip
+    """The checked states and gates [1, H, T] of a checked pack; ValueError for any without `causal`."""
     if not causal:
-        _only_causal(log_decay=log_decay)
-        return None
+        _only_causal(initial_state=initial_state, output_final_state=wanted or None, log_decay=log_decay)
+        return NO_STREAM
     _check_scan(x, opt)
-    return packed_stream(x, cu, None, log_decay).log_decay
+    return packed_stream(x, cu, initial_state, log_decay)
 
 
 def causal_pack(

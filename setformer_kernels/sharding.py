@@ -37,8 +37,16 @@ class Sharded(ABC):
     def packed(
         self, tensors: tuple[Any, ...], constants: Mapping[str, Any], offsets: tuple[Any, Any], causal: Any,
         streamed: tuple[Any, Any, Any],
-    ) -> Tensor:  # fmt: skip
-        """o of `set_attention_varlen`; streamed: initial_state, output_final_state and log_decay."""
+    ) -> Any:  # fmt: skip
+        """What `set_attention_varlen` returns; streamed: initial_state, output_final_state and log_decay."""
+
+    @abstractmethod
+    def windows(
+        self, x: Tensor, reach: int, before: Tensor | None, wanted: bool
+    ) -> tuple[list[Tensor], Tensor | None]:  # fmt: skip
+        """Of this rank's tokens x [B, C, L] each piece [B, C, reach + l], behind the `reach` tokens before it in the
+        sequence, and where `wanted` the last `reach` of all, the same on every rank; `before` [B, C, reach] stands
+        before the first of all, zeros where it is None."""
 
 
 def sharded(context: Any) -> Sharded:

@@ -20,7 +20,7 @@ from typing import NamedTuple
 import pytest
 
 # make test and the rest of make test-all, on two quiet cores.
-MINUTES, MINUTES_REST = 5, 20
+MINUTES, MINUTES_REST = 5, 45
 SHARE = "SETFORMER_KERNELS_TEST_SHARE"
 
 FILES = {

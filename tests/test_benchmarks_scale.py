@@ -11,6 +11,7 @@ import setformer_kernels.functional as SF
 from benchmarks.common.hardware import ROOT
 from benchmarks.scale import costs
 from benchmarks.scale.__main__ import main
+from benchmarks.scale.equality import budget_used
 from benchmarks.scale.streamed import Plan, Tokens, run
 
 RESULTS = ROOT / "benchmarks" / "results"
@@ -31,6 +32,15 @@ def test_what_ranks_stream_is_one_call_on_all_tokens() -> None:
     torch.testing.assert_close(sum(one.references for one in found), grads[3], rtol=1e-4, atol=1e-5)
     assert sum(sent[:3]) == sum(sent[3:]) == 17152
     assert max(one.rows_sum for one in found) < 2e-6
+
+
+def test_many_ranks_are_one_within_the_error_budget(tmp_path: Path) -> None:
+    used = budget_used(Plan(tokens=2**15 + 5, ranks=8))
+    assert set(used) == {"output", "query", "key", "value", "references"}
+    assert max(used.values()) <= 1, used
+    out = tmp_path / "equal.csv"
+    assert main(["equal", "--tokens", "999", "--ranks", "2", "--threads", "1", "--out", str(out)]) == 0
+    assert out.read_text().startswith("tokens,ranks,of_output")
 
 
 def test_the_model_counts_what_ranks_send() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -77,6 +78,77 @@ def test_sequences_over_ranks_are_those_of_one_rank(
         torch.testing.assert_close(one, grad, rtol=1e-9, atol=1e-11)
 
 
+def invariants(states: Tensor) -> Tensor:
+    """z and log C of states, 0 of empty ones."""
+    total = states[..., : E + 1] + states[..., E + 1 : -1]
+    seen = total[..., -1:] > 0
+    c = torch.where(seen, total[..., -1:], 1.0)
+    scale = torch.where(seen, states[..., -1:].detach() * math.log(2), 0.0)
+    return torch.cat((torch.where(seen, total[..., :-1] / c, 0.0), torch.where(seen, c.log() + scale, 0.0)), -1)
+
+
+@pytest.mark.parametrize(("gates", "before"), [(False, False), (True, False), (False, True), (True, True)])
+@pytest.mark.parametrize(("ranks", "layout"), [(1, "contiguous"), (4, "contiguous"), (3, "zigzag")])
+@pytest.mark.parametrize("name", PACKS)
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_states_of_sequences_over_ranks(
+    backend: str, name: str, ranks: int, layout: str, gates: bool, before: bool
+) -> None:  # fmt: skip
+    """Those before have gradients that are each rank's part, those after are the same on every rank."""
+    if name != "many" and (backend == "reference" or not gates or not before or ranks == 1):
+        pytest.skip("other packs stand for this one")
+    tokens, parameters, cu = pack(PACKS[name], torch.float64)
+    rows = sum(PACKS[name])
+    tokens += [-torch.rand(rows, H).double().requires_grad_()] if gates else []
+    states = []
+    if before:
+        past = (torch.randn(len(cu) - 1, H, 7, n).double() for n in (D, D, E))
+        state = SF.set_causal(*past, parameters[0].detach(), output_final_state=True)[1]
+        assert state is not None
+        state[1:2] = 0
+        states = [state.requires_grad_()]
+
+    def answered(tokens: list[Tensor], shared: list[Tensor], **options: Any) -> tuple[Tensor, Tensor]:
+        first = shared[2] if before else None
+        o, after = call(
+            tokens, shared[:2], cu, causal=True, initial_state=first, output_final_state=True, dropout_p=0.2 * gates,
+            seed=torch.tensor(5), **options,
+        )  # fmt: skip
+        return o, invariants(after) + 0 * o.sum()
+
+    shared = [*parameters, *states]
+    wanted = answered(tokens, shared, backend="reference")
+    cotangents = [torch.randn_like(t) for t in wanted]
+    grads = torch.autograd.grad(wanted, [*tokens, *shared], cotangents, allow_unused=True, materialize_grads=True)
+    lengths = uneven(int(cu[-1]), ranks, 2 if layout == "zigzag" else 1)
+    of_ranks = rows_of(lengths, layout)
+
+    def live(group: Any) -> tuple[tuple[Tensor, Tensor], Any]:
+        mine = of_ranks[group.rank]
+        context = build_cp_context(cu, group, layout=layout, lengths=lengths)
+        own = [t[mine].detach().requires_grad_() for t in tokens]
+        alike = [t.detach().requires_grad_() for t in shared]
+        o, after = answered(own, alike, backend=backend, cp_context=context)
+        last = cotangents[1] if group.rank == group.size - 1 else torch.zeros_like(after)
+        found = torch.autograd.grad(
+            (o, after), [*own, *alike], (cotangents[0][mine], last), allow_unused=True, materialize_grads=True
+        )
+        return (o.detach(), after.detach()), found
+
+    found = Ranks(ranks).run(live)
+    order = torch.cat(of_ranks).argsort()
+    torch.testing.assert_close(torch.cat([o for (o, _), _ in found])[order], wanted[0], rtol=1e-11, atol=1e-12)
+    for (_, after), _ in found:
+        assert torch.equal(after, found[0][0][1])
+        torch.testing.assert_close(after, wanted[1], rtol=1e-11, atol=1e-11)
+    for i, grad in enumerate(grads):
+        parts = [g[i] for _, g in found]
+        one = torch.cat(parts)[order] if i < len(tokens) else torch.stack(parts).sum(0)
+        if i == len(tokens) + len(parameters):  # N' and C' are what rounding took, and k a scale
+            one, grad = one[..., : E + 1], grad[..., : E + 1]
+        torch.testing.assert_close(one, grad, rtol=1e-8, atol=1e-10)
+
+
 @pytest.mark.parametrize("name", ["one", "many", "short_last"])
 def test_what_is_sent_does_not_depend_on_how_many_sequences_there_are(name: str) -> None:
     """Two segments of a rank, in collectives as those of one sequence."""
@@ -105,14 +177,16 @@ def test_what_a_piece_shares_with_others() -> None:
 
 def test_packs_that_are_not_the_contexts() -> None:
     tokens, parameters, cu = pack(PACKS["many"], torch.float32)
-    context = build_cp_context(cu, Ranks(1).members[0])
+    context, states = build_cp_context(cu, Ranks(1).members[0]), torch.zeros(len(cu) - 1, H, M, 2 * E + 3)
     cases: list[tuple[str, Any, Tensor, dict[str, Any]]] = [
         ("cu_seqlens_q must be the cu_seqlens", context, cu.flip(0), {}),
         ("cu_seqlens_k must be the cu_seqlens", context, cu, {"cu_seqlens_k": cu + 1}),
         ("cp_context must be built with cu_seqlens", build_cp_context(group=Ranks(1).members[0]), cu, {}),
         ("num_iters must be at most 1", context, cu, {"causal": True, "num_iters": 2}),
         ("log_decay goes with causal=True", context, cu, {"log_decay": torch.zeros(34, H)}),
-        ("output_final_state goes without cp_context", context, cu, {"causal": True, "output_final_state": True}),
+        ("output_final_state goes with causal=True", context, cu, {"output_final_state": True}),
+        ("initial_state must be torch.float32", context, cu, {"causal": True, "initial_state": states.double()}),
+        ("initial_state must have shape", context, cu, {"causal": True, "initial_state": states[1:]}),
     ]
     for message, of, offsets, options in cases:
         with pytest.raises(ValueError, match=message):

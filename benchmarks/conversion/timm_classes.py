@@ -16,7 +16,7 @@ from setformer_kernels.models.convert.fused import calls
 from . import TIMM
 from .census import MOST_PARAMETERS, SECONDS, Row, converted, limited, numbers, said
 
-NAMES, BATCH = 40, 2  # models of a file that are looked at; images that are shown
+NAMES, BATCH = 12, 2  # models of a file that are looked at; images that are shown
 
 
 def classes() -> dict[str, type[nn.Module]]:
@@ -37,8 +37,10 @@ def name_of(kind: type[nn.Module]) -> str:
 def smallest() -> dict[str, str]:
     """Class -> the smallest model that has it, of those that are looked at."""
     wanted, sizes, found = set(classes()), {}, {}
-    for file in sorted({timm.model_entrypoint(name).__module__ for name in timm.list_models()}):
-        for name in _spread(timm.list_models(module=file.rpartition(".")[2])):
+    files = {timm.model_entrypoint(name).__module__ for name in timm.list_models()}
+    for file in sorted(files):
+        has = {name_of(kind) for kind in vars(importlib.import_module(file)).values() if inspect.isclass(kind)}
+        for name in _spread(timm.list_models(module=file.rpartition(".")[2])) if has & wanted else ():
             try:
                 with torch.device("meta"):
                     model = timm.create_model(name)

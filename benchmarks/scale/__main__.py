@@ -1,4 +1,5 @@
-"""`python -m benchmarks.scale run`: one sequence over simulated ranks on this machine; `model`: a model of networks."""
+"""`python -m benchmarks.scale run`: one sequence over simulated ranks on this machine; `equal`: whether they are one
+rank; `model`: a model of networks."""
 
 from __future__ import annotations
 
@@ -17,7 +18,7 @@ import torch
 from benchmarks.common import entry_point
 from benchmarks.common.hardware import CHILD_ENV, ROOT, default_threads
 from benchmarks.common.results import stamp
-from benchmarks.scale import costs, streamed
+from benchmarks.scale import costs, equality, streamed
 
 RESULTS = ROOT / "benchmarks" / "results"
 GIB = 2**30
@@ -27,10 +28,12 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.scale", description=__doc__)
     commands = parser.add_subparsers(dest="command")
     run = commands.add_parser("run", help="measure on this machine's processors (the default)")
-    run.add_argument("--tokens", type=int, default=2**24)
-    run.add_argument("--ranks", type=int, default=8)
-    run.add_argument("--threads", type=int, default=default_threads())
-    run.add_argument("--out", type=Path, help="CSV to append a row to")
+    equal = commands.add_parser("equal", help="compare ranks with one; 6 GiB of memory a million tokens")
+    for command, tokens in ((run, 2**24), (equal, 2**20)):
+        command.add_argument("--tokens", type=int, default=tokens)
+        command.add_argument("--ranks", type=int, default=8)
+        command.add_argument("--threads", type=int, default=default_threads())
+        command.add_argument("--out", type=Path, help="CSV to append a row to")
     model = commands.add_parser("model", help="write the table of predicted costs")
     model.add_argument("--out", type=Path, default=RESULTS / "scale_model.md")
     return parser
@@ -63,6 +66,13 @@ def measure(plan: streamed.Plan, threads: int) -> dict[str, float]:
     }  # fmt: skip
 
 
+def compare(plan: streamed.Plan, threads: int) -> dict[str, float]:
+    """Of the error budget of each result, what ranks used."""
+    torch.set_num_threads(threads)
+    used = equality.budget_used(plan)
+    return {"tokens": plan.tokens, "ranks": plan.ranks, **{f"of_{name}": share for name, share in used.items()}}
+
+
 def main(argv: list[str] | None = None) -> int:
     arguments = _parser().parse_args(entry_point.words(argv, "run"))
     if arguments.command == "model":
@@ -74,18 +84,22 @@ def main(argv: list[str] | None = None) -> int:
         words = [sys.executable, "-m", "benchmarks.scale", *(sys.argv[1:] if argv is None else argv)]
         return subprocess.run(words, cwd=ROOT, env=os.environ | CHILD_ENV, check=False).returncode
     plan = streamed.Plan(arguments.tokens, arguments.ranks)
-    row = measure(plan, arguments.threads)
+    row = (compare if arguments.command == "equal" else measure)(plan, arguments.threads)
     for name, value in row.items():
         print(f"{name:>18} {value:.6g}")
     if arguments.out is not None:
-        cells = {**{k: f"{v:.6g}" for k, v in row.items()}, **asdict(stamp(arguments.threads, "cpu"))}
-        fresh = not arguments.out.exists()
-        with arguments.out.open("a", newline="") as file:
-            writer = csv.DictWriter(file, cells)
-            if fresh:
-                writer.writeheader()
-            writer.writerow(cells)
-    return 0
+        append(arguments.out, row, arguments.threads)
+    return int(arguments.command == "equal" and max(row[name] for name in row if name.startswith("of_")) > 1)
+
+
+def append(path: Path, row: dict[str, float], threads: int) -> None:
+    cells = {**{k: f"{v:.6g}" for k, v in row.items()}, **asdict(stamp(threads, "cpu"))}
+    fresh = not path.exists()
+    with path.open("a", newline="") as file:
+        writer = csv.DictWriter(file, cells)
+        if fresh:
+            writer.writeheader()
+        writer.writerow(cells)
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ def facts_of(tensors: tuple[Any, ...], constants: Mapping[str, Any]) -> dict[str
     query, key, value, references, hyper, *_ = tensors
     facts: dict[str, Any] = {}
     for name, t in (("query", query), ("key", key), ("value", value), ("references", references)):
-        if isinstance(t, Tensor):
+        if isinstance(t, Tensor) and not t.is_nested:  # of which some have no shape
             shape = [t.shape[at] if at < t.ndim else None for at in SIZES[name]]
             facts[name] = f"{t.dtype} {shape}" if name != "references" else f"{shape}"
     for name, value in constants.items():
@@ -58,7 +58,7 @@ def agreed(
     found, error = None, None
     try:
         found = check()
-    except (TypeError, ValueError) as raised:
+    except Exception as raised:  # whatever it is, the others wait for this rank's word
         error = raised
     if kind not in known:
         known[kind] = _compare(ranks, op, facts, error, tokens)
@@ -79,7 +79,7 @@ def _compare(ranks: Communicator, op: str, facts: dict[str, Any], error: Excepti
         raise error
     for rank, said in enumerate(all_said):
         if said["error"] is not None:
-            kind = TypeError if said["kind"] == "TypeError" else ValueError
+            kind = {"TypeError": TypeError, "ValueError": ValueError}.get(said["kind"], RuntimeError)
             raise kind(f"{said['error']} (on rank {rank} of the cp_context)")
     _same("call", [said["op"] for said in all_said])
     for name in sorted({name for said in all_said for name in said["facts"]}):

@@ -25,7 +25,11 @@ Counters = Callable[[int, int], Tensor]  # of queries first .. last − 1: [B, H
 
 def cut(x: Operands, first: int, last: int) -> Operands:
     """The tokens first .. last − 1; none of keys is none, and no key without mass that stands for it."""
-    rows = {name: t[:, :, first:last] for name in TOKENS if (t := getattr(x, name)) is not None}
+    rows = {}
+    for name in TOKENS:  # not a comprehension that names its value: dynamo knows no cells of such
+        t = getattr(x, name)
+        if t is not None:
+            rows[name] = t[:, :, first:last]
     return replaced(x, **rows)
 
 
@@ -74,7 +78,7 @@ def scan(
     found = []
     for at, (part, fading) in enumerate(parts):
         numbers = None if counters is None else counters(*pieces[at])
-        found.append(attended(part, opt, Stream(fading, prefixes[:, :, at]), numbers))
+        found.append(attended(part, opt, Stream(fading, prefixes[:, :, at]), numbers)[0])
     return torch.cat(found, 2) if len(found) > 1 else found[0], state if wanted else None
 
 
@@ -92,20 +96,23 @@ def prefixes_of(
     return prefixes, state
 
 
-def attended(x: Operands, opt: Options, stream: Stream, counters: Tensor | None) -> Tensor:
-    """o of one piece, which goes on from the state of `stream`."""
+def attended(
+    x: Operands, opt: Options, stream: Stream, counters: Tensor | None, wanted: bool = False
+) -> tuple[Tensor, Tensor | None]:
+    """o of one piece, which goes on from the state of `stream`, and the state after it where that is wanted."""
     assert x.query is not None
     if x.query.shape[2] == 0:
-        o, _ = streaming.piece(x, opt, stream, False)
+        o, state = streaming.piece(x, opt, stream, wanted)
         used = [t for t in (x.query, *stream) if t is not None]  # every rank takes part in the backward pass
-        return o + sum((0 * t.sum()).to(o.dtype) for t in used)
+        return o + sum((0 * t.sum()).to(o.dtype) for t in used), state
     if counters is None:
-        return streaming.piece(x, opt, stream, False)[0]
+        return streaming.piece(x, opt, stream, wanted)
     groups = x.query.shape[1] // x.key.shape[1]
     many = repeated(x) if groups > 1 else x
-    return reference.causal_with_state(
+    o, state = reference.causal_with_state(
         many, opt, repeated_stream(stream, groups) if groups > 1 else stream, _of_heads(counters, x.query)
-    )[0]  # fmt: skip
+    )  # fmt: skip
+    return o, state[:, ::groups]
 
 
 def _of_heads(counters: Tensor, query: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -13,11 +14,12 @@ from torch import Tensor
 from .. import checks, streaming
 from ..arguments import normalise
 from ..grouping import folded, unfolded
-from ..packed import checked_pack, gates_of_pack
+from ..packed import checked_pack, stream_of_pack
 from ..problem import Operands, Options, Stream
 from ..sharding import Sharded, without
-from . import agreement, packs
+from . import agreement, causal_packs, packs
 from .causal import cut, scan
+from .halo import set_halo, tail, tails_of
 from .places import Places, counters
 from .ranks import Communicator, communicator
 from .shares import read, share_of, transport
@@ -56,7 +58,7 @@ def build_cp_context(
     """
     ranks = communicator(group)
     facts: dict[str, Any] = {"layout": layout, "lengths": None if lengths is None else str(lengths)}
-    if isinstance(cu_seqlens, Tensor):
+    if isinstance(cu_seqlens, Tensor) and cu_seqlens.dtype in (torch.int32, torch.int64) and not cu_seqlens.is_nested:
         facts["cu_seqlens"] = _digest(cu_seqlens.detach().cpu())
     facts["seed"] = _generators()
 
@@ -68,9 +70,17 @@ def build_cp_context(
     return agreement.agreed(ranks, {}, "build_cp_context", facts, build)[0]
 
 
-def _is_rows(t: Any) -> bool:
-    """Whether `t` has the dimensions of a pack, [T, H, D]."""
-    return isinstance(t, Tensor) and t.ndim == 3
+def _has_dimensions(t: Any, n: int) -> bool:
+    """Whether `t` is a tensor of so many dimensions, all of whose sizes are known."""
+    return isinstance(t, Tensor) and not t.is_nested and t.ndim == n
+
+
+def _refuse_dtensors(tensors: tuple[Any, ...]) -> None:
+    """TypeError for tokens or references that DTensor shards: a context's are a rank's own."""
+    module = sys.modules.get("torch.distributed.tensor")
+    for name, t in zip(("query", "key", "value", "references"), tensors, strict=False):
+        if module is not None and isinstance(t, module.DTensor):
+            raise TypeError(f"{name} must be this rank's own Tensor with cp_context, to_local(), got a DTensor")
 
 
 def _digest(t: Tensor) -> str:
@@ -104,6 +114,8 @@ def _lengths(
                 f"lengths must be given where the {offsets[-1]} tokens of cu_seqlens are no multiple of {size * pieces}"
             )
         return (offsets[-1] // size,) * size
+    if not isinstance(lengths, Sequence):
+        raise TypeError(f"lengths must be a sequence of ints, one of each rank, got {type(lengths).__name__}")
     found = tuple(checks.integer("lengths", n, 0) for n in lengths)
     if len(found) != size:
         raise ValueError(f"lengths must have a number for each of the {size} ranks, got {list(found)}")
@@ -149,21 +161,23 @@ class CPContext(Sharded):
     def attention(
         self, tensors: tuple[Any, ...], constants: Mapping[str, Any], causal: Any, others: Mapping[str, Any]
     ) -> Tensor:  # fmt: skip
-        def check() -> tuple[Operands, Options, bool]:
+        def check() -> tuple[Operands, Options, Stream | None]:
             without(**others)
             if tensors[0] is None:  # which stands for no query
                 checks.tensor("query", None, "BHLD")
             x, opt = self._normalised(tensors, constants)
-            if checks.flag("causal", causal) and opt.num_iters > 1:
+            if not checks.flag("causal", causal):
+                return x, opt, None
+            if opt.num_iters > 1:
                 raise ValueError(
                     f"num_iters must be 0 or 1 with causal and cp_context, got {opt.num_iters}: more than a scan's "
                     "is not computed over shards of the keys"
                 )
-            return x, opt, bool(causal)
+            return x, opt, streaming.stream_of_piece(x, opt, tensors[1], None, None)
 
-        x, opt, scans = self._agreed_on("set_attention", tensors, constants, check, causal=causal)
-        if scans:
-            return self._scan(x, opt, tensors[1], streaming.stream_of_piece(x, opt, tensors[1], None, None), False)[0]
+        x, opt, stream = self._agreed_on("set_attention", tensors, constants, check, causal=causal)
+        if stream is not None:
+            return self._scan(x, opt, tensors[1], stream, False)[0]
         assert x.query is not None
         z, g = self._transport(x, opt)
         grouped = x.query.shape[1] != x.key.shape[1]
@@ -196,26 +210,50 @@ class CPContext(Sharded):
     def packed(
         self, tensors: tuple[Any, ...], constants: Mapping[str, Any], offsets: tuple[Any, Any], causal: Any,
         streamed: tuple[Any, Any, Any],
-    ) -> Tensor:  # fmt: skip
-        def check() -> tuple[Operands, Options, Tensor | None, bool]:
-            initial_state, output_final_state, log_decay = streamed
-            without(initial_state=initial_state, output_final_state=output_final_state)
+    ) -> Any:  # fmt: skip
+        initial_state, wanted, log_decay = streamed
+
+        def check() -> tuple[Operands, Options, Stream, bool, bool]:
             x, opt, cu, _ = checked_pack(tensors, constants, offsets)
             self._check_offsets(*offsets)
             for name, t in (("query", tensors[0]), ("key", tensors[1])):
                 self.places.check(name, t.shape[0])
             x = cut(x, 0, 0) if tensors[1].shape[0] == 0 else x
-            gates = gates_of_pack(x, opt, cu, log_decay, checks.flag("causal", causal))
-            return x, opt, gates, bool(causal)
+            scans = checks.flag("causal", causal)
+            stream = stream_of_pack(x, opt, cu, initial_state, wanted, log_decay, scans)
+            return x, opt, stream, scans, checks.flag("output_final_state", wanted)
 
-        in_heads = [t.transpose(0, 1).unsqueeze(0) if _is_rows(t) else t for t in tensors[:4]]
+        in_heads = [t.transpose(0, 1).unsqueeze(0) if _has_dimensions(t, 3) else t for t in tensors[:4]]
         alike = (*in_heads[:3], tensors[3], *tensors[4:])
-        given = {"causal": causal, "log_decay": streamed[2]}
-        x, opt, gates, scans = self._agreed_on("set_attention_varlen", alike, constants, check, **given)
+        given = {"causal": causal, "initial_state": initial_state, "log_decay": log_decay, "output_final_state": wanted}
+        x, opt, stream, scans, kept = self._agreed_on("set_attention_varlen", alike, constants, check, **given)
         assert self.cu_seqlens is not None
-        whole = self.cu_seqlens, self.places, self.ranks
-        o = packs.causal(x, opt, gates, *whole) if scans else packs.attention(x, opt, *whole)
-        return o.squeeze(0).transpose(0, 1)
+        whole, states = (self.cu_seqlens, self.places, self.ranks), None
+        if scans:
+            o, states = causal_packs.causal(x, opt, stream, *whole, kept)
+        else:
+            o = packs.attention(x, opt, *whole)
+        o = o.squeeze(0).transpose(0, 1)
+        return (o, states) if kept else o
+
+    def windows(
+        self, x: Tensor, reach: int, before: Tensor | None, wanted: bool
+    ) -> tuple[list[Tensor], Tensor | None]:  # fmt: skip
+        def check() -> None:
+            self.places.check("x", x.shape[2])
+            if before is not None:
+                checks.shape("before", before, (*x.shape[:2], reach), "B and C of x, and what it reaches over")
+
+        if not torch.compiler.is_compiling():
+            facts = {"x": f"{x.dtype} {list(x.shape[:2])}", "reach": reach, "before": before is not None}
+            agreement.agreed(self.ranks, self._agreed, "windows", facts | {"wanted": wanted}, check)
+        tails = tails_of(self.places, self.places.all_lengths(x.shape[2], x.device, self.ranks), reach)
+        pieces = [x[..., first:last] for first, last in self.places.pieces(x.shape[2])]
+        before = x.new_zeros((*x.shape[:2], reach)) if before is None else before.to(x.dtype)
+        own = torch.cat([tail(piece, reach) for piece in pieces], -1)
+        halo = set_halo(own, before, *tails, wanted, self.ranks.name, "auto")
+        found = [torch.cat((halo[:, :, i], piece), -1) for i, piece in enumerate(pieces)]
+        return found, halo[:, :, -1] if wanted else None
 
     def _check_offsets(self, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor | None) -> None:
         """ValueError for a pack that is not the context's; values are looked at on the CPU alone."""
@@ -261,10 +299,15 @@ class CPContext(Sharded):
         at all, or by their values where these are bools."""
         if torch.compiler.is_compiling():
             return check()
-        tokens = tensors[1].shape[2] if isinstance(tensors[1], Tensor) and tensors[1].ndim == 4 else 0
+
+        def of_this_rank() -> Any:
+            _refuse_dtensors(tensors)
+            return check()
+
+        tokens = tensors[1].shape[2] if _has_dimensions(tensors[1], 4) else 0
         facts = agreement.facts_of(tensors, constants)
         facts |= {name: value if isinstance(value, bool) else value is not None for name, value in others.items()}
-        found, total = agreement.agreed(self.ranks, self._agreed, op, facts, check, tokens)
+        found, total = agreement.agreed(self.ranks, self._agreed, op, facts, of_this_rank, tokens)
         self._total = total if self._total is None else self._total
         return found
 

@@ -26,7 +26,8 @@ def context_parallel(
     """The model itself, whose SeT attention now takes its tokens as a shard of a sequence that lies on several ranks.
 
     Every rank calls this with the same model, and then the model with its own tokens.  What is not attention works
-    token by token; positions are what the caller gives: those of the whole sequence.  Gradients of parameters are each
+    token by token, but for the short convolution of `models.CausalDecoder`, which takes the tokens before a shard from
+    other ranks; positions are what the caller gives: those of the whole sequence.  Gradients of parameters are each
     rank's part, which DDP or FSDP over these ranks average, as they do the ranks' losses.
 
     Args:
@@ -37,18 +38,23 @@ def context_parallel(
         ValueError: on every rank, where the model has no SeT attention, or parts that look at other tokens (attention
             that is not SeT, convolutions over tokens); where settings, dtypes or sizes of the ranks' modules differ.
     """
-    modules = {name or "model": module for name, module in model.named_modules() if isinstance(module, ReferenceSet)}
+    modules = _reference_sets(model)
     context = None
     if mesh is not None:
         group = _of_dimension(mesh)
         facts = {f"{name}.{key}": value for name, module in modules.items() for key, value in _facts(module).items()}
-        agreement.agreed(
-            communicator(group), {}, "context_parallel", _short(facts), lambda: _check(model, modules)
-        )  # fmt: skip
+        ranks = communicator(group, "mesh")
+        agreement.agreed(ranks, {}, "context_parallel", _short(facts), lambda: _check(model, modules))
         context = build_cp_context(group=group, layout=layout, lengths=lengths)
-    for module in modules.values():
-        module.cp_context = context
+    for module in model.modules():
+        if hasattr(module, "cp_context"):
+            vars(module)["cp_context"] = context
     return model
+
+
+def _reference_sets(model: Any) -> dict[str, ReferenceSet]:
+    named = model.named_modules() if isinstance(model, nn.Module) else ()
+    return {name or "model": module for name, module in named if isinstance(module, ReferenceSet)}
 
 
 def _of_dimension(mesh: Any) -> Any:
@@ -77,13 +83,16 @@ def _short(facts: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _check(model: nn.Module, modules: dict[str, ReferenceSet]) -> None:
+def _check(model: Any, modules: dict[str, ReferenceSet]) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be an nn.Module, got {kind_of(model)}")
     if not modules:
         raise ValueError(f"model must have SeT attention, got {kind_of(model)} without")
     for name, module in model.named_modules():
         if isinstance(module, nn.MultiheadAttention) and not isinstance(module, ReferenceSet):
             raise ValueError(f"model must have no attention but SeT's, which sees the tokens of its rank alone: {name}")
-        if isinstance(module, _ConvNd) and len(module.kernel_size) == 1 and module.kernel_size[0] > 1:
+        reaches = isinstance(module, _ConvNd) and len(module.kernel_size) == 1 and module.kernel_size[0] > 1
+        if reaches and not hasattr(module, "cp_context"):
             raise ValueError(f"model must have no convolution over tokens, which ends at those of its rank: {name}")
     for name, own in modules.items():
         if own._converges():

@@ -1,7 +1,8 @@
 """Packed batches over ranks: segments that lie on one rank are its own, those that others share take passes over all.
 
 A piece of the pack has at most two segments that it shares, its first and its last.  Passes over them are merged with
-those of the same segment alone, so that what is sent does not depend on how many segments there are.
+those of the same segment alone, so that what is sent does not depend on how many segments there are.  Scans of packs:
+`causal_packs`.
 """
 
 from __future__ import annotations
@@ -14,10 +15,9 @@ import torch
 from torch import Tensor
 
 from ..grouping import folded, unfolded
-from ..packed import attended, causal_pack
-from ..problem import Operands, Options, Stream, replaced, with_an_absent_key
-from .causal import attended as scanned
-from .causal import cut, form_of, own_sums, prefixes_of
+from ..packed import attended
+from ..problem import Operands, Options, replaced, with_an_absent_key
+from .causal import cut
 from .places import Places, spans
 from .places import counters as counted
 from .ranks import Communicator
@@ -86,73 +86,13 @@ def attention(
     z, g = transport(x, opt, Several(shares, ids), len(shares))
     found = []
     for i, part in enumerate(parts):
-        counters = _counters(part, opt, cu, shared[i], mine[i // 2])
-        found.append(_read(_seeded(part, cu, shared[i]), opt, z[i : i + 1], g[i : i + 1], counters))
+        numbers = counters(part, opt, cu, shared[i], mine[i // 2])
+        found.append(_read(seeded(part, cu, shared[i]), opt, z[i : i + 1], g[i : i + 1], numbers))
     outputs = []
     for i, piece in enumerate(mine):
-        between = piece.whole.first < piece.whole.last
-        outputs += [found[2 * i], *([_whole(x, opt, cu, piece)] if between else []), found[2 * i + 1]]
+        inside = [_whole(x, opt, cu, piece)] if piece.whole.first < piece.whole.last else []
+        outputs += [found[2 * i], *inside, found[2 * i + 1]]
     return torch.cat(outputs, 2)
-
-
-def causal(
-    x: Operands, opt: Options, gates: Tensor | None, cu: tuple[int, ...], places: Places, ranks: Communicator
-) -> Tensor:
-    """o [1, H, T, E] of this rank's rows, where queries see the keys before them."""
-    everybody = _in_order(pieces_of(cu, places))
-    mine = pieces_of(cu, places)[ranks.rank]
-    offset, sums, plain = math.log(max(cu[-1], 1)), [], False
-    for piece in mine:
-        left = _left(cu, piece)
-        part = replaced(cut(x, left.first, left.last), query=None, query_position=None)
-        own, plain = own_sums(part, opt, _rows(gates, left), offset, ranks)
-        sums.append(own)
-    form = form_of(x, len(mine), gates, offset)._replace(
-        firsts=tuple(piece.head.segment if _continues(cu, piece) else -1 for piece in everybody),
-        lasts=tuple(_left(cu, piece).segment for piece in everybody),
-    )
-    prefixes, _ = prefixes_of(torch.cat(sums, -1), plain, None, form, opt, ranks, False)
-    outputs = []
-    for at, piece in enumerate(mine):
-        before = prefixes[:, :, at]
-        outputs.append(_scanned(x, opt, gates, cu, piece, piece.head, before))
-        if piece.whole.first < piece.whole.last:
-            between, local = _between(x, cu, piece)
-            outputs.append(causal_pack(between, opt, local, local, Stream(_rows(gates, piece.whole)), False)[0])
-        outputs.append(_scanned(x, opt, gates, cu, piece, piece.tail, torch.zeros_like(before)))
-    return torch.cat(outputs, 2)
-
-
-def _in_order(pieces: list[list[Piece]]) -> list[Piece]:
-    """The pieces of all ranks as the pack has them."""
-    return [of_rank[0] for of_rank in pieces] + [of_rank[1] for of_rank in reversed(pieces) if len(of_rank) > 1]
-
-
-def _left(cu: tuple[int, ...], piece: Piece) -> Part:
-    """What a piece has of a segment that goes on after it; nothing where none does."""
-    end = piece.at + piece.tail.last - piece.head.first
-    if piece.tail.segment >= 0:
-        return piece.tail
-    if piece.head.segment >= 0 and cu[piece.head.segment + 1] > end:
-        return piece.head
-    return Part(-1, piece.head.first, piece.head.first)
-
-
-def _continues(cu: tuple[int, ...], piece: Piece) -> bool:
-    """Whether a piece begins inside a segment."""
-    return piece.head.segment >= 0 and cu[piece.head.segment] < piece.at
-
-
-def _rows(gates: Tensor | None, part: Part) -> Tensor | None:
-    return None if gates is None else gates[:, :, part.first : part.last]
-
-
-def _scanned(
-    x: Operands, opt: Options, gates: Tensor | None, cu: tuple[int, ...], piece: Piece, part: Part, before: Tensor
-) -> Tensor:
-    """o [1, H, l, E] of a part that goes on from a state."""
-    own = _seeded(cut(x, part.first, part.last), cu, part)
-    return scanned(own, opt, Stream(_rows(gates, part), before), _counters(own, opt, cu, part, piece))
 
 
 def _keys(part: Operands, x: Operands) -> Operands:
@@ -165,7 +105,7 @@ def _log_length(cu: tuple[int, ...], part: Part) -> float:
     return 0.0 if part.segment < 0 else math.log(cu[part.segment + 1] - cu[part.segment])
 
 
-def _seeded(x: Operands, cu: tuple[int, ...], part: Part) -> Operands:
+def seeded(x: Operands, cu: tuple[int, ...], part: Part) -> Operands:
     """With the random numbers of the part's segment."""
     return x if x.seed is None or part.segment < 0 else replaced(x, seed=x.seed + cu[part.segment])
 
@@ -180,11 +120,11 @@ def _read(part: Operands, opt: Options, z: Tensor, g: Tensor, numbers: Tensor | 
 
 def _whole(x: Operands, opt: Options, cu: tuple[int, ...], piece: Piece) -> Tensor:
     """o of the segments that a piece does not share."""
-    own, local = _between(x, cu, piece)
+    own, local = between(x, cu, piece)
     return attended(own, opt, local, local, own.key.shape[2])
 
 
-def _between(x: Operands, cu: tuple[int, ...], piece: Piece) -> tuple[Operands, Tensor]:
+def between(x: Operands, cu: tuple[int, ...], piece: Piece) -> tuple[Operands, Tensor]:
     """The segments that a piece does not share, and their offsets; random numbers are those of rows in the pack."""
     rows = piece.whole
     at = piece.at + rows.first - piece.head.first
@@ -195,7 +135,7 @@ def _between(x: Operands, cu: tuple[int, ...], piece: Piece) -> tuple[Operands, 
     return own, torch.tensor(offsets, device=x.key.device)
 
 
-def _counters(part: Operands, opt: Options, cu: tuple[int, ...], at: Part, piece: Piece) -> Tensor | None:
+def counters(part: Operands, opt: Options, cu: tuple[int, ...], at: Part, piece: Piece) -> Tensor | None:
     """Where the weights of a part's queries stand among the random numbers of its segment."""
     if opt.dropout_p == 0.0:
         return None

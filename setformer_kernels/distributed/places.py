@@ -33,11 +33,15 @@ class Places:
         """The rows of each piece of this rank's shard, first .. last − 1."""
         return [(0, length)] if self.layout == "contiguous" else [(0, length // 2), (length // 2, length)]
 
+    def all_lengths(self, length: int, device: torch.device, ranks: Communicator) -> tuple[int, ...]:
+        """How many tokens each rank holds, where this one holds `length`: asked for where it is not known."""
+        if self.lengths is not None:
+            return self.lengths
+        return tuple(ranks.gather(torch.tensor(length, device=device)).tolist())
+
     def rows(self, length: int, device: torch.device, ranks: Communicator) -> tuple[Tensor, int]:
         """The index of each of this rank's tokens in the sequence [length], and how many tokens there are."""
-        lengths = self.lengths
-        if lengths is None:
-            lengths = tuple(ranks.gather(torch.tensor(length, device=device)).tolist())
+        lengths = self.all_lengths(length, device, ranks)
         if self.layout == "contiguous":
             return sum(lengths[: self.rank]) + torch.arange(length, device=device), sum(lengths)
         first, second = starts(lengths)[self.rank]

@@ -2,6 +2,9 @@
 
     set_prefix     own [B, H, pieces · n], initial_state? -> prefixes [B, H, pieces, M, 2E + 3], the state after all
 
+Of a pack there is an initial state of each segment, [N, H, M, 2E + 3], and no state after all: a segment's last piece
+has that.
+
 A piece gives n = M(E + 1) numbers: z_j, and log C_j less `offset`; with gates four more, the log of its masses' factor
 and of what it leaves of earlier keys, each a float64 in two parts.  The states of all pieces, in the order of the
 sequence, are added up in float64, in which logarithms of large sums keep the digits that float32 has.
@@ -60,32 +63,56 @@ def places_of(rank: int, size: int, pieces: int) -> list[int]:
 
 
 def states_before(parts: Tensor, initial: Tensor | None, form: Form, targets: Sequence[int]) -> Tensor:
-    """The states [.., B, H, M, 2E + 3] before the pieces `targets`, P for that after all, of parts [P, B, H, n]."""
-    m, e = form.m, form.e
-    z = parts[..., : m * e].unflatten(-1, (m, e)).double()
-    c = parts[..., m * e : m * (e + 1)].double() + form.offset
-    fade = c.new_zeros(c.shape[:3])
-    if form.gated:
-        numbers = parts[..., m * (e + 1) :].double()
-        c = c + (numbers[..., 0] + numbers[..., 1]).unsqueeze(-1)
-        fade = numbers[..., 2] + numbers[..., 3]
+    """The states [.., B, H, M, 2E + 3] before the pieces `targets`, P for that after all, of parts [P, B, H, n].
+
+    initial: the state before all [B, H, M, 2E + 3]; of a pack, that before each of its segments [N, H, M, 2E + 3]."""
+    z, c, fade = _sums(parts, form)
+    order, left = _with_states(initial, form, len(parts))
     if initial is not None:
-        first = _logs(initial)
-        z, c = torch.cat((first[0].unsqueeze(0), z)), torch.cat((first[1].unsqueeze(0), c))
-        fade = torch.cat((torch.zeros_like(fade[:1]), fade))
-    shift = 0 if initial is None else 1
+        first = _logs(initial.unsqueeze(1) if form.firsts else initial.unsqueeze(0))
+        z, c = torch.cat((first[0], z))[order], torch.cat((first[1], c))[order]
+        fade = torch.cat((fade.new_zeros((first[1].shape[0], *fade.shape[1:])), fade))[order]
+    ends = {piece: i for i, piece in enumerate(order)} | {_states_of(initial, form) + len(parts): len(order)}
+    at = torch.tensor([ends[_states_of(initial, form) + target] for target in targets], device=c.device)
     faded = torch.cat((torch.zeros_like(fade[:1]), fade.cumsum(0)))  # [P + 1, B, H], of all pieces before
-    at = torch.tensor([target + shift for target in targets], device=c.device)
     between = faded[at].unsqueeze(1) - faded[1:].unsqueeze(0)  # [targets, P, B, H]: what pieces after q leave of it
     before = (torch.arange(c.shape[0], device=c.device) < at.unsqueeze(-1))[:, :, None, None, None]
     if form.firsts:
         begun = torch.tensor([form.firsts[target] for target in targets], device=c.device).unsqueeze(-1)
-        left = torch.tensor(form.lasts, device=c.device)
-        before = before & ((left == begun) & (begun >= 0))[:, :, None, None, None]
+        before = before & ((torch.tensor(left, device=c.device) == begun) & (begun >= 0))[:, :, None, None, None]
     weights = torch.where(before, c + torch.where(before, between.unsqueeze(-1), 0.0), -math.inf)
     log_c = lse(weights, 1)
     shares = (weights - torch.where(log_c > -math.inf, log_c, 0.0).unsqueeze(1)).exp()
     return _state(log_c, torch.einsum("tqbhm,qbhme->tbhme", shares, z)).to(parts.dtype)
+
+
+def _sums(parts: Tensor, form: Form) -> tuple[Tensor, Tensor, Tensor]:
+    """z [P, B, H, M, E], log C [P, B, H, M] and the log of what each piece leaves of earlier keys [P, B, H]."""
+    m, e = form.m, form.e
+    z = parts[..., : m * e].unflatten(-1, (m, e)).double()
+    c = parts[..., m * e : m * (e + 1)].double() + form.offset
+    if not form.gated:
+        return z, c, c.new_zeros(c.shape[:3])
+    numbers = parts[..., m * (e + 1) :].double()
+    return z, c + (numbers[..., 0] + numbers[..., 1]).unsqueeze(-1), numbers[..., 2] + numbers[..., 3]
+
+
+def _states_of(initial: Tensor | None, form: Form) -> int:
+    """How many states there were before: one, or one of every segment of a pack."""
+    return 0 if initial is None else initial.shape[0] if form.firsts else 1
+
+
+def _with_states(initial: Tensor | None, form: Form, pieces: int) -> tuple[list[int], list[int]]:
+    """The rows of states and pieces, one after another, as the sequence has them, a segment's state before the first
+    piece that leaves some of it; and of which segment of a pack each is."""
+    states, lasts = _states_of(initial, form), form.lasts or (0,) * pieces
+    order: list[int] = []
+    left: list[int] = []
+    for piece, segment in enumerate(lasts):
+        if states and segment >= 0 and segment not in left:
+            order, left = [*order, segment], [*left, segment]
+        order, left = [*order, states + piece], [*left, segment]
+    return order, left
 
 
 def _logs(state: Tensor) -> tuple[Tensor, Tensor]:
@@ -133,9 +160,14 @@ class _Gathered(torch.autograd.Function):
         return _Gathered.apply(d_parts, ctx.ranks)[:, ctx.ranks.rank].sum(0), None
 
 
+def gathered(t: Tensor, ranks: Communicator) -> Tensor:
+    """[...] of every rank: [R, ...]; the gradients that ranks have of it are added up."""
+    return _Gathered.apply(t, ranks)
+
+
 def plain_prefixes(own: Tensor, initial: Tensor | None, form: Form, ranks: Communicator, wanted: bool) -> Any:
     """`set_prefix` as PyTorch's own operations."""
-    return gathered_states(_Gathered.apply(own, ranks), initial, form, ranks, wanted)
+    return gathered_states(gathered(own, ranks), initial, form, ranks, wanted)
 
 
 def _form(args: Sequence[Any]) -> tuple[Form, bool, Communicator]:

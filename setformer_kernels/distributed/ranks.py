@@ -75,25 +75,25 @@ class Processes(Communicator):
         return torch.device("cuda", torch.cuda.current_device())
 
 
-def communicator(group: Any) -> Communicator:
+def communicator(group: Any, name: str = "group") -> Communicator:
     """The ranks of a ProcessGroup, a DeviceMesh of one dimension, or None: all processes; ValueError for others."""
     if isinstance(group, Communicator):
         return group
     import torch.distributed as dist
 
     if not (dist.is_available() and dist.is_initialized()):
-        raise ValueError(f"group must be one of torch.distributed, which is not initialised, got {kind_of(group)}")
+        raise ValueError(f"{name} must be one of torch.distributed, which is not initialised, got {kind_of(group)}")
     from torch.distributed.device_mesh import DeviceMesh
 
     if isinstance(group, DeviceMesh):
         if group.ndim != 1:
-            raise ValueError(f"group must be a mesh of one dimension, mesh['cp'] say, got {group.ndim}: {group}")
+            raise ValueError(f"{name} must be a mesh of one dimension, mesh['cp'] say, got {group.ndim}: {group}")
         group = group.get_group()
     group = dist.group.WORLD if group is None else group
     if group is dist.GroupMember.NON_GROUP_MEMBER:
-        raise ValueError("group must have this process as a member, got one without it")
+        raise ValueError(f"{name} must have this process as a member, got one without it")
     if not isinstance(group, dist.ProcessGroup):
-        raise ValueError(f"group must be a ProcessGroup, a DeviceMesh of one dimension or None, got {kind_of(group)}")
+        raise ValueError(f"{name} must be a ProcessGroup, a DeviceMesh of one dimension or None, got {kind_of(group)}")
     return Processes(group)
 
 

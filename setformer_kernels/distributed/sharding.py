@@ -60,10 +60,11 @@ def fully_shard(
         the model.
 
     Raises:
-        ValueError: a param_dtype with a release of torch whose fully_shard has no ignored_params.
+        ValueError: a param_dtype with a release of torch whose fully_shard has no ignored_params, or a mesh of CPUs
+            with torch 2.6, whose FSDP2 has GPUs alone; a mesh without names for its dimensions.
+        TypeError: what is no mesh.
     """
-    policy = MixedPrecisionPolicy() if mp_policy is None else mp_policy
-    dp = mesh if mesh.ndim == 1 else mesh[mesh.mesh_dim_names[0]]  # type: ignore[index]
+    policy, dp = MixedPrecisionPolicy() if mp_policy is None else mp_policy, _dimension(mesh)
     if policy.param_dtype is not None:
         if "ignored_params" not in inspect.signature(torch_fully_shard).parameters:
             raise ValueError(f"mp_policy must have no param_dtype with torch {torch.__version__}, got {policy}")
@@ -74,13 +75,28 @@ def fully_shard(
     return torch_fully_shard(model, mesh=dp, mp_policy=policy, **options)
 
 
+def _dimension(mesh: DeviceMesh) -> DeviceMesh:
+    """The dimension of ranks that share parameters, of a mesh that has been checked."""
+    if not isinstance(mesh, DeviceMesh):
+        raise TypeError(f"mesh must be a DeviceMesh, got {type(mesh).__name__}")
+    if mesh.device_type == "cpu" and not hasattr(torch.cpu.Stream, "record_event"):
+        raise ValueError(f"mesh must be of GPUs with torch {torch.__version__}, whose FSDP2 runs on no CPU: 2.7's does")
+    if mesh.ndim == 1:
+        return mesh
+    if mesh.mesh_dim_names is None:
+        raise ValueError(
+            f"mesh must have names for its {mesh.ndim} dimensions, the first for ranks that share parameters"
+        )
+    return mesh[mesh.mesh_dim_names[0]]
+
+
 def clip_grad_norm_(
-    parameters: Iterable[Tensor], max_norm: float, norm_type: float = 2.0, error_if_nonfinite: bool = False
+    parameters: Tensor | Iterable[Tensor], max_norm: float, norm_type: float = 2.0, error_if_nonfinite: bool = False
 ) -> Tensor:  # fmt: skip
     """`torch.nn.utils.clip_grad_norm_` of parameters on several meshes, which torch's refuses: a model whose heads are
     on several ranks has others on one.  Returns the norm of all gradients, a plain tensor, the same on every rank."""
     groups: dict[Any, list[Tensor]] = {}
-    for parameter in parameters:
+    for parameter in [parameters] if isinstance(parameters, Tensor) else parameters:
         if parameter.grad is not None:
             mesh = parameter.grad.device_mesh if isinstance(parameter.grad, DTensor) else None
             groups.setdefault(mesh, []).append(parameter)

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import checks
 from .ranks import WORDS, Communicator
 
 _numbers = itertools.count()
@@ -28,6 +29,7 @@ class Ranks:
     """
 
     def __init__(self, n: int) -> None:
+        n = checks.integer("n", n, 1)
         name = f"simulated{next(_numbers)}"
         self.size = n
         self.sent: list[int] = []

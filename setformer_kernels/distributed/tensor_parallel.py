@@ -48,6 +48,7 @@ class SeTParallel(ParallelStyle):
 
     Raises:
         ValueError: the module is none of these, or the ranks do not divide its heads (of keys, too).
+        TypeError: a layout is no Placement.
     """
 
     def __init__(
@@ -55,6 +56,9 @@ class SeTParallel(ParallelStyle):
         use_local_output: bool = True,
     ) -> None:  # fmt: skip
         super().__init__()
+        for name, layout in (("input_layouts", input_layouts), ("output_layouts", output_layouts)):
+            if layout is not None and not isinstance(layout, Placement):
+                raise TypeError(f"{name} must be a Placement or None, got {type(layout).__name__}")
         self.input_layouts = Replicate() if input_layouts is None else input_layouts
         self.output_layouts = Replicate() if output_layouts is None else output_layouts
         self.use_local_output = use_local_output

@@ -16,8 +16,10 @@ from ..nn.contract import sizes
 from ..nn.doors import FloatInPython
 from ..nn.heads import COLUMNS, ROWS
 from ..nn.projections import merge_heads, split_heads
+from ..nn.shards import whole_only
 from ..nn.writing import redraw
 from ..problem import compute_dtype
+from ..sharding import sharded
 from .layers import Mlp, Recomputing, initialize_weights
 from .transport import OWN_DEFAULTS, SetTransport
 
@@ -57,16 +59,31 @@ class ShortConvolution(nn.Conv1d):
     """A channel's sum over the last W tokens up to each: y_i = Σ_t w_t x_{i − W + 1 + t}, tokens before the first zero.
 
     Shape:
-        x [B, L, C], before [B, C, W − 1] or None (zeros) -> y [B, L, C], and the inputs [B, C, W − 1 + L].
+        x [B, L, C], before [B, C, W − 1] or None (zeros) -> y [B, L, C], and inputs of which the last W − 1 are those
+        up to the last token, [B, C, W − 1 + L]; over ranks those of the whole sequence, None unless `wanted`.
     """
+
+    cp_context: Any = None  # as a reference set has it
 
     def __init__(self, channels: int, width: int) -> None:
         super().__init__(channels, channels, width, groups=channels, bias=False)
 
-    def forward(self, x: Tensor, before: Tensor | None = None) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+    def forward(  # type: ignore[override]
+        self, x: Tensor, before: Tensor | None = None, wanted: bool = True
+    ) -> tuple[Tensor, Tensor | None]:
         x, reach = x.mT, self.kernel_size[0] - 1
+        if self.cp_context is not None:
+            return self._over_ranks(*sharded(self.cp_context).windows(x, reach, before, wanted))
         x = F.pad(x, (reach, 0)) if before is None else torch.cat((before.to(x.dtype), x), -1)
         return super().forward(x).mT, x
+
+    def _over_ranks(self, windows: list[Tensor], last: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """A piece without tokens has as many outputs, of which every parameter has a gradient."""
+        whole, found = self.kernel_size[0], []
+        for x in windows:
+            is_empty = x.shape[-1] < whole
+            found.append(x[..., whole - 1 :] + 0 * self.weight.sum() if is_empty else super().forward(x))
+        return torch.cat(found, -1).mT, last
 
 
 def memories(bias: Tensor) -> None:
@@ -133,19 +150,22 @@ class CausalAttention(nn.Module):
         before = Past() if past is None else past
         qkv, inputs = self.in_proj(x), None
         if self.conv is not None:
-            qkv, inputs = self.conv(qkv, before.inputs)
+            qkv, inputs = self.conv(qkv, before.inputs, need_past)
         q, k, v = (split_heads(t, self.num_heads, True) for t in qkv.chunk(3, -1))
         decay = None if self.gate is None else self.gate(x)
         there = None if lengths is None else torch.arange(x.shape[1], device=x.device) < lengths.unsqueeze(1)
         o, sums = self.transport(q, k, v, there, decay, before.sums, need_past)
         y = self.out_proj(merge_heads(o, True))
-        return y, Past(self._kept(inputs, x.shape[1], lengths), sums) if need_past else None
+        return y, Past(self._kept(inputs, lengths), sums) if need_past else None
 
-    def _kept(self, inputs: Tensor | None, length: int, lengths: Tensor | None) -> Tensor | None:
-        """The last W − 1 of inputs [B, C, W − 1 + length] up to the last token that is there."""
-        if inputs is None or lengths is None:
-            return None if inputs is None else inputs[..., length:].contiguous()
-        reach = inputs.shape[-1] - length
+    def _kept(self, inputs: Tensor | None, lengths: Tensor | None) -> Tensor | None:
+        """The last W − 1 of inputs [B, C, W − 1 + L] up to the last token that is there."""
+        if inputs is None:
+            return None
+        assert self.conv is not None
+        reach = self.conv.kernel_size[0] - 1
+        if lengths is None:
+            return inputs[..., inputs.shape[-1] - reach :].contiguous()
         places = lengths.unsqueeze(1) + torch.arange(reach, device=inputs.device)  # [B, W − 1]
         return inputs.gather(-1, places.unsqueeze(1).expand(-1, inputs.shape[1], -1))
 
@@ -247,6 +267,7 @@ class CausalDecoder(Recomputing, FloatInPython):
     ) -> tuple[Tensor, list[Past]]:  # fmt: skip
         """Also the `Past` of every block after these tokens.  Without gradients, a single token's call writes over the
         sums in `past`: clone them to go on from one past twice.  note is called with what enters each block."""
+        self.refuse_padding(attention_mask)
         x = self.embed(input_ids, attention_mask, inputs_embeds)
         if past is not None and len(past) != len(self.blocks):
             raise ValueError(f"past must have one Past a block, {len(self.blocks)}, got {len(past)}")
@@ -260,6 +281,11 @@ class CausalDecoder(Recomputing, FloatInPython):
             after.append(kept)
         x = tokens.back(x)
         return self.norm(x), after if need_past else []
+
+    def refuse_padding(self, attention_mask: Tensor | None) -> None:
+        """ValueError for a mask over ranks, where a convolution takes the tokens before a shard as they stand."""
+        contexts = [module.cp_context for module in self.modules() if isinstance(module, ShortConvolution)]
+        whole_only(contexts[0] if contexts else None, attention_mask=attention_mask is not None)
 
     def embed(self, input_ids: Tensor | None, attention_mask: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
         """What enters the first block, [B, L, width], of checked inputs."""

@@ -4,25 +4,26 @@ tenth of a single one, is held out, unless --held-out names another."""
 from __future__ import annotations
 
 import argparse
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from accelerate import PartialState
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from ..checkpoints import write_atomically
+from ..distributed import context_parallel
 from ..models.transformers import SeTformerCausalConfig, SeTformerForCausalLM
 from .arguments import add_training_arguments, check_range, check_training_arguments
 from .errors import RecipeError
-from .training import Job, RecipeTrainer, execute, load_model
+from .language import LanguageTrainer
+from .training import Job, execute, load_model
 from .wordpiece import load_tokenizer
 
 SIZES = {  # width, blocks, heads, MLP units
@@ -43,6 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--references", type=int, default=64, help="per head")
     parser.add_argument("--conv-width", type=int, default=4, help="tokens that the convolution reaches over; 1: none")
     parser.add_argument("--no-gate", action="store_true", help="heads that forget nothing")
+    parser.add_argument("--context-parallel", type=int, default=1, metavar="N", help="ranks that share each window")
     parser.add_argument("--samples", type=int, default=2, help="texts to generate at the end")
     parser.add_argument("--sample-tokens", type=int, default=200, help="of each")
     parser.add_argument("--temperature", type=float, default=0.8, help="of samples; 0: the likeliest token")
@@ -61,9 +63,10 @@ def run(args: argparse.Namespace) -> dict[str, float]:
         raise RecipeError(f"the tokenizer has {vocabulary.size} entries, {args.evaluate} {model.config.vocab_size}")
     job = Job(
         model, None if args.evaluate else train, {"": held_out}, stack, None, vocabulary.tokenizer,
-        {"use_cache": True}, LanguageTrainer,
+        {"use_cache": True}, partial(LanguageTrainer, length=args.length, parts=args.context_parallel),
     )  # fmt: skip
     measured = execute(args, job)
+    context_parallel(model, None)  # samples are one rank's
     if args.samples and PartialState().is_main_process:
         show_samples(args, model, vocabulary, held_out)
     return measured
@@ -71,8 +74,10 @@ def run(args: argparse.Namespace) -> dict[str, float]:
 
 def check_arguments(args: argparse.Namespace) -> None:
     check_training_arguments(args)
-    for name in ("length", "references", "conv_width", "sample_tokens"):
+    for name in ("length", "references", "conv_width", "sample_tokens", "context_parallel"):
         check_range(args, name, 1)
+    if args.context_parallel > args.length:
+        raise RecipeError(f"--context-parallel must be ≤ --length {args.length}, got {args.context_parallel}")
     for name in ("samples", "temperature"):
         check_range(args, name, 0)
 
@@ -186,29 +191,6 @@ def build(args: argparse.Namespace, vocabulary: Vocabulary) -> SeTformerForCausa
         intermediate_size=hidden, num_references=args.references, conv_width=args.conv_width, gate=not args.no_gate,
         eos_token_id=vocabulary.end,
     ))  # fmt: skip
-
-
-class LanguageTrainer(RecipeTrainer):
-    """The mean loss of a token [nats] as what texts are compared by.
-
-    Of every window apart: ranks fill their last batches up with windows that were there already, and what is gathered
-    leaves these out.
-    """
-
-    def prediction_step(
-        self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
-    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-        loss, logits, labels = super().prediction_step(model, inputs, False, ignore_keys)
-        by_token = F.cross_entropy(logits[:, :-1].mT.float(), labels[:, 1:], reduction="none")
-        return loss, by_token.mean(1), labels.new_zeros(len(labels))
-
-    def evaluation_loop(self, dataloader: Any, *args: Any, **kwargs: Any) -> Any:
-        output = super().evaluation_loop(dataloader, *args, **kwargs)
-        loss = float(output.predictions.astype("float64").mean())
-        output.metrics["eval_loss"] = loss
-        output.metrics["eval_bits_per_byte"] = loss / math.log(2) * dataloader.dataset.tokens_per_byte
-        output.metrics["eval_perplexity"] = math.exp(min(loss, 700.0))
-        return output
 
 
 def show_samples(

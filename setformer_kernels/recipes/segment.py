@@ -176,6 +176,16 @@ class SegmentationTrainer(RecipeTrainer):
         finally:
             self.args.dataloader_drop_last = False  # no image is left out of an evaluation
 
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, **kwargs: Any
+    ) -> Any:  # fmt: skip
+        """In training the mean over ranks is that over the labelled pixels of all, of which each has its own number."""
+        loss, outputs = super().compute_loss(model, inputs, True, **kwargs)
+        if model.training and self.accelerator.num_processes > 1:
+            labelled = (inputs["labels"] != IGNORED).sum().to(loss.dtype)
+            loss = loss * (labelled / self.accelerator.reduce(labelled, "mean"))
+        return (loss, outputs) if return_outputs else loss
+
     def prediction_step(
         self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip

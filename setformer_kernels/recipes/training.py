@@ -55,7 +55,7 @@ class Job:
     metrics: Callable[..., dict[str, float]] | None  # None where the trainer measures itself
     processor: Any = None  # saved beside the model
     own_arguments: dict[str, Any] = field(default_factory=dict)  # of TrainingArguments
-    trainer: type[RecipeTrainer] = RecipeTrainer
+    trainer: Callable[..., RecipeTrainer] = RecipeTrainer
 
 
 def training_arguments(args: argparse.Namespace, own: Mapping[str, Any]) -> TrainingArguments:

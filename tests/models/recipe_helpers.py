@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 from pathlib import Path
 
@@ -19,6 +21,13 @@ def fails(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
     capsys.readouterr()
     assert main([str(argument) for argument in arguments]) == 2
     return capsys.readouterr().err
+
+
+def fails_quietly(*arguments: object) -> str:
+    """As `fails`, where no test captures what is written."""
+    with contextlib.redirect_stderr(io.StringIO()) as said:
+        assert main([str(argument) for argument in arguments]) == 2
+    return said.getvalue()
 
 
 def metrics(output: Path) -> dict[str, float]:

@@ -83,7 +83,7 @@ def from_fused(old: nn.Module, own: dict[str, Any]) -> None:
 
 
 @cache
-def _class_of(kind: type[nn.Module]) -> type[nn.Module]:
+def _class_of(kind: Any) -> type[nn.Module]:
     """SeT attention in the place of kind's; `__getattr__` finds it again for pickle."""
     name = f"{kind.__module__}.{kind.__name__}"
     members = {

@@ -160,6 +160,7 @@ class SeTformerCausalModel(SeTformerCausalPreTrainedModel):
             cache = DynamicCache(config=self.config)
         kept = [] if cache is None else layers_of(cache, len(self.decoder.blocks))
         tokens = input_ids if inputs_embeds is None else inputs_embeds
+        self.decoder.refuse_padding(attention_mask)
         mask = None if tokens is None else local_mask(attention_mask, tokens.shape[1])
         asked = either(output_hidden_states, self.config, "output_hidden_states")
         states: list[Tensor] = []
@@ -179,7 +180,8 @@ class SeTformerCausalModel(SeTformerCausalPreTrainedModel):
 
 class SeTformerForCausalLM(SeTformerCausalPreTrainedModel, GenerationMixin):
     """Logits [B, L, vocab_size] of the token after each place, or of the last `logits_to_keep` places; a label of -100
-    takes no part in the loss, and labels are shifted here."""
+    takes no part in the loss, and labels are shifted here, unless they are `shift_labels`: of a shard of a sequence,
+    say, whose last token is followed by another rank's first."""
 
     _tied_weights_keys = {"lm_head.weight": "setformer.decoder.word.weight"}  # noqa: RUF012
 
@@ -211,6 +213,7 @@ class SeTformerForCausalLM(SeTformerCausalPreTrainedModel, GenerationMixin):
         use_cache: bool | None = None, labels: Tensor | None = None, output_hidden_states: Asked = None,
         logits_to_keep: int | Tensor = 0, num_items_in_batch: Tensor | int | None = None, **others: Any,
     ) -> CausalLMOutputWithPast:  # fmt: skip
+        shifted = others.pop("shift_labels", None)  # no parameter: transformers' Trainer would ask for it beside labels
         outputs = self.setformer(
             input_ids, attention_mask, inputs_embeds, past_key_values, cache, use_cache, output_hidden_states,
             return_dict=True, **others,
@@ -218,8 +221,10 @@ class SeTformerForCausalLM(SeTformerCausalPreTrainedModel, GenerationMixin):
         places = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(outputs.last_hidden_state[:, places])
         loss = None
-        if labels is not None:
-            loss = self.loss_function(logits, labels, logits.shape[-1], num_items_in_batch=num_items_in_batch)
+        if labels is not None or shifted is not None:
+            loss = self.loss_function(
+                logits, labels, logits.shape[-1], num_items_in_batch=num_items_in_batch, shift_labels=shifted
+            )
         return CausalLMOutputWithPast(loss, logits, getattr(outputs, CACHE), outputs.hidden_states)
 
     def prepare_inputs_for_generation(
