@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import itertools
 import re
 import sys
 from collections import Counter
@@ -87,8 +88,8 @@ def launches() -> Iterator[Any]:
             call = Call(op, T=1 if op in ("causal", "step") else 3, B=2, L=1024, dtype=dtype, rich=rich, mask="float")
             for one in (call, replace(call, backward=True)):
                 yield from workloads.launches(one, "sm_90")
-    for backward in (False, True):
-        call = Call("causal", backward, T=1, B=2, L=1024, given=workloads.STREAM)
+    for backward, L in itertools.product((False, True), (1024, 16384)):  # the second with bundles side by side
+        call = Call("causal", backward, T=1, H=2, L=L, given=workloads.STREAM)
         yield from workloads.launches(call, "sm_90")
     for backward in (False, True):  # what stays in registers
         yield from workloads.launches(Call("sinkhorn", backward, L=64, dtype=torch.float32), "sm_90")

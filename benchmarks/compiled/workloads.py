@@ -259,6 +259,8 @@ def _options(dtype: torch.dtype) -> Iterator[Call]:
     for call in (replace(base, op="packed", B=2), replace(rich, op="packed", B=2)):
         yield from _both(call)
     yield from _both(replace(base, op="causal", T=1, given=STREAM))
+    for given in (None, STREAM):
+        yield from _both(replace(base, op="causal", T=1, H=2, given=given))  # few heads: bundles go side by side
     yield replace(rich, op="step", T=1)
     yield from _both(replace(base, op="read"))
     features = replace(rich, op="features")
@@ -336,8 +338,9 @@ def every_operand() -> Iterator[Call]:
     for call in (replace(base, T=1), replace(base, T=0), replace(base, op="causal", T=0), replace(base, kernel="dot")):
         yield from _both(call)
     step = replace(base, op="step", T=1)
-    for given in (STREAM[:1], STREAM[1:], STREAM):
+    for given in ((), STREAM[:1], STREAM[1:], STREAM):
         yield from _both(replace(base, op="causal", T=1, given=given))
+        yield from _both(replace(base, op="causal", T=1, B=1, H=1, L=8192, given=given))  # bundles side by side
         yield replace(step, given=(*given, "log_a"))
     yield from (step, replace(step, rich=True))
     yield from _every_mask(replace(base, op="masked"))

@@ -13,6 +13,7 @@ Queries of later chunks enter as two sums in units of C at the end of the key's 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -37,7 +38,9 @@ from ..parameters.prepare import prepare
 from .chunk import chunk_keys, crossings, key_gradient, lower, place, pooled_products, query_weights, state_at, tile_at
 from .forward import chunk_arguments, with_unit_rows
 from .gates import gate_gradient, gates_of, state_gradient
-from .state import Arguments, Part, new_passed, parts, scan, scan_back, scan_programs
+from .scan import scan, way_of
+from .scan_back import scan_back
+from .state import Arguments, Part, new_passed, parts
 from .tokens import fold, tokens_backward
 
 
@@ -82,13 +85,14 @@ class Work(NamedTuple):
     """The workspaces of a part, a slot for each of its chunks."""
 
     log_c: Tensor  # [heads, chunks, MP] as in States
-    log_end: Tensor
-    kept: Tensor
+    log_end: Tensor | None
+    kept: Tensor | None
     means: Tensor  # [heads, chunks, MP, EP]
     weights: Tensor  # [heads, chunks, BC, MP] W
     d_sums: Tensor  # [heads, chunks, BC, MP] d log C
     d_logits: Tensor  # [heads, chunks, BC, MP] dS, then dω
-    later_o: Tensor  # [heads, chunks, MP, EP] G
+    later_o: Tensor  # [heads, chunks, MP, EP] what the chunk's queries leave, then in its place G
+    own_c: Tensor  # [heads, chunks, MP] what they leave of d log C
     later_c: Tensor  # [heads, chunks, MP] η
     crossing: Tensor | None  # [heads, chunks, BC] what each key gives to later chunks, then `crossings` with it
     incoming: Tensor | None  # [heads, chunks, BC] what each query gets from earlier chunks; both where gates need them
@@ -140,7 +144,7 @@ def causal_queries_backward_kernel(
     tl.store(tile_at(work.d_sums, at, cut.ROWS, sizes), d_c)
     tl.store(tile_at(work.d_logits, at, cut.ROWS, sizes), d_s)
     fade = tl.exp2(known.before[None, :] + known.gamma[:, None] - finite_or_zero(known.log_c))
-    tl.store(work.later_c + at * sizes.MP + j, tl.sum(d_c * fade, 0))
+    tl.store(work.own_c + at * sizes.MP + j, tl.sum(d_c * fade, 0))
     if work.incoming is not None:
         incoming = -w * gained if GAINED else w * from_means + d_c
         tl.store(work.incoming + at * cut.ROWS + tl.arange(0, cut.ROWS), tl.sum(incoming * fade, 1))
@@ -276,8 +280,9 @@ def causal_backward(
         None if d_initial is None else d_initial.flatten(0, 1),
         new((heads, gates.chunks, t.rows)) if gated else None,
     )  # fmt: skip
-    numbers = sizes.MP * (max(sizes.DP, sizes.EP) + sizes.EP + 3 * t.rows + sizes.PP + 7)
-    work = list(parts(x, t.rows, numbers))
+    bundle = math.ceil((sizes.EP + 4) / arguments.bundle)  # numbers of one, shared by its chunks
+    numbers = sizes.MP * (max(sizes.DP, sizes.EP) + sizes.EP + 3 * t.rows + sizes.PP + 8 + bundle)
+    work = list(parts(x, t.rows, numbers, 0))  # stretches of more heads would take another scan for the states between
     if x.key.shape[0] == 1 == len(work) == len(work[0]):  # one part: what adds batch elements adds its slots
         whole = _heads_backward(call, work[0], wanted=False)
     else:
@@ -296,11 +301,11 @@ def _heads_backward(call: Call, stretches: list[Part], wanted: bool) -> Partials
 
     Slots of a stretch are folded into those of the whole call where these are `wanted`; those of the first come back.
     """
-    passed, sizes = new_passed(stretches[0], call.arguments), call.arguments.sizes
+    sizes, passed = call.arguments.sizes, new_passed(stretches[0], call.arguments, len(stretches))
     shape = (stretches[0].heads, sizes.MP, sizes.EP)
     passed_back = passed.new_empty(shape), passed.new_empty(shape[:2])
     for part in stretches[:-1]:
-        scan(part, call.arguments, passed, _room(call, part)[0])
+        scan(part, call.arguments, passed, _room(call, part)[0], backward=True)
     for part in reversed(stretches):
         slots = call.whole  # lets go of those of the part before, before this one allocates its own
         slots = _part_backward(call, part, passed, passed_back)
@@ -346,9 +351,10 @@ def _part_backward(call: Call, part: Part, passed: Tensor, passed_back: tuple[Te
     """All launches of a part: writes the tokens' gradients, and the slots of its chunks that it returns."""
     x, arguments, out, whole = call[:4]
     means, y = _room(call, part)
-    states = scan(part, arguments, passed, means)
+    states = scan(part, arguments, passed, means, backward=True)
     slots, new = _slots(whole, part, y), means.new_empty
-    later = new(means.shape), new(means.shape[:3])
+    own_c, later_c = new((2, *means.shape[:3])).unbind()
+    later = new(means.shape), own_c, later_c
     shape = (part.heads, part.chunks, arguments.tile.rows, means.shape[2])
     crossing, incoming = (None if call.d_gates is None else new(shape[:3]) for _ in range(2))
     work = Work(*states, new(shape), new(shape), new(shape), *later, crossing, incoming, slots.sums)
@@ -360,7 +366,8 @@ def _part_backward(call: Call, part: Part, passed: Tensor, passed_back: tuple[Te
     args = (*arguments.tokens, *arguments.output, *groups, *counts, arguments.threshold)
     launch(causal_queries_backward_kernel, programs, args, arguments.constants, arguments.tile)
     _final(call, part, passed[:, -1], passed_back)
-    products = None if call.d_gates is None else new((part.heads, part.chunks, scan_programs(arguments.sizes)))
+    blocks = way_of(part.heads, part.chunks, arguments.bundle, arguments.sizes, arguments.multiprocessors).blocks
+    products = None if call.d_gates is None else new((part.heads, part.chunks, blocks))
     scan_back(part, states, later, passed_back, products, arguments)
     tokens_backward(x, part, "query", work.d_logits, out, slots, arguments)  # whose slots take the means' memory
     args = (*arguments.keys, *arguments.output, *strided(out["value"]), *groups, *counts)

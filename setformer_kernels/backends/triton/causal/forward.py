@@ -13,6 +13,8 @@ Defined by `reference.attention.causal`.
 
 from __future__ import annotations
 
+import math
+
 import triton.language as tl
 from torch import Tensor
 
@@ -31,7 +33,8 @@ from ..host.tiles import Tile, tile
 from ..parameters.prepare import References, prepare
 from .chunk import chunk_keys, chunk_weights, place, query_weights, state_at
 from .gates import gates_of
-from .state import Arguments, Gates, Part, Scalars, new_passed, parts, scan
+from .scan import heads_at_once, scan
+from .state import Arguments, Gates, Part, Scalars, chunks_of, new_passed, parts
 
 
 @kernel
@@ -87,17 +90,20 @@ def causal(x: Operands, opt: Options, stream: Stream, with_state: bool) -> tuple
     t = tile("chunk", device_of(x.key).family, max(sizes.MP, sizes.DP, sizes.EP), x.key.element_size())
     x, gates = with_unit_rows(x), gates_of(stream, x.key.shape[2], t.rows, False)
     arguments = chunk_arguments(x, prepare(x, opt), opt, t, output.rows, gates)
-    for stretches in parts(x, t.rows, sizes.MP * (sizes.EP + 6)):
+    bundle = (sizes.EP + 4) / arguments.bundle  # numbers of one, shared by its chunks
+    for stretches in parts(
+        x, t.rows, math.ceil(sizes.MP * (sizes.EP + 3 + bundle)), heads_at_once(sizes, arguments.multiprocessors)
+    ):
         passed = _heads(stretches, arguments)
         if with_state:
-            first = stretches[0].first_head
-            state.flatten(0, 1)[first : first + passed.shape[0]].copy_(passed[:, -1])
+            first, last = stretches[0].first_head, (len(stretches) - 1) % passed.shape[1]
+            state.flatten(0, 1)[first : first + passed.shape[0]].copy_(passed[:, last])
     return output.delivered(), state
 
 
 def _heads(stretches: list[Part], arguments: Arguments) -> Tensor:
-    """Writes the rows of some heads; the state after each stretch.  What else it allocates goes when it returns."""
-    passed = new_passed(stretches[0], arguments)
+    """Writes the rows of some heads; the states after the last two stretches, which take turns in two places."""
+    passed = new_passed(stretches[0], arguments, min(2, len(stretches)))
     for part in stretches:
         _part(part, arguments, passed)
     return passed
@@ -107,7 +113,7 @@ def _part(part: Part, arguments: Arguments, passed: Tensor) -> None:
     """One stretch of some heads."""
     sizes = arguments.sizes
     room = passed.new_empty((part.heads, part.chunks, sizes.MP, sizes.EP))
-    states = scan(part, arguments, passed, room)
+    states = scan(part, arguments, passed, room, backward=False)
     tensors = (*arguments.tokens, *arguments.output, arguments.references, arguments.scalars, states)
     args = (*tensors, *arguments.counts(part), arguments.threshold)
     launch(causal_kernel, part.heads * part.chunks, args, arguments.constants, arguments.tile)
@@ -144,5 +150,6 @@ def chunk_arguments(
     )
     written = strided(output, step)
     return Arguments(
-        tokens, keys, written, prepared, scalars, gates, h, l, threshold, sizes, across, constants, of_keys, t
-    )
+        tokens, keys, written, prepared, scalars, gates, h, l, threshold, sizes, across, constants, of_keys, t,
+        chunks_of(t.rows), device.multiprocessors,
+    )  # fmt: skip

@@ -9,21 +9,24 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ....problem import Stream
-from .state import Gates
+from .state import Gates, chunks_of
 
 
 def gates_of(stream: Stream, length: int, rows: int, follows: bool) -> Gates:
     """What a scan in chunks of so many rows takes of `stream`; follows: whether the final state has a gradient."""
+    chunks = math.ceil(length / rows)
     initial, sums, decay = stream.initial_state, None, None
     if stream.log_decay is not None:
         padded = F.pad(stream.log_decay.double(), (0, -length % rows)).flatten(0, 1)  # [BH, chunks · rows]
         gamma = padded.unflatten(1, (-1, rows)).cumsum(2)
-        decay = gamma[..., -1].float()
+        own = gamma[..., -1]  # [BH, chunks]
+        bundles = F.pad(own, (0, -chunks % chunks_of(rows))).unflatten(1, (-1, chunks_of(rows)))
+        decay = torch.stack((own, bundles.cumsum(2).flatten(1)[:, :chunks]), -1).float()
         gamma = gamma.flatten(1) / math.log(2)
         first = gamma.float()
         sums = torch.stack((first, (gamma - first).float()), -1)
     initial = None if initial is None else initial.contiguous()
-    return Gates(sums, decay, initial, math.ceil(length / rows), int(follows))
+    return Gates(sums, decay, initial, chunks, int(follows))
 
 
 def gate_gradient(crossing: Tensor | None, incoming: Tensor | None, through: Tensor | None) -> Tensor:
