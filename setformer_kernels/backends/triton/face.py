@@ -20,6 +20,7 @@ from .host.tiles import INTERPRETED, MAX_HEAD_DIM, MAX_REFERENCES
 
 NAME = "triton"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+STEPS_GROUPS = True  # a step answers all queries that share a key
 OLDEST = (3, 6)  # the oldest release that the tests run with
 # What the kernels are compiled for ahead of time, and where they ran: as `info` says it.
 TARGETS = {
@@ -196,7 +197,7 @@ def causal_backward(
 
 
 def step(x: Operands, opt: Options, states: Tensor, log_decay: Tensor | None, rows: Tensor | None) -> Tensor:
-    """o [B, H, 1, E] of one token each; in place on `states` [N, H, M, 2E + 3]."""
+    """o [B, H, G, E] of one token each and the queries that share its key; in place on `states` [N, H, M, 2E + 3]."""
     from .causal import step
 
     with _on_device(x.key):
