@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import os
 import weakref
 from dataclasses import replace
@@ -319,6 +320,47 @@ def test_pieces_of_whole_bundles_have_the_bits_of_one_call(apart: bool, monkeypa
     assert after is not None
     assert last is not None
     assert torch.equal(after, last)
+
+
+LENGTHS = (0, 200, 5, 0)
+
+
+def test_segments_in_any_parts_have_the_bits_they_have_alone(stretches: None, poisoned_memory: None) -> None:
+    """Output, states, and the gradients of tokens, gates and states; a part begins and ends within a segment."""
+    total, n = sum(LENGTHS), len(LENGTHS)
+    cu = torch.tensor([0, *itertools.accumulate(LENGTHS)])
+    names = {"query": (1, 16), "key": (1, 16), "value": (1, 16), "log_decay": (1,)}
+    given = {name: torch.randn(total + 3, *width) for name, width in names.items()}
+    given["log_decay"] = -given["log_decay"].abs()
+    for t in given.values():
+        t[total:] = torch.nan
+    y, past = torch.randn(1, 8, 16), (torch.randn(n, 1, 40, 16) for _ in range(3))
+    state = SF.set_causal(*past, y, output_final_state=True, backend="reference")[1]
+    assert state is not None
+    leaves = {name: t.requires_grad_() for name, t in (given | {"initial_state": state.detach()}).items()}
+    own: dict[str, Any] = {"references": y, "backend": "triton", "output_final_state": True}
+    o, states = SF.set_attention_varlen(**leaves, cu_seqlens_q=cu, causal=True, **own)
+    into = torch.randn(o.shape), torch.randn(states.shape)
+    into[1][..., states.shape[-1] // 2 :] = 0
+    found = torch.autograd.grad([o, states], list(leaves.values()), into)
+    assert not o[total:].any()
+    assert not any(t[total:].any() for t in found[:4])
+    for i, rows in enumerate(itertools.starmap(slice, itertools.pairwise(cu.tolist()))):
+        if LENGTHS[i] == 0:  # the state passes through
+            assert torch.equal(states[i], state[i])
+            assert torch.equal(found[4][i], into[1][i])
+            continue
+        alone = {name: t.detach()[rows].transpose(0, 1)[None].requires_grad_() for name, t in given.items()}
+        before = state.detach()[i : i + 1].requires_grad_()
+        one, after = SF.set_causal(**alone, initial_state=before, **own)
+        assert after is not None
+        assert torch.equal(one[0].transpose(0, 1), o[rows])
+        assert torch.equal(after[0], states[i])
+        cotangents = [into[0][rows].transpose(0, 1)[None], into[1][i : i + 1]]
+        wanted = torch.autograd.grad([one, after], [*alone.values(), before], cotangents)
+        for a, b in zip(found[:4], wanted, strict=False):
+            assert torch.equal(a[rows], b[0].transpose(0, 1)), i
+        assert torch.equal(found[4][i : i + 1], wanted[4])
 
 
 def test_nothing_depends_on_later_keys() -> None:

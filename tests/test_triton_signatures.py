@@ -26,7 +26,10 @@ PACKAGE = Path(__file__).resolve().parents[1] / "setformer_kernels"
 BACKEND = PACKAGE / "backends" / "triton"
 MOST_PARAMETERS = 40
 MOST_LINES = 100
-OPS = ("attention", "pool", "packed", "packed_pool", "causal", "step", "masked", "features", "sinkhorn")
+OPS = (
+    *("attention", "pool", "packed", "packed_pool", "packed_causal", "causal", "step", "masked", "features"),
+    "sinkhorn",
+)
 
 
 def functions(folder: Path) -> Iterator[tuple[Path, ast.FunctionDef]]:
@@ -84,8 +87,9 @@ def unspecialised(kernel: Any) -> set[str]:
 def launches() -> Iterator[Any]:
     for op in OPS:
         dtype = torch.float32 if op == "sinkhorn" else torch.bfloat16
+        T = 1 if op in ("causal", "packed_causal", "step") else 3
         for rich in (False, True):
-            call = Call(op, T=1 if op in ("causal", "step") else 3, B=2, L=1024, dtype=dtype, rich=rich, mask="float")
+            call = Call(op, T=T, B=2, L=1024, dtype=dtype, rich=rich, mask="float")
             for one in (call, replace(call, backward=True)):
                 yield from workloads.launches(one, "sm_90")
     for backward, L in itertools.product((False, True), (1024, 16384)):  # the second with bundles side by side

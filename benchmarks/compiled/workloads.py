@@ -28,8 +28,8 @@ STREAM = ("log_decay", "initial_state")  # what a causal call may also come with
 class Call:
     """One call, forward or backward."""
 
-    # "attention", "pool", "packed", "packed_pool" (B segments of L), "read", "causal", "step", "masked", "features",
-    # "sinkhorn"
+    # "attention", "pool", "packed", "packed_pool", "packed_causal" (B segments of L), "read", "causal", "step",
+    # "masked", "features", "sinkhorn"
     op: str
     backward: bool = False
     T: int = 3
@@ -43,18 +43,20 @@ class Call:
     rich: bool = False  # with everything of OPTIONAL and all its gradients
     kernel: str = "rbf"
     center: bool = False  # of features
+    G: int = 1  # query heads that share a key head, of a step
     mask: str = "causal"  # of `masked`: "causal", or a mask [L, S] that is "bool" or "float"
     given: tuple[str, ...] | None = None  # of OPTIONAL and STREAM, if neither all nor nothing
     wanted: str = ""  # the operand whose gradient alone is asked for, if not that of each
 
     def __str__(self) -> str:
         parts = [self.op, "backward" if self.backward else "forward"]
-        iterated = ("attention", "pool", "packed", "packed_pool", "causal", "step", "masked")
+        iterated = ("attention", "pool", "packed", "packed_pool", "packed_causal", "causal", "step", "masked")
         parts += [f"T={self.T}"] if self.op in iterated else []
         parts += [self.mask] if self.op == "masked" else []
         parts += [] if self.kernel == "rbf" else [self.kernel]
         parts += ["centred"] if self.center else []
         parts += ["rich"] if self.rich else []
+        parts += [f"G={self.G}"] if self.G > 1 else []
         parts += [] if self.given is None else ["with", *(self.given or ["nothing"])]
         parts += ["for", self.wanted] if self.wanted else []
         return " ".join(parts)
@@ -111,7 +113,7 @@ def _run_attention(backend: Any, call: Call) -> None:
             backend.packed_pool_backward(x, opt, cu, z, c, torch.empty_like(z), learned)
         else:
             backend.packed_pool(x, opt, cu)
-    elif call.op == "causal":
+    elif call.op in ("causal", "packed_causal"):
         _run_causal(backend, call, x, opt, d_o, learned)
     elif call.backward:
         backend.pool_backward(x, opt, z, c, torch.empty_like(z), torch.empty_like(c), learned)
@@ -123,8 +125,14 @@ def _run_causal(backend: Any, call: Call, x: Operands, opt: Options, d_o: Tensor
     decay, state = torch.empty(x.key.shape[:3]), torch.empty(call.B, call.H, call.M, 2 * call.E + 3)
     stream = Stream(*(t if call.has(name) else None for name, t in zip(STREAM, (decay, state), strict=True)))
     streamed = stream.initial_state is not None
-    if call.backward:
-        needs = [*learned, *(t is not None and call.wanted == "" for t in stream)]
+    needs = [*learned, *(t is not None and call.wanted == "" for t in stream)]
+    if call.op == "packed_causal":
+        cu, d_state = _offsets(call), torch.empty_like(state) if streamed else None
+        if call.backward:
+            backend.packed_causal_backward(x, opt, cu, d_o, needs, stream, streamed, d_state)
+        else:
+            backend.packed_causal(x, opt, cu, stream, streamed)
+    elif call.backward:
         backend.causal_backward(x, opt, d_o, needs, stream, torch.empty_like(state) if streamed else None)
     else:
         backend.causal(x, opt, stream, streamed)
@@ -134,6 +142,9 @@ def _run_step(backend: Any, call: Call) -> None:
     x, states = operands(replace(call, L=1)), torch.empty(call.B, call.H, call.M, 2 * call.E + 3)
     decay = torch.empty(call.B, call.H, 1) if call.has("log_decay") else None
     rows = torch.empty(call.B, dtype=torch.int32) if call.has("initial_state") else None
+    if call.G > 1 and x.query is not None:
+        places = None if x.query_position is None else x.query_position.expand(-1, -1, call.G, -1)
+        x = x._replace(query=x.query.expand(-1, -1, call.G, -1).contiguous(), query_position=places)
     backend.step(x._replace(seed=None), Options(SCALARS, call.kernel, call.T), states, decay, rows)
 
 
@@ -214,6 +225,7 @@ RUN: dict[str, Callable[[Any, Call], None]] = {
     "packed_pool": _run_attention,
     "read": _run_read,
     "causal": _run_attention,
+    "packed_causal": _run_attention,
     "step": _run_step,
     "masked": _run_masked,
     "features": _run_features,
@@ -258,10 +270,13 @@ def _options(dtype: torch.dtype) -> Iterator[Call]:
         yield from _both(call)
     for call in (replace(base, op="packed", B=2), replace(rich, op="packed", B=2)):
         yield from _both(call)
-    yield from _both(replace(base, op="causal", T=1, given=STREAM))
+    for op in ("causal", "packed_causal"):
+        yield from _both(replace(base, op=op, T=1, given=STREAM))
+    yield from _both(replace(base, op="packed_causal", T=1, B=2))
     for given in (None, STREAM):
         yield from _both(replace(base, op="causal", T=1, H=2, given=given))  # few heads: bundles go side by side
     yield replace(rich, op="step", T=1)
+    yield replace(base, op="step", T=1, G=4)
     yield from _both(replace(base, op="read"))
     features = replace(rich, op="features")
     for call in (replace(rich, op="causal", T=1), features, replace(features, center=True)):
@@ -335,14 +350,17 @@ def every_operand() -> Iterator[Call]:
     for call in (replace(base, op="causal", T=1), *attention):
         yield from _every_operand(call)
     yield from _both(replace(base, op="packed_pool"))
+    for rich in (False, True):
+        yield from _both(replace(base, op="packed_causal", T=1, rich=rich))
     for call in (replace(base, T=1), replace(base, T=0), replace(base, op="causal", T=0), replace(base, kernel="dot")):
         yield from _both(call)
     step = replace(base, op="step", T=1)
     for given in ((), STREAM[:1], STREAM[1:], STREAM):
         yield from _both(replace(base, op="causal", T=1, given=given))
+        yield from _both(replace(base, op="packed_causal", T=1, given=given))
         yield from _both(replace(base, op="causal", T=1, B=1, H=1, L=8192, given=given))  # bundles side by side
         yield replace(step, given=(*given, "log_a"))
-    yield from (step, replace(step, rich=True))
+    yield from (step, replace(step, rich=True), replace(step, G=4), replace(step, rich=True, G=4))
     yield from _every_mask(replace(base, op="masked"))
     features = replace(base, op="features")
     for call in (features, replace(features, rich=True), replace(features, center=True)):

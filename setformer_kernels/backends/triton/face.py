@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...problem import NO_STREAM, Operands, Options, Problem, Sinkhorn, Stream, beyond
+from ...problem import NO_STREAM, Operands, Options, Problem, Sinkhorn, Stream, beyond, is_plain
 from .host.tiles import INTERPRETED, MAX_HEAD_DIM, MAX_REFERENCES
 
 NAME = "triton"
@@ -54,8 +54,6 @@ def unsupported_reasons(p: Problem) -> list[str]:
     reasons = [ABSENT] if ABSENT else []
     if p.device != "cuda" and not (p.device == "cpu" and INTERPRETED):
         reasons.append(f"runs on cuda tensors (on cpu tensors only under TRITON_INTERPRET=1), not on {p.device}")
-    if p.op == "packed_causal":
-        reasons.append(f"has no kernel for {p.op} yet")
     return reasons + beyond(p, DTYPES, MAX_REFERENCES, MAX_HEAD_DIM)
 
 
@@ -137,6 +135,38 @@ def packed_pool_backward(
     x = x._replace(query=None, query_position=None)
     with _on_device(x.key):
         return backward.packed_backward(*_of_segments(x, opt, cu, cu), (z, c), (None, d_z, None), needs)
+
+
+def packed_causal(
+    x: Operands, opt: Options, cu: Tensor, stream: Stream = NO_STREAM, with_state: bool = False
+) -> tuple[Tensor, Tensor]:
+    """o [1, H, L, E] for T <= 1, and the states [N, H, M, 2E + 3] after the last keys; x.log_a as in `packed`."""
+    from .causal import forward
+    from .host.packed import beside_the_largest
+
+    with _on_device(x.key):
+        # With states masses are taken as they are: a piece does not know those before it.
+        x = beside_the_largest(x, cu) if is_plain(stream, with_state) else x
+        return forward.causal(x, opt, stream, with_state, cu)
+
+
+def packed_causal_backward(
+    x: Operands,
+    opt: Options,
+    cu: Tensor,
+    d_o: Tensor,
+    needs: Sequence[bool],
+    stream: Stream = NO_STREAM,
+    with_state: bool = False,
+    d_state: Tensor | None = None,
+) -> Gradients:
+    """As `causal_backward`, of a packed batch."""
+    from .causal import backward
+    from .host.packed import beside_the_largest
+
+    with _on_device(x.key):
+        x = beside_the_largest(x, cu) if is_plain(stream, with_state) else x
+        return backward.causal_backward(x, opt, d_o, needs, stream, d_state, cu)
 
 
 def _of_segments(x: Operands, opt: Options, cu_q: Tensor, cu_k: Tensor) -> tuple[Operands, Options, Any]:

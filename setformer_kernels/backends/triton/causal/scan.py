@@ -26,6 +26,7 @@ from ..host.groups import Sizes
 from ..host.launch import kernel, launch
 from ..host.tiles import Tile
 from .carried import begun, fading, power_of_two, store_state, with_bundle
+from .segments import causal_segments_kernel
 from .state import Arguments, Part, States, sums_of
 
 SCAN = Tile(rows=0, depth=256, warps=2, stages=4)  # 4 numbers a thread: one wide load; many programs hide the steps
@@ -130,6 +131,7 @@ def causal_scan_kernel(
 @kernel
 def causal_bundles_kernel(
     sums, states, bundles, decay,  # Sums, States, Bundles; as above
+    counts,  # of a packed batch [bundles of a head] int32: chunks of each; else None
     first_head, first_chunk, all_chunks, chunks,
     WRITE: tl.constexpr, MP: tl.constexpr, EP: tl.constexpr,
     COLUMNS: tl.constexpr, BUNDLE: tl.constexpr, STAGES: tl.constexpr,
@@ -146,9 +148,11 @@ def causal_bundles_kernel(
     s_k = s_c
     if WRITE:
         s_n, s_c, s_k = tl.load(bundles.n + numbers), tl.load(bundles.before_c + at), tl.load(bundles.before_k + at)
-    gate = (bh + first_head) * all_chunks + first_chunk + first
+    gate, count = (bh + first_head) * all_chunks + first_chunk + first, tl.minimum(chunks - first, BUNDLE)
+    if counts is not None:
+        count = tl.load(counts + (first_chunk + first) // BUNDLE)
     a_n, a_c, a_k = _walk(
-        sums, states, decay, gate, bh * chunks + first, tl.minimum(chunks - first, BUNDLE), s_n, s_c, s_k, column, e,
+        sums, states, decay, gate, bh * chunks + first, count, s_n, s_c, s_k, column, e,
         WRITE, MP, EP, STAGES,
     )  # fmt: skip
     if not WRITE:
@@ -207,13 +211,16 @@ def _columns(sizes: Sizes) -> int:
 
 
 @functools.lru_cache(1024)
-def way_of(heads: int, chunks: int, bundle: int, sizes: Sizes, multiprocessors: int) -> Way:
-    """Bundles go side by side where steps of one program take longer than all programs' steps and the launches do."""
+def way_of(heads: int, chunks: int, bundle: int, sizes: Sizes, multiprocessors: int, packed: bool = False) -> Way:
+    """Bundles go side by side where steps of one program take longer than all programs' steps and the launches do.
+
+    Those of a packed batch always do: nobody knows how long its segments are.
+    """
     blocks, many, at_once = sizes.MP // _columns(sizes), math.ceil(chunks / bundle), AT_ONCE * multiprocessors
     turns, all_turns = (max(1.0, heads * blocks * n / at_once) for n in (1, many))
     apart = (1 + ALONE) * all_turns * min(bundle, chunks) + CARRY * turns * many + LAUNCHES
     constants = {"MP": sizes.MP, "EP": sizes.EP, "COLUMNS": _columns(sizes), "BUNDLE": bundle, "STAGES": SCAN.stages}
-    return Way(blocks, bundle, apart < turns * chunks, constants)
+    return Way(blocks, bundle, packed or apart < turns * chunks, constants)
 
 
 def new_bundles(part: Part, way: Way, z: Tensor) -> Bundles:
@@ -229,7 +236,14 @@ def scan(part: Part, arguments: Arguments, passed: Tensor, z: Tensor, backward: 
     backward pass reads are None without it.
     """
     sizes, gates = arguments.sizes, arguments.gates
-    way = way_of(part.heads, part.chunks, arguments.bundle, arguments.sizes, arguments.multiprocessors)
+    way = way_of(
+        part.heads,
+        part.chunks,
+        arguments.bundle,
+        arguments.sizes,
+        arguments.multiprocessors,
+        arguments.pack is not None,
+    )
     log_c, *ends = z.new_empty((3 if backward else 1, *z.shape[:3])).unbind()
     log_end, kept = ends if backward else (None, None)
     sums, states = sums_of(part, arguments, z), States(log_c, log_end, kept, z)
@@ -240,9 +254,14 @@ def scan(part: Part, arguments: Arguments, passed: Tensor, z: Tensor, backward: 
     if not way.side_by_side:
         launch(causal_scan_kernel, programs, (sums, states, *begins), whole, SCAN)
         return states
-    bundles = new_bundles(part, way, z)
+    bundles, pack = new_bundles(part, way, z), arguments.pack
     many = programs * bundles.n.shape[1]
-    launch(causal_bundles_kernel, many, (sums, states, bundles, gates.decay, *at), {"WRITE": False} | constants, SCAN)
-    launch(causal_carry_kernel, programs, (bundles, *begins), whole, SCAN)
-    launch(causal_bundles_kernel, many, (sums, states, bundles, gates.decay, *at), {"WRITE": True} | constants, SCAN)
+    walk = (sums, states, bundles, gates.decay, None if pack is None else pack.counts, *at)
+    launch(causal_bundles_kernel, many, walk, {"WRITE": False} | constants, SCAN)
+    if pack is None:
+        launch(causal_carry_kernel, programs, (bundles, *begins), whole, SCAN)
+    else:
+        args = (bundles, pack, arguments.ends, *begins, arguments.heads, pack.segments)
+        launch(causal_segments_kernel, programs * pack.segments, args, whole, SCAN)
+    launch(causal_bundles_kernel, many, walk, {"WRITE": True} | constants, SCAN)
     return states

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..host.launch import kernel, launch
 from .scan import SCAN, new_bundles, way_of
+from .segments import causal_segments_backward_kernel
 from .state import Arguments, Part, States
 
 
@@ -94,7 +95,8 @@ def _leave(passed_o, passed_c, r_o, r_c, bh, column, e, MP: tl.constexpr, EP: tl
 def causal_bundles_backward_kernel(
     own_o, own_c, later_o, later_c,  # as above
     states, bundles, products,  # States, Bundles: B, B of d log C, P, R of d log C, -; as above
-    chunks,
+    counts,  # of a packed batch [bundles of a head] int32: chunks of each; else None
+    first_chunk, chunks,
     WRITE: tl.constexpr, MP: tl.constexpr, EP: tl.constexpr,
     COLUMNS: tl.constexpr, BUNDLE: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -108,9 +110,12 @@ def causal_bundles_backward_kernel(
     r_o, r_c = tl.zeros([COLUMNS, EP], tl.float32), tl.zeros([COLUMNS], tl.float32)
     if WRITE:
         r_o, r_c = tl.load(bundles.n + numbers), tl.load(bundles.before_c + at)
+    count = tl.minimum(chunks - first, BUNDLE)
+    if counts is not None:
+        count = tl.load(counts + (first_chunk + first) // BUNDLE)
     b_o, b_c, p = _walk_back(
-        own_o, own_c, later_o, later_c, states, products, slot, blocks, bh * chunks + first,
-        tl.minimum(chunks - first, BUNDLE), r_o, r_c, column, e, WRITE, MP, EP, STAGES,
+        own_o, own_c, later_o, later_c, states, products, slot, blocks, bh * chunks + first, count, r_o, r_c,
+        column, e, WRITE, MP, EP, STAGES,
     )  # fmt: skip
     if not WRITE:
         tl.store(bundles.n + numbers, b_o)
@@ -152,9 +157,16 @@ def scan_back(
 
     `left`: [heads, chunks, MP, EP], in place, and [heads, chunks, MP], from the second to the third; `passed`, from
     stretch to stretch, without chunks, holds something before the first where the final state has a gradient;
-    `products` [heads, chunks, programs].
+    `products` [heads, chunks, programs].  Of a packed batch `passed` has two places, [2, heads, ..], which take turns.
     """
-    way = way_of(part.heads, part.chunks, arguments.bundle, arguments.sizes, arguments.multiprocessors)
+    way = way_of(
+        part.heads,
+        part.chunks,
+        arguments.bundle,
+        arguments.sizes,
+        arguments.multiprocessors,
+        arguments.pack is not None,
+    )
     more = part.stretches - 1 - part.stretch + arguments.gates.follows
     constants, programs = way.constants, part.heads * way.blocks if part.chunks else 0
     own, later = left[:2], left[::2]
@@ -162,9 +174,16 @@ def scan_back(
         every = (*own, *later, states, *passed, products, part.chunks, more)
         launch(causal_scan_backward_kernel, programs, every, constants, SCAN)
         return
-    bundles = new_bundles(part, way, own[0])
-    many = programs * bundles.n.shape[1]
-    args = (*own, *later, states, bundles, products, part.chunks)
-    launch(causal_bundles_backward_kernel, many, args, {"WRITE": False} | constants, SCAN)
-    launch(causal_carry_backward_kernel, programs, (bundles, *passed, part.chunks, more), constants, SCAN)
-    launch(causal_bundles_backward_kernel, many, args, {"WRITE": True} | constants, SCAN)
+    bundles, pack = new_bundles(part, way, own[0]), arguments.pack
+    many, at = programs * bundles.n.shape[1], (None if pack is None else pack.counts, part.first_chunk, part.chunks)
+    walk = (*own, *later, states, bundles, products, *at)
+    launch(causal_bundles_backward_kernel, many, walk, {"WRITE": False} | constants, SCAN)
+    if pack is None:
+        launch(causal_carry_backward_kernel, programs, (bundles, *passed, part.chunks, more), constants, SCAN)
+    else:
+        first = part.first_head, part.first_chunk
+        counts = (*first, part.heads, part.chunks, part.stretch, arguments.heads, pack.segments)
+        whole = constants | {"M": arguments.sizes.M, "E": arguments.sizes.E}
+        args = (bundles, pack, arguments.ends, *passed, *counts)
+        launch(causal_segments_backward_kernel, programs * pack.segments, args, whole, SCAN)
+    launch(causal_bundles_backward_kernel, many, walk, {"WRITE": True} | constants, SCAN)

@@ -27,7 +27,8 @@ from ..host.groups import Sizes
 from ..host.launch import kernel, launch
 from ..host.tiles import Tile
 from ..parameters.prepare import References
-from .chunk import chunk_log_weights, gate_sums, place, state_at
+from .chunk import chunk_log_weights, chunk_of, gate_sums, place, state_at
+from .segments import Ends, Pack
 
 WORKSPACE_SHARE = 0.23  # of the bytes of q, k, v and o: what a part may take, so that all workspaces stay within 1/4
 # With as many tokens of all heads, the share of 64 dims in 16 bits fills a device with chunks.  With fewer, launches
@@ -47,6 +48,9 @@ class Scalars(NamedTuple):
     gates: (
         Tensor | None
     )  # [BH, chunks · BC, 2] Γ in base 2 after each key, from the first of its chunk on, as two numbers
+    firsts: Tensor | None = None  # of a packed batch [chunks] int64: the first row of the segment that has the chunk
+    lengths: Tensor | None = None  # [chunks] int32: how many rows that has; 0 where there is no such chunk
+    numbers: Tensor | None = None  # [chunks] int32: which of the segment's chunks it is
 
 
 class Part(NamedTuple):
@@ -88,11 +92,14 @@ def causal_sums_kernel(
     rule, sizes, cut,
 ):  # fmt: skip
     """One chunk's sums."""
-    at, number, chunk = place(chunks, first_head, first_chunk)
-    b, h = number // H, number % H
-    keys = rows_of(key, b, h, stride_kb, stride_kh, stride_kn, L, cut.STEP)
-    values = rows_of(value, b, h, stride_vb, stride_vh, stride_vn, L, cut.STEP)
-    masses = rows_of(log_a, b, h, stride_ab, stride_ah, stride_an, L, 1) if log_a is not None else None
+    at, number, slot = place(chunks, first_head, first_chunk)
+    b, h, length, chunk = chunk_of(scalars, number, slot, H, L)
+    if scalars.lengths is not None:
+        if length == 0:
+            return
+    keys = rows_of(key, b, h, stride_kb, stride_kh, stride_kn, length, cut.STEP)
+    values = rows_of(value, b, h, stride_vb, stride_vh, stride_vn, length, cut.STEP)
+    masses = rows_of(log_a, b, h, stride_ab, stride_ah, stride_an, length, 1) if log_a is not None else None
     places = places_of(position, references, b, h, stride_pb, stride_ph, stride_pn, sizes) if sizes.P > 0 else None
     head = head_of(references, h, sizes, cut)
     j = tl.arange(0, sizes.MP)
@@ -100,7 +107,7 @@ def causal_sums_kernel(
     log_b = tl.load(head.log_b + j)
     live, omega = chunk_log_weights(keys, masses, places, head, log_b, rows, scalars.uniform, rule, sizes, cut)
     if scalars.gates is not None:
-        gamma, fine, whole, to_end = gate_sums(scalars.gates, number, chunk, L, cut.ROWS)
+        gamma, fine, whole, to_end = gate_sums(scalars.gates, number, slot, L, cut.ROWS)
         omega += to_end[:, None]
     peak = tl.ceil(tl.max(omega, 0))
     e = tl.exp2(omega - finite_or_zero(peak)[None, :])
@@ -142,9 +149,11 @@ class Arguments(NamedTuple):
     tile: Tile
     bundle: int  # chunks of one
     multiprocessors: int
+    pack: Pack | None = None
+    ends: Ends | None = None  # of the pack's segments
 
     def counts(self, part: Part) -> tuple[int, ...]:
-        """H, L, and which chunks of which heads."""
+        """H, L (of a packed batch, rows of all chunks), and which chunks of which heads."""
         return self.heads, self.length, part.chunks, part.first_head, part.first_chunk
 
 
@@ -169,8 +178,8 @@ def chunks_of(rows: int) -> int:
     return max(1, BUNDLE // rows)
 
 
-def parts(x: Operands, rows: int, numbers: int, heads: int) -> Iterator[list[Part]]:
-    """Groups of heads as their stretches, whose workspaces, `numbers` float32 a chunk, stay within WORKSPACE_SHARE.
+def parts(x: Operands, rows: int, length: int, numbers: int, heads: int) -> Iterator[list[Part]]:
+    """Groups of heads as stretches of `length`; their workspaces, `numbers` float32 a chunk, take WORKSPACE_SHARE.
 
     With fewer than FEW_TOKENS they may always take FEW_BYTES.  As many heads as fit whole, but `heads` at least, whose
     scans then are as much shorter as they are more; stretches end where bundles do.
@@ -179,13 +188,13 @@ def parts(x: Operands, rows: int, numbers: int, heads: int) -> Iterator[list[Par
     tokens = b * h * s * 2 * (d + x.value.shape[-1]) * x.key.element_size()
     allowed = max(int(WORKSPACE_SHARE * tokens), FEW_BYTES if b * h * s < FEW_TOKENS else 0)
     at_once, bundle = max(1, allowed // (4 * numbers)), chunks_of(rows)
-    chunks = max(1, math.ceil(s / rows))
+    chunks = max(1, math.ceil(length / rows))
     heads = min(b * h, max(1, at_once // chunks, min(heads, at_once // bundle)))
     heads = math.ceil(b * h / math.ceil(b * h / heads)) if b * h else 1
     fit = at_once // heads
     most = fit if fit >= chunks else max(1, fit // bundle) * bundle
     stretch = math.ceil(math.ceil(chunks / math.ceil(chunks / most)) / bundle) * bundle
-    firsts, chunks = range(0, chunks, stretch), math.ceil(s / rows)
+    firsts, chunks = range(0, chunks, stretch), math.ceil(length / rows)
     for head in range(0, b * h, heads):
         some = min(heads, b * h - head)
         yield [Part(head, some, c, min(stretch, chunks - c), n, len(firsts)) for n, c in enumerate(firsts)]
