@@ -1,13 +1,15 @@
 """Transport to convergence on a backend's kernels, where `reference.converged` has it in PyTorch.
 
-A backend gives a pass at potentials g (`linearised`), iterations from a start (`started`), and its ops.  Newton's
-method and the M × M systems are those of the reference, in PyTorch.  The iteration that sets out from the fixed point
-is an op of T = 1 whose log b is g, and the gradient of g that op's backward again, from the u of the system.  Under
-torch.compile, transforms and modes, which see nothing of kernels that are no ops, calls are the reference's.
+A backend gives a pass at potentials g (`linearised`), iterations from a start (`started`), and its ops; one that makes
+logits of the keys in its kernels gives both for keys too (`linearised_keys`, `iterated_keys`).  Newton's method and the
+M × M systems are those of the reference, in PyTorch.  The iteration that sets out from the fixed point is an op of
+T = 1 whose log b is g, and the gradient of g that op's backward again, from the u of the system.  Under torch.compile,
+transforms and modes, which see nothing of kernels that are no ops, calls are the reference's.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -21,12 +23,12 @@ from .ops.operands import batch_as_heads, narrow
 from .problem import Operands, Options, Sinkhorn, replaced
 from .reference.attention import hyper, reference_mass, widen
 from .reference.converged import Marginals, Solver, Transported
-from .reference.converged.attention import marginals
+from .reference.converged.attention import around, marginals
 from .reference.converged.implicit import refuse, through
 from .reference.converged.newton import newton
 from .reference.converged.solve import Solving, batched
 from .reference.converged.system import Pass, Passed, columns_of, full, is_live, without_autocast
-from .reference.transport import INF, Plan, potential
+from .reference.transport import INF, Plan, potential, started
 
 
 def backend_for(name: str, tensors: Sequence[Tensor | None]) -> ModuleType | None:
@@ -35,23 +37,54 @@ def backend_for(name: str, tensors: Sequence[Tensor | None]) -> ModuleType | Non
     return module if module is not None and hasattr(module, "linearised") and unwatched(tensors) else None
 
 
+class Kernels(NamedTuple):
+    """What finds the potentials of some problems [G]."""
+
+    passed: Passed
+    iterated: Callable[[Marginals, int, Solver], tuple[Tensor, Tensor]]  # g [G, M] after that many, how many ran [G]
+
+
 def passes(backend: ModuleType) -> Passed:
     """`reference.converged.system.passed` of problems [G], without gradient."""
 
-    def passed(p: Marginals, g: Tensor) -> Pass:
-        s, f, c, mass, gram = backend.linearised(p.l, p.log_a, p.lam_a.squeeze(-1), g)
-        return Pass(s, f, c, gram, mass, is_live(p, g, c))
+    def passed(p: Marginals, g: Tensor, running: Tensor | None = None) -> Pass:
+        return _live(p, g, backend.linearised(p.l, p.log_a, p.lam_a.squeeze(-1), g, running))
 
     return passed
 
 
-def _potentials(p: Marginals, num_iters: int, how: Solver, backend: ModuleType) -> tuple[Tensor, Tensor]:
+def _live(p: Marginals, g: Tensor, found: tuple[Tensor, ...]) -> Pass:
+    s, f, c, mass, gram = found
+    return Pass(s, f, c, gram, mass, is_live(p, g, c))
+
+
+def _of_costs(backend: ModuleType) -> Kernels:
+    def iterated(p: Marginals, num_iters: int, how: Solver) -> tuple[Tensor, Tensor]:
+        _, g, _, iters = backend.started(_problem(p, num_iters, how.tol), how.start)
+        return g, iters
+
+    return Kernels(passes(backend), iterated)
+
+
+def _of_keys(x: Operands, opt: Options, backend: ModuleType) -> Kernels:
+    """Those of the problems [BH] of keys, whatever their ℓ says."""
+    x = narrow(x)
+
+    def passed(p: Marginals, g: Tensor, running: Tensor | None = None) -> Pass:
+        return _live(p, g, backend.linearised_keys(x, opt, g, running))
+
+    def iterated(p: Marginals, num_iters: int, how: Solver) -> tuple[Tensor, Tensor]:
+        return backend.iterated_keys(x, opt._replace(num_iters=num_iters), started(how.start, p.log_b), how.tol)
+
+    return Kernels(passed, iterated)
+
+
+def _potentials(p: Marginals, num_iters: int, how: Solver, kernels: Kernels) -> tuple[Tensor, Tensor]:
     """g [G, M] near the fixed point, and how many iterations ran [G]."""
     if how.method == "newton":
-        plan = newton(p, num_iters, how.tol, how.start, passes(backend))
+        plan = newton(p, num_iters, how.tol, how.start, kernels.passed)
         return plan.g, plan.iters
-    _, g, _, iters = backend.started(_problem(p, num_iters, how.tol), how.start)
-    return g, iters
+    return kernels.iterated(p, num_iters, how)
 
 
 def _problem(p: Marginals, num_iters: int, tol: float | None) -> Sinkhorn:
@@ -62,8 +95,7 @@ class Iteration(NamedTuple):
     """One iteration from g, as a function of tensors: how it runs, and the problems [G] that these make."""
 
     after: Callable[..., Tensor]  # (g, *tensors) -> F(g), shaped as g
-    problem: Callable[..., Marginals]
-    backend: ModuleType
+    problem: Callable[..., tuple[Marginals, Kernels]]  # of tensors
 
 
 class FixedPoint(torch.autograd.Function):
@@ -92,9 +124,9 @@ class Adjoint(torch.autograd.Function):
         ctx: Any, iteration: Iteration, needs: Sequence[bool], d_g: Tensor, g: Tensor, *tensors: Tensor | None
     ) -> tuple[Tensor | None, ...]:
         with without_autocast(g):
-            p = iteration.problem(*tensors)
+            p, kernels = iteration.problem(*tensors)
             flat = g.reshape(-1, g.shape[-1])
-            u = through(p, passes(iteration.backend)(p, flat), d_g.reshape(flat.shape)).view(g.shape)
+            u = through(p, kernels.passed(p, flat, None), d_g.reshape(flat.shape)).view(g.shape)
             with torch.enable_grad():
                 leaves = [t if t is None else t.detach().requires_grad_(n) for t, n in zip(tensors, needs, strict=True)]
                 after = iteration.after(g, *leaves)
@@ -121,7 +153,7 @@ def solve(p: Marginals, num_iters: int, how: Solver, backend: ModuleType) -> Pla
     p = batched(p)
     of_columns = p.l.shape[-1] <= p.l.shape[-2]
     side = p if of_columns else p.T._replace(l=p.l.mT.contiguous())
-    iterate = _dense_iteration(dispatch.chosen_for(backend.NAME, backend.NAME))
+    iterate, kernels = _dense_iteration(dispatch.chosen_for(backend.NAME, backend.NAME)), _of_costs(backend)
 
     def after(g: Tensor, *tensors: Tensor) -> Tensor:
         x = Marginals(*tensors)
@@ -132,8 +164,8 @@ def solve(p: Marginals, num_iters: int, how: Solver, backend: ModuleType) -> Pla
         if how.start is not None and not of_columns:
             start = torch.where(how.start.isfinite(), how.start, p.log_b)
             how = how._replace(start=iterate(start, p.l, p.log_a, p.lam_a)[0])
-        g, iters = _potentials(fixed, num_iters - 1, how, backend)
-    g = FixedPoint.apply(Iteration(after, Marginals, backend), g, *side)
+        g, iters = _potentials(fixed, num_iters - 1, how, kernels)
+    g = FixedPoint.apply(Iteration(after, lambda *tensors: (Marginals(*tensors), kernels)), g, *side)
     f, c = iterate(g, side.l, side.log_a, side.lam_a)
     if not of_columns:
         return Plan(g, f, c.unsqueeze(-2), iters + 1)
@@ -154,26 +186,56 @@ def solving(backend: ModuleType) -> Solving:
             chosen = dispatch.chosen_for(backend.NAME, backend.NAME)
             x = _problem(flat, num_iters, how.tol)
             f, _, _, iters = ops.sinkhorn.sinkhorn(*x.tensors, [1.0, 1.0], num_iters, how.tol, chosen)
-        f = f.reshape(*batch, -1)
+        f = f.reshape(*batch, f.shape[-1])
         c, g = columns_of(p, f)
         return Plan(f, g if num_iters else p.log_b, c.unsqueeze(-2), iters.reshape(batch))
 
     return solved
 
 
-def transport(x: Operands, opt: Options, how: Solver, backend: ModuleType) -> tuple[Tensor, Tensor, Transported]:
-    """z [B, H, M, E] and g [B, H, M] with the gradient of the fixed point; the plan without."""
+def _takes_keys(backend: ModuleType) -> bool:
+    return hasattr(backend, "linearised_keys")
+
+
+def _with_logits(x: Operands, opt: Options) -> Marginals:
+    """The problems [BH] of the keys."""
+    return _of_heads(marginals(widen(x), opt))
+
+
+def _of_heads(p: Marginals) -> Marginals:
+    """[BH] from [B, H]."""
+    return Marginals(*[t.flatten(0, 1) for t in batched(p)])
+
+
+def _problem_of_keys(x: Operands, opt: Options, backend: ModuleType) -> tuple[Marginals, Kernels]:
+    if not _takes_keys(backend):
+        return _with_logits(x, opt), _of_costs(backend)
+    nowhere = x.references.new_full((), math.nan)  # whoever reads a logit sees it
+    sizes = (*x.key.shape[:3], x.references.shape[1])
+    return _of_heads(around(nowhere.expand(sizes), x, opt)), _of_keys(x, opt, backend)
+
+
+class Reached(NamedTuple):
+    """Where potentials of keys came to, without gradient; the problems and their plans where somebody asks for them."""
+
+    iters: Tensor  # [B, H]
+    transported: Callable[[], Transported]
+
+
+def transport(x: Operands, opt: Options, how: Solver, backend: ModuleType) -> tuple[Tensor, Tensor, Reached]:
+    """z [B, H, M, E] and g [B, H, M] with the gradient of the fixed point, and what was reached."""
     x = replaced(x, query=None, query_position=None, seed=None)
     (b, h, _, _), m = x.key.shape, x.references.shape[1]
 
-    def problem(*tensors: Tensor | None) -> Marginals:
-        p = batched(marginals(widen(Operands(*tensors)), opt))  # type: ignore[arg-type]
-        return Marginals(*[t.flatten(0, 1) for t in p])
+    def problem(*tensors: Tensor | None) -> tuple[Marginals, Kernels]:
+        return _problem_of_keys(Operands(*tensors), opt, backend)  # type: ignore[arg-type]
 
     def iterate(x: Operands, g: Tensor) -> tuple[Tensor, Tensor]:
         """z and c [B, H, M]."""
+        # A head without any key has no potentials; an iteration sets out from finite ones, and finds none again.
+        g = torch.where((g > -INF).any(-1, keepdim=True), g, 0.0)
         z, after, _ = ops.memory.set_transport(*batch_as_heads(x, g)._replace(reference_relaxation=None), *one)
-        return z.view(b, h, m, -1), _less(g, after.view(g.shape))
+        return z.view(b, h, m, z.shape[-1]), _less(g, after.view(g.shape))
 
     def balanced_against(x: Operands, c: Tensor) -> Tensor:
         return potential(reference_mass(x), hyper(x, opt, "reference_relaxation").squeeze(-1), c)
@@ -185,13 +247,18 @@ def transport(x: Operands, opt: Options, how: Solver, backend: ModuleType) -> tu
     scalars = (*opt.scalars[:3], 1.0, opt.scalars[4])  # λ_b = 1: g − c is what comes out
     one = Options(scalars, opt.kernel, 1, 0.0, dispatch.chosen_for(backend.NAME, backend.NAME))
     with torch.no_grad(), without_autocast(x.key):
-        p = problem(*x)
+        p, kernels = problem(*x)
         start = None if how.start is None else how.start.flatten(0, 1)
-        g, iters = _potentials(p, opt.num_iters - 1, how._replace(start=start), backend)
-        f, *_ = backend.started(_problem(p, 1, None), g)
-    g = FixedPoint.apply(Iteration(after, problem, backend), g.view(b, h, m), *x)
+        before, iters = _potentials(p, opt.num_iters - 1, how._replace(start=start), kernels)
+    g = FixedPoint.apply(Iteration(after, problem), before.view(b, h, m), *x)
     z, c = iterate(x, g)
-    g = balanced_against(x, c)
-    of_heads = Marginals(*[t.unflatten(0, (b, h)) for t in p])
-    plan = Plan(f.view(b, h, -1), g.detach(), c.detach().unsqueeze(-2), (iters + 1).view(b, h))
-    return z, g, Transported(of_heads, plan)
+    g, iters = balanced_against(x, c), (iters + 1).view(b, h)
+
+    def transported() -> Transported:
+        with torch.no_grad(), without_autocast(x.key):
+            whole = _with_logits(x, opt) if _takes_keys(backend) else p
+            f, *_ = backend.started(_problem(whole, 1, None), before)
+        of_heads = Marginals(*[t.unflatten(0, (b, h)) for t in whole])
+        return Transported(of_heads, Plan(f.view(b, h, f.shape[-1]), g.detach(), c.detach().unsqueeze(-2), iters))
+
+    return z, g, Reached(iters, transported)

@@ -164,8 +164,8 @@ def beyond(p: Problem, dtypes: tuple[torch.dtype, ...], references: int, head_di
         reasons.append(f"holds at most {references} references, not {p.M}")
     if max(p.D, p.E) > head_dim:
         reasons.append(f"holds head dims of at most {head_dim}, not {max(p.D, p.E)}")
-    if p.converged:
-        reasons.append(unconverging(p))
+    if p.converged == "started":
+        reasons.append("has no kernels for initial_potential with grad='unrolled'")
     if p.op in ("causal", "packed_causal") and p.num_iters > 1:
         reasons.append("the causal scan needs num_iters <= 1")
     return reasons

@@ -74,8 +74,8 @@ def sinkhorn(
             a loss that depends on it gets the gradient without that part.
         initial_potential: g⁰ [..., M] without gradient, such as the last call's g; where it is not finite, log b.
         return_info: also a `TransportInfo`, for half an iteration more: (iters, error, converged, potential).
-        backend: "auto" or a name.  grad="implicit", also by Newton, has kernels on the CPU (traced calls are
-            PyTorch); it runs in PyTorch elsewhere, and an initial_potential with unrolled gradients everywhere.
+        backend: "auto" or a name.  grad="implicit", also by Newton, has kernels on "cpu" and "triton" (traced calls
+            are PyTorch); it runs in PyTorch elsewhere, and an initial_potential with unrolled gradients everywhere.
 
     Raises:
         ValueError, TypeError: naming the argument, what it got and what it wants; also for masses of different totals

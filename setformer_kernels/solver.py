@@ -17,11 +17,12 @@ import torch
 from torch import Tensor
 
 from . import advice, checks, dispatch, fixed_point
+from .fixed_point import Reached
 from .ops.memory import read, read_problem
 from .ops.operands import attention_problem, logits
 from .problem import Operands, Options, compute_dtype
 from .reference import converged
-from .reference.converged import Marginals, Solver, Transported, TransportInfo, certified
+from .reference.converged import Marginals, Solver, TransportInfo, certified
 from .reference.transport import readable
 
 METHODS, GRADS = ("sinkhorn", "newton"), ("unrolled", "implicit")
@@ -93,16 +94,21 @@ def run(
     wanted = checks.flag("return_info", asked.return_info)
     name = dispatch.choose(replace(attention_problem(op, x, opt), converged=kind(how)), opt.backend, logits(x))
     backend = fixed_point.backend_for(name, x)
-    if backend is None:
-        *outputs, (p, plan) = function(x, opt, how)
-    elif kind(how) == "implicit" and function in ON_KERNELS:
-        *outputs, (p, plan) = ON_KERNELS[function](x, opt, how, backend)
+    if backend is not None and kind(how) == "implicit" and function in ON_KERNELS:
+        *outputs, (iters, transported) = ON_KERNELS[function](x, opt, how, backend)
     else:
-        *outputs, (p, plan) = function(x, opt, how, fixed_point.solving(backend))
-    return outputs, report(p, plan.f, plan.g, plan.iters, opt.num_iters, how.tol, wanted)
+        solving = () if backend is None else (fixed_point.solving(backend),)
+        *outputs, found = function(x, opt, how, *solving)
+        iters, transported = found.plan.iters, lambda: found
+
+    def certify() -> TransportInfo:
+        p, plan = transported()
+        return certified(p, plan.f, plan.g, iters, opt.num_iters, how.tol)
+
+    return outputs, told(certify, iters, opt.num_iters, how.tol, wanted)
 
 
-def _attention(x: Operands, opt: Options, how: Solver, backend: ModuleType) -> tuple[Tensor, Transported]:
+def _attention(x: Operands, opt: Options, how: Solver, backend: ModuleType) -> tuple[Tensor, Reached]:
     """o [B, H, L, E]: the two halves of attention."""
     z, g, found = fixed_point.transport(x, opt, how, backend)
     assert x.query is not None
@@ -111,7 +117,7 @@ def _attention(x: Operands, opt: Options, how: Solver, backend: ModuleType) -> t
     return read(read_problem(x.query, z, given), Options(*opt[:2], 1, *opt[3:]), z, g), found
 
 
-def _pool(x: Operands, opt: Options, how: Solver, backend: ModuleType) -> tuple[Tensor, Transported]:
+def _pool(x: Operands, opt: Options, how: Solver, backend: ModuleType) -> tuple[Tensor, Reached]:
     """z [B, H, M, E] in the dtype of the values."""
     z, _, found = fixed_point.transport(x, opt, how, backend)
     return z.to(x.value.dtype), found
@@ -144,12 +150,19 @@ def report(
     p: Marginals, f: Tensor, g: Tensor, iters: Tensor, num_iters: int, tol: float | None, wanted: bool,
     plan: Tensor | None = None,
 ) -> TransportInfo | None:  # fmt: skip
+    """`told` of problems and potentials."""
+    return told(lambda: certified(p, f, g, iters, num_iters, tol, plan), iters, num_iters, tol, wanted)
+
+
+def told(
+    certify: Callable[[], TransportInfo], iters: Tensor, num_iters: int, tol: float | None, wanted: bool
+) -> TransportInfo | None:  # fmt: skip
     """What was reached, if it is wanted; where it can be read without waiting, whoever asks is warned once."""
-    may_warn = readable(p.l) and iters.numel() > 0
+    may_warn = readable(iters) and iters.numel() > 0
     may_warn = may_warn and (wanted or (tol is not None and bool((iters == num_iters).any())))
     if not wanted and not may_warn:
         return None
-    info = certified(p, f, g, iters, num_iters, tol, plan)
+    info = certify()
     if may_warn:
         advice.unconverged(num_iters, info.converged, info.error)
     return info if wanted else None

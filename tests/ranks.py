@@ -27,6 +27,7 @@ def run(files: Sequence[Path], ranks: int, folder: Path, timeout: float = 600.0)
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
     environment |= {"MASTER_ADDR": "localhost", "MASTER_PORT": "29500", "WORLD_SIZE": str(ranks)}  # which others read
     command = [sys.executable, "-W", "error", *IGNORED, __file__, str(ranks), str(folder / "store")]
+    (folder / "store").unlink(missing_ok=True)  # of an earlier start
     processes = [
         subprocess.Popen(
             [*command, str(rank), *map(str, files)], cwd=folder, text=True,

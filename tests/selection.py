@@ -40,6 +40,7 @@ ON_STAND_INS = {
 STAND_INS = {"triton", "shim", "eager"}
 # On the shim where an id does not say gpu.
 ON_THE_SHIM = {"test_cuda_kernels.py", "test_cuda_narrow.py", "test_cuda_barriers.py"}
+ON_TRITON = {"test_triton_converged.py"}  # likewise
 # Test -> of its parameters on a stand-in, the sets of which one stays.  A test without a row stays whole.
 KEPT: dict[str, tuple[set[str], ...]] = {
     "test_output_and_every_gradient_within_the_error_budget": (
@@ -125,11 +126,22 @@ KEPT: dict[str, tuple[set[str], ...]] = {
     "test_pooling_is_that_of_every_segment": (),
     "test_packs_within_the_error_budget": ({"eager", "relaxed", "torch.float32"},),
     "test_no_segment_and_no_row": ({"eager"},),
+    "test_a_pack_goes_on_as_its_segments_do": ({"eager"},),
+    "test_packs_with_states_within_the_error_budget": ({"eager"},),
+    "test_two_packs_are_one": ({"eager"},),
     "test_keys_without_queries_change_nothing": ({"eager"},),
     "test_vmap_and_vmap_of_grad": (),
     "test_one_graph_serves_every_length_of_states": (),
     "test_a_compiled_step_writes_the_states_of_its_caller": (),
     "test_vmap_and_vmap_of_grad_of_states": (),
+    "test_a_pass_over_costs_is_that_of_the_definition": ({"triton", "(2, 100, 7, 1.5)"},),
+    "test_a_pass_over_keys_is_that_of_the_definition": ({"triton", "5", "torch.float32"},),
+    "test_iterations_over_costs_from_a_start": (),
+    "test_iterations_over_keys_stop_head_by_head": (),
+    "test_a_call_by_name_does_what_the_reference_does": ({"triton", "attention", "newton"},),
+    "test_implicit_gradients_of_costs_are_the_unrolled_ones_at_convergence": (),
+    "test_without_a_key_everything_is_zero_and_the_info_says_so": ({"triton", "newton"},),
+    "test_what_cannot_converge_stays_finite_and_says_so": (),
     "test_autocast_keeps_states_in_float32": ({"eager", "reference"},),
     "test_flops_of_states_count_products": (),
 }  # fmt: skip
@@ -164,6 +176,7 @@ def is_of_a_product(item: pytest.Item) -> bool:
     if callspec is None or (kept is None and item.path.name != "test_shapes.py"):
         return False
     words = set(callspec.id.split("-")) | ({"shim"} if item.path.name in ON_THE_SHIM else set())
+    words |= {"triton"} if item.path.name in ON_TRITON else set()
     return bool(words & STAND_INS) and not any(few <= words for few in kept or ())
 
 

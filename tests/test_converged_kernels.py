@@ -8,34 +8,18 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from converged_helpers import F64, IMPLICIT, NEWTON, judge_pass, problem, with_gradients
 
 import setformer_kernels.functional as SF
 from setformer_kernels import fixed_point
 from setformer_kernels.backends import cpu
 from setformer_kernels.problem import Sinkhorn
-from setformer_kernels.reference.converged import Marginals
-from setformer_kernels.reference.converged.system import passed
 from setformer_kernels.reference.transport import sinkhorn
 
 pytestmark = pytest.mark.skipif(bool(cpu.ABSENT), reason=cpu.ABSENT)
-F64 = torch.float64
-IMPLICIT: dict[str, Any] = {"grad": "implicit", "num_iters": 60, "tol": 1e-12}
-NEWTON: dict[str, Any] = {"method": "newton", **IMPLICIT}
 # Sizes and the spread of ℓ: one row, several blocks of rows, an A that is formed apart, columns that are next to
 # unreachable, numbers whose exponentials are denormal or 0.
 SIZES = [(1, 1, 3, 1.0), (2, 100, 7, 1.5), (3, 230, 64, 30.0), (1, 50, 600, 5.0), (2, 60, 20, 300.0)]
-
-
-def problem(groups: int, n: int, m: int, spread: float, dtype: torch.dtype) -> tuple[Marginals, Tensor]:
-    """Marginals and a g: with a row that takes no part, whose content is NaN, and a column without mass."""
-    l = spread * torch.randn(groups, n, m, dtype=dtype)
-    log_a, log_b = (torch.randn(groups, k, dtype=dtype).log_softmax(-1) for k in (n, m))
-    if n > 1:
-        log_a[0, n // 2], l[0, n // 2] = -math.inf, math.nan
-        log_b[0, m // 2] = -math.inf
-    lam = 1 - 0.1 * torch.rand(2, groups, 1, dtype=dtype)
-    return Marginals(l, log_a, log_b, *lam), torch.where(log_b > -math.inf, log_b + torch.randn_like(log_b), -math.inf)
 
 
 @pytest.fixture(params=["generic", "avx2", "avx512"])
@@ -55,21 +39,7 @@ def test_a_pass_is_that_of_the_definition(
 ) -> None:
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     p, g = problem(*size, dtype)
-    found = fixed_point.passes(cpu)(p, g)
-    there = p.log_a > -math.inf
-    exact = Marginals(torch.where(there.unsqueeze(-1), p.l, 0.0).double(), *[t.double() for t in p[1:]])
-    want, model = passed(exact, g.double()), passed(Marginals(exact.l.to(dtype), *p[1:]), g)
-    assert (found.s[~there] == -math.inf).all()
-    assert torch.equal(found.live, model.live)
-    for name in ("s", "f", "c", "mass", "gram"):
-        a, b, c = (getattr(q, name).double() for q in (found, model, want))
-        known = there & c.isfinite() if name in ("s", "f") else c.isfinite()
-        if name in ("mass", "gram"):
-            known = known & (c < 1e27)  # beyond, c alone is right
-        assert a[known].isfinite().all(), name
-        error, allowed = ((t - c)[known].norm() for t in (a, b))
-        rounding = 1e-12 if dtype == F64 else 2 * torch.finfo(dtype).eps
-        assert error <= 2 * allowed + rounding * c[known].norm() + torch.finfo(dtype).tiny, name
+    judge_pass(fixed_point.passes(cpu)(p, g), p, g)
 
 
 def test_denormals_are_zero_in_kernels_alone() -> None:
@@ -135,7 +105,7 @@ def test_a_backend_by_name_does_what_the_reference_does(
     inputs = [torch.randn(shape, dtype=F64).to(dtype).requires_grad_() for shape in shapes]
     inputs = inputs if name == "set_attention" else inputs[1:]
     y = torch.randn(2, 4, 6, dtype=F64).to(F64 if dtype == F64 else torch.float32).requires_grad_()
-    found = [_with_gradients(getattr(SF, name), inputs, y, {**how, "epsilon": 0.3, "backend": b}) for b in
+    found = [with_gradients(getattr(SF, name), inputs, y, {**how, "epsilon": 0.3, "backend": b}) for b in
              ("cpu", "reference")]  # fmt: skip
     assert len(calls) == 1
     limit = {torch.float32: 2e-3, torch.bfloat16: 6e-2, F64: 1e-9}[dtype]
@@ -155,13 +125,3 @@ def _on_kernels() -> dict[Any, Any]:
     from setformer_kernels import solver
 
     return solver.ON_KERNELS | {solver.converged.transport: lambda *args: fixed_point.transport(*args)}
-
-
-def _with_gradients(function: Any, inputs: list[Tensor], y: Tensor, options: dict[str, Any]) -> list[Tensor]:
-    out = function(*inputs, y, **options)
-    outs = [*out] if isinstance(out, tuple) else [out]
-    if len(outs) == 2:  # potentials are known up to a constant
-        outs[1] = outs[1] - outs[1].mean(-1, keepdim=True)
-    loss = sum((t * torch.linspace(-1, 1, t.numel(), dtype=t.dtype).view(t.shape)).sum() for t in outs)
-    assert isinstance(loss, Tensor)
-    return [*outs, *torch.autograd.grad(loss, [*inputs, y])]

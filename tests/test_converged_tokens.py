@@ -130,6 +130,15 @@ def test_without_a_key_everything_is_zero_and_the_info_says_so(how: dict[str, An
     assert (SF.set_attention(q, k, v, y, **how) == 0).all()
 
 
+@pytest.mark.parametrize("how", [NEWTON, SINKHORN, UNROLLED], ids=["newton", "sinkhorn", "unrolled"])
+def test_an_empty_batch(how: dict[str, Any]) -> None:
+    q, k, v, y = (t.detach() for t in tokens())
+    o, info = SF.set_attention(q[:0], k[:0], v[:0], y, **how, return_info=True)
+    assert o.shape == (0, H, L, E)
+    assert info.error.shape == info.iters.shape == (0, H)
+    assert SF.set_pool(k[:0], v[:0], y, **how).shape == (0, H, M, E)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_half_precision_is_solved_in_single(dtype: torch.dtype) -> None:
     q, k, v, y = tokens(torch.float32)
@@ -151,7 +160,7 @@ def test_half_precision_is_solved_in_single(dtype: torch.dtype) -> None:
     [
         ({"causal": True}, ValueError, "all see the same keys: got causal=True as well"),
         ({"attn_mask": torch.ones(L, S, dtype=torch.bool)}, ValueError, "all see the same keys: got attn_mask as well"),
-        ({"backend": "triton"}, ValueError, "has no kernels for tol, grad='implicit', method='newton'"),
+        ({"backend": "cuda"}, ValueError, "has no kernels for tol, grad='implicit', method='newton'"),
         ({"num_iters": 1}, ValueError, "num_iters must be ≥ 2 with grad='implicit'"),
         ({"tol": -1.0}, ValueError, "tol must be finite and ≥ 0"),
         ({"grad": "unrolled"}, ValueError, "grad must be 'implicit' with method='newton'"),

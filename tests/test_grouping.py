@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import setformer_kernels.functional as SF
 from setformer_kernels.backends import cpu
+from setformer_kernels.problem import SCALARS, Operands, Options
 
 B, H, G, L, S, M, D, E, P = 2, 2, 3, 20, 30, 5, 16, 8, 2
 
@@ -249,6 +250,23 @@ def test_a_step_of_groups_is_one_call_of_the_kernel(monkeypatch: pytest.MonkeyPa
     q, k, v, y = torch.randn(B, G * H, D), torch.randn(B, H, D), torch.randn(B, H, E), torch.randn(H, M, D)
     SF.set_step(SF.empty_state(B, H, M, E), q, k, v, y, backend="cpu")
     assert taken == [1]
+
+
+@pytest.mark.parametrize(("heads", "launches"), [(1, 1), (G, 1), (70, 2)])
+def test_a_step_of_groups_is_one_launch_on_triton(heads: int, launches: int) -> None:
+    """Of 64 queries that share a key; nothing is copied."""
+    pytest.importorskip("triton")
+    from setformer_kernels.backends.triton import face
+    from setformer_kernels.backends.triton.host.launch import Device, recorded
+
+    q, k, v = (torch.randn(B, H, n, c) for n, c in ((heads, D), (1, D), (1, E)))
+    x, state = Operands(q, k, v, torch.randn(H, M, D), *[None] * 11), torch.randn(B, H, M, 2 * E + 3)
+    with recorded(Device("sm_90", 132, "tf32x3")) as taken:
+        o = face.step(x, Options(SCALARS, "rbf", 1), state, None, None)
+    steps = [launch for launch in taken if launch.kernel.fn.__name__ == "causal_step_kernel"]
+    assert len(steps) == launches
+    assert all(any(t is state for t in launch.args) for launch in steps)
+    assert o.shape == (B, H, heads, E)
 
 
 @pytest.mark.parametrize("empty", ["B", "L", "S"])

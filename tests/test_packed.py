@@ -32,15 +32,6 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.fixture(autouse=True)
-def _no_causal_kernel(request: pytest.FixtureRequest) -> None:
-    """Triton answers packs, but none that is causal."""
-    parameters = getattr(getattr(request.node, "callspec", None), "params", {})
-    causal = parameters.get("causal") is True or "causal" in str(parameters.get("name", ""))
-    if parameters.get("native") == "triton" and causal:
-        pytest.skip("has no kernel for packed_causal yet")
-
-
 def sides(native: str, causal: bool = False) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Lengths of queries and of keys."""
     queries, keys = (FEW_QUERIES, FEW) if native == "triton" else (QUERIES, LENGTHS)

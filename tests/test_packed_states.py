@@ -19,13 +19,6 @@ N, T, SLACK = len(LENGTHS), sum(LENGTHS), 3
 OFFSETS = torch.tensor([0, *itertools.accumulate(LENGTHS)])
 
 
-@pytest.fixture(autouse=True)
-def _no_kernel(request: pytest.FixtureRequest) -> None:
-    parameters = getattr(getattr(request.node, "callspec", None), "params", {})
-    if parameters.get("native") == "triton":
-        pytest.skip("has no kernel for packed_causal yet")
-
-
 def tokens(heads: int = H, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
     """A pack with slack of NaN, its gates and the states it goes on from, one of them empty; all want gradients."""
     sizes = {"query": (heads, D), "key": (HK, D), "value": (HK, E), "log_decay": (HK,)}
@@ -69,6 +62,8 @@ def means(state: Tensor) -> Tensor:
 @pytest.mark.usefixtures("poisoned_memory")
 def test_a_pack_goes_on_as_its_segments_do(given: str, options: dict[str, Any], heads: int, native: str) -> None:
     """Bit for bit: o, the states, and every gradient but those of parameters, which are summed in another order."""
+    if native == "triton" and (heads == H or (options and given != "all")):
+        pytest.skip("grouped queries and T are the same for packs as for pieces; half a minute on the interpreter")
     x = tokens(heads)
     absent = {"state": ["log_decay"], "gates": ["initial_state"], "neither": ["log_decay", "initial_state"]}
     for name in absent.get(given, []):
@@ -95,6 +90,8 @@ def test_a_pack_goes_on_as_its_segments_do(given: str, options: dict[str, Any], 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 def test_packs_with_states_within_the_error_budget(dtype: torch.dtype, native: str) -> None:
+    if native == "triton" and dtype == torch.float64:
+        pytest.skip("no kernels for float64")
     x = {name: t.detach()[:T] if len(t) == T + SLACK else t.detach() for name, t in tokens(HK, torch.float64).items()}
     inputs = {**x, "cu_seqlens_q": OFFSETS}
     state = inputs.pop("initial_state").float().double()

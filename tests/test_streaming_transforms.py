@@ -66,11 +66,9 @@ def inputs(name: str, n: int = 16, dtype: torch.dtype = torch.float32) -> list[T
     return [*x, y, decay, state]
 
 
-def no_kernel(name: str, native: str, again: bool = False) -> None:
-    if again and native == "triton":
+def not_again(native: str) -> None:
+    if native == "triton":
         pytest.skip("how an op is traced and mapped is the same on every backend; a minute on the interpreter")
-    if name == "packed" and native == "triton":
-        pytest.skip("has no kernel for packed_causal yet")
 
 
 def graded(name: str) -> bool:
@@ -79,7 +77,7 @@ def graded(name: str) -> bool:
 
 @pytest.mark.parametrize("name", CALLS)
 def test_one_graph_serves_every_length_of_states(name: str, native: str) -> None:
-    no_kernel(name, native, again=True)
+    not_again(native)
     torch._dynamo.reset()
     counter = torch._dynamo.testing.CompileCounter()
     f = CALLS[name](native)
@@ -124,7 +122,7 @@ def test_a_compiled_step_writes_the_states_of_its_caller(native: str) -> None:
 @pytest.mark.parametrize("name", ["causal", "packed"])
 @pytest.mark.parametrize("dims", [(0, 0, 0, None, 0, 0), (None, 1, None, 0, None, None), (None,) * 5 + (1,)], ids=str)
 def test_vmap_and_vmap_of_grad_of_states(name: str, dims: tuple[int | None, ...], native: str) -> None:
-    no_kernel(name, native, again=True)
+    not_again(native)
     f = CALLS[name](native)
     own = [
         t if d is None else torch.stack([t, t * (1 - 0.1 * torch.rand_like(t)), t], d)
@@ -147,7 +145,6 @@ def test_vmap_and_vmap_of_grad_of_states(name: str, dims: tuple[int | None, ...]
 @pytest.mark.parametrize("by", ["native", "reference"])
 def test_autocast_keeps_states_in_float32(name: str, by: str, native: str) -> None:
     """Tokens are cast, sums are not narrowed."""
-    no_kernel(name, native)
     f, x = CALLS[name](native if by == "native" else by), inputs(name)
     with torch.autocast("cpu", torch.bfloat16):
         o, state = f(*x)
@@ -160,7 +157,6 @@ def test_autocast_keeps_states_in_float32(name: str, by: str, native: str) -> No
 
 @pytest.mark.parametrize("name", CALLS)
 def test_flops_of_states_count_products(name: str, native: str) -> None:
-    no_kernel(name, native)
     x, n = inputs(name), 16
     b, n = {"causal": (B, n), "packed": (1, n), "step": (B, 1)}[name]
     leaves = [t.requires_grad_() for t in x] if graded(name) else x

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import os
 import weakref
 from dataclasses import replace
@@ -21,7 +22,7 @@ from setformer_kernels.testing.cases import ALL_CASES, make
 
 pytest.importorskip("triton")
 from setformer_kernels.backends.triton import face
-from setformer_kernels.backends.triton.causal import state
+from setformer_kernels.backends.triton.causal import scan, scan_back, state
 from setformer_kernels.backends.triton.host.launch import Device, recorded
 
 causal = functools.partial(SF.set_attention, causal=True, num_iters=1)
@@ -79,14 +80,14 @@ def test_weights_of_any_range_in_any_chunk(dtype: torch.dtype) -> None:
 
 @LOGARITHMS_LOSE
 def test_weights_of_any_range_in_any_stretch(stretches: None) -> None:
-    check(any_range())
+    check(any_range(210, 170))
 
 
-def any_range() -> dict[str, Any]:
-    """Masses from 1e-80 up, in the second chunk e^150 above all before: no product of two exponentials holds them."""
-    given: dict[str, Any] = inputs(140)
-    mask = 30 * torch.randn(1, 140, dtype=torch.float64)
-    mask[:, 100:] += 150
+def any_range(length: int = 140, cut: int = 100) -> dict[str, Any]:
+    """Masses from 1e-80 up, from `cut` on e^150 above all before: no product of two exponentials holds them."""
+    given: dict[str, Any] = inputs(length)
+    mask = 30 * torch.randn(1, length, dtype=torch.float64)
+    mask[:, cut:] += 150
     return given | {"key_mask": mask}
 
 
@@ -94,7 +95,7 @@ def test_wide_head_dims_in_blocks() -> None:
     check(inputs(70, heads=1, d=80, e=72, m=20))
 
 
-CHUNK = {False: 4 * 16 * (16 + 6), True: 4 * 16 * (16 + 16 + 3 * 64 + 8)}  # bytes of one, of `inputs`, and backward
+CHUNK = {False: 4 * 16 * (16 + 10), True: 4 * 16 * (16 + 16 + 3 * 64 + 16)}  # bytes of one, of `inputs`, and backward
 
 
 @pytest.mark.parametrize("backward", [False, True])
@@ -111,7 +112,7 @@ def test_parts_of_the_heads_equal_the_whole(backward: bool, monkeypatch: pytest.
 
 @pytest.fixture
 def stretches(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every chunk of a head is a stretch of its own."""
+    """Every bundle of a head is a stretch of its own."""
     monkeypatch.setattr(state, "WORKSPACE_SHARE", 0.0)
     monkeypatch.setattr(state, "FEW_TOKENS", 0)
 
@@ -200,7 +201,7 @@ def test_workspaces_of_few_tokens_take_megabytes(H: int, L: int, D: int) -> None
 
 
 @pytest.mark.parametrize("family", ["sm_80", "sm_90", "sm_100", "default"])
-@pytest.mark.parametrize(("H", "L"), [(2, 100), (8, 512), (8, 4096)])
+@pytest.mark.parametrize(("H", "L"), [(2, 100), (8, 512), (16, 1024)])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_short_calls_take_few_launches(H: int, L: int, family: str, dtype: torch.dtype) -> None:
     with recorded(Device(family, 132, "tf32x3")) as launches, torch.device("meta"):
@@ -208,6 +209,158 @@ def test_short_calls_take_few_launches(H: int, L: int, family: str, dtype: torch
             launches.clear()
             call()
             assert len(launches) == most
+
+
+@pytest.mark.parametrize(("B", "H", "L", "scans"), [(1, 8, 4096, 3), (1, 1, 65536, 3), (16, 16, 1024, 1)])
+def test_bundles_go_side_by_side_where_a_scan_is_long_and_heads_are_few(B: int, H: int, L: int, scans: int) -> None:
+    with recorded(Device("sm_90", 132, "tf32x3")) as launches, torch.device("meta"):
+        both(B, H, L, 64, torch.bfloat16)[1][0]()
+        names = [launch.kernel.fn.__name__ for launch in launches]
+    assert names.count("causal_kernel") * scans == len(names) - 1 - 2 * names.count("causal_kernel")
+
+
+def walk_side_by_side(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From here on bundles do, whatever takes less."""
+
+    def way_of(*args: Any) -> Any:
+        return way(*args)._replace(side_by_side=True)
+
+    way = scan.way_of
+    for module in (scan, scan_back):
+        monkeypatch.setattr(module, "way_of", way_of)
+
+
+@pytest.fixture
+def side_by_side(monkeypatch: pytest.MonkeyPatch) -> None:
+    walk_side_by_side(monkeypatch)
+
+
+@pytest.mark.parametrize("length", [193, 450])
+def test_bundles_within_the_error_budget(length: int, side_by_side: None, poisoned_memory: None) -> None:
+    check(inputs(length, heads=1), torch.bfloat16)
+
+
+STREAMS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "t0": {"num_iters": 0},
+    "mask": {"key_mask": True},
+    "gates": {"log_decay": 1.0},
+    "state": {"log_decay": 0.01, "initial_state": True},
+    "strong_gates": {"log_decay": 90.0, "initial_state": True, "key_mask": True},
+    "positions": {"positions": True},
+}
+
+
+def streamed(name: str, length: int, dtype: torch.dtype) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """A piece of a sequence, its tensors that want gradients and its options; a whole bundle is masked."""
+    kind = dict(STREAMS[name])
+    given = {n: t.to(dtype if n != "references" else torch.float32) for n, t in inputs(length, heads=1).items()}
+    if "log_decay" in kind:
+        given["log_decay"] = -kind.pop("log_decay") * torch.rand(1, 1, length)
+    if kind.pop("initial_state", False):
+        past = (torch.randn(1, 1, 40, 16) for _ in range(3))
+        state = SF.set_causal(*past, given["references"], output_final_state=True, backend="reference")[1]
+        assert state is not None
+        given["initial_state"] = state
+    if kind.pop("positions", False):
+        places = torch.rand(length, 2)
+        kind |= {"query_position": places, "key_position": places, "reference_position": torch.rand(1, 8, 2)}
+    if kind.pop("key_mask", False):
+        kind["key_mask"] = torch.rand(1, length) < 0.7
+        kind["key_mask"][:, 192:384] = False
+    return given, kind
+
+
+def scanned(given: dict[str, Tensor], options: dict[str, Any]) -> dict[str, Tensor]:
+    """Output, final state, and the gradient of both to each that is given."""
+    torch.manual_seed(7)
+    leaves = {name: t.detach().requires_grad_() for name, t in given.items()}
+    o, state = SF.set_causal(**leaves, **options, output_final_state=True, backend="triton")
+    assert state is not None
+    cotangents = [torch.randn(t.shape).to(t.dtype) for t in (o, state)]
+    cotangents[1][..., state.shape[-1] // 2 :] = 0
+    gradients = torch.autograd.grad([o, state], list(leaves.values()), cotangents)
+    return {"output": o, "state": state} | dict(zip(leaves, gradients, strict=True))
+
+
+@pytest.mark.parametrize("name", STREAMS)
+def test_side_by_side_or_in_stretches_a_scan_has_the_same_bits(
+    name: str, monkeypatch: pytest.MonkeyPatch, poisoned_memory: None
+) -> None:
+    case = streamed(name, 450, torch.bfloat16 if name == "gates" else torch.float32)
+    found = [scanned(*case)]
+    walk_side_by_side(monkeypatch)
+    found.append(scanned(*case))
+    monkeypatch.setattr(state, "WORKSPACE_SHARE", 0.0)
+    monkeypatch.setattr(state, "FEW_TOKENS", 0)
+    found.append(scanned(*case))
+    one, two, three = found
+    for name, wanted in one.items():
+        assert torch.equal(two[name], wanted), name
+        if name == "references":  # which adds chunks up, and then stretches
+            torch.testing.assert_close(three[name], wanted)
+        else:
+            assert torch.equal(three[name], wanted), name
+
+
+@pytest.mark.parametrize("apart", [False, True])
+def test_pieces_of_whole_bundles_have_the_bits_of_one_call(apart: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if apart:
+        walk_side_by_side(monkeypatch)
+    given, _ = streamed("gates", 450, torch.float32)
+    y = given.pop("references")
+    own: dict[str, Any] = {"output_final_state": True, "backend": "triton"}
+    whole, last = SF.set_causal(references=y, **given, **own)
+    found, after = [], None
+    for at in (slice(0, 192), slice(192, 384), slice(384, 450)):
+        piece = {name: t[:, :, at] for name, t in given.items()}
+        o, after = SF.set_causal(references=y, **piece, initial_state=after, **own)
+        found.append(o)
+    assert torch.equal(torch.cat(found, 2), whole)
+    assert after is not None
+    assert last is not None
+    assert torch.equal(after, last)
+
+
+LENGTHS = (0, 200, 5, 0)
+
+
+def test_segments_in_any_parts_have_the_bits_they_have_alone(stretches: None, poisoned_memory: None) -> None:
+    """Output, states, and the gradients of tokens, gates and states; a part begins and ends within a segment."""
+    total, n = sum(LENGTHS), len(LENGTHS)
+    cu = torch.tensor([0, *itertools.accumulate(LENGTHS)])
+    names = {"query": (1, 16), "key": (1, 16), "value": (1, 16), "log_decay": (1,)}
+    given = {name: torch.randn(total + 3, *width) for name, width in names.items()}
+    given["log_decay"] = -given["log_decay"].abs()
+    for t in given.values():
+        t[total:] = torch.nan
+    y, past = torch.randn(1, 8, 16), (torch.randn(n, 1, 40, 16) for _ in range(3))
+    state = SF.set_causal(*past, y, output_final_state=True, backend="reference")[1]
+    assert state is not None
+    leaves = {name: t.requires_grad_() for name, t in (given | {"initial_state": state.detach()}).items()}
+    own: dict[str, Any] = {"references": y, "backend": "triton", "output_final_state": True}
+    o, states = SF.set_attention_varlen(**leaves, cu_seqlens_q=cu, causal=True, **own)
+    into = torch.randn(o.shape), torch.randn(states.shape)
+    into[1][..., states.shape[-1] // 2 :] = 0
+    found = torch.autograd.grad([o, states], list(leaves.values()), into)
+    assert not o[total:].any()
+    assert not any(t[total:].any() for t in found[:4])
+    for i, rows in enumerate(itertools.starmap(slice, itertools.pairwise(cu.tolist()))):
+        if LENGTHS[i] == 0:  # the state passes through
+            assert torch.equal(states[i], state[i])
+            assert torch.equal(found[4][i], into[1][i])
+            continue
+        alone = {name: t.detach()[rows].transpose(0, 1)[None].requires_grad_() for name, t in given.items()}
+        before = state.detach()[i : i + 1].requires_grad_()
+        one, after = SF.set_causal(**alone, initial_state=before, **own)
+        assert after is not None
+        assert torch.equal(one[0].transpose(0, 1), o[rows])
+        assert torch.equal(after[0], states[i])
+        cotangents = [into[0][rows].transpose(0, 1)[None], into[1][i : i + 1]]
+        wanted = torch.autograd.grad([one, after], [*alone.values(), before], cotangents)
+        for a, b in zip(found[:4], wanted, strict=False):
+            assert torch.equal(a[rows], b[0].transpose(0, 1)), i
+        assert torch.equal(found[4][i : i + 1], wanted[4])
 
 
 def test_nothing_depends_on_later_keys() -> None:

@@ -43,6 +43,14 @@ def calls() -> Iterator[Call]:
         yield replace(base, op="sinkhorn", rich=rich)
 
 
+def forward_calls() -> Iterator[Call]:
+    """The ops of transport to convergence, which have no backward of their own."""
+    base = Call("linearised", dtype=torch.float32, B=2, H=2, L=5, D=16, E=16, M=16)
+    for op in ("linearised", "iterated", "linearised_costs", "started"):
+        for rich in (False, True):
+            yield replace(base, op=op, rich=rich)
+
+
 def routes() -> Iterator[Any]:
     """All of them, Sinkhorn's by both of its routes."""
     for forward in calls():
@@ -50,6 +58,9 @@ def routes() -> Iterator[Any]:
             yield pytest.param(call, False, id=str(call))
             if call.op == "sinkhorn":
                 yield pytest.param(call, True, id=f"{call} streaming")
+    for call in forward_calls():
+        for streams in (False, True) if call.op == "started" else (False,):
+            yield pytest.param(call, streams, id=f"{call} streaming" if streams else str(call))
 
 
 @pytest.fixture
@@ -133,7 +144,10 @@ def far_arguments(name: str, args: tuple[Any, ...], far: Far) -> tuple[Any, ...]
     def rows(t: Tensor) -> Tensor:
         return far(t, UNITS, last=False)
 
-    if name.startswith("sinkhorn"):
+    if name == "linearised":
+        l, log_a, lam_a, *rest = args
+        return far(l, SINGLE, last=False), far(log_a, SINGLE, last=True), far(lam_a, SINGLE, last=True), *rest
+    if name.startswith(("sinkhorn", "started")):
         x, *rest = args
         given = [x.log_a, x.log_b]
         masses = [None if t is None else far(t, SINGLE, last=True) for t in given]

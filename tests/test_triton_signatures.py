@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import itertools
 import re
 import sys
 from collections import Counter
@@ -25,7 +26,10 @@ PACKAGE = Path(__file__).resolve().parents[1] / "setformer_kernels"
 BACKEND = PACKAGE / "backends" / "triton"
 MOST_PARAMETERS = 40
 MOST_LINES = 100
-OPS = ("attention", "pool", "packed", "packed_pool", "causal", "step", "masked", "features", "sinkhorn")
+OPS = (
+    *("attention", "pool", "packed", "packed_pool", "packed_causal", "causal", "step", "masked", "features"),
+    "sinkhorn",
+)
 
 
 def functions(folder: Path) -> Iterator[tuple[Path, ast.FunctionDef]]:
@@ -83,13 +87,18 @@ def unspecialised(kernel: Any) -> set[str]:
 def launches() -> Iterator[Any]:
     for op in OPS:
         dtype = torch.float32 if op == "sinkhorn" else torch.bfloat16
+        T = 1 if op in ("causal", "packed_causal", "step") else 3
         for rich in (False, True):
-            call = Call(op, T=1 if op in ("causal", "step") else 3, B=2, L=1024, dtype=dtype, rich=rich, mask="float")
+            call = Call(op, T=T, B=2, L=1024, dtype=dtype, rich=rich, mask="float")
             for one in (call, replace(call, backward=True)):
                 yield from workloads.launches(one, "sm_90")
-    for backward in (False, True):
-        call = Call("causal", backward, T=1, B=2, L=1024, given=workloads.STREAM)
+    for backward, L in itertools.product((False, True), (1024, 16384)):  # the second with bundles side by side
+        call = Call("causal", backward, T=1, H=2, L=L, given=workloads.STREAM)
         yield from workloads.launches(call, "sm_90")
+    for op in ("linearised", "iterated", "linearised_costs", "started"):
+        for rich in (False, True):
+            dtype = torch.float32 if op in ("linearised_costs", "started") else torch.bfloat16
+            yield from workloads.launches(Call(op, B=2, L=1024, dtype=dtype, rich=rich), "sm_90")
     for backward in (False, True):  # what stays in registers
         yield from workloads.launches(Call("sinkhorn", backward, L=64, dtype=torch.float32), "sm_90")
 

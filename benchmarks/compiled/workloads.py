@@ -28,8 +28,9 @@ STREAM = ("log_decay", "initial_state")  # what a causal call may also come with
 class Call:
     """One call, forward or backward."""
 
-    # "attention", "pool", "packed", "packed_pool" (B segments of L), "read", "causal", "step", "masked", "features",
-    # "sinkhorn"
+    # "attention", "pool", "packed", "packed_pool", "packed_causal" (B segments of L), "read", "causal", "step",
+    # "masked", "features", "sinkhorn"; of transport to convergence, forward alone: "linearised" and "iterated", a pass
+    # at potentials and iterations over keys, "linearised_costs" and "started", the same on what `sinkhorn` takes
     op: str
     backward: bool = False
     T: int = 3
@@ -43,18 +44,20 @@ class Call:
     rich: bool = False  # with everything of OPTIONAL and all its gradients
     kernel: str = "rbf"
     center: bool = False  # of features
+    G: int = 1  # query heads that share a key head, of a step
     mask: str = "causal"  # of `masked`: "causal", or a mask [L, S] that is "bool" or "float"
     given: tuple[str, ...] | None = None  # of OPTIONAL and STREAM, if neither all nor nothing
     wanted: str = ""  # the operand whose gradient alone is asked for, if not that of each
 
     def __str__(self) -> str:
         parts = [self.op, "backward" if self.backward else "forward"]
-        iterated = ("attention", "pool", "packed", "packed_pool", "causal", "step", "masked")
+        iterated = ("attention", "pool", "packed", "packed_pool", "packed_causal", "causal", "step", "masked")
         parts += [f"T={self.T}"] if self.op in iterated else []
         parts += [self.mask] if self.op == "masked" else []
         parts += [] if self.kernel == "rbf" else [self.kernel]
         parts += ["centred"] if self.center else []
         parts += ["rich"] if self.rich else []
+        parts += [f"G={self.G}"] if self.G > 1 else []
         parts += [] if self.given is None else ["with", *(self.given or ["nothing"])]
         parts += ["for", self.wanted] if self.wanted else []
         return " ".join(parts)
@@ -73,7 +76,7 @@ def operands(call: Call) -> Operands:
     def token(width: int) -> Tensor:
         return torch.empty(B, H, L, width, dtype=call.dtype)
 
-    query = None if call.op.endswith("pool") else token(D)
+    query = None if call.op.endswith("pool") or call.op in ("linearised", "iterated") else token(D)
     plain = Operands(query, token(D), token(E), torch.empty(H, M, D), *[None] * 11)
     position = torch.empty(1, 1, L, 2).expand(B, H, L, 2)
     optional: dict[str, dict[str, Tensor | None]] = {
@@ -111,7 +114,7 @@ def _run_attention(backend: Any, call: Call) -> None:
             backend.packed_pool_backward(x, opt, cu, z, c, torch.empty_like(z), learned)
         else:
             backend.packed_pool(x, opt, cu)
-    elif call.op == "causal":
+    elif call.op in ("causal", "packed_causal"):
         _run_causal(backend, call, x, opt, d_o, learned)
     elif call.backward:
         backend.pool_backward(x, opt, z, c, torch.empty_like(z), torch.empty_like(c), learned)
@@ -123,8 +126,14 @@ def _run_causal(backend: Any, call: Call, x: Operands, opt: Options, d_o: Tensor
     decay, state = torch.empty(x.key.shape[:3]), torch.empty(call.B, call.H, call.M, 2 * call.E + 3)
     stream = Stream(*(t if call.has(name) else None for name, t in zip(STREAM, (decay, state), strict=True)))
     streamed = stream.initial_state is not None
-    if call.backward:
-        needs = [*learned, *(t is not None and call.wanted == "" for t in stream)]
+    needs = [*learned, *(t is not None and call.wanted == "" for t in stream)]
+    if call.op == "packed_causal":
+        cu, d_state = _offsets(call), torch.empty_like(state) if streamed else None
+        if call.backward:
+            backend.packed_causal_backward(x, opt, cu, d_o, needs, stream, streamed, d_state)
+        else:
+            backend.packed_causal(x, opt, cu, stream, streamed)
+    elif call.backward:
         backend.causal_backward(x, opt, d_o, needs, stream, torch.empty_like(state) if streamed else None)
     else:
         backend.causal(x, opt, stream, streamed)
@@ -134,6 +143,9 @@ def _run_step(backend: Any, call: Call) -> None:
     x, states = operands(replace(call, L=1)), torch.empty(call.B, call.H, call.M, 2 * call.E + 3)
     decay = torch.empty(call.B, call.H, 1) if call.has("log_decay") else None
     rows = torch.empty(call.B, dtype=torch.int32) if call.has("initial_state") else None
+    if call.G > 1 and x.query is not None:
+        places = None if x.query_position is None else x.query_position.expand(-1, -1, call.G, -1)
+        x = x._replace(query=x.query.expand(-1, -1, call.G, -1).contiguous(), query_position=places)
     backend.step(x._replace(seed=None), Options(SCALARS, call.kernel, call.T), states, decay, rows)
 
 
@@ -191,6 +203,26 @@ def _run_features(backend: Any, call: Call) -> None:
         backend.features(*arguments)
 
 
+def _run_keys_to_convergence(backend: Any, call: Call) -> None:
+    x, opt = operands(call), Options(SCALARS, call.kernel, call.T)
+    x, heads = x._replace(value=x.value[..., :1]), call.B * call.H
+    g = torch.empty(heads, call.M)
+    if call.op == "linearised":
+        backend.linearised_keys(x, opt, g, torch.empty(heads, dtype=torch.int32) if call.rich else None)
+    else:
+        backend.iterated_keys(x, opt, g, 1e-3)
+
+
+def _run_costs_to_convergence(backend: Any, call: Call) -> None:
+    problems, rows, columns = call.B * call.H, call.L, call.M
+    l, g, lam = torch.empty(problems, rows, columns), torch.empty(problems, columns), torch.empty(problems)
+    if call.op == "linearised_costs":
+        running = torch.empty(problems, dtype=torch.int32) if call.rich else None
+        backend.linearised(l, torch.empty(problems, rows), lam, g, running)
+    else:
+        backend.started(Sinkhorn(l, num_iters=call.T, tol=1e-3 if call.rich else None), g)
+
+
 def _run_sinkhorn(backend: Any, call: Call) -> None:
     problems, rows, columns = call.B * call.H, call.L, call.M
     rich = [torch.empty(problems, n) for n in (rows, columns)] + [torch.empty(problems) for _ in range(2)]
@@ -214,10 +246,15 @@ RUN: dict[str, Callable[[Any, Call], None]] = {
     "packed_pool": _run_attention,
     "read": _run_read,
     "causal": _run_attention,
+    "packed_causal": _run_attention,
     "step": _run_step,
     "masked": _run_masked,
     "features": _run_features,
     "sinkhorn": _run_sinkhorn,
+    "linearised": _run_keys_to_convergence,
+    "iterated": _run_keys_to_convergence,
+    "linearised_costs": _run_costs_to_convergence,
+    "started": _run_costs_to_convergence,
 }
 
 
@@ -258,8 +295,13 @@ def _options(dtype: torch.dtype) -> Iterator[Call]:
         yield from _both(call)
     for call in (replace(base, op="packed", B=2), replace(rich, op="packed", B=2)):
         yield from _both(call)
-    yield from _both(replace(base, op="causal", T=1, given=STREAM))
+    for op in ("causal", "packed_causal"):
+        yield from _both(replace(base, op=op, T=1, given=STREAM))
+    yield from _both(replace(base, op="packed_causal", T=1, B=2))
+    for given in (None, STREAM):
+        yield from _both(replace(base, op="causal", T=1, H=2, given=given))  # few heads: bundles go side by side
     yield replace(rich, op="step", T=1)
+    yield replace(base, op="step", T=1, G=4)
     yield from _both(replace(base, op="read"))
     features = replace(rich, op="features")
     for call in (replace(rich, op="causal", T=1), features, replace(features, center=True)):
@@ -275,12 +317,28 @@ def _masked(dtype: torch.dtype) -> Iterator[Call]:
         yield from _both(replace(base, D=128, E=128, M=128))
 
 
+def _converged(dtype: torch.dtype) -> Iterator[Call]:
+    """Transport to convergence: of keys at the sizes that a model has and the largest, and of costs as many columns."""
+    for D, M in ((64, 64), (128, 128), (64, 256)):
+        yield Call("linearised", dtype=dtype, D=D, E=D, M=M)
+        yield Call("iterated", dtype=dtype, D=D, E=D, M=M)
+    yield Call("linearised", dtype=dtype, rich=True)
+    yield Call("iterated", dtype=dtype, rich=True)
+    if dtype == torch.float32:
+        for columns in (64, 128, 256):
+            yield Call("linearised_costs", dtype=dtype, M=columns)
+        for rows in (64, 4096):
+            yield Call("started", dtype=dtype, T=20, L=rows, rich=True)
+
+
 def table_calls(family: str) -> list[Call]:
     """What the committed resource table covers: of AMD GPUs every kernel, without the options."""
     if family in AMD:
         return list(_amd_calls(family))
     found = [call for dtype in (torch.bfloat16, torch.float32) for part in (_sizes, _options) for call in part(dtype)]
-    found += [call for dtype in (torch.bfloat16, torch.float32) for call in _masked(dtype)]
+    found += [
+        call for dtype in (torch.bfloat16, torch.float32) for part in (_masked, _converged) for call in part(dtype)
+    ]
     for rows, columns in ((64, 64), (256, 256), (4096, 64), (4096, 1024)):
         found += _both(Call("sinkhorn", T=20, dtype=torch.float32, L=rows, M=columns))
     found += _both(Call("sinkhorn", T=20, dtype=torch.float32, L=256, M=64, rich=True))
@@ -296,6 +354,9 @@ def _amd_calls(family: str) -> Iterator[Call]:
         yield from _both(replace(base, op="causal", T=1, given=STREAM))
         yield replace(base, op="step", T=1)
     yield from _both(replace(half, op="masked", mask="float", rich=True))
+    for base in (half, single) if family == "gfx942" else (half,):
+        yield from (replace(base, op=op) for op in ("linearised", "iterated"))
+    yield Call("linearised_costs", dtype=torch.float32)
     for rows in (64, 4096):
         yield from _both(Call("sinkhorn", T=20, dtype=torch.float32, L=rows))
 
@@ -333,19 +394,34 @@ def every_operand() -> Iterator[Call]:
     for call in (replace(base, op="causal", T=1), *attention):
         yield from _every_operand(call)
     yield from _both(replace(base, op="packed_pool"))
+    for rich in (False, True):
+        yield from _both(replace(base, op="packed_causal", T=1, rich=rich))
     for call in (replace(base, T=1), replace(base, T=0), replace(base, op="causal", T=0), replace(base, kernel="dot")):
         yield from _both(call)
     step = replace(base, op="step", T=1)
-    for given in (STREAM[:1], STREAM[1:], STREAM):
+    for given in ((), STREAM[:1], STREAM[1:], STREAM):
         yield from _both(replace(base, op="causal", T=1, given=given))
+        yield from _both(replace(base, op="packed_causal", T=1, given=given))
+        yield from _both(replace(base, op="causal", T=1, B=1, H=1, L=8192, given=given))  # bundles side by side
         yield replace(step, given=(*given, "log_a"))
-    yield from (step, replace(step, rich=True))
+    yield from (step, replace(step, rich=True), replace(step, G=4), replace(step, rich=True, G=4))
     yield from _every_mask(replace(base, op="masked"))
     features = replace(base, op="features")
     for call in (features, replace(features, rich=True), replace(features, center=True)):
         yield from _both(call)
         for name in ("key", "references", "bandwidth"):
             yield replace(call, backward=True, wanted=name)
+    for op in ("linearised", "iterated"):
+        converged = replace(base, op=op)
+        for call in (converged, replace(converged, rich=True), replace(converged, kernel="dot")):
+            yield call
+        for name in ("log_a", "position"):
+            yield replace(converged, given=(name,))
+            yield replace(converged, given=tuple(other for other in OPTIONAL if other != name))
+    for rich in (False, True):
+        yield Call("linearised_costs", dtype=torch.float32, L=1024, M=16, rich=rich)
+        for rows in (64, 1024):
+            yield Call("started", dtype=torch.float32, L=rows, M=64, rich=rich)
     for rows in (64, 1024):
         yield from _every_operand(Call("sinkhorn", dtype=torch.float32, L=rows, M=64))
 

@@ -133,11 +133,15 @@ def built(kind: type[PreTrainedModel], widths: bool = True, images: bool = True)
     if size > MOST_PARAMETERS:
         raise ValueError(f"its smallest configuration here has {size / 1e6:.0f} million parameters")
     torch.manual_seed(0)
-    model = kind(config).eval()
-    with torch.no_grad():
-        for p in model.parameters():  # what starts as zero stops gradients
-            if p.dim() > 1 and not p.any():
-                p.normal_(std=0.02)
+    return awake(kind(config).eval())
+
+
+@torch.no_grad()
+def awake(model: nn.Module) -> Any:
+    """The model, without the weights that start as zero and stop gradients."""
+    for p in model.parameters():
+        if p.dim() > 1 and not p.any():
+            p.normal_(std=0.02)
     return model
 
 

@@ -14,9 +14,11 @@ from torch import nn
 from setformer_kernels.models.convert.fused import calls
 
 from . import TIMM
-from .census import MOST_PARAMETERS, SECONDS, Row, converted, limited, numbers, said
+from .census import SECONDS, Row, awake, converted, limited, numbers, said
 
-NAMES, BATCH = 12, 2  # models of a file that are looked at; images that are shown
+NAMES = 6  # models of a file that are looked at
+SIZES = ("test", "atto", "femto", "pico", "nano", "tiny", "_xs", "small", "base")  # in names, from the smallest on
+MOST_PARAMETERS = 100_000_000
 
 
 def classes() -> dict[str, type[nn.Module]]:
@@ -37,25 +39,31 @@ def name_of(kind: type[nn.Module]) -> str:
 def smallest() -> dict[str, str]:
     """Class -> the smallest model that has it, of those that are looked at."""
     wanted, sizes, found = set(classes()), {}, {}
-    files = {timm.model_entrypoint(name).__module__ for name in timm.list_models()}
-    for file in sorted(files):
-        has = {name_of(kind) for kind in vars(importlib.import_module(file)).values() if inspect.isclass(kind)}
-        for name in _spread(timm.list_models(module=file.rpartition(".")[2])) if has & wanted else ():
-            try:
-                with torch.device("meta"):
-                    model = timm.create_model(name)
-            except Exception:  # one that needs numbers to be built; others of its file do not
+    for file in sorted({timm.model_entrypoint(name).__module__ for name in timm.list_models()}):
+        for name in sorted(timm.list_models(module=file.rpartition(".")[2]), key=_by_size)[:NAMES]:
+            model = _built(name)
+            size = MOST_PARAMETERS if model is None else sum(p.numel() for p in model.parameters())
+            if model is None or size >= MOST_PARAMETERS:
                 continue
-            size = sum(p.numel() for p in model.parameters())
             for kind in {name_of(type(module)) for module in model.modules()} & wanted:
                 if size < sizes.get(kind, MOST_PARAMETERS):
                     sizes[kind], found[kind] = size, name
     return found
 
 
-def _spread(names: list[str]) -> list[str]:
-    """At most NAMES of them, of all parts of the list."""
-    return names[:: max(1, -(-len(names) // NAMES))]
+def _by_size(name: str) -> int:
+    return next((rank for rank, word in enumerate(SIZES) if word in name), len(SIZES))
+
+
+def _built(name: str) -> nn.Module | None:
+    """Without numbers, or with them where a model wants to look at some."""
+    for device in ("meta", "cpu") if _by_size(name) < len(SIZES) else ("meta",):
+        try:
+            with torch.device(device):
+                return timm.create_model(name)
+        except Exception:  # noqa: PERF203  # not there; another of the file may be
+            continue
+    return None
 
 
 def rows() -> Iterator[Row]:
@@ -74,11 +82,16 @@ def rows() -> Iterator[Row]:
         yield row
 
 
+def size_of(model: nn.Module) -> int:
+    """Pixels along an edge of its images."""
+    return int(model.default_cfg["input_size"][-1])  # type: ignore[index,union-attr]
+
+
 def examined(name: str, kind: str) -> Row:
     """The model, whose other attention stays as it is."""
     torch.manual_seed(0)
-    model = timm.create_model(name).eval()
-    given = {"x": torch.randn(BATCH, *model.default_cfg["input_size"])}
+    model = awake(timm.create_model(name).eval())
+    given = {"x": torch.randn(2 if size_of(model) <= 400 else 1, *model.default_cfg["input_size"])}
     with torch.no_grad():
         softmax = numbers(model(**given))
     return converted(Row(TIMM, name, "failed"), model, given, softmax, lambda _, m: name_of(type(m)) != kind)

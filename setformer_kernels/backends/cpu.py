@@ -6,7 +6,6 @@ Called below autograd on real CPU tensors; any strides.  The kernels are in csrc
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -56,9 +55,6 @@ def unsupported_reasons(p: Problem) -> list[str]:
     reasons = [ABSENT] if ABSENT else []
     if p.device != "cpu":
         reasons.append(f"runs on cpu tensors, not on {p.device}")
-    if p.converged == "started":
-        reasons.append("has no kernels for initial_potential with grad='unrolled'")
-    p = replace(p, converged="") if p.converged else p
     return reasons + beyond(p, DTYPES, MAX_REFERENCES, MAX_HEAD_DIM)
 
 
@@ -342,8 +338,13 @@ def started(x: Sinkhorn, start: Tensor | None) -> tuple[Tensor, Tensor, Tensor, 
     )
 
 
-def linearised(log_kernel: Tensor, log_a: Tensor, lam_a: Tensor, g: Tensor) -> tuple[Tensor, ...]:
-    """One pass over the rows from g [G, M]: s and f [G, N], c and the column sums D of P [G, M], A = PᵀR [G, M, M]."""
+def linearised(
+    log_kernel: Tensor, log_a: Tensor, lam_a: Tensor, g: Tensor, running: Tensor | None = None
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """One pass over the rows from g [G, M]: s and f [G, N], c and the column sums D of P [G, M], A = PᵀR [G, M, M].
+
+    Of all problems, whichever of them are `running` [G].
+    """
     (groups, n, m), new = log_kernel.shape, log_kernel.new_empty
     found = new((groups, n)), new((groups, n)), new((groups, m)), new((groups, m))
     kept = new((groups, m if m <= MAX_GRAM else n, m))

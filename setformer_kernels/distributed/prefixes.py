@@ -69,7 +69,7 @@ def states_before(parts: Tensor, initial: Tensor | None, form: Form, targets: Se
     z, c, fade = _sums(parts, form)
     order, left = _with_states(initial, form, len(parts))
     if initial is not None:
-        first = _logs(initial.unsqueeze(1) if form.firsts else initial.unsqueeze(0))
+        first = _logs(initial[_shared(form)].unsqueeze(1) if form.firsts else initial.unsqueeze(0))
         z, c = torch.cat((first[0], z))[order], torch.cat((first[1], c))[order]
         fade = torch.cat((fade.new_zeros((first[1].shape[0], *fade.shape[1:])), fade))[order]
     ends = {piece: i for i, piece in enumerate(order)} | {_states_of(initial, form) + len(parts): len(order)}
@@ -97,20 +97,25 @@ def _sums(parts: Tensor, form: Form) -> tuple[Tensor, Tensor, Tensor]:
     return z, c + (numbers[..., 0] + numbers[..., 1]).unsqueeze(-1), numbers[..., 2] + numbers[..., 3]
 
 
+def _shared(form: Form) -> list[int]:
+    """The segments of a pack of which a piece leaves some to the next; of what is no pack the one that there is."""
+    return list(dict.fromkeys(segment for segment in form.lasts if segment >= 0)) if form.firsts else [0]
+
+
 def _states_of(initial: Tensor | None, form: Form) -> int:
-    """How many states there were before: one, or one of every segment of a pack."""
-    return 0 if initial is None else initial.shape[0] if form.firsts else 1
+    """How many states before keys are read."""
+    return 0 if initial is None else len(_shared(form))
 
 
 def _with_states(initial: Tensor | None, form: Form, pieces: int) -> tuple[list[int], list[int]]:
     """The rows of states and pieces, one after another, as the sequence has them, a segment's state before the first
     piece that leaves some of it; and of which segment of a pack each is."""
-    states, lasts = _states_of(initial, form), form.lasts or (0,) * pieces
+    states, shared = _states_of(initial, form), _shared(form)
     order: list[int] = []
     left: list[int] = []
-    for piece, segment in enumerate(lasts):
+    for piece, segment in enumerate(form.lasts or (0,) * pieces):
         if states and segment >= 0 and segment not in left:
-            order, left = [*order, segment], [*left, segment]
+            order, left = [*order, shared.index(segment)], [*left, segment]
         order, left = [*order, states + piece], [*left, segment]
     return order, left
 

@@ -6,6 +6,7 @@ from .budget import (
     assert_within_budget,
     gradients,
     model_inputs,
+    products_of,
     rounding_unit,
     sizes,
 )
@@ -22,6 +23,7 @@ __all__ = [
     "make",
     "measure",
     "model_inputs",
+    "products_of",
     "rounding_unit",
     "sizes",
 ]

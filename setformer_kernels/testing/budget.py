@@ -7,7 +7,7 @@ rounded to the input dtype; u is the rounding unit of the dtype the result is st
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -36,6 +36,11 @@ class _RoundedProducts(TorchFunctionMode):
         if func in (torch.matmul, Tensor.matmul, Tensor.__matmul__) and args[0].dtype != torch.float64:
             return _RoundedMatmul.apply(args[0], args[1], self.dtype)
         return func(*args, **(kwargs or {}))
+
+
+def products_of(dtype: torch.dtype) -> AbstractContextManager[Any]:
+    """Inside the block float32 products have the operands that a backend of tokens of this dtype gives them."""
+    return nullcontext() if dtype == torch.float32 else _RoundedProducts(dtype)
 
 
 class _RoundedMatmul(torch.autograd.Function):
@@ -96,7 +101,7 @@ def model_inputs(
     rounded = cast(cast(inputs, torch.float32, dtype), torch.float64)
     exact = gradients(function, rounded, cotangent)
     # What a backward pass computes again may be outside this mode, and is then not rounded: nothing is computed again.
-    with nullcontext() if dtype == torch.float32 else _RoundedProducts(dtype), kept_whole():
+    with products_of(dtype), kept_whole():
         model = gradients(function, cast(rounded, torch.float32), cotangent)
     return exact, model
 

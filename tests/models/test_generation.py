@@ -188,6 +188,9 @@ def test_losses_and_what_padding_does_to_them() -> None:
     torch.testing.assert_close(output.loss, want)
     mask = (labels != -100).long()
     torch.testing.assert_close(model(x, attention_mask=mask, labels=labels).loss, want)
+    shifted = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
+    torch.testing.assert_close(model(x, shift_labels=shifted).loss, want)
+    torch.testing.assert_close(model(x, shift_labels=shifted, num_items_in_batch=1.0).loss, want * (shifted >= 0).sum())
 
 
 def test_saved_loaded_and_of_every_auto_class(tmp_path: Path) -> None:

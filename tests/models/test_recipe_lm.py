@@ -105,8 +105,18 @@ def test_what_bad_texts_get(texts: Path, tmp_path: Path, capsys: pytest.CaptureF
     assert "must have more than --length 64 tokens together, got 5" in message(short)
     assert "--length must be ≥ 1, got 0" in message(texts, "--length", 0)
     assert "--temperature must be ≥ 0, got -1" in message(texts, "--temperature", -1)
+    assert "--context-parallel must be ≥ 1, got 0" in message(texts, "--context-parallel", 0)
+    assert "--context-parallel must be ≤ --length 64, got 65" in message(texts, "--context-parallel", 65)
+    assert "--context-parallel must divide the number of ranks, 1, got 2" in message(texts, "--context-parallel", 2)
     assert f"{texts} holds no tokenizer" in message(texts, "--tokenizer", texts)
     train_tokenizer(GOOD, 60).save_pretrained(tmp_path / "words")
     binary = tmp_path / "binary"
     binary.write_bytes(b"\xff" * 100)
     assert f"{binary} is not UTF-8" in message(binary, "--tokenizer", tmp_path / "words")
+
+
+def test_no_other_recipe_shares_what_is_no_window(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        recipe("glue", "sst2", "data", "--output", "out", "--context-parallel", 2)
+    assert ended.value.code == 2
+    assert "unrecognized arguments: --context-parallel 2" in capsys.readouterr().err

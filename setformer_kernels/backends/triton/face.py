@@ -15,11 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...problem import NO_STREAM, Operands, Options, Problem, Sinkhorn, Stream, beyond
+from ...problem import NO_STREAM, Operands, Options, Problem, Sinkhorn, Stream, beyond, is_plain
 from .host.tiles import INTERPRETED, MAX_HEAD_DIM, MAX_REFERENCES
 
 NAME = "triton"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+STEPS_GROUPS = True  # a step answers all queries that share a key
 OLDEST = (3, 6)  # the oldest release that the tests run with
 # What the kernels are compiled for ahead of time, and where they ran: as `info` says it.
 TARGETS = {
@@ -53,8 +54,6 @@ def unsupported_reasons(p: Problem) -> list[str]:
     reasons = [ABSENT] if ABSENT else []
     if p.device != "cuda" and not (p.device == "cpu" and INTERPRETED):
         reasons.append(f"runs on cuda tensors (on cpu tensors only under TRITON_INTERPRET=1), not on {p.device}")
-    if p.op == "packed_causal":
-        reasons.append(f"has no kernel for {p.op} yet")
     return reasons + beyond(p, DTYPES, MAX_REFERENCES, MAX_HEAD_DIM)
 
 
@@ -138,6 +137,38 @@ def packed_pool_backward(
         return backward.packed_backward(*_of_segments(x, opt, cu, cu), (z, c), (None, d_z, None), needs)
 
 
+def packed_causal(
+    x: Operands, opt: Options, cu: Tensor, stream: Stream = NO_STREAM, with_state: bool = False
+) -> tuple[Tensor, Tensor]:
+    """o [1, H, L, E] for T <= 1, and the states [N, H, M, 2E + 3] after the last keys; x.log_a as in `packed`."""
+    from .causal import forward
+    from .host.packed import beside_the_largest
+
+    with _on_device(x.key):
+        # With states masses are taken as they are: a piece does not know those before it.
+        x = beside_the_largest(x, cu) if is_plain(stream, with_state) else x
+        return forward.causal(x, opt, stream, with_state, cu)
+
+
+def packed_causal_backward(
+    x: Operands,
+    opt: Options,
+    cu: Tensor,
+    d_o: Tensor,
+    needs: Sequence[bool],
+    stream: Stream = NO_STREAM,
+    with_state: bool = False,
+    d_state: Tensor | None = None,
+) -> Gradients:
+    """As `causal_backward`, of a packed batch."""
+    from .causal import backward
+    from .host.packed import beside_the_largest
+
+    with _on_device(x.key):
+        x = beside_the_largest(x, cu) if is_plain(stream, with_state) else x
+        return backward.causal_backward(x, opt, d_o, needs, stream, d_state, cu)
+
+
 def _of_segments(x: Operands, opt: Options, cu_q: Tensor, cu_k: Tensor) -> tuple[Operands, Options, Any]:
     """The operands with masses that float32 holds in every segment, and the tables of queries' and keys' segments."""
     from .host.packed import beside_the_largest, segments_of
@@ -196,7 +227,7 @@ def causal_backward(
 
 
 def step(x: Operands, opt: Options, states: Tensor, log_decay: Tensor | None, rows: Tensor | None) -> Tensor:
-    """o [B, H, 1, E] of one token each; in place on `states` [N, H, M, 2E + 3]."""
+    """o [B, H, G, E] of one token each and the queries that share its key; in place on `states` [N, H, M, 2E + 3]."""
     from .causal import step
 
     with _on_device(x.key):
@@ -255,3 +286,41 @@ def sinkhorn_backward(
 
     with _on_device(x.log_kernel):
         return backward.sinkhorn_backward(x, c, iters, d_f, d_g, needs)
+
+
+def started(x: Sinkhorn, start: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """As `sinkhorn`, from g⁰ = start [G, M] where that is finite and there is mass; of c the last alone."""
+    from .sinkhorn import forward
+
+    with _on_device(x.log_kernel):
+        return forward.started(x, start)
+
+
+def linearised(
+    log_kernel: Tensor, log_a: Tensor, lam_a: Tensor, g: Tensor, running: Tensor | None = None
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """One pass over the rows from g [G, M]: s and f [G, N], c and the column sums D of P [G, M], A = PᵀR [G, M, M].
+
+    Where `running` [G] is given, what is found of the other problems means nothing.
+    """
+    from .sinkhorn import linearised
+
+    with _on_device(log_kernel):
+        return linearised.linearised(log_kernel, log_a, lam_a, g, running)
+
+
+def linearised_keys(x: Operands, opt: Options, g: Tensor, running: Tensor | None = None) -> tuple[Tensor, ...]:
+    """`linearised` of the problems [BH] of the keys, whose logits are nowhere but in the kernel; g [BH, M]."""
+    from .attention import converged
+
+    with _on_device(x.key):
+        return converged.linearised(x, opt, g, running)
+
+
+def iterated_keys(x: Operands, opt: Options, g: Tensor, tol: float | None) -> tuple[Tensor, Tensor]:
+    """g [BH, M] after at most T iterations from g, and how many each head ran [BH]: it stops once g moves by no more
+    than tol."""
+    from .attention import converged
+
+    with _on_device(x.key):
+        return converged.iterated(x, opt, g, tol)

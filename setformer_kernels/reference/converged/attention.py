@@ -29,8 +29,13 @@ def _transported(x: Operands, opt: Options, how: Solver, by: Solving) -> tuple[T
 
 def marginals(x: Operands, opt: Options) -> Marginals:
     """The keys' problems of transport [B, H] of widened operands."""
+    return around(token_logits(x, opt, x.key, x.key_position), x, opt)
+
+
+def around(l: Tensor, x: Operands, opt: Options) -> Marginals:
+    """Those problems but for their logits, which are given."""
     lam = (hyper(x, opt, name).squeeze(-1) for name in ("key_relaxation", "reference_relaxation"))
-    return Marginals(token_logits(x, opt, x.key, x.key_position), key_mass(x), reference_mass(x), *lam)
+    return Marginals(l, key_mass(x), reference_mass(x), *lam)
 
 
 def pool(x: Operands, opt: Options, how: Solver, by: Solving = solve) -> tuple[Tensor, Transported]:

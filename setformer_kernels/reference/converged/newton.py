@@ -45,7 +45,8 @@ def newton(
 ) -> Plan:  # fmt: skip
     """At most so many passes; a problem stops once Sinkhorn's step would move no g_j by more than tol."""
     shape = p.l.shape[:-2] + p.l.shape[-1:]
-    at = _evaluate(p, started(start, p.log_b).expand(shape), by)
+    first = started(start, p.log_b).expand(shape)
+    at = _evaluate(p, first if start is None else _centred(p, first), None, by)
     refused = torch.full_like(at.moved, REFUSALS if start is None else 0, dtype=torch.int64)
     radius, iters = torch.full_like(at.value, RADIUS), torch.ones_like(refused)
     limit = -1.0 if tol is None else tol
@@ -53,10 +54,12 @@ def newton(
         running = at.moved > limit
         if readable(p.l) and not bool(running.any()):
             break
-        plain = (refused >= REFUSALS) | (at.slope <= 0)
+        # What moves further than any of Newton's steps may goes all the way in one of Sinkhorn's.
+        plain = (refused >= REFUSALS) | (at.slope <= 0) | (at.moved > LARGEST)
+        after = at.after if start is None else _centred(p, at.after)
         length = at.step.abs().amax(-1, keepdim=True)
         t = (radius / length.clamp_min(torch.finfo(length.dtype).tiny)).clamp_max(1.0)
-        trial = _evaluate(p, torch.where(plain, at.after, (at.g + t * at.step).to(at.g.dtype)), by)
+        trial = _evaluate(p, torch.where(plain, after, (at.g + t * at.step).to(at.g.dtype)), running, by)
         gain, promised = trial.value - at.value, t * at.slope
         good = (gain >= SUFFICIENT * promised - at.noise) & trial.value.isfinite()
         taken = running & (plain | good)
@@ -68,8 +71,16 @@ def newton(
     return Plan(at.f, at.after, at.c.unsqueeze(-2), iters.squeeze(-1))
 
 
-def _evaluate(p: Marginals, g: Tensor, by: Passed) -> Point:
-    q = by(p, g)
+def _centred(p: Marginals, g: Tensor) -> Tensor:
+    """g less the constant that balanced potentials may have and that, where it is large, leaves them no digits."""
+    live = (g > -INF) & (p.log_b > -INF)
+    b = torch.where(live, p.log_b.exp(), 0.0)
+    mean = (b * torch.where(live, g - p.log_b, 0.0)).sum(-1, keepdim=True) / b.sum(-1, keepdim=True).clamp_min(1e-30)
+    return g - torch.where(p.lam_a * p.lam_b == 1, mean, 0.0)
+
+
+def _evaluate(p: Marginals, g: Tensor, running: Tensor | None, by: Passed) -> Point:
+    q = by(p, g, running)
     after = potential(p.log_b, p.lam_b, q.c)
     log_b, at = torch.where(q.live, p.log_b, 0.0), torch.where(q.live, g, 0.0)
     seen = q.live & (q.mass > torch.finfo(q.mass.dtype).tiny)

@@ -50,7 +50,8 @@ class Pass(NamedTuple):
     live: Tensor  # [..., M] columns that have mass and can be reached
 
 
-Passed = Callable[[Marginals, Tensor], Pass]
+# (problems, g, which of them [..., 1] are still wanted: of the others anything may come out; None: all)
+Passed = Callable[[Marginals, Tensor, Tensor | None], Pass]
 
 
 def rows_of(p: Marginals, g: Tensor) -> Tensor:
@@ -69,7 +70,7 @@ def full(t: Tensor) -> Tensor:
     return torch.where(t > -INF, t, 0.0)
 
 
-def passed(p: Marginals, g: Tensor) -> Pass:
+def passed(p: Marginals, g: Tensor, running: Tensor | None = None) -> Pass:
     scores = p.l + g.unsqueeze(-2)
     s = lse(scores, -1)
     f = potential(p.log_a, p.lam_a, s)

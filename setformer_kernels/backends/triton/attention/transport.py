@@ -213,7 +213,7 @@ def transport(
     return z, g, c
 
 
-def _range(x: Operands, opt: Options) -> str:
+def range_of_keys(x: Operands, opt: Options) -> str:
     """`range_known`, with positions bounded by their boxes; what is left runs in the log domain."""
     boxed = x.reference_position is not None and opt.kernel == "rbf" and x.key.dtype != torch.float16
     return "device" if boxed else range_known(x, opt)
@@ -235,7 +235,7 @@ def column_sums(
     """Writes c^1..c^{T−1}; the last iteration's sums, and the pooled values in their units [BH, splits, MP, EP]."""
     key, value, position = unit_rows(x.key), unit_rows(x.value), unit_rows(x.key_position)
     (b, h), s, packed = c.shape[:2], key.shape[2], keys_at.first is not None
-    device, known = device_of(key), _range(x, opt)
+    device, known = device_of(key), range_of_keys(x, opt)
     across = warps_across(sizes.MP, known, key.element_size())
     kinds = ("column", "pooling") if known == "always" and not across else ("across", "across")
     widest = max(sizes.MP, sizes.DP, sizes.EP)

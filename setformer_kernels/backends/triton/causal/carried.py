@@ -76,14 +76,56 @@ def faded(s, lost, fade):
 
 
 @triton.jit
-def mean(n, n_lost, c, c_lost):
-    """(n + n_lost)/(c + c_lost), 0 where there is none."""
-    total = c + c_lost
-    return tl.where(total > 0, (n + n_lost) / tl.where(total > 0, total, 1.0), 0.0)
-
-
-@triton.jit
 def log_of(k, c, c_lost):
     """log2 of (c + c_lost) 2^k, −∞ where there is none."""
     total = c + c_lost
     return tl.where(total > 0, k + tl.log2(tl.where(total > 0, total, 1.0)), -INF)
+
+
+@triton.jit
+def load_state(states, at, real, e, E: tl.constexpr):
+    """(N, N' [COLUMNS, EP], C, C', k [COLUMNS]) of columns `at` of states [.., M, 2E + 3]; 0 where not `real`."""
+    at *= 2 * E + 3
+    inside, numbers = (e < E)[None, :] & real[:, None], states + at[:, None] + e[None, :]
+    n, n_lost = tl.load(numbers, mask=inside, other=0.0), tl.load(numbers + E + 1, mask=inside, other=0.0)
+    c, c_lost = tl.load(states + at + E, mask=real, other=0.0), tl.load(states + at + 2 * E + 1, mask=real, other=0.0)
+    return n, n_lost, c, c_lost, tl.load(states + at + 2 * E + 2, mask=real, other=0.0)
+
+
+@triton.jit
+def store_state(states, at, n, n_lost, c, c_lost, k, real, e, E: tl.constexpr):
+    """Writes what `load_state` reads."""
+    at *= 2 * E + 3
+    inside, numbers = (e < E)[None, :] & real[:, None], states + at[:, None] + e[None, :]
+    tl.store(numbers, n, mask=inside)
+    tl.store(numbers + E + 1, n_lost, mask=inside)
+    tl.store(states + at + E, c, mask=real)
+    tl.store(states + at + 2 * E + 1, c_lost, mask=real)
+    tl.store(states + at + 2 * E + 2, k, mask=real)
+
+
+@triton.jit
+def begun(passed, handed, initial, given, follows, real, e, E: tl.constexpr):
+    """The state at `handed` of what the stretch before passed on, or where it does not follow one, at `given` of the
+    initial ones, or of no key."""
+    n, n_lost, c, c_lost, k = load_state(passed, handed, real & follows, e, E)
+    if initial is not None:
+        first = load_state(initial, given, real & (follows == 0), e, E)
+        n, n_lost, c, c_lost, k = n + first[0], n_lost + first[1], c + first[2], c_lost + first[3], k + first[4]
+    return n, n_lost, c, c_lost, k
+
+
+@triton.jit
+def with_bundle(n, n_lost, c, c_lost, k, a_n, a_c, a_k, decay, last):
+    """S ⊕ A, with 1 ≤ C < 2; `last` is where the Γ of the whole bundle is."""
+    if decay is not None:
+        turns, fade = fading(tl.load(decay + 2 * last + 1))
+        c, c_lost = faded(c, c_lost, fade)
+        n, n_lost = faded(n, n_lost, fade)
+        k += turns
+    units = common_units(k, c, a_k)
+    c, c_lost = taken_in(c, c_lost, a_c, units.scale, units.weight)
+    n, n_lost = taken_in(n, n_lost, a_n, units.scale[:, None], units.weight[:, None])
+    shift = floor_log2(c)
+    unit = power_of_two(-shift)
+    return n * unit[:, None], n_lost * unit[:, None], c * unit, c_lost * unit, tl.where(c > 0, units.k + shift, 0.0)

@@ -47,6 +47,20 @@ def place(chunks, first_head, first_chunk):
 
 
 @triton.jit
+def chunk_of(scalars, number, slot, H, L):
+    """(what stands for b, h, how many rows that has, which of its chunks) of a chunk of head `number`.
+
+    Of a packed batch the first row of the chunk's segment stands for b, as the host passes the stride of rows for that
+    of elements; a chunk that is not there has no rows.
+    """
+    if scalars.lengths is None:
+        return number // H, number % H, L, slot
+    else:
+        length, chunk = tl.load(scalars.lengths + slot), tl.load(scalars.numbers + slot)
+        return tl.load(scalars.firsts + slot), number, length, chunk
+
+
+@triton.jit
 def fine_product(a, b, PRECISION: tl.constexpr, ACROSS: tl.constexpr):
     """a [BC, K] float32 · b [K, MP]; for b in half precision a is the sum of two such numbers.
 
@@ -190,14 +204,17 @@ def chunk_log_weights(keys, masses, places, head, log_b, rows, uniform, rule, si
 
 
 @triton.jit
-def chunk_keys(keys, masses, places, head, log_c, at, bh, number, scalars, rule, sizes, cut):
-    """(the rows of chunk `number` of head bh [BC], which of them are tokens, log b [MP], what its keys weigh)."""
+def chunk_keys(keys, masses, places, head, log_c, at, bh, number, slot, length, scalars, rule, sizes, cut):
+    """(the rows of chunk `number` of head bh [BC], which of them are tokens, log b [MP], what its keys weigh).
+
+    slot, length: where its gates are, and how many the head has.
+    """
     j = tl.arange(0, sizes.MP)
     before, log_b = tl.load(log_c + at * sizes.MP + j), tl.load(head.log_b + j)
     first = number * cut.ROWS
     rows, count = first + tl.arange(0, cut.ROWS), tl.minimum(keys.count - first, cut.ROWS)
     live, omega = chunk_log_weights(keys, masses, places, head, log_b, rows, scalars.uniform, rule, sizes, cut)
-    gamma, fine, whole, to_end = gate_sums(scalars.gates, bh, number, keys.count, cut.ROWS)
+    gamma, fine, whole, to_end = gate_sums(scalars.gates, bh, slot, length, cut.ROWS)
     tilted = omega
     if scalars.gates is not None:
         tilted = omega - gamma[:, None]

@@ -13,6 +13,8 @@ Defined by `reference.attention.causal`.
 
 from __future__ import annotations
 
+import math
+
 import triton.language as tl
 from torch import Tensor
 
@@ -24,14 +26,16 @@ from ..device.places import places_of
 from ..device.primitives import dot, rounded
 from ..device.rows import load_rows, rows_of, store_rows
 from ..device.softmax import dropout_constants, kept_weights
-from ..host.groups import cut_of, rule_of, sizes_of
+from ..host.groups import Dropout, cut_of, rule_of, sizes_of
 from ..host.launch import device_of, kernel, launch
 from ..host.rows import rows_like, stride_step, strided, unit_rows
 from ..host.tiles import Tile, tile
 from ..parameters.prepare import References, prepare
-from .chunk import chunk_keys, chunk_weights, place, query_weights, state_at
+from .chunk import chunk_keys, chunk_of, chunk_weights, place, query_weights, state_at
 from .gates import gates_of
-from .state import Arguments, Gates, Part, Scalars, new_passed, parts, scan
+from .scan import heads_at_once, scan
+from .segments import Ends, Pack, pack_of
+from .state import Arguments, Gates, Part, Scalars, chunks_of, new_passed, parts
 
 
 @kernel
@@ -50,25 +54,33 @@ def causal_kernel(
     """One chunk of one head."""
     token: tl.constexpr = value.dtype.element_ty
     FACTOR: tl.constexpr = tl.float32 if token == tl.float16 else token
-    at, number, chunk = place(chunks, first_head, first_chunk)
-    b, h = number // H, number % H
-    queries = rows_of(query, b, h, stride_qb, stride_qh, stride_qn, L, cut.STEP)
-    keys = rows_of(key, b, h, stride_kb, stride_kh, stride_kn, L, cut.STEP)
-    values = rows_of(value, b, h, stride_vb, stride_vh, stride_vn, L, cut.STEP)
-    outputs = rows_of(output, b, h, stride_ob, stride_oh, stride_on, L, cut.STEP)
-    masses = rows_of(log_a, b, h, stride_ab, stride_ah, stride_an, L, 1) if log_a is not None else None
+    at, number, slot = place(chunks, first_head, first_chunk)
+    b, h, length, chunk = chunk_of(scalars, number, slot, H, L)
+    if scalars.lengths is not None:
+        if length == 0:
+            return
+    queries = rows_of(query, b, h, stride_qb, stride_qh, stride_qn, length, cut.STEP)
+    keys = rows_of(key, b, h, stride_kb, stride_kh, stride_kn, length, cut.STEP)
+    values = rows_of(value, b, h, stride_vb, stride_vh, stride_vn, length, cut.STEP)
+    outputs = rows_of(output, b, h, stride_ob, stride_oh, stride_on, length, cut.STEP)
+    masses = rows_of(log_a, b, h, stride_ab, stride_ah, stride_an, length, 1) if log_a is not None else None
     asking = (
         places_of(query_position, references, b, h, stride_sb, stride_sh, stride_sn, sizes) if sizes.P > 0 else None
     )
     places = places_of(key_position, references, b, h, stride_pb, stride_ph, stride_pn, sizes) if sizes.P > 0 else None
     head = head_of(references, h, sizes, cut)
     rows, asked, log_b, known = chunk_keys(
-        keys, masses, places, head, states.log_c, at, number, chunk, scalars, rule, sizes, cut
+        keys, masses, places, head, states.log_c, at, number, chunk, slot, L, scalars, rule, sizes, cut
     )
     l, kappa, cosine, inverse, first_columns = token_logits(queries, rows, asked, asking, head, rule.DOT, sizes, cut)
     w = query_weights(l, log_b, known.log_c, head.lam_b, rule.UPDATE_ROWS)
     # b·H + h is `number`, but written anew: carried along, it makes 8 bytes of registers spill (sm_80, bfloat16, D 64).
-    w, normaliser = kept_weights(w, scalars, b.to(tl.int64) * H + h, L, rows, threshold, sizes)
+    stream, counter = scalars, b.to(tl.int64) * H + h
+    if scalars.lengths is not None:  # a segment of a packed batch has a seed of its own
+        counter = h.to(tl.int64)
+        if scalars.seed is not None:
+            stream = Dropout(scalars.seed + slot, scalars.keep_scale)
+    w, normaliser = kept_weights(w, stream, counter, length, rows, threshold, sizes)
     a, carried = chunk_weights(w, known, FACTOR, cut.PRECISION)
     a, carried = rounded(a, token), rounded(carried, token)
     for first in tl.static_range(0, sizes.EP, cut.VDEPTH):
@@ -79,25 +91,42 @@ def causal_kernel(
         store_rows(outputs, rows, asked, e, sizes.E, o)
 
 
-def causal(x: Operands, opt: Options, stream: Stream, with_state: bool) -> tuple[Tensor, Tensor]:
-    """o [B, H, L, E] in the dtype and memory order of the queries, for T ≤ 1, and the state after the last key."""
+def causal(
+    x: Operands, opt: Options, stream: Stream, with_state: bool, cu: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """o [B, H, L, E] in the dtype and memory order of the queries, for T ≤ 1, and the state after the last key.
+
+    cu: the offsets [N + 1], N ≥ 1, of a packed batch; states then are [N, H, M, 2E + 3].
+    """
     assert x.query is not None
-    output, state = rows_like(x.query, x.value.shape[-1]), empty_like(x, with_state)
+    output = rows_like(x.query, x.value.shape[-1])
+    state = empty_like(x, with_state, None if cu is None else cu.shape[0] - 1)
     sizes = sizes_of(x)
     t = tile("chunk", device_of(x.key).family, max(sizes.MP, sizes.DP, sizes.EP), x.key.element_size())
-    x, gates = with_unit_rows(x), gates_of(stream, x.key.shape[2], t.rows, False)
-    arguments = chunk_arguments(x, prepare(x, opt), opt, t, output.rows, gates)
-    for stretches in parts(x, t.rows, sizes.MP * (sizes.EP + 6)):
+    pack, ends, length = None, Ends(None), x.key.shape[2]
+    if cu is not None:
+        output.rows.zero_()
+        if with_state:  # those of segments without tokens stay
+            state.zero_() if stream.initial_state is None else state.copy_(stream.initial_state)
+        if length == 0 or cu.shape[0] < 2:
+            return output.delivered(), state
+        pack, ends = pack_of(cu, length, t.rows, chunks_of(t.rows)), Ends(state if with_state else None)
+        length = pack.rows.shape[0]
+    x, gates = with_unit_rows(x), gates_of(stream, length, t.rows, False, pack)
+    arguments = chunk_arguments(x, prepare(x, opt), opt, t, output.rows, gates, pack, ends)
+    bundle = (sizes.EP + 4) / arguments.bundle  # numbers of one, shared by its chunks
+    numbers = math.ceil(sizes.MP * (sizes.EP + 3 + bundle))
+    for stretches in parts(x, t.rows, length, numbers, heads_at_once(sizes, arguments.multiprocessors)):
         passed = _heads(stretches, arguments)
-        if with_state:
-            first = stretches[0].first_head
-            state.flatten(0, 1)[first : first + passed.shape[0]].copy_(passed[:, -1])
+        if with_state and pack is None:
+            first, last = stretches[0].first_head, (len(stretches) - 1) % passed.shape[1]
+            state.flatten(0, 1)[first : first + passed.shape[0]].copy_(passed[:, last])
     return output.delivered(), state
 
 
 def _heads(stretches: list[Part], arguments: Arguments) -> Tensor:
-    """Writes the rows of some heads; the state after each stretch.  What else it allocates goes when it returns."""
-    passed = new_passed(stretches[0], arguments)
+    """Writes the rows of some heads; the states after the last two stretches, which take turns in two places."""
+    passed = new_passed(stretches[0], arguments, min(2, len(stretches)))
     for part in stretches:
         _part(part, arguments, passed)
     return passed
@@ -107,7 +136,7 @@ def _part(part: Part, arguments: Arguments, passed: Tensor) -> None:
     """One stretch of some heads."""
     sizes = arguments.sizes
     room = passed.new_empty((part.heads, part.chunks, sizes.MP, sizes.EP))
-    states = scan(part, arguments, passed, room)
+    states = scan(part, arguments, passed, room, backward=False)
     tensors = (*arguments.tokens, *arguments.output, arguments.references, arguments.scalars, states)
     args = (*tensors, *arguments.counts(part), arguments.threshold)
     launch(causal_kernel, part.heads * part.chunks, args, arguments.constants, arguments.tile)
@@ -120,19 +149,29 @@ def with_unit_rows(x: Operands) -> Operands:
 
 
 def chunk_arguments(
-    x: Operands, prepared: References, opt: Options, t: Tile, output: Tensor, gates: Gates
+    x: Operands,
+    prepared: References,
+    opt: Options,
+    t: Tile,
+    output: Tensor,
+    gates: Gates,
+    pack: Pack | None,
+    ends: Ends,
 ) -> Arguments:
     """What the kernels on chunks share; `output` is o, or the gradient that arrives there."""
     assert x.query is not None
-    (_, h, l, _), device, sizes = x.key.shape, device_of(x.key), sizes_of(x)
+    (_, h, l, _), device, sizes, packed = x.key.shape, device_of(x.key), sizes_of(x), pack is not None
     step = stride_step(x.query, x.key, x.value, output)
-    query, key, value = strided(x.query, step), strided(x.key, step), strided(x.value, step)
-    log_a, asking, places = strided(x.log_a), strided(x.query_position), strided(x.key_position)
+    query, key = strided(x.query, step, packed), strided(x.key, step, packed)
+    value, log_a = strided(x.value, step, packed), strided(x.log_a, packed=packed)
+    asking, places = strided(x.query_position, packed=packed), strided(x.key_position, packed=packed)
     tokens, keys = (*query, *key, *value, *log_a, *asking, *places), (*key, *value, *log_a, *places)
     threshold, keep_scale = dropout_constants(opt.dropout_p)
-    scalars = Scalars(
-        x.seed, keep_scale, 0.0, gates.sums
-    )  # a mass is 1 where none is given: a state must not depend on L
+    # A mass is 1 where none is given: a state must not depend on L.
+    scalars = Scalars(x.seed, keep_scale, 0.0, gates.sums)
+    if pack is not None:
+        l, seeds = pack.rows.shape[0], None if x.seed is None else x.seed + pack.firsts
+        scalars = Scalars(seeds, keep_scale, 0.0, gates.sums, pack.firsts, pack.lengths, pack.numbers)
     across = 16 * t.warps <= sizes.MP
     rule = rule_of(opt).compiled
     # The backward pass on keys has more operands: with warps across the references they take 255 registers and spill,
@@ -142,7 +181,8 @@ def chunk_arguments(
         {"rule": rule, "sizes": sizes.compiled, "cut": cut_of(t, sizes, device, step, shared).compiled}
         for shared in (across, keys_across)
     )
-    written = strided(output, step)
+    written = strided(output, step, packed)
     return Arguments(
-        tokens, keys, written, prepared, scalars, gates, h, l, threshold, sizes, across, constants, of_keys, t
-    )
+        tokens, keys, written, prepared, scalars, gates, h, l, threshold, sizes, across, constants, of_keys, t,
+        chunks_of(t.rows), device.multiprocessors, pack, ends,
+    )  # fmt: skip

@@ -21,7 +21,7 @@ from ..host.launch import device_of, kernel, launch
 from ..host.rows import stride_step, strided
 from ..host.tiles import Tile
 from ..parameters.gradients import Partials
-from .chunk import place, tile_at
+from .chunk import chunk_of, place, tile_at
 from .state import Arguments, Part
 
 
@@ -77,23 +77,26 @@ def causal_tokens_backward_kernel(
     position, stride_pb, stride_ph, stride_pn,  # [B, H, L, P] or None
     d_x, stride_db, stride_dh, stride_dn,  # [B, H, L, D] or None
     d_log_a, stride_mb, stride_mh, stride_mn,  # [B, H, L] or None
-    references, d_logits, parts,  # References, [heads, chunks, BC, MP], Partials of the chunks
+    references, scalars, d_logits, parts,  # References, Scalars, [heads, chunks, BC, MP], Partials of the chunks
     H, L, chunks, first_head, first_chunk,
     KEYS: tl.constexpr, BALANCED: tl.constexpr, rule, sizes, cut,
 ):  # fmt: skip
     """One chunk's dq from dS; of KEYS dk and d log a from dω, and their parts added to those of the queries."""
-    at, number, chunk = place(chunks, first_head, first_chunk)
-    b, h = number // H, number % H
-    tokens = rows_of(x, b, h, stride_xb, stride_xh, stride_xn, L, cut.STEP)
-    masses = rows_of(log_a, b, h, stride_ab, stride_ah, stride_an, L, 1) if log_a is not None else None
+    at, number, slot = place(chunks, first_head, first_chunk)
+    b, h, length, chunk = chunk_of(scalars, number, slot, H, L)
+    if scalars.lengths is not None:
+        if length == 0:
+            return
+    tokens = rows_of(x, b, h, stride_xb, stride_xh, stride_xn, length, cut.STEP)
+    masses = rows_of(log_a, b, h, stride_ab, stride_ah, stride_an, length, 1) if log_a is not None else None
     places = places_of(position, references, b, h, stride_pb, stride_ph, stride_pn, sizes) if sizes.P > 0 else None
-    out = rows_of(d_x, b, h, stride_db, stride_dh, stride_dn, L, 1) if d_x is not None else None
-    d_masses = rows_of(d_log_a, b, h, stride_mb, stride_mh, stride_mn, L, 1) if d_log_a is not None else None
+    out = rows_of(d_x, b, h, stride_db, stride_dh, stride_dn, length, 1) if d_x is not None else None
+    d_masses = rows_of(d_log_a, b, h, stride_mb, stride_mh, stride_mn, length, 1) if d_log_a is not None else None
     head = head_of(references, h, sizes, cut)
     j = tl.arange(0, sizes.MP)
     rows = chunk * cut.ROWS + tl.arange(0, cut.ROWS)
-    asked = rows < L
-    live, mass = key_mass(masses, rows, L, 0.0)
+    asked = rows < length
+    live, mass = key_mass(masses, rows, length, 0.0)
     l, kappa, cosine, inverse, first_columns = token_logits(tokens, rows, live, places, head, rule.DOT, sizes, cut)
     dl = tl.load(tile_at(d_logits, at, cut.ROWS, sizes))
     middle = 0.0 if rule.DOT else tl.exp2(-head.beta)
@@ -172,9 +175,11 @@ def tokens_backward(
     """Launches the gradients of "query" or "key" from those of their logits."""
     keys, tokens = name == "key", getattr(x, name)
     log_a, d_log_a = (x.log_a, out["log_a"]) if keys else (None, None)
-    step = stride_step(tokens)
-    rows = (*strided(tokens, step), *strided(log_a), *strided(getattr(x, name + "_position")))
-    args = (*rows, *strided(out[name]), *strided(d_log_a), arguments.references, d_logits, slots)
+    step, packed = stride_step(tokens), arguments.pack is not None
+    rows = (*strided(tokens, step, packed), *strided(log_a, packed=packed))
+    rows += strided(getattr(x, name + "_position"), packed=packed)
+    written = (*strided(out[name], packed=packed), *strided(d_log_a, packed=packed))
+    args = (*rows, *written, arguments.references, arguments.scalars, d_logits, slots)
     cut = cut_of(arguments.tile, arguments.sizes, device_of(tokens), step, arguments.across)
     # What the gradients of all keys' logits sum to, a state takes or gives a share of.
     balanced = not keys or (arguments.gates.initial is None and not arguments.gates.follows)

@@ -122,6 +122,13 @@ def potential(log_mass, relaxation, log_total):
 
 
 @triton.jit
+def distance(x, y):
+    """|x − y|, 0 where both are −∞."""
+    same = x == y
+    return tl.abs(tl.where(same, 0.0, x) - tl.where(same, 0.0, y))
+
+
+@triton.jit
 def merged_log_sum(peaks, totals, splits, M: tl.constexpr):
     """log2 Σ over splits of totals·2^peaks, both [splits, M]: [M], in a fixed order."""
     j, i = tl.arange(0, M), tl.arange(0, 16)

@@ -69,7 +69,7 @@ def _query(index: int) -> Device:
 # What kernels count, under the names that their signatures use: never specialised on, as strides are not.
 COUNTS = {
     *("B", "G", "H", "L", "M", "N", "S", "T"),
-    *("blocks", "all_chunks", "chunks", "first_chunk", "first_head", "first_slot"),
+    *("blocks", "all_chunks", "chunks", "first_chunk", "first_head", "first_slot", "heads"),
     *("iteration", "iterations", "more", "slots", "splits", "splits_before"),
     *("step", "steps", "stretch", "stretches", "t", "threshold"),
 }

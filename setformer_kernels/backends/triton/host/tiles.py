@@ -66,6 +66,13 @@ DEFAULT: dict[tuple[str, str, str], Tile] = {
     ("gradient", "small", "single"): Tile(16, 32, 8, 1, across=True, resident=2),
     ("gradient", "medium", "single"): Tile(16, 32, 8, 1, across=True, resident=2),
     ("gradient", "large", "single"): Tile(16, 16, 8, 1, across=True, resident=2),
+    # "linearised" hold 64 columns of [M, M] sums beside float32 tiles.
+    ("linearised", "small", "half"): Tile(16, 64, 4, 1, across=True, resident=3),
+    ("linearised", "medium", "half"): Tile(16, 32, 8, 1, across=True, resident=2),
+    ("linearised", "large", "half"): Tile(16, 32, 8, 1, across=True, resident=1),
+    ("linearised", "small", "single"): Tile(16, 32, 4, 1, across=True, resident=3),
+    ("linearised", "medium", "single"): Tile(16, 32, 8, 1, across=True, resident=2),
+    ("linearised", "large", "single"): Tile(16, 16, 8, 1, across=True, resident=1),
     # "chunk": the causal kernels hold several [rows, M] tiles at once and no sums across a loop.
     ("chunk", "small", "half"): Tile(32, 64, 8, 1),
     ("chunk", "medium", "half"): Tile(32, 32, 8, 1),
@@ -180,6 +187,8 @@ BLACKWELL = {key: t for key, t in HOPPER.items() if key[2] == "single" or key[1]
 AMPERE: dict[tuple[str, str, str], Tile] = {
     ("row", "medium", "half"): Tile(64, 32, 4, 2),
     ("column", "medium", "half"): Tile(64, 32, 8, 2, resident=2),
+    # With 256 references 32 columns at a time spill 8 bytes.
+    ("across", "large", "half"): Tile(32, 16, 8, 1),
     ("gradient", "medium", "single"): Tile(16, 16, 8, 1, across=True, resident=2),
     ("gradient_log", "small", "single"): Tile(16, 16, 8, 1, across=True, resident=2),
     ("masked_tokens", "small", "half"): Tile(16, 64, 8, 2, across=True, resident=2),

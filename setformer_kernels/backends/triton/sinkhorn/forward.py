@@ -23,7 +23,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ....problem import Sinkhorn
-from ..device.primitives import INF, finite_or_zero, potential
+from ....reference.transport import started as started_at
+from ..device.primitives import INF, distance, finite_or_zero, potential
 from ..device.rows import wide
 from ..host.launch import device_of, kernel, launch
 from .problem import (
@@ -52,34 +53,29 @@ def log_sum_exp(x, AXIS: tl.constexpr):
     return natural_log_sum(peak, total)
 
 
-@triton.jit
-def distance(x, y):
-    """|x − y|, 0 where both are −∞."""
-    same = x == y
-    return tl.abs(tl.where(same, 0.0, x) - tl.where(same, 0.0, y))
-
-
 @kernel
 def sinkhorn_resident_kernel(
     log_kernel, stride_lg, stride_ln,  # [G, N, M]
     log_a, stride_ag, stride_an,  # [G, N] or None
     log_b, stride_bg, stride_bm,  # [G, M] or None
-    lam_a, lam_b, numbers,  # [G] or None, [G] or None, Numbers
-    f_out, g_out, c, iters,  # [G, N], [G, M], [G, max(T, 1), M], [G]
+    lam_a, lam_b, numbers, start,  # [G] or None, [G] or None, Numbers, [G, M] or None
+    f_out, g_out, c, iters,  # [G, N], [G, M], [G, max(T, 1), M] (LAST: [G, 1, M]), [G]
     G, N, M, T,
-    PB: tl.constexpr, NP: tl.constexpr, MP: tl.constexpr,
+    LAST: tl.constexpr, PB: tl.constexpr, NP: tl.constexpr, MP: tl.constexpr,
 ):  # fmt: skip
-    """All iterations of PB problems."""
+    """All iterations of PB problems; LAST: of c that of the last one alone."""
     group, i, j, l, a, b, relax_a, relax_b = load_problems(
         log_kernel, stride_lg, stride_ln, log_a, stride_ag, stride_an, log_b, stride_bg, stride_bm, lam_a, lam_b,
         numbers, G, N, M, PB, NP, MP,
     )  # fmt: skip
     live = group < G
     f, g = a, b
+    if start is not None:
+        g = tl.load(start + group * M + j, mask=live & (j < M), other=-INF)
     running = live.to(tl.int32)  # [PB, 1, 1]
     done = running * 0
     latest = finite_or_zero(b) * 0.0
-    rows = tl.maximum(T, 1)
+    rows = 1 if LAST else tl.maximum(T, 1)
     c += group * rows * M + j
     if T == 0:
         tl.store(c, log_sum_exp(l + a, 1), mask=live & (j < M))
@@ -96,10 +92,14 @@ def sinkhorn_resident_kernel(
         done += running
         running = tl.where(moved <= numbers.tol, 0, running)
         some = tl.max(running)
-        tl.store(c + t * wide(M), latest, mask=live & (j < M))
+        if not LAST:
+            tl.store(c + t * wide(M), latest, mask=live & (j < M))
         t += 1
-    for rest in range(t, T):  # all have converged
-        tl.store(c + rest * wide(M), latest, mask=live & (j < M))
+    if LAST:
+        tl.store(c, latest, mask=live & (j < M) & (T > 0))
+    else:
+        for rest in range(t, T):  # all have converged
+            tl.store(c + rest * wide(M), latest, mask=live & (j < M))
     tl.store(f_out + group * N + i, f, mask=live & (i < N))
     tl.store(g_out + group * M + j, g, mask=live & (j < M))
     problem = tl.program_id(0).to(tl.int64) * PB + tl.arange(0, PB)
@@ -201,10 +201,10 @@ def sinkhorn_columns_kernel(
     log_b, stride_bg, stride_bm,  # [G, M] or None
     lam_b, numbers,  # [G] or None, Numbers
     peaks, totals,  # [G, splits, M]
-    g, c, iters,  # [G, M], [G, max(T, 1), M], [G]
+    g, c, iters,  # [G, M], [G, max(T, 1), M] (LAST: [G, 1, M]), [G]
     moved_before, moved,  # [G, blocks] in the iteration before, in this one
     M, T, splits, blocks, step,
-    UPDATE: tl.constexpr, LIMITED: tl.constexpr, ROWS: tl.constexpr, BM: tl.constexpr,
+    LAST: tl.constexpr, UPDATE: tl.constexpr, LIMITED: tl.constexpr, ROWS: tl.constexpr, BM: tl.constexpr,
 ):  # fmt: skip
     """c^t and g^t of one block of columns; how far g moved; how many iterations the problem has run."""
     group = (tl.program_id(0) // blocks).to(tl.int64)
@@ -212,7 +212,8 @@ def sinkhorn_columns_kernel(
     j = block * BM + tl.arange(0, BM)
     inside = j < M
     new_c = merged_columns(peaks + group * splits * M, totals + group * splits * M, j, M, splits, ROWS)
-    c += group * T * M + j
+    row = 0 if LAST else step - 1
+    c += group * (1 if LAST else T) * M + j
     if UPDATE:
         old = tl.load(g + group * M + j, mask=inside, other=-INF)
         b = mass(log_b, group * wide(stride_bg) + j * wide(stride_bm), inside, numbers.uniform_b)
@@ -222,14 +223,15 @@ def sinkhorn_columns_kernel(
             far = tl.max(distance(new, old), 0)
             tl.store(moved + group * blocks + block, tl.where(running, far, -1.0))
             new = tl.where(running, new, old)
-            before = tl.load(c + (step - 2) * wide(M), mask=j < tl.where(step > 1, M, 0), other=-INF)
+            above = 0 if LAST else step - 2
+            before = tl.load(c + above * wide(M), mask=j < tl.where(step > 1, M, 0), other=-INF)
             new_c = tl.where(running, new_c, before)
             if running & (block == 0):
                 tl.store(iters + group, step.to(tl.int64))
         elif block == 0:
             tl.store(iters + group, step.to(tl.int64))
         tl.store(g + group * M + j, new, mask=inside)
-    tl.store(c + (step - 1) * wide(M), new_c, mask=inside)
+    tl.store(c + row * wide(M), new_c, mask=inside)
 
 
 def _fill(out: Tensor, given: Tensor | None) -> None:
@@ -239,24 +241,39 @@ def _fill(out: Tensor, given: Tensor | None) -> None:
 
 def sinkhorn(x: Sinkhorn) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """f [G, N], g [G, M], c [G, max(T, 1), M], iters [G]."""
+    return _iterated(x, None, last=False)
+
+
+def started(x: Sinkhorn, start: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """As `sinkhorn`, from g⁰ = start [G, M] where that is finite and there is mass; of c the last alone."""
+    return _iterated(x, start, last=True)
+
+
+def _iterated(x: Sinkhorn, start: Tensor | None, last: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`started`; unless `last`, with the c of every iteration."""
     x = unit(x)
     (groups, n, m), new = x.log_kernel.shape, x.log_kernel.new_empty
-    out = new((groups, n)), new((groups, m)), new((groups, max(x.num_iters, 1), m)), new(groups, dtype=torch.int64)
+    f, g, iters = new((groups, n)), new((groups, m)), new(groups, dtype=torch.int64)
+    steps = max(x.num_iters, 1)
+    c = new((groups, 1 if last else steps, m)).expand(-1, steps, -1)
     cut = resident(n, m)
+    if start is not None or cut is None:
+        _fill(g, x.log_b)
+    if start is not None:
+        start = g.copy_(started_at(start, g))  # read before it is written again
     if cut is None:
-        _stream(x, *out)
+        _stream(x, f, g, c, iters, last)
     else:
-        constants = {"PB": cut.PB, "NP": cut.NP, "MP": cut.MP}
-        args = (*given(x), *out, groups, n, m, x.num_iters)
+        constants = {"LAST": last, "PB": cut.PB, "NP": cut.NP, "MP": cut.MP}
+        args = (*given(x), start, f, g, c, iters, groups, n, m, x.num_iters)
         launch(sinkhorn_resident_kernel, -(-groups // cut.PB), args, constants, cut.tile)
-    return out
+    return f, g, c, iters
 
 
-def _stream(x: Sinkhorn, f: Tensor, g: Tensor, c: Tensor, iters: Tensor) -> None:
-    """Two launches an iteration (T = 0: for the one column sum)."""
+def _stream(x: Sinkhorn, f: Tensor, g: Tensor, c: Tensor, iters: Tensor, last: bool) -> None:
+    """Two launches an iteration (T = 0: for the one column sum), from g."""
     (groups, n, m), new, own = x.log_kernel.shape, x.log_kernel.new_empty, numbers(x)
     _fill(f, x.log_a)
-    _fill(g, x.log_b)
     if x.num_iters == 0:
         iters.zero_()
     t, split = stream(n, m, groups, device_of(x.log_kernel))
@@ -265,7 +282,7 @@ def _stream(x: Sinkhorn, f: Tensor, g: Tensor, c: Tensor, iters: Tensor) -> None
     moved = [new((groups, blocks)) for _ in range(2)]  # in the iteration before, in this one
     flags: dict[str, Any] = {"UPDATE": x.num_iters > 0, "LIMITED": own.tol >= 0 and x.num_iters > 0}
     cut_rows = flags | {"ONE": m <= t.depth, "BN": t.rows, "BM": t.depth}
-    cut_columns = flags | {"ROWS": COLUMNS.rows, "BM": COLUMNS.depth}
+    cut_columns = flags | {"LAST": last, "ROWS": COLUMNS.rows, "BM": COLUMNS.depth}
     rows, columns = (*spanned(x.log_kernel), *spanned(x.log_a), x.lam_a, own), (*spanned(x.log_b), x.lam_b, own)
     for step in range(1, max(x.num_iters, 1) + 1):
         args: tuple[Any, ...] = (*rows, f, g, moved[0], *sums, n, m, *split, blocks, step)
