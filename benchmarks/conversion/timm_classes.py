@@ -77,7 +77,7 @@ def rows() -> Iterator[Row]:
                     row = examined(row.model, kind)
             except Exception as error:
                 row.reason = said(error)
-        row.attention, row.left = kind, "" if row.status == "converted" else row.left
+        row.attention, row.left = kind, ""  # others of the model were skipped
         print(f"{kind} in {row.model}: {row.status} {row.reason}", flush=True)
         yield row
 

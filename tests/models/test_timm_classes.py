@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 timm = pytest.importorskip("timm")
 from timm.layers import attention, attention2d, diff_attention  # noqa: E402
-from timm.models import beit, eva, hiera, nest, swin_transformer, twins, xcit  # noqa: E402
+from timm.models import beit, eva, hiera, nest, swin_transformer, twins, vision_transformer_sam, xcit  # noqa: E402
 
 from setformer_kernels import functional as SF  # noqa: E402
 from setformer_kernels.models import initialize_references, replace_attention  # noqa: E402
@@ -45,6 +45,10 @@ CASES: dict[str, tuple[Callable[[], nn.Module], Callable[[], tuple[Any, ...]]]] 
         lambda: (tokens(),),
     ),
     "blocks": (lambda: nest.Attention(WIDTH, 4), lambda: (torch.randn(2, 5, 8, WIDTH),)),
+    "heads in the batch": (
+        lambda: vision_transformer_sam.Attention(WIDTH, 4, use_rel_pos=True, input_size=(SIDE, SIDE)),
+        lambda: (torch.randn(2, SIDE, SIDE, WIDTH),),
+    ),
     "one key head": (
         lambda: attention2d.MultiQueryAttention2d(WIDTH, num_heads=4, key_dim=8, value_dim=6, kv_stride=2),
         lambda: (torch.randn(2, WIDTH, SIDE, SIDE),),
@@ -72,6 +76,9 @@ def by_loops(references: Tensor, windows_first: bool) -> Callable[..., Tensor]:
             at = 1 if windows_first else 2
             each = zip(q.unbind(at), k.unbind(at), v.unbind(at), strict=True)
             return torch.stack([answer(*window) for window in each], at)
+        if q.dim() == 3:
+            parts = [x.unflatten(0, (-1, len(references))) for x in (q, k, v)]
+            return answer(*parts, attn_mask=attn_mask.unflatten(0, (-1, len(references)))).flatten(0, 1)
         if attn_mask is not None:
             attn_mask = attn_mask.expand(q.shape[0], q.shape[1], q.shape[2], k.shape[2])
         return SF.set_attention(q, k, v, references, num_iters=2, attn_mask=attn_mask)

@@ -40,7 +40,13 @@ class Instead(TorchFunctionMode):
         self, q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0,
         is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False,
     ) -> Tensor:  # fmt: skip
-        """Of q, k, v [B, H, N, D] or, of windows, with a dimension W beside H.  SeT has no use for scale."""
+        """Of q, k, v [B, H, N, D], [B·H, N, D] or, of windows, with a dimension W beside H.  SeT does without scale."""
+        if q.dim() == 3:
+            heads = self.transport.references.shape[0]
+            q, k, v = (x.unflatten(0, (-1, heads)) for x in (q, k, v))
+            if attn_mask is not None and attn_mask.dim() == 3 and attn_mask.shape[0] > 1:
+                attn_mask = attn_mask.unflatten(0, (-1, heads))
+            return self.answer(q, k, v, attn_mask, dropout_p, is_causal).flatten(0, 1)
         if attn_mask is not None and attn_mask.dim() == 3:  # of heads, where SeT's are of batch elements
             attn_mask = attn_mask[None]
         if q.dim() == 4:
