@@ -78,7 +78,7 @@ def calls(kind: type[nn.Module]) -> int:
 
 
 def from_fused(old: nn.Module, own: dict[str, Any]) -> None:
-    kind = type(old)
+    kind: Any = type(old)
     if calls(kind) > 1:
         raise Refusal("it computes attention more than once, which one set of references cannot stand for")
     heads = 1 if f"{kind.__module__}.{kind.__name__}" in ONE_KEY_HEAD else number(old)
