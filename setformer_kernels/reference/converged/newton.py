@@ -72,11 +72,11 @@ def newton(
 
 
 def _centred(p: Marginals, g: Tensor) -> Tensor:
-    """g less the constant that balanced potentials may have and that, where it is large, leaves them no digits."""
+    """g less the constant that balanced potentials may have, where it is so large that it leaves them no digits."""
     live = (g > -INF) & (p.log_b > -INF)
     b = torch.where(live, p.log_b.exp(), 0.0)
     mean = (b * torch.where(live, g - p.log_b, 0.0)).sum(-1, keepdim=True) / b.sum(-1, keepdim=True).clamp_min(1e-30)
-    return g - torch.where(p.lam_a * p.lam_b == 1, mean, 0.0)
+    return g - torch.where((p.lam_a * p.lam_b == 1) & (mean.abs() > LARGEST), mean, 0.0)
 
 
 def _evaluate(p: Marginals, g: Tensor, running: Tensor | None, by: Passed) -> Point:
