@@ -133,7 +133,8 @@ def test_a_new_length_or_batch_compiles_nothing_new() -> None:
     assert done.returncode == 0, done.stderr
     for call, by_shape in json.loads(done.stdout).items():
         # Of one batch element, and of several: in one part, causal parameters' gradients are added with a kernel less.
-        known = [tuple(key) for keys in (by_shape[4], by_shape[8]) for key in keys]
+        # And of few heads, whose long scans go side by side, by kernels of their own.
+        known = [tuple(key) for keys in (by_shape[4], by_shape[8], by_shape[10]) for key in keys]
         for keys in by_shape:
             assert [tuple(key) for key in keys if tuple(key) not in known] == [], call
 

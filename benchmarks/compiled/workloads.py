@@ -354,6 +354,7 @@ def _amd_calls(family: str) -> Iterator[Call]:
         yield from _both(replace(base, op="causal", T=1, given=STREAM))
         yield replace(base, op="step", T=1)
     yield from _both(replace(half, op="masked", mask="float", rich=True))
+    yield from _both(replace(half, op="packed_causal", T=1, B=2))
     for base in (half, single) if family == "gfx942" else (half,):
         yield from (replace(base, op=op) for op in ("linearised", "iterated"))
     yield Call("linearised_costs", dtype=torch.float32)

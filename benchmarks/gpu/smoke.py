@@ -19,6 +19,7 @@ from setformer_kernels.problem import Problem
 
 B, H, L, S, D, E, M, P = 2, 2, 70, 130, 48, 32, 20, 2  # ragged everywhere: tiles have tails in every direction
 USUAL = 64
+NARROW, LONG = 16, 4096  # of one head, whose bundles go side by side on the smallest device
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 # B, S and ε: a cluster of several blocks; more heads than blocks run at a time; the log domain.
 USUAL_SIZES = ((1, 600, 0.05), (200, 20, 0.05), (1, 70, 0.001))
@@ -78,6 +79,35 @@ def streamed(backend: str, device: str, dtype: torch.dtype) -> Tensor:
     return torch.cat((o, last.unsqueeze(2)), 2)
 
 
+def side_by_side(backend: str, device: str, dtype: torch.dtype) -> Tensor:
+    """A scan of one head, long enough for its bundles to go side by side."""
+    q, k, v = (_leaf(1, 1, LONG, NARROW, dtype=dtype, device=device) for _ in range(3))
+    y = _leaf(1, NARROW, NARROW, dtype=torch.float32, device=device)
+    return SF.set_attention(q, k, v, y, num_iters=1, causal=True, backend=backend)
+
+
+def packed(backend: str, device: str, dtype: torch.dtype) -> Tensor:
+    """A causal pack of three sequences, one of them empty."""
+    q, k = (_leaf(L + S, H, D, dtype=dtype, device=device) for _ in range(2))
+    v, y = _leaf(L + S, H, E, dtype=dtype, device=device), _leaf(H, M, D, dtype=torch.float32, device=device)
+    cu = torch.tensor([0, L, L, L + S], dtype=torch.int32, device=device)
+    return SF.set_attention_varlen(q, k, v, y, cu, cu, num_iters=1, causal=True, backend=backend)
+
+
+def converged(backend: str, device: str, dtype: torch.dtype, *, method: str) -> Tensor:
+    """Transport from a pass and iterations or Newton's steps, with the gradient of the fixed point."""
+    k, v = _leaf(B, H, S, D, dtype=dtype, device=device), _leaf(B, H, S, E, dtype=dtype, device=device)
+    y = _leaf(H, M, D, dtype=torch.float32, device=device)
+    return SF.set_pool(k, v, y, num_iters=8, method=method, grad="implicit", backend=backend)
+
+
+def newton(backend: str, device: str) -> Tensor:
+    """Potentials of given costs, by Newton's method."""
+    l = _leaf(3, S, M, dtype=torch.float32, device=device)
+    f, g = SF.sinkhorn(l, num_iters=8, method="newton", grad="implicit", backend=backend)
+    return torch.cat([f, g], dim=-1)
+
+
 def features(backend: str, device: str, dtype: torch.dtype) -> Tensor:
     """Nyström features."""
     landmarks = _leaf(H, M, D, dtype=torch.float32, device=device)
@@ -93,7 +123,14 @@ def sinkhorn(backend: str, device: str, rows: int) -> Tensor:
 def calls(device: str) -> Iterator[tuple[Problem, Callable[[str], Tensor]]]:
     """(problem, call of a backend's name) for everything above."""
     for op, dtype, call in ragged_calls(device):
-        yield Problem(op, device, dtype, D=D, E=E, M=M, num_iters=1 if op == "causal" else 3), call
+        yield Problem(op, device, dtype, D=D, E=E, M=M, num_iters=1 if "causal" in op else 3), call
+    for dtype, method in itertools.product((torch.bfloat16, torch.float32), ("sinkhorn", "newton")):
+        problem = Problem("pool", device, dtype, D=D, E=E, M=M, num_iters=8, converged="implicit")
+        yield problem, partial(converged, device=device, dtype=dtype, method=method)
+    yield (
+        Problem("sinkhorn", device, torch.float32, M=M, num_iters=8, converged="implicit"),
+        partial(newton, device=device),
+    )
     for dtype, (heads, keys, epsilon) in itertools.product((torch.bfloat16, torch.float16, torch.float32), USUAL_SIZES):
         sizes = {"D": USUAL, "E": USUAL, "M": USUAL, "B": heads, "H": 2, "L": keys, "N": keys}
         problem = Problem("attention", device, dtype, num_iters=3, **sizes)
@@ -106,7 +143,10 @@ def ragged_calls(device: str) -> Iterator[tuple[str, torch.dtype, Callable[[str]
         for op, rich in itertools.product(("attention", "causal"), (False, True)):
             options = {"device": device, "dtype": dtype, "causal": op == "causal", "rich": rich}
             yield op, dtype, partial(attention, **options)
-        for op, call in (("masked", masked), ("causal", streamed), ("features", features)):
+        for op, call in (
+            ("masked", masked), ("causal", streamed), ("causal", side_by_side), ("packed_causal", packed),
+            ("features", features),
+        ):  # fmt: skip
             yield op, dtype, partial(call, device=device, dtype=dtype)
     for rows in (30, 1000):
         yield "sinkhorn", torch.float32, partial(sinkhorn, device=device, rows=rows)
