@@ -35,8 +35,7 @@ def main(argv: list[str] | None = None) -> int:
     transformers.logging.set_verbosity_error()
     torch.set_num_threads(1)
     kept = read(given.output)
-    every = [*folders(), TIMM]
-    for folder in given.folders or [f for f in every if f not in {row["folder"] for row in kept}]:
+    for folder in given.folders or [f for f in folders() if f not in {row["folder"] for row in kept}]:
         found = timm_classes.rows() if folder == TIMM else rows_of(folder)
         new = [row.cells() for row in found] or [{"folder": folder, "status": "none"}]
         kept = [row for row in kept if row["folder"] != folder] + new

@@ -24,7 +24,7 @@ from setformer_kernels.models import replace_attention
 from setformer_kernels.models.convert.transformers import asks_the_interface
 from setformer_kernels.models.transport import SetTransport
 
-from . import ELSEWHERE
+from . import ELSEWHERE, TIMM
 from .inputs import candidates
 from .small import small
 
@@ -50,8 +50,9 @@ class Row:
 
 
 def folders() -> list[str]:
+    """Those of transformers' models, and what stands for timm."""
     root = Path(transformers.__file__).parent / "models"
-    return sorted(path.name for path in root.iterdir() if list(path.glob("modeling_*.py")))
+    return [*sorted(path.name for path in root.iterdir() if list(path.glob("modeling_*.py"))), TIMM]
 
 
 def model_classes(folder: str) -> list[type[PreTrainedModel]]:
