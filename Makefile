@@ -15,7 +15,7 @@ CSRC := $(shell find csrc -name '*.cpp' -o -name '*.hpp' -o -name '*.h' -o -name
 help:
 	@echo "make demo      train and compare on real input (3 minutes); results in demo_output/"
 	@echo "make test      every op on every backend, the module's contract (5 minutes on two cores)"
-	@echo "make test-all  that and the rest: every case on the stand-ins for a GPU, benchmarks, installation, pages (50 minutes)"
+	@echo "make test-all  that and the rest: every case on the stand-ins for a GPU, benchmarks, installation, pages (32 minutes)"
 	@echo "make test-models  the models in timm and transformers, and the recipes, in .venv-models with the newest torch"
 	@echo "make bench     the side-by-side benchmark table; results in benchmarks/results/"
 	@echo "make gpu       on a machine with a GPU: tests on real kernels, benchmarks, profiles, sanitizer (no installation)"
