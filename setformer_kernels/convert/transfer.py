@@ -99,16 +99,16 @@ def transfer_attention(
             another run.
     """
     how = Transfer() if how is None else how
-    PartialState(cpu=how.match.cpu)  # the ranks, if there are several
+    processes = PartialState(cpu=how.match.cpu)
     torch.manual_seed(how.match.seed)  # of the references
-    student, replaced = make_student(teacher, skip=skip, **own)
+    student, replaced = make_student(teacher.to(processes.device), skip=skip, **own)
     layers, report = layers_of(student, replaced), TransferReport(replaced)
     report.converted = list(layers)
     batches = _batches(held_out, collate, how)
     learn = (train, collate)
     if recording is not None:
         asked = (layers if how.match.steps else [], how.hidden and how.tune.steps > 0)
-        with PartialState(cpu=how.match.cpu).main_process_first():
+        with processes.main_process_first():
             kept = recorded_by(teacher, train, collate, recording, *asked, progress=progress)
         learn = kept.samples(train), kept.collate(collate)
     run = _Run(teacher, *learn, output, how, resume, progress, report, batches)
