@@ -27,6 +27,7 @@ class _Matching(nn.Module):
     """
 
     learns_values = True  # whether fused projections of queries, keys and values learn whole
+    reads: tuple[str, ...] = ()  # which kinds of a recording's answers
     accepts_loss_kwargs = False  # Trainer averages over the steps of an accumulated batch itself
 
     def __init__(self, teacher: nn.Module, student: nn.Module) -> None:
@@ -70,6 +71,7 @@ class LayerMatching(_Matching):
     """
 
     learns_values = False
+    reads = (LAYER,)
 
     def __init__(self, teacher: nn.Module, student: nn.Module, layers: Sequence[str]) -> None:
         super().__init__(teacher, student)
@@ -109,6 +111,8 @@ class OutputMatching(_Matching):
         pooling: "mean" over the tokens that take part, or "first" token.
         hidden: also the mean relative squared error of all hidden states (models of transformers).
     """
+
+    reads = (OUTPUT, HIDDEN)
 
     def __init__(self, teacher: nn.Module, student: nn.Module, pooling: str = "mean", hidden: bool = False) -> None:
         super().__init__(teacher, student)

@@ -63,13 +63,13 @@ class Recording:
             raise ValueError(f"{self.folder} is of {self.told['samples']} samples, got {len(data)}")  # type: ignore[arg-type]
         return _Numbered(data)
 
-    def collate(self, collate: Collate) -> Collate:
-        """A batch of numbered samples, with what the teacher answered to them."""
-        return partial(self._batch, collate)
+    def collate(self, collate: Collate, kinds: Sequence[str] = (LAYER, OUTPUT, HIDDEN)) -> Collate:
+        """A batch of numbered samples, with what of these kinds the teacher answered to them; no other is read."""
+        return partial(self._batch, collate, kinds)
 
-    def _batch(self, collate: Collate, rows: list[tuple[int, Any]]) -> dict[str, Any]:
+    def _batch(self, collate: Collate, kinds: Sequence[str], rows: list[tuple[int, Any]]) -> dict[str, Any]:
         batch: dict[str, Any] = dict(collate([row for _, row in rows]))
-        answers = [self._answers_to(number) for number, _ in rows]
+        answers = [self._answers_to(number, kinds) for number, _ in rows]
         joined = {name: self._joined(name, [answer[name] for answer in answers], batch) for name in answers[0]}
         return {**batch, RECORDED: {name.removeprefix(BY_TOKEN): x for name, x in joined.items()}}
 
@@ -85,9 +85,11 @@ class Recording:
         joined[tokens] = torch.cat(rows)
         return joined
 
-    def _answers_to(self, number: int) -> dict[str, Tensor]:
-        file, prefix = self._shards[number // SHARD], f"{number}."
-        return {name.removeprefix(prefix): file.get_tensor(name) for name in self._names[number]}
+    def _answers_to(self, number: int, kinds: Sequence[str]) -> dict[str, Tensor]:
+        file, asked = self._shards[number // SHARD], tuple(f"{kind}." for kind in kinds)
+        names = {name: name.removeprefix(f"{number}.") for name in self._names[number]}
+        chosen = {name: own for name, own in names.items() if own.removeprefix(BY_TOKEN).startswith(asked)}
+        return {own: file.get_tensor(name) for name, own in chosen.items()}
 
     @cached_property
     def _shards(self) -> list[Any]:

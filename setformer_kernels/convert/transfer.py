@@ -17,7 +17,7 @@ from .fitting import Schedule, fit
 from .hybrid import conversion_curve, within
 from .matching import LayerMatching, OutputMatching
 from .measuring import attention_errors, output_agreement
-from .recording import recorded_by
+from .recording import Recording, recorded_by
 from .report import HYBRID, MATCHED, PLACED, TUNED, TransferReport
 from .students import (
     Collate,
@@ -105,13 +105,12 @@ def transfer_attention(
     layers, report = layers_of(student, replaced), TransferReport(replaced)
     report.converted = list(layers)
     batches = _batches(held_out, collate, how)
-    learn = (train, collate)
+    kept = None
     if recording is not None:
         asked = (layers if how.match.steps else [], how.hidden and how.tune.steps > 0)
         with processes.main_process_first():
             kept = recorded_by(teacher, train, collate, recording, *asked, progress=progress)
-        learn = kept.samples(train), kept.collate(collate)
-    run = _Run(teacher, *learn, output, how, resume, progress, report, batches)
+    run = _Run(teacher, train, collate, output, how, resume, progress, report, batches, kept)
     place_references(student, train, collate, how.placed_on)
     run.measure(PLACED, student, layers)
     if how.match.steps:
@@ -146,6 +145,7 @@ class _Run:
     progress: Progress
     report: TransferReport
     batches: list[dict[str, Tensor]]
+    kept: Recording | None
 
     def on_device(self) -> list[dict[str, Tensor]]:
         device = next(self.teacher.parameters()).device
@@ -172,7 +172,10 @@ class _Run:
     ) -> None:  # fmt: skip
         folder = self.output / stage
         resume = self.resume and folder.exists()
-        fit(matching, names, self.train, self.collate, folder, schedule, resume, rates)
+        data, collate = self.train, self.collate
+        if self.kept is not None:
+            data, collate = self.kept.samples(data), self.kept.collate(collate, matching.reads)
+        fit(matching, names, data, collate, folder, schedule, resume, rates)
 
     def match(self, student: nn.Module, layers: Sequence[str]) -> None:
         """Stage 1."""

@@ -138,3 +138,14 @@ def test_the_recipe_records_and_learns_from_what_is_there(
     recipe(*run, "--references", 4, "--output", tmp_path / "b")
     assert "samples recorded" not in capsys.readouterr().out
     assert "it lacks hidden states" in fails(capsys, *run, "--hidden", "--output", tmp_path / "c")
+
+
+def test_a_stage_reads_what_it_compares_and_no_more(tmp_path: Path) -> None:
+    teacher, rows = bert(), texts(4)
+    student, layers = taught(teacher)
+    kept = record_teacher(teacher, rows, stack, tmp_path, layers, progress=lambda _: None)
+    numbered = list(kept.samples(rows))
+    of_layers = kept.collate(stack, LayerMatching(teacher, student, layers).reads)(numbered)["recorded"]
+    of_output = kept.collate(stack, OutputMatching(teacher, student).reads)(numbered)["recorded"]
+    assert set(of_layers) == {f"layer.{name}.0" for name in layers}
+    assert set(of_output) == {"output.hidden"}
