@@ -76,10 +76,12 @@ def read(path: Path) -> list[Record]:
 
 
 def write(path: Path, rows: list[Record]) -> None:
-    """Replace the file at once: a run that is killed leaves the rows that were there."""
+    """Replace the file at once: a run that is killed leaves the rows that were there.  Rows from before a column was
+    there have nothing in it."""
+    names = list(dict.fromkeys(name for row in rows for name in row))
     beside = path.with_suffix(".part")
     with beside.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+        writer = csv.DictWriter(file, names, lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
     os.replace(beside, path)
