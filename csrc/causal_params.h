@@ -20,7 +20,8 @@ struct CausalParams : AttentionParams, StreamViews {
 // A packed batch; where it is causal, gates and a state a segment: B = N in those.
 struct PackedStreamParams : PackedParams, StreamViews {};
 
-// One token of each batch element: S = 1, and the L query heads that share its key.
+// One token of each batch element: S = 1, and the L query heads that share its key.  log_a may be bool (true takes
+// part).
 struct StepParams : CausalParams {
   View states;                    // [N,H,M,2E+3] F, rows without gaps; in place
   const int32_t* rows = nullptr;  // [B] which state is whose, -1: none; null: each its own

@@ -17,7 +17,7 @@ from sklearn.metrics import jaccard_score
 from torch import nn
 
 from benchmarks.quality import __main__ as command
-from benchmarks.quality import decoding, language, results, table, tasks, train
+from benchmarks.quality import decoding, language, results, steps, table, tasks, train
 from benchmarks.quality.model import Alone, Elu, Softmax, sinusoids
 from benchmarks.tasks import listops, shapes, sources
 from setformer_kernels import SeTAttention
@@ -425,3 +425,37 @@ def test_where_set_wins() -> None:
     assert decoding.wins(rows(5, 11, 12)) == 1
     assert decoding.wins(rows(11, 9, 12)) == 2
     assert decoding.wins(rows(11, 12, 9)) is None
+
+
+def test_training_steps_are_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    small = ["--width", "16", "--heads", "2", "--depth", "1", "--threads", "1", "--seconds", "0"]
+    assert steps.main([*small, "--lengths", "16", "48", "--out", str(tmp_path / "x.csv")]) == 0
+    shown = capsys.readouterr().out
+    assert "A step with SeT takes less" in shown
+    assert re.search(r"\| 48 \| [0-9.]+ \([0-9.]+ to [0-9.]+\) \| ", shown)
+    with (tmp_path / "x.csv").open(newline="") as file:
+        rows = {(row["attention"], row["length"]): row for row in csv.DictReader(file)}
+    assert rows.keys() == {(kind, length) for kind in ("softmax", "set") for length in ("16", "48")}
+    for row in rows.values():
+        assert 0 < float(row["step_q25"]) <= float(row["step_ms"]) <= float(row["step_q75"])
+        assert (row["rounds"], row["threads"]) == ("3", "1")
+    assert rows["set", "16"]["ratio"] == "1.0" != rows["softmax", "16"]["ratio"]
+
+
+def test_training_steps_train() -> None:
+    """Every parameter gets a gradient, and the loss of these tokens falls."""
+    for kind in steps.MIXINGS:
+        trainer = steps.training(kind, 32, 16, 2, 1)
+        losses = [trainer.step(1e-2)[0] for _ in range(5)]
+        assert losses[-1] < losses[0]
+        assert all(p.grad is not None for p in trainer.model.parameters())
+
+
+def test_where_steps_take_less() -> None:
+    def rows(*ratios: float) -> list[steps.Row]:
+        own = {"softmax": ratios, "set": [1.0] * len(ratios)}
+        return [steps.Row(kind, n, 1, 1, 1, ratio, 3, 16, 2, 1) for kind in own for n, ratio in enumerate(own[kind])]
+
+    assert steps.wins(rows(0.5, 1.1, 1.2)) == 1
+    assert steps.wins(rows(1.1, 0.9, 1.2)) == 2
+    assert steps.wins(rows(1.1, 1.2, 0.9)) is None

@@ -8,11 +8,10 @@ start.  What a context holds does not change the time of a token, so that of sof
 from __future__ import annotations
 
 import argparse
-import csv
 import math
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median, quantiles
 from typing import Any, NamedTuple
@@ -25,6 +24,7 @@ from benchmarks.common import entry_point
 from benchmarks.common.hardware import ROOT, default_threads
 from benchmarks.common.results import Stamp, stamp
 from benchmarks.quality.language import Mixing, Rotary
+from benchmarks.quality.results import since, write_stamped
 from setformer_kernels.models import CausalDecoder, CausalLM, Past
 
 CONTEXTS = (1024, 8192, 65536)
@@ -154,13 +154,7 @@ def measure(models: dict[str, CausalLM], context: int, prefill_up_to: int) -> li
 def wins(rows: list[Row]) -> int | None:
     """The shortest context from which on SeT generates faster."""
     speeds = {(row.attention, row.context): row.decode_tokens_per_s for row in rows}
-    contexts = sorted({row.context for row in rows}, reverse=True)
-    found = None
-    for context in contexts:
-        if speeds["set", context] <= speeds["softmax", context]:
-            break
-        found = context
-    return found
+    return since({row.context: speeds["set", row.context] > speeds["softmax", row.context] for row in rows})
 
 
 def render(rows: list[Row], on: Stamp) -> str:
@@ -176,14 +170,6 @@ def render(rows: list[Row], on: Stamp) -> str:
     where = "at none of these contexts" if won is None else f"from {won} tokens on"
     what = f"{on.cpu}, threads: {on.threads}, float32; torch {on.torch}, commit {on.commit}, {on.date}"
     return "\n".join([*lines, "", f"SeT generates faster {where}. {what}."])
-
-
-def write(path: Path, rows: list[Row], on: Stamp) -> None:
-    names = [field.name for kind in (Row, Stamp) for field in fields(kind)]
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, names, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows({**asdict(row), **asdict(on)} for row in rows)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -202,7 +188,7 @@ def main(argv: list[str] | None = None) -> int:
     models = {kind: decoder(kind, *sizes) for kind in ("softmax", "set")}
     rows = [row for context in arguments.contexts for row in measure(models, context, arguments.prefill_up_to)]
     path = arguments.out or ROOT / "benchmarks" / "results" / f"decoding_{on.date}.csv"
-    write(path, rows, on)
+    write_stamped(path, rows, on)
     print(f"{render(rows, on)}\n\n{path}")
     return 0
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import csv
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Any
 
 from benchmarks.common.results import Stamp
 from benchmarks.quality.tasks import Budget, Task
@@ -85,3 +86,22 @@ def write(path: Path, rows: list[Record]) -> None:
         writer.writeheader()
         writer.writerows(rows)
     os.replace(beside, path)
+
+
+def write_stamped(path: Path, rows: Sequence[Any], on: Stamp) -> None:
+    """A CSV of rows that are dataclasses, each with the stamp of the run."""
+    names = [field.name for kind in (rows[0], Stamp) for field in fields(kind)]
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, names, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows({**asdict(row), **asdict(on)} for row in rows)
+
+
+def since(better: Mapping[int, bool]) -> int | None:
+    """The first length, of those there are, from which on all are better."""
+    found = None
+    for length in sorted(better, reverse=True):
+        if not better[length]:
+            break
+        found = length
+    return found

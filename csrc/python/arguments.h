@@ -255,6 +255,27 @@ inline CausalParams causal_params(const AttentionParams& attention, const py::ob
   return p;
 }
 
+// All of a step but whose states they are.
+inline StepParams step_params(const AttentionParams& attention, const py::object& log_decay, const py::tuple& states,
+                              const py::object& o) {
+  StepParams p(attention);
+  need(p.query, kOperands[kQuery]);
+  if (p.S != 1 || p.T > 1) throw std::invalid_argument("a step takes one token, and T <= 1");
+  p.log_decay = gates_view(p, log_decay, "log_decay");
+  const char* const names[] = {"state"};
+  const py::tuple one = py::make_tuple(states);
+  p.states = view(states, "state", {Tensors(one, names).size(0, 0), p.H, p.M, 2 * p.E + 3}, compute_dtype(p.f64));
+  p.o = view(o, "o", {p.B, p.H, p.L, p.E}, p.key.dtype);
+  need(p.o, "o");
+  if (p.states.stride[3] != 1 || p.states.stride[2] != p.states.size[3])
+    throw std::invalid_argument("tensor 'state' has gaps between its rows");
+  return p;
+}
+
+inline void own_states(const StepParams& p) {
+  if (p.states.size[0] != p.B) throw std::invalid_argument("a state for each batch element is wanted");
+}
+
 inline void gradients(AttentionParams& p, const py::tuple& grads, int64_t parts) { gradients(p, grads, parts, p.B); }
 
 // Offsets of N segments within `rows`.

@@ -3,6 +3,7 @@
 #include "../cpu/probe_threads.h"
 #include "arguments.h"
 #include "cuda_bindings.h"
+#include "prepared_step.h"
 
 using namespace sfk;
 
@@ -108,19 +109,9 @@ void causal_backward(const py::tuple& x, const py::tuple& scalars, bool dot, int
 
 void step(const py::tuple& x, const py::tuple& scalars, bool dot, int64_t T, double dropout_p, uint64_t seed,
           int threads, const py::object& log_decay, const py::tuple& states, uintptr_t rows, const py::object& o) {
-  StepParams p(attention_params(x, scalars, dot, T, dropout_p, seed, threads));
-  need(p.query, kOperands[kQuery]);
-  if (p.S != 1 || p.T > 1) throw std::invalid_argument("a step takes one token, and T <= 1");
-  p.log_decay = gates_view(p, log_decay, "log_decay");
-  const char* const names[] = {"state"};
-  const py::tuple one = py::make_tuple(states);
-  p.states = view(states, "state", {Tensors(one, names).size(0, 0), p.H, p.M, 2 * p.E + 3}, compute_dtype(p.f64));
+  StepParams p = step_params(attention_params(x, scalars, dot, T, dropout_p, seed, threads), log_decay, states, o);
   p.rows = reinterpret_cast<const int32_t*>(rows);
-  p.o = view(o, "o", {p.B, p.H, p.L, p.E}, p.key.dtype);
-  need(p.o, "o");
-  if (!p.rows && p.states.size[0] != p.B) throw std::invalid_argument("a state for each batch element is wanted");
-  if (p.states.stride[3] != 1 || p.states.stride[2] != p.states.size[3])
-    throw std::invalid_argument("tensor 'state' has gaps between its rows");
+  if (!p.rows) own_states(p);
   py::gil_scoped_release nogil;
   kernels().step(p);
 }
@@ -268,7 +259,6 @@ void linearised(const py::tuple& tensors, int threads) {
 
 PYBIND11_MODULE(_C, m) {
   m.attr("OPERANDS") = operand_names();
-  m.attr("STEPS_GROUPS") = true;
   m.def("attention", &attention);
   m.def("attention_weights", &attention_weights);
   m.def("transport", &transport);
@@ -278,6 +268,10 @@ PYBIND11_MODULE(_C, m) {
   m.def("causal", &causal);
   m.def("causal_backward", &causal_backward);
   m.def("step", &step);
+  py::class_<PreparedStep>(m, "PreparedStep")
+      .def(py::init<const py::tuple&, const py::tuple&, bool, int64_t, double, uint64_t, int, const py::object&,
+                    const py::object&, const py::tuple&, bool, const py::object&>())
+      .def("run", &PreparedStep::run);
   m.def("masked", &masked);
   m.def("masked_backward", &masked_backward);
   m.def("packed", &packed);

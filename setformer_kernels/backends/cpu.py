@@ -5,7 +5,7 @@ Called below autograd on real CPU tensors; any strides.  The kernels are in csrc
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -145,6 +145,20 @@ def step(x: Operands, opt: Options, states: Tensor, log_decay: Tensor | None, ro
     gates, pool, found = views((log_decay, states, o))
     _C.step(*_common(x, opt), gates, pool, 0 if rows is None else rows.data_ptr(), found)
     return o
+
+
+def prepared_step(
+    x: Operands, opt: Options, states: Tensor, log_decay: Tensor | None, mask: Tensor | None, indexed: bool, o: Tensor
+) -> Callable[..., bool]:
+    """`step` of tokens that differ from these in values and addresses alone: a function of addresses.
+
+    The addresses of states, query, key, value, references, rows, log_decay, mask [B, H, 1] (bool, or log masses in the
+    place of those in `x`) and o, each 0 where there is none, and of how many threads.  False, with nothing done: values
+    of log_decay or rows are not what `step` takes.
+    """
+    common = _common(x._replace(log_a=None), opt)
+    gates, pool, found, masses = views((log_decay, states, o, mask))
+    return _C.PreparedStep(*common, masses, gates, pool, indexed, found).run
 
 
 def masked(x: Operands, mask: Tensor | None, opt: Options, causal: bool) -> Tensor:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from .. import dispatch
 from ..dispatch import Chosen
 from ..problem import Operands, Options, replaced
 from .direct import differentiated, unwatched
@@ -65,6 +66,35 @@ def _refuse(*args: Any) -> Tensor:
         raise RuntimeError(NO_GRADIENT)
     with torch._C._AutoDispatchBelowAutograd():
         return _op(*args)
+
+
+def again(
+    opt: Options, x: Operands, states: Tensor, decay: Tensor | None, mask: Tensor | None, rows: Tensor | None, o: Tensor
+) -> Callable[..., Tensor | None] | None:
+    """How calls are answered that look like one that gave o [B, H·L, E] and that nobody has to see; None: as it was.
+
+    A function of what lies where states, query, key, value, references, rows, log_decay and mask [B, H, 1] did; it
+    returns None, and does nothing, where their values have to be looked at.
+    """
+    registry = dispatch.NATIVE
+    prepare = getattr(registry[opt.backend], "prepared_step", None) if type(opt.backend) is Chosen else None
+    if prepare is None:
+        return None
+    sizes, strides, dtype, device = o.shape, o.stride(), o.dtype, o.device
+    run = prepare(x, opt, states, decay, mask, rows is not None, o.unflatten(1, (x.key.shape[1], -1)))
+
+    def answer(states: Tensor, *others: Tensor | None) -> Tensor | None:
+        if dispatch.NATIVE is not registry:  # other backends than those there were
+            return None
+        o = torch.empty_strided(sizes, strides, dtype=dtype, device=device)
+        addresses = [0 if t is None else t.data_ptr() for t in others]
+        if not run(states.data_ptr(), *addresses, o.data_ptr(), torch.get_num_threads()):
+            return None
+        if not states.is_inference():
+            torch.autograd.graph.increment_version(states)
+        return o
+
+    return answer
 
 
 _tensors = ", ".join(f"Tensor{'?' if optional else ''} {name}" for name, (_, optional) in OPERANDS.items())
