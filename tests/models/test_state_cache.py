@@ -25,6 +25,7 @@ def decoder(kind: str = "llama", skip: Any = None, own: dict[str, Any] | None = 
     sizes = {
         "llama": more, "qwen3": {**more, "head_dim": 8}, "gpt2": {},
         "gemma2": {**more, "head_dim": 8, "sliding_window": 5}, "opt": {"ffn_dim": 48, "word_embed_proj_dim": 32},
+        "doge": {**more, "head_dim": 8},
     }[kind]  # fmt: skip
     config = transformers.AutoConfig.for_model(kind, **{**SIZES, **sizes, **changes})
     model = transformers.AutoModelForCausalLM.from_config(config).eval()
@@ -142,8 +143,32 @@ def test_what_a_state_cannot_answer() -> None:
     with pytest.raises(ValueError, match="attention_mask must be of padding"):
         model(x, attention_mask=torch.rand(1, 1, 5, 5), **{CACHE: cache})
     model(x, **{CACHE: StateCache(model)})
+    for named in ({"cu_seq_lens_q": torch.tensor([0, 2, 5], dtype=torch.int32)}, {"output_attentions": True}):
+        with pytest.raises(ValueError, match=f"must be a DynamicCache for {next(iter(named))}"):
+            model(x, **{CACHE: StateCache(model)}, **named)
     with pytest.raises(ValueError, match="cannot forget its last tokens"):
         cache.crop(-1)
+
+
+@torch.no_grad()
+def test_masks_of_one_query_are_told_from_padding() -> None:
+    """Such a mask can hide what the state already holds: a window, as one that is written out here."""
+    model, x = decoder(), words(1, 4)
+    cache = StateCache(model)
+    model(x, **{CACHE: cache})
+    window = torch.zeros(1, 1, 1, 5)
+    window[..., :3] = torch.finfo(torch.float32).min
+    with pytest.raises(ValueError, match="attention_mask must be of padding"):
+        model(x[:, :1], attention_mask=window, **{CACHE: cache})
+
+
+@torch.no_grad()
+def test_masks_of_heads_that_share_keys() -> None:
+    """Doge's masks are each query head's own."""
+    model, x = decoder("doge"), words(2, 7)
+    cache = transformers.DynamicCache(config=model.config)
+    got = cached(model, [*x.split([1, 4, 1, 1], 1)], cache)
+    torch.testing.assert_close(got, model(x).logits, rtol=1e-4, atol=1e-5)
 
 
 @torch.no_grad()

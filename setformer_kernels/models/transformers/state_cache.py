@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
-from .masks import CausalMask, as_options
+from .masks import CausalMask
 
 
 class StateLayer(CacheLayerMixin):
@@ -45,17 +45,20 @@ class StateLayer(CacheLayerMixin):
         """o [B, H, L, E] of the new tokens, which join the state; mask: of all tokens so far."""
         if not self.unread:
             raise ValueError("past_key_values must not be a StateCache where layers share their keys: use DynamicCache")
-        length = key.shape[2]
-        options = as_options(_of_last(mask, length), query.shape[2], length, causal)
-        if query.shape[2] != length or options.get("attn_mask") is not None or (
-            length > 1 and not options.get("is_causal")
-        ):  # fmt: skip
+        length, keys = key.shape[2], None
+        told = causal or length == 1
+        if mask is not None:
+            # Any other mask of one query may forget keys that the state holds.
+            told = isinstance(mask, CausalMask) and mask.intact and mask.shape[2] == length
+        if query.shape[2] != length or not told:
             raise ValueError(
                 "attention_mask must be of padding, and attention causal, where past_key_values is a StateCache:"
                 f" got {length} keys for {query.shape[2]} queries and"
                 f" {'no mask' if mask is None else f'a mask {list(mask.shape)}'}"
             )
-        o, self.state = transport.streamed(query, key, value, self.state, options.get("key_mask"), dropout)
+        if isinstance(mask, CausalMask) and mask.keys is not None:
+            keys = mask.keys[:, -length:]
+        o, self.state = transport.streamed(query, key, value, self.state, keys, dropout)
         self.unread = False
         return o
 
@@ -94,17 +97,6 @@ class StateLayer(CacheLayerMixin):
     def batch_repeat_interleave(self, repeats: int) -> None:
         if self.state is not None:
             self.state = self.state.repeat_interleave(repeats, 0)
-
-
-def _of_last(mask: Tensor | None, length: int) -> Tensor | None:
-    """The columns of the last keys, of a mask of all."""
-    if mask is None or mask.shape[-1] == length:
-        return mask
-    if isinstance(mask, CausalMask) and mask.intact and mask.shape[2] == length:
-        keys, shape = mask.keys, (*mask.shape[:3], length)
-        short = None if keys is None else keys[:, -length:]
-        return CausalMask.of(shape, mask.device, short, lambda: mask.dense()[..., -length:])
-    return mask[..., -length:]
 
 
 class StateCache(DynamicCache):
