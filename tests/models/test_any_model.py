@@ -233,6 +233,15 @@ def test_a_mask_of_one_query_is_one_of_keys() -> None:
     assert torch.equal(options["key_mask"], padding.bool())
 
 
+def test_padding_of_an_encoder_is_one_of_keys() -> None:
+    """However short the text is that reads it: a mask of rows would take a path that is not linear."""
+    padding = torch.tensor([[0, 1, 1, 1, 1], [1, 1, 1, 1, 1]]).bool()
+    mask = masks.set_attention_mask(2, 2, 5, 0, 0, masks.bidirectional_mask_function, padding)
+    options = masks.as_options(mask, 2, 5, False)
+    assert [*options] == ["key_mask"]
+    assert torch.equal(options["key_mask"], padding)
+
+
 def test_what_is_left_is_named_with_its_reason() -> None:
     report = replace_attention(built(transformers.BloomModel))
     assert not report.replaced

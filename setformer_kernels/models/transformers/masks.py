@@ -37,9 +37,7 @@ class CausalMask(Tensor):
     _dense: Tensor | None
 
     @staticmethod
-    def of(
-        shape: tuple[int, ...], device: Any, keys: Tensor | None, make: Callable[[], Tensor]
-    ) -> CausalMask:
+    def of(shape: tuple[int, ...], device: Any, keys: Tensor | None, make: Callable[[], Tensor]) -> CausalMask:
         """make: what writes out the whole."""
         mask = torch.empty((), dtype=torch.bool, device=device).expand(shape).as_subclass(CausalMask)
         mask.keys, mask.intact, mask._make, mask._dense = keys, True, make, None
@@ -86,16 +84,18 @@ def set_attention_mask(
     Else, and where it is compiled: a row a query.
     """
     whole = local_size is None or (isinstance(kv_length, int) and kv_length < local_size)
-    same = mask_function is bidirectional_mask_function or (q_length == 1 and mask_function is causal_mask_function)
-    if same and not use_vmap and whole:
-        if attention_mask is None and mask_function is bidirectional_mask_function:
+    all_see = mask_function is bidirectional_mask_function
+    last_sees = q_length == 1 and mask_function is causal_mask_function
+    if (all_see or last_sees) and not use_vmap and whole:
+        if attention_mask is None and all_see:
             return None
-        if isinstance(kv_length, int) and isinstance(q_offset, int) and q_offset + q_length >= kv_length - kv_offset:
+        at_the_end = isinstance(q_offset, int) and isinstance(kv_length, int) and q_offset + 1 >= kv_offset + kv_length
+        if isinstance(kv_length, int) and (all_see or at_the_end):
             keys = prepare_padding_mask(attention_mask, kv_length, kv_offset)
             if keys is None:
                 return None
             columns = _columns(keys, kv_length, kv_offset, q_length)
-            if mask_function is bidirectional_mask_function or not _is_here():
+            if all_see or not _is_here():
                 return columns
             return CausalMask.of((batch_size, 1, 1, kv_length), device, columns[:, 0, 0], lambda: columns)
     plain: dict[str, Any] = {
