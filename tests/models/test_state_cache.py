@@ -138,6 +138,8 @@ def test_what_a_state_cannot_answer() -> None:
         StateCache(decoder(own={"tol": 1e-3}))
     with pytest.raises(ValueError, match="no layer that replace_attention replaced"):
         StateCache(decoder(skip=lambda name, _: True))
+    with pytest.raises(TypeError, match="model must be one of transformers, got Linear"):
+        StateCache(torch.nn.Linear(2, 2))
     model, x = decoder(), words(1, 5)
     cache = StateCache(model)
     with pytest.raises(ValueError, match="attention_mask must be of padding"):
@@ -160,6 +162,36 @@ def test_masks_of_one_query_are_told_from_padding() -> None:
     window[..., :3] = torch.finfo(torch.float32).min
     with pytest.raises(ValueError, match="attention_mask must be of padding"):
         model(x[:, :1], attention_mask=window, **{CACHE: cache})
+
+
+@torch.no_grad()
+def test_padding_stays_padding() -> None:
+    """DynamicCache hides and shows what it keeps as each call's mask says; a state has it in its sums, or has not."""
+    model, x = decoder(), words(2, 7)
+    there = torch.ones_like(x)
+    there[1, :2] = 0
+    for first, now in ((None, there), (there, torch.ones_like(x)), (None, torch.ones(2, 1, dtype=torch.long))):
+        cache = StateCache(model)
+        model(x[:, :6], attention_mask=None if first is None else first[:, :6], **{CACHE: cache})
+        with pytest.raises(ValueError, match="attention_mask must say of the tokens before"):
+            model(x[:, 6:], attention_mask=now, **{CACHE: cache})
+    cache = StateCache(model)
+    model(x[:, :5], attention_mask=there[:, :5], **{CACHE: cache})
+    model(x[:, 5:6], **{CACHE: cache})
+    cache.batch_select_indices(torch.tensor([1, 0]))
+    got = model(x[[1, 0], 6:], attention_mask=there[[1, 0]], **{CACHE: cache}).logits
+    want = model(x, attention_mask=there).logits[[1, 0], 6:]
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_autocast() -> None:
+    """Rotated keys are wider than values there, which DynamicCache evens out and nothing else does."""
+    model, x = decoder(), words(2, 7)
+    with torch.autocast("cpu", torch.bfloat16):
+        wanted = model(x, **{CACHE: transformers.DynamicCache(config=model.config)}).logits
+        assert torch.equal(model(x, use_cache=False).logits, wanted)
+        assert torch.equal(model(x, **{CACHE: StateCache(model)}).logits, wanted)
 
 
 @torch.no_grad()
