@@ -71,18 +71,18 @@ def test_generate(how: dict[str, Any]) -> None:
     mask[1, :3] = 0
     told = {**GREEDY, "attention_mask": mask, **how}
     torch.manual_seed(3)
-    wanted = model.generate(x, past_key_values=transformers.DynamicCache(config=model.config), **told)
+    wanted = model.generate(x, **{CACHE: transformers.DynamicCache(config=model.config)}, **told)
     torch.manual_seed(3)
-    assert torch.equal(model.generate(x, past_key_values=StateCache(model), **told), wanted)
+    assert torch.equal(model.generate(x, **{CACHE: StateCache(model)}, **told), wanted)
 
 
 @torch.no_grad()
 def test_generation_goes_on() -> None:
     model, x = decoder(), words(1, 5)
     cache = StateCache(model)
-    first = model.generate(x, past_key_values=cache, **GREEDY)
+    first = model.generate(x, **{CACHE: cache}, **GREEDY)
     more = torch.cat((first, words(1, 4)), 1)
-    got = model.generate(more, past_key_values=cache, **GREEDY)
+    got = model.generate(more, **{CACHE: cache}, **GREEDY)
     assert torch.equal(got, model.generate(more, **GREEDY))
 
 
@@ -94,7 +94,7 @@ def test_a_layer_that_was_left_keeps_its_keys() -> None:
     cache = StateCache(model)
     assert cache.streamed == [1]
     told = {**GREEDY, "attention_mask": mask}
-    assert torch.equal(model.generate(x, past_key_values=cache, **told), model.generate(x, use_cache=False, **told))
+    assert torch.equal(model.generate(x, **{CACHE: cache}, **told), model.generate(x, use_cache=False, **told))
     assert cache.layers[0].keys.shape[2] == 13
 
 
