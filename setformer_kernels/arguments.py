@@ -16,14 +16,18 @@ from .reference.dense import additive, normalise_masses
 
 Hyper = float | Tensor
 NO_TENSORS = (None,) * len(HYPER)
+CAST = frozenset((torch.float32, torch.bfloat16, torch.float16))  # what autocast brings to its own dtype
 
 
-def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+def autocast(*tensors: Any) -> tuple[Any, ...]:
+    """Tokens as PyTorch's own attention takes them under autocast; what is no such tensor, as it is."""
+    if not torch._C._is_any_autocast_enabled() or not isinstance(tensors[0], Tensor):
+        return tensors
     device = tensors[0].device.type
-    if not torch._C._is_any_autocast_enabled() or device == "meta" or not torch.is_autocast_enabled(device):
+    if device == "meta" or not torch.is_autocast_enabled(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
-    return tuple(t if t.dtype == torch.float64 else t.to(dtype) for t in tensors)
+    return tuple(t.to(dtype) if isinstance(t, Tensor) and t.dtype in CAST else t for t in tensors)
 
 
 def hyper_tensors(values: Sequence[Hyper], heads: int, dtype: torch.dtype) -> list[Tensor | None]:
@@ -60,6 +64,8 @@ def normalise(
     Masses are those of `key_mask` over their sum if `normalised`; a causal scan does not see a factor of all masses,
     and the pieces of a sequence do not know their sum.
     """
+    if torch._C._is_any_autocast_enabled():  # before checks, as a rotation leaves queries and keys wider than values
+        key, value, query = autocast(key, value, query)
     constants = (kernel, num_iters, dropout_p, backend, *hyper)
     tensors = (query, key, value, references, key_mask, reference_log_mass)
     positions = (query_position, key_position, reference_position)
@@ -84,9 +90,6 @@ def _operands(
     query, key, value, references, key_mask, log_mass = tensors
     query_position, key_position, reference_position = positions
     b, h, s, _ = key.shape
-    if torch._C._is_any_autocast_enabled():
-        key, value, *rest = autocast(key, value, *(() if query is None else (query,)))
-        query = rest[0] if rest else None
     dtype = compute_dtype(key.dtype)
     beta, epsilon, lam_a, lam_b, tau = NO_TENSORS if hyper is None else hyper_tensors(hyper, h, dtype)
     operands = Operands(

@@ -21,8 +21,10 @@ def check_state(
 ) -> None:
     checks.tensor(name, state, "BHMC" if len(sizes) == 4 else "." * len(sizes))
     checks.shape(name, state, sizes, wants)
-    if state.dtype != dtype or dtype not in (torch.float32, torch.float64):
-        raise ValueError(f"{name} must be {dtype}, got {state.dtype}: sums in fewer digits drift")
+    wide = dtype in (torch.float32, torch.float64)
+    if state.dtype != dtype or not wide:
+        wanted = dtype if wide else "torch.float32 or torch.float64"
+        raise ValueError(f"{name} must be {wanted}, got {state.dtype}: sums in fewer digits drift")
 
 
 def stream_of(x: Operands, tokens: tuple[int, ...], initial_state: Tensor | None, log_decay: Tensor | None) -> Stream:

@@ -321,6 +321,19 @@ def test_autocast_runs_and_returns_bfloat16(native: str) -> None:
     assert all(g.dtype == torch.float32 for g in torch.autograd.grad(o.sum() + z.sum(), leaves))
 
 
+def test_autocast_casts_before_dtypes_are_compared(native: str) -> None:
+    """Rotated queries and keys are float32 under autocast, where values are what a linear layer left."""
+    q, k, v, y = (t.detach() for t in tokens(torch.float32))
+    half = v.bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        o, wanted = (SF.set_attention(q, k, values, y, backend=native) for values in (half, v))
+        assert torch.equal(o, wanted)
+        assert SF.set_pool(k, half, y, backend=native).dtype == torch.bfloat16
+        assert SF.set_transport(k, half, y, backend=native).z.dtype == torch.float32
+    with pytest.raises(TypeError, match="value must have the dtype of key"):
+        SF.set_attention(q, k, half, y, backend=native)
+
+
 def test_gradients_keep_their_tensors_dtypes(native: str) -> None:
     q, k, v = (torch.randn(B, H, n, 8, dtype=torch.bfloat16, requires_grad=True) for n in (L, S, S))
     y = torch.randn(H, M, 8, dtype=torch.float64, requires_grad=True)

@@ -130,6 +130,9 @@ def test_steps_touch_the_states_that_they_are_told_and_no_others(native: str) ->
     assert not torch.equal(pool[3], before[3])
     others = [0, 1, 2, 4]
     assert torch.equal(pool[others], before[others])
+    before, nobody = pool.clone(), torch.empty(0, dtype=torch.int32)
+    assert SF.set_step(pool, q[:0], k[:0], v[:0], y, state_indices=nobody, backend=native).shape == (0, H, E)
+    assert torch.equal(pool, before)
 
 
 def test_merged_states_hold_the_keys_of_both(native: str) -> None:

@@ -141,6 +141,25 @@ def test_vmap_and_vmap_of_grad_of_states(name: str, dims: tuple[int | None, ...]
         torch.testing.assert_close(tuple(found), tuple(map(torch.stack, zip(*rows, strict=True))))
 
 
+def test_vmap_of_a_step_writes_each_ones_states(native: str) -> None:
+    not_again(native)
+    q, k, v, y, _, state = inputs("step", 1)
+    rows = torch.tensor([1, -1], dtype=torch.int32)
+    tokens = [torch.stack([t, 2 * t], 1) for t in (q[:, :, 0], k[:, :, 0], v[:, :, 0])]
+    states = torch.stack([state, state.flip(0)])
+    each = states.clone().unbind()
+
+    def call(state: Tensor, *now: Tensor) -> Tensor:
+        return SF.set_step(state, *now, y, state_indices=rows, backend=native)
+
+    found = torch.vmap(call, in_dims=(0, 1, 1, 1))(states, *tokens)
+    for i, own in enumerate(each):
+        assert torch.equal(found[i], call(own, *(t[:, i] for t in tokens)))
+        assert torch.equal(states[i], own)
+    with pytest.raises(ValueError, match="state must be mapped"):
+        torch.vmap(lambda q, k, v: SF.set_step(state, q, k, v, y, backend=native), in_dims=1)(*tokens)
+
+
 @pytest.mark.parametrize("name", CALLS)
 @pytest.mark.parametrize("by", ["native", "reference"])
 def test_autocast_keeps_states_in_float32(name: str, by: str, native: str) -> None:

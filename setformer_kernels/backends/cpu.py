@@ -142,6 +142,8 @@ def step(x: Operands, opt: Options, states: Tensor, log_decay: Tensor | None, ro
     assert x.query is not None
     o = empty_in_order(x.query, (*x.query.shape[:-1], x.value.shape[-1]))
     rows = None if rows is None else rows.contiguous()
+    if o.numel() == 0:  # rows of nobody have no address, which would say that there are none
+        return o
     gates, pool, found = views((log_decay, states, o))
     _C.step(*_common(x, opt), gates, pool, 0 if rows is None else rows.data_ptr(), found)
     return o

@@ -43,7 +43,7 @@ class CausalTransport(SetTransport):
     ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
         """Without gradients, one token on a state writes the new one into it."""
         v, options = self._map_values(v), self._transport_options()
-        if q.shape[2] > 1 or state is None or torch.is_grad_enabled() or self.cp_context is not None:
+        if q.shape[2] != 1 or state is None or torch.is_grad_enabled() or self.cp_context is not None:
             return SF.set_causal(
                 q, k, v, self.references, initial_state=state, output_final_state=need_state, log_decay=log_decay,
                 key_mask=key_mask, **options,
@@ -75,15 +75,15 @@ class ShortConvolution(nn.Conv1d):
         if self.cp_context is not None:
             return self._over_ranks(*sharded(self.cp_context).windows(x, reach, before, wanted))
         x = F.pad(x, (reach, 0)) if before is None else torch.cat((before.to(x.dtype), x), -1)
-        return super().forward(x).mT, x
+        return self._convolved(x).mT, x
+
+    def _convolved(self, x: Tensor) -> Tensor:
+        """x [B, C, W − 1 + L] -> [B, C, L].  Where L = 0 every parameter has a gradient none the less."""
+        reach = self.kernel_size[0] - 1
+        return x[..., reach:] + 0 * self.weight.sum() if x.shape[-1] <= reach else super().forward(x)
 
     def _over_ranks(self, windows: list[Tensor], last: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """A piece without tokens has as many outputs, of which every parameter has a gradient."""
-        whole, found = self.kernel_size[0], []
-        for x in windows:
-            is_empty = x.shape[-1] < whole
-            found.append(x[..., whole - 1 :] + 0 * self.weight.sum() if is_empty else super().forward(x))
-        return torch.cat(found, -1).mT, last
+        return torch.cat([self._convolved(x) for x in windows], -1).mT, last
 
 
 def memories(bias: Tensor) -> None:

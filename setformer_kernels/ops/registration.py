@@ -367,13 +367,15 @@ def define(
     kernel: Callable[..., Any],
     fake: Callable[..., Any],
     autograd: Callable[..., Any],
+    mapped: Callable[..., Any],
 ) -> Any:
-    """An op of one output without a backward; `autograd` stands behind the Autograd key."""
+    """An op of one output without a backward; `autograd` stands behind the Autograd key, `mapped` is its vmap rule."""
     _library.define(f"{name}({schema}) -> Tensor")
     op = getattr(getattr(torch.ops, NAMESPACE), name).default
     _library.impl(name, kernel, "CompositeExplicitAutograd")
     torch.library.register_fake(op.name(), fake, lib=_library)
     _library.impl(name, autograd, "Autograd")
+    torch.library.register_vmap(op.name(), mapped, lib=_library)
     return op
 
 

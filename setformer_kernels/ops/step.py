@@ -97,6 +97,17 @@ def again(
     return answer
 
 
+def _mapped(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Tensor, int]:
+    """The rule of vmap: a call for each element, which writes its states where they lie."""
+    if in_dims[0] is None:
+        raise ValueError("state must be mapped by vmap where what it takes in is: got one state for all elements")
+    outputs = []
+    for i in range(info.batch_size):
+        one = (a.select(d, i) if isinstance(d, int) else a for a, d in zip(args, in_dims, strict=True))
+        outputs.append(_op(*one))
+    return torch.stack(outputs), 0
+
+
 _tensors = ", ".join(f"Tensor{'?' if optional else ''} {name}" for name, (_, optional) in OPERANDS.items())
 _op = define(
     "set_step",
@@ -104,6 +115,7 @@ _op = define(
     kernel=_run,
     fake=lambda *args: fake_output(_split(args)[1]),
     autograd=_refuse,
+    mapped=_mapped,
 )
 
 

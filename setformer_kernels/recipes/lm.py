@@ -126,12 +126,23 @@ def split(args: argparse.Namespace) -> tuple[list[Piece], list[Piece]]:
     """What to train on and what to evaluate on."""
     files, whole = files_of(args.data, args.pattern), slice(None)
     if args.held_out is not None:
-        return [(path, whole) for path in files], [(path, whole) for path in files_of(args.held_out, args.pattern)]
+        held = files_of(args.held_out, args.pattern)
+        unseen = {path.resolve() for path in held}
+        train = [path for path in files if path.resolve() not in unseen]
+        if not train and not args.evaluate:
+            raise RecipeError(f"--held-out {args.held_out} must leave files of {args.data} to train on, got all")
+        return [(path, whole) for path in train or files], [(path, whole) for path in held]
     if len(files) > 1:
         held = files[:: min(HELD_OUT, len(files))]
         return [(path, whole) for path in files if path not in set(held)], [(path, whole) for path in held]
-    cut = files[0].stat().st_size * (HELD_OUT - 1) // HELD_OUT
+    cut = before_a_character(files[0], files[0].stat().st_size * (HELD_OUT - 1) // HELD_OUT)
     return [(files[0], slice(cut))], [(files[0], slice(cut, None))]
+
+
+def before_a_character(path: Path, cut: int) -> int:
+    """The cut, or the first after it that is within no character of UTF-8."""
+    following = read(path)[cut : cut + 3]
+    return cut + len(following) - len(following.lstrip(bytes(range(0x80, 0xC0))))
 
 
 def files_of(path: Path, pattern: str) -> list[Path]:
@@ -155,7 +166,7 @@ class Windows(Dataset):
             parts += [np.asarray(vocabulary.encode(path, data), np.int32), np.asarray(end, np.int32)]
             size += len(data)
         self.tokens = torch.from_numpy(np.concatenate(parts))
-        self.length, self.tokens_per_byte = length, len(self.tokens) / size
+        self.length, self.tokens_per_byte = length, len(self.tokens) / max(size, 1)
         if len(self) == 0:
             raise RecipeError(
                 f"{pieces[0][0]} and {len(pieces) - 1} more files must have more than --length {length} tokens"

@@ -213,10 +213,33 @@ def test_a_mask_that_is_told_is_what_it_stands_for() -> None:
         assert type(got) is Tensor
         assert torch.equal(got, operation(whole))
     assert masks.as_options(mask, 4, 4, False) == {"is_causal": True, "key_mask": keys}
+    moved = mask.to("meta", non_blocking=True)
+    assert isinstance(moved, CausalMask)
+    assert moved.device.type == moved.keys.device.type == "meta"
+    assert type(mask.to(torch.float32)) is Tensor
     mask[:, :, 0] = True
     changed = masks.as_options(mask, 4, 4, False)["attn_mask"]
     assert changed[:, :, 0].all()
     assert torch.equal(changed[:, :, 1:], whole[:, :, 1:])
+
+
+def test_a_mask_of_one_query_is_one_of_keys() -> None:
+    padding = torch.tensor([[0, 1, 1], [1, 1, 1]])
+    mask = masks.set_attention_mask(2, 1, 3, 2, 0, attention_mask=padding.bool())
+    assert isinstance(mask, CausalMask)
+    assert torch.equal(mask.dense(), padding.bool()[:, None, None])
+    options = masks.as_options(mask, 1, 3, True)
+    assert options["is_causal"] is False
+    assert torch.equal(options["key_mask"], padding.bool())
+
+
+def test_padding_of_an_encoder_is_one_of_keys() -> None:
+    """However short the text is that reads it: a mask of rows would take a path that is not linear."""
+    padding = torch.tensor([[0, 1, 1, 1, 1], [1, 1, 1, 1, 1]]).bool()
+    mask = masks.set_attention_mask(2, 2, 5, 0, 0, masks.bidirectional_mask_function, padding)
+    options = masks.as_options(mask, 2, 5, False)
+    assert [*options] == ["key_mask"]
+    assert torch.equal(options["key_mask"], padding)
 
 
 def test_what_is_left_is_named_with_its_reason() -> None:

@@ -174,6 +174,23 @@ def test_compiled_steps_are_one_graph() -> None:
     assert not torch._dynamo.utils.counters["graph_break"]
 
 
+def test_no_tokens_change_nothing() -> None:
+    model, x = built(), prompt()
+    assert model(x[:, :0]).logits.shape == (2, 0, VOCAB)
+    cache = DynamicCache(config=model.config)
+    with torch.no_grad():
+        for piece in (x[:, :5], x[:, :0], x[:, 5:]):
+            got = model(piece, **{CACHE: cache}).logits
+        torch.testing.assert_close(got, model(x).logits[:, 5:])
+        with pytest.raises(ValueError, match="must be of 1 texts, as the input, got a cache of 2"):
+            model(x[:1], **{CACHE: cache})
+
+
+def test_options_of_attention_have_one_place() -> None:
+    with pytest.raises(ValueError, match=r"num_iters must be within attention=\{\.\.\.\}, got num_iters=2 beside it"):
+        SeTformerCausalConfig(**TINY, num_iters=2)
+
+
 def test_assisted_generation_is_refused() -> None:
     with pytest.raises(ValueError, match="assisted generation is not supported with stateful models"):
         continued(built(), prompt(rows=1), assistant_model=built())

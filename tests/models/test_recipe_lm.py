@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from recipe_helpers import fails, metrics, recipe
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from setformer_kernels.recipes.lm import END, Vocabulary, Windows, files_of
+from setformer_kernels.recipes.lm import END, Vocabulary, Windows, files_of, read, split
 from setformer_kernels.recipes.samples import GOOD, write_texts
 from setformer_kernels.recipes.wordpiece import train_tokenizer
 
@@ -94,6 +95,18 @@ def test_one_file_is_split_and_another_held_out(texts: Path, tmp_path: Path) -> 
     assert metrics(tmp_path / "one")["loss"] != metrics(tmp_path / "two")["loss"]
 
 
+def test_what_is_held_out_is_not_trained_on_and_no_character_is_cut(texts: Path, tmp_path: Path) -> None:
+    some = texts / "0003.txt"
+    train, held = split(Namespace(data=texts, pattern="*", held_out=some, evaluate=None))
+    assert [path for path, _ in held] == [some]
+    assert sorted([some, *(path for path, _ in train)]) == files_of(texts, "*")
+    wide = tmp_path / "wide.txt"
+    for n in range(30, 33):
+        wide.write_text("日" * n)
+        for part in split(Namespace(data=wide, pattern="*", held_out=None, evaluate=None)):
+            assert set(read(wide)[part[0][1]].decode()) == {"日"}
+
+
 def test_what_bad_texts_get(texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def message(data: Path, *more: object) -> str:
         return fails(capsys, "lm", data, *SMALL, "--output", tmp_path / "out", *more)
@@ -103,6 +116,9 @@ def test_what_bad_texts_get(texts: Path, tmp_path: Path, capsys: pytest.CaptureF
     short = tmp_path / "short"
     short.write_text("short")
     assert "must have more than --length 64 tokens together, got 5" in message(short)
+    short.write_text("")
+    assert "must have more than --length 64 tokens together, got 1" in message(short)
+    assert "must leave files of" in message(texts, "--held-out", texts)
     assert "--length must be ≥ 1, got 0" in message(texts, "--length", 0)
     assert "--temperature must be ≥ 0, got -1" in message(texts, "--temperature", -1)
     assert "--context-parallel must be ≥ 1, got 0" in message(texts, "--context-parallel", 0)

@@ -25,6 +25,7 @@ def decoder(kind: str = "llama", skip: Any = None, own: dict[str, Any] | None = 
     sizes = {
         "llama": more, "qwen3": {**more, "head_dim": 8}, "gpt2": {},
         "gemma2": {**more, "head_dim": 8, "sliding_window": 5}, "opt": {"ffn_dim": 48, "word_embed_proj_dim": 32},
+        "doge": {**more, "head_dim": 8},
     }[kind]  # fmt: skip
     config = transformers.AutoConfig.for_model(kind, **{**SIZES, **sizes, **changes})
     model = transformers.AutoModelForCausalLM.from_config(config).eval()
@@ -70,18 +71,18 @@ def test_generate(how: dict[str, Any]) -> None:
     mask[1, :3] = 0
     told = {**GREEDY, "attention_mask": mask, **how}
     torch.manual_seed(3)
-    wanted = model.generate(x, past_key_values=transformers.DynamicCache(config=model.config), **told)
+    wanted = model.generate(x, **{CACHE: transformers.DynamicCache(config=model.config)}, **told)
     torch.manual_seed(3)
-    assert torch.equal(model.generate(x, past_key_values=StateCache(model), **told), wanted)
+    assert torch.equal(model.generate(x, **{CACHE: StateCache(model)}, **told), wanted)
 
 
 @torch.no_grad()
 def test_generation_goes_on() -> None:
     model, x = decoder(), words(1, 5)
     cache = StateCache(model)
-    first = model.generate(x, past_key_values=cache, **GREEDY)
+    first = model.generate(x, **{CACHE: cache}, **GREEDY)
     more = torch.cat((first, words(1, 4)), 1)
-    got = model.generate(more, past_key_values=cache, **GREEDY)
+    got = model.generate(more, **{CACHE: cache}, **GREEDY)
     assert torch.equal(got, model.generate(more, **GREEDY))
 
 
@@ -93,7 +94,7 @@ def test_a_layer_that_was_left_keeps_its_keys() -> None:
     cache = StateCache(model)
     assert cache.streamed == [1]
     told = {**GREEDY, "attention_mask": mask}
-    assert torch.equal(model.generate(x, past_key_values=cache, **told), model.generate(x, use_cache=False, **told))
+    assert torch.equal(model.generate(x, **{CACHE: cache}, **told), model.generate(x, use_cache=False, **told))
     assert cache.layers[0].keys.shape[2] == 13
 
 
@@ -137,13 +138,69 @@ def test_what_a_state_cannot_answer() -> None:
         StateCache(decoder(own={"tol": 1e-3}))
     with pytest.raises(ValueError, match="no layer that replace_attention replaced"):
         StateCache(decoder(skip=lambda name, _: True))
+    with pytest.raises(TypeError, match="model must be one of transformers, got Linear"):
+        StateCache(torch.nn.Linear(2, 2))
     model, x = decoder(), words(1, 5)
     cache = StateCache(model)
     with pytest.raises(ValueError, match="attention_mask must be of padding"):
         model(x, attention_mask=torch.rand(1, 1, 5, 5), **{CACHE: cache})
     model(x, **{CACHE: StateCache(model)})
+    for named in ({"cu_seq_lens_q": torch.tensor([0, 2, 5], dtype=torch.int32)}, {"output_attentions": True}):
+        with pytest.raises(ValueError, match=f"must be a DynamicCache for {next(iter(named))}"):
+            model(x, **{CACHE: StateCache(model)}, **named)
     with pytest.raises(ValueError, match="cannot forget its last tokens"):
         cache.crop(-1)
+
+
+@torch.no_grad()
+def test_masks_of_one_query_are_told_from_padding() -> None:
+    """Such a mask can hide what the state already holds: a window, as one that is written out here."""
+    model, x = decoder(), words(1, 4)
+    cache = StateCache(model)
+    model(x, **{CACHE: cache})
+    window = torch.zeros(1, 1, 1, 5)
+    window[..., :3] = torch.finfo(torch.float32).min
+    with pytest.raises(ValueError, match="attention_mask must be of padding"):
+        model(x[:, :1], attention_mask=window, **{CACHE: cache})
+
+
+@torch.no_grad()
+def test_padding_stays_padding() -> None:
+    """DynamicCache hides and shows what it keeps as each call's mask says; a state has it in its sums, or has not."""
+    model, x = decoder(), words(2, 7)
+    there = torch.ones_like(x)
+    there[1, :2] = 0
+    for first, now in ((None, there), (there, torch.ones_like(x)), (None, torch.ones(2, 1, dtype=torch.long))):
+        cache = StateCache(model)
+        model(x[:, :6], attention_mask=None if first is None else first[:, :6], **{CACHE: cache})
+        with pytest.raises(ValueError, match="attention_mask must say of the tokens before"):
+            model(x[:, 6:], attention_mask=now, **{CACHE: cache})
+    cache = StateCache(model)
+    model(x[:, :5], attention_mask=there[:, :5], **{CACHE: cache})
+    model(x[:, 5:6], **{CACHE: cache})
+    cache.batch_select_indices(torch.tensor([1, 0]))
+    got = model(x[[1, 0], 6:], attention_mask=there[[1, 0]], **{CACHE: cache}).logits
+    want = model(x, attention_mask=there).logits[[1, 0], 6:]
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_autocast() -> None:
+    """Rotated keys are wider than values there, which DynamicCache evens out and nothing else does."""
+    model, x = decoder(), words(2, 7)
+    with torch.autocast("cpu", torch.bfloat16):
+        wanted = model(x, **{CACHE: transformers.DynamicCache(config=model.config)}).logits
+        assert torch.equal(model(x, use_cache=False).logits, wanted)
+        assert torch.equal(model(x, **{CACHE: StateCache(model)}).logits, wanted)
+
+
+@torch.no_grad()
+def test_masks_of_heads_that_share_keys() -> None:
+    """Doge's masks are each query head's own."""
+    model, x = decoder("doge"), words(2, 7)
+    cache = transformers.DynamicCache(config=model.config)
+    got = cached(model, [*x.split([1, 4, 1, 1], 1)], cache)
+    torch.testing.assert_close(got, model(x).logits, rtol=1e-4, atol=1e-5)
 
 
 @torch.no_grad()

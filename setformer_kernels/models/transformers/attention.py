@@ -38,12 +38,15 @@ def set_attention_forward(
     causal = bool(implied if is_causal is None else is_causal)
     if query.shape[0] != key.shape[0]:  # learned queries, the same for all
         query = query.expand(key.shape[0], *query.shape[1:])
+    asked = kwargs.get("output_attentions", getattr(module.config, "output_attentions", False))
     if (past := getattr(key, "set_state", None)) is not None:
-        if position_bias is not None or kwargs.get("indices") is not None:
-            raise ValueError("past_key_values must be a DynamicCache where positions are biased, got a StateCache")
+        refused = {"position_bias": position_bias, "output_attentions": asked or None}
+        refused |= {name: kwargs.get(name) for name in ("indices", "cu_seq_lens_q")}
+        if given := [name for name, value in refused.items() if value is not None]:
+            raise ValueError(f"past_key_values must be a DynamicCache for {', '.join(given)}, got a StateCache")
         heads = past.attend(transport, query, key, value, attention_mask, causal, dropout)
         return heads.transpose(1, 2).contiguous(), None
-    options = as_options(_cropped(attention_mask, key), query.shape[2], key.shape[2], causal)
+    options = _of_key_heads(as_options(_cropped(attention_mask, key), query.shape[2], key.shape[2], causal), key)
     ends = kwargs.get("cu_seq_lens_q")
     bounds = (ends, kwargs.get("cu_seq_lens_k"))
     if ends is not None:
@@ -56,7 +59,6 @@ def set_attention_forward(
     if position_bias is not None:
         options = _biased(options, position_bias, query, key)
     heads = transport(query, key, value, dropout_p=dropout, **options)
-    asked = kwargs.get("output_attentions", getattr(module.config, "output_attentions", False))
     weights = transport.weights(query, key, **options) if asked else None
     return heads.transpose(1, 2).contiguous(), weights
 
@@ -81,6 +83,14 @@ def _cropped(mask: Tensor | None, key: Tensor) -> Tensor | None:
     if mask is None or mask.dim() != 4 or mask.shape[-1] <= key.shape[2]:
         return mask
     return mask[..., : key.shape[2]]
+
+
+def _of_key_heads(options: dict[str, Any], key: Tensor) -> dict[str, Any]:
+    """Masses of keys that differ between heads of queries which share those keys are a mask of every query."""
+    masses = options.get("key_mask")
+    if masses is None or masses.dim() == 2 or masses.shape[1] == key.shape[1]:
+        return options
+    return {"attn_mask": masses[:, :, None]}
 
 
 def _is_packed(

@@ -65,6 +65,13 @@ def layers_of(cache: Cache, depth: int) -> list[Any]:
     return kept
 
 
+def check_rows(kept: list[Any], tokens: Tensor | None) -> None:
+    """ValueError for a cache of another batch than tokens [B, L, ...]."""
+    state = kept[0].recurrent_states[0] if kept else None
+    if state is not None and tokens is not None and state.shape[0] != tokens.shape[0]:
+        raise ValueError(f"{CACHE} must be of {tokens.shape[0]} texts, as the input, got a cache of {state.shape[0]}")
+
+
 def read(layer: Any) -> Past:
     """What a layer holds.  Not by `Cache.get_recurrent_state`, which says None where there is no convolution; a cache
     that was reset holds zeros, which mean that there was nothing."""
@@ -160,6 +167,7 @@ class SeTformerCausalModel(SeTformerCausalPreTrainedModel):
             cache = DynamicCache(config=self.config)
         kept = [] if cache is None else layers_of(cache, len(self.decoder.blocks))
         tokens = input_ids if inputs_embeds is None else inputs_embeds
+        check_rows(kept, tokens)
         self.decoder.refuse_padding(attention_mask)
         mask = None if tokens is None else local_mask(attention_mask, tokens.shape[1])
         asked = either(output_hidden_states, self.config, "output_hidden_states")

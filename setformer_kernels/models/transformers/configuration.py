@@ -77,6 +77,12 @@ def check_causal_attention(value: Mapping[str, Any] | None) -> None:
     CausalAttention(2, 1, **check_options(value, CAUSAL_OPTIONS))
 
 
+def refuse_misplaced(others: Mapping[str, Any]) -> None:
+    """transformers takes arguments that a configuration does not know, and no model would read these."""
+    for name in sorted(CAUSAL_OPTIONS & others.keys()):
+        raise ValueError(f"{name} must be within attention={{...}}, got {name}={others[name]!r} beside it")
+
+
 def field(check: Callable[[Any], None], default: Any) -> Any:
     """A field whose values also have to pass `check`."""
     return validated_field(check, default=default)
@@ -147,6 +153,7 @@ class SeTformerConfig(SavedWithModule, BackboneConfigMixin, PretrainedConfig):
         self.set_output_features_output_indices(
             out_indices=kwargs.pop("out_indices", None), out_features=kwargs.pop("out_features", None)
         )
+        refuse_misplaced(kwargs)
         super().__post_init__(**kwargs)
 
     def validate_stages(self) -> None:
@@ -198,6 +205,7 @@ class SeTformerTextConfig(SavedWithModule, PretrainedConfig):
     tie_word_embeddings: bool = True
 
     def __post_init__(self, auto_map: Any = None, **kwargs: Any) -> None:
+        refuse_misplaced(kwargs)
         super().__post_init__(**kwargs)
 
     @property
@@ -236,6 +244,7 @@ class SeTformerCausalConfig(SavedWithModule, PretrainedConfig):
     use_cache: bool = True
 
     def __post_init__(self, auto_map: Any = None, **kwargs: Any) -> None:
+        refuse_misplaced(kwargs)
         super().__post_init__(**kwargs)
 
     @property

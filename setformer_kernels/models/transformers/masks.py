@@ -37,9 +37,7 @@ class CausalMask(Tensor):
     _dense: Tensor | None
 
     @staticmethod
-    def of(
-        shape: tuple[int, int, int, int], device: Any, keys: Tensor | None, make: Callable[[], Tensor]
-    ) -> CausalMask:
+    def of(shape: tuple[int, ...], device: Any, keys: Tensor | None, make: Callable[[], Tensor]) -> CausalMask:
         """make: what writes out the whole."""
         mask = torch.empty((), dtype=torch.bool, device=device).expand(shape).as_subclass(CausalMask)
         mask.keys, mask.intact, mask._make, mask._dense = keys, True, make, None
@@ -50,11 +48,21 @@ class CausalMask(Tensor):
             self._dense = self._make()
         return self._dense
 
+    def _moved(self, *args: Any, **kwargs: Any) -> CausalMask | None:
+        """On another device, as models that lie on several bring it there; None if it is to be of numbers."""
+        probe = torch.empty((), dtype=torch.bool, device=self.device).to(*args, **kwargs)
+        if probe.dtype != torch.bool:
+            return None
+        keys = None if self.keys is None else self.keys.to(probe.device)
+        return CausalMask.of(self.shape, probe.device, keys, lambda: self.dense().to(probe.device))
+
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func in METADATA:
             return super().__torch_function__(func, types, args, kwargs)
+        if func is Tensor.to and args[0].intact and (moved := args[0]._moved(*args[1:], **kwargs)) is not None:
+            return moved
         name = func.__name__
         writes = name == "__setitem__" or (name.endswith("_") and not name.endswith("__"))
         if writes and isinstance(args[0], cls):
@@ -72,16 +80,24 @@ def set_attention_mask(
     """The mask that a model makes of its padding [B, S] for all layers, in its shortest form.
 
     Queries that all see the same keys: [B, 1, L, S] of one row, repeated without memory, or None where nothing is
-    masked.  A causal mask, with padding or without: a `CausalMask`.  Else, and where it is compiled: a row a query.
+    masked.  A causal mask, with padding or without: a `CausalMask`, of the one row of a query that sees all, too.
+    Else, and where it is compiled: a row a query.
     """
     whole = local_size is None or (isinstance(kv_length, int) and kv_length < local_size)
-    same = mask_function is bidirectional_mask_function or (q_length == 1 and mask_function is causal_mask_function)
-    if same and not use_vmap and whole:
-        if attention_mask is None and mask_function is bidirectional_mask_function:
+    all_see = mask_function is bidirectional_mask_function
+    last_sees = q_length == 1 and mask_function is causal_mask_function
+    if (all_see or last_sees) and not use_vmap and whole:
+        if attention_mask is None and all_see:
             return None
-        if isinstance(kv_length, int) and isinstance(q_offset, int) and q_offset + q_length >= kv_length - kv_offset:
+        at_the_end = isinstance(q_offset, int) and isinstance(kv_length, int) and q_offset + 1 >= kv_offset + kv_length
+        if isinstance(kv_length, int) and (all_see or at_the_end):
             keys = prepare_padding_mask(attention_mask, kv_length, kv_offset)
-            return None if keys is None else _columns(keys, kv_length, kv_offset, q_length)
+            if keys is None:
+                return None
+            columns = _columns(keys, kv_length, kv_offset, q_length)
+            if all_see or not _is_here():
+                return columns
+            return CausalMask.of((batch_size, 1, 1, kv_length), device, columns[:, 0, 0], lambda: columns)
     plain: dict[str, Any] = {
         "batch_size": batch_size, "q_length": q_length, "kv_length": kv_length, "q_offset": q_offset,
         "kv_offset": kv_offset, "mask_function": mask_function, "attention_mask": attention_mask,
@@ -104,9 +120,12 @@ def _columns(keys: Tensor, kv_length: int, kv_offset: int, q_length: int) -> Ten
 def _ends_together(q_length: Any, kv_length: Any, q_offset: Any, kv_offset: Any) -> bool:
     """Whether the last query is that of the last key, which is known here and now."""
     numbers = all(isinstance(n, int) for n in (q_length, kv_length, q_offset, kv_offset))
-    if not numbers or torch.compiler.is_compiling() or torch.jit.is_tracing():
-        return False
-    return q_offset + q_length == kv_offset + kv_length
+    return numbers and _is_here() and q_offset + q_length == kv_offset + kv_length
+
+
+def _is_here() -> bool:
+    """Whether masks may be more than tensors: nobody traces what is done with them."""
+    return not torch.compiler.is_compiling() and not torch.jit.is_tracing()
 
 
 def as_options(mask: Tensor | None, length: int, s: int, causal: bool) -> dict[str, Any]:
@@ -116,7 +135,7 @@ def as_options(mask: Tensor | None, length: int, s: int, causal: bool) -> dict[s
         return {"is_causal": causal and length > 1}
     if isinstance(mask, CausalMask):
         if mask.intact and mask.shape[2:] == (length, s):
-            return {"is_causal": True, "key_mask": mask.keys}
+            return {"is_causal": length > 1, "key_mask": mask.keys}
         mask = mask.dense()
     if mask.dim() == 2:
         return {"key_mask": mask != 0}

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
-from transformers import DynamicCache
+from transformers import DynamicCache, PretrainedConfig
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
-from .masks import CausalMask, as_options
+from .masks import CausalMask
 
 
 class StateLayer(CacheLayerMixin):
@@ -21,6 +22,7 @@ class StateLayer(CacheLayerMixin):
     is_sliding = False
     state: Tensor | None = None
     seen = 0  # tokens, with padding
+    there: Tensor | None = None  # [B], how many of them are no padding; None: all
     unread = False  # whether attention has yet to read what the last update handed back
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -45,19 +47,41 @@ class StateLayer(CacheLayerMixin):
         """o [B, H, L, E] of the new tokens, which join the state; mask: of all tokens so far."""
         if not self.unread:
             raise ValueError("past_key_values must not be a StateCache where layers share their keys: use DynamicCache")
-        length = key.shape[2]
-        options = as_options(_of_last(mask, length), query.shape[2], length, causal)
-        if query.shape[2] != length or options.get("attn_mask") is not None or (
-            length > 1 and not options.get("is_causal")
-        ):  # fmt: skip
+        length, keys = key.shape[2], None
+        told = causal or length == 1
+        if mask is not None:
+            # Any other mask of one query may forget keys that the state holds.
+            told = isinstance(mask, CausalMask) and mask.intact and mask.shape[2] == length
+        if query.shape[2] != length or not told:
             raise ValueError(
                 "attention_mask must be of padding, and attention causal, where past_key_values is a StateCache:"
                 f" got {length} keys for {query.shape[2]} queries and"
                 f" {'no mask' if mask is None else f'a mask {list(mask.shape)}'}"
             )
-        o, self.state = transport.streamed(query, key, value, self.state, options.get("key_mask"), dropout)
+        if isinstance(mask, CausalMask) and mask.keys is not None:
+            keys = mask.keys[:, -length:]
+            self._check_past(mask.keys, length)
+        elif self.there is not None:
+            self.there = self.there + length
+        o, self.state = transport.streamed(query, key, value, self.state, keys, dropout)
         self.unread = False
         return o
+
+    def _check_past(self, keys: Tensor, length: int) -> None:
+        """keys [B, S] of all tokens, as a mask tells them now: what a state holds cannot be hidden, nor shown, later.
+
+        Looked at on the CPU alone, where that waits for nobody.
+        """
+        if keys.device.type != "cpu":
+            return
+        before, past = keys[:, : keys.shape[1] - length].sum(1), self.seen - length
+        known = torch.full_like(before, past) if self.there is None else self.there
+        if past > 0 and not torch.equal(before, known):
+            raise ValueError(
+                "attention_mask must say of the tokens before what it said when a StateCache took them in: they were"
+                f" {known.tolist()} of the rows, got {before.tolist()}"
+            )
+        self.there = before + keys[:, -length:].sum(1)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """As of a layer that keeps all keys: layers that do are masked by the same mask."""
@@ -78,7 +102,7 @@ class StateLayer(CacheLayerMixin):
             self.state = self.state.to(self.device, non_blocking=True)
 
     def reset(self) -> None:
-        self.state, self.seen, self.unread = None, 0, False
+        self.state, self.there, self.seen, self.unread = None, None, 0, False
 
     def crop(self, tokens_to_remove: int) -> None:
         if tokens_to_remove != 0:
@@ -90,21 +114,14 @@ class StateLayer(CacheLayerMixin):
     def batch_select_indices(self, indices: Tensor) -> None:
         if self.state is not None:
             self.state = self.state[indices.to(self.state.device)]
+        if self.there is not None:
+            self.there = self.there[indices.to(self.there.device)]
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         if self.state is not None:
             self.state = self.state.repeat_interleave(repeats, 0)
-
-
-def _of_last(mask: Tensor | None, length: int) -> Tensor | None:
-    """The columns of the last keys, of a mask of all."""
-    if mask is None or mask.shape[-1] == length:
-        return mask
-    if isinstance(mask, CausalMask) and mask.intact and mask.shape[2] == length:
-        keys, shape = mask.keys, (*mask.shape[:3], length)
-        short = None if keys is None else keys[:, -length:]
-        return CausalMask.of(shape, mask.device, short, lambda: mask.dense()[..., -length:])
-    return mask[..., -length:]
+        if self.there is not None:
+            self.there = self.there.repeat_interleave(repeats, 0)
 
 
 class StateCache(DynamicCache):
@@ -116,11 +133,14 @@ class StateCache(DynamicCache):
     tokens back (assisted generation), nor compiled.
 
     Raises:
+        TypeError: where model is none of transformers.
         ValueError: where no layer of the model can go by a state, saying why.
     """
 
     def __init__(self, model: nn.Module) -> None:
-        config: Any = model.config
+        config: Any = getattr(model, "config", None)
+        if not isinstance(config, PretrainedConfig):
+            raise TypeError(f"model must be one of transformers, got {type(model).__name__}")
         if getattr(config, "is_encoder_decoder", False):
             raise ValueError("model must be a decoder alone, got one with an encoder: use EncoderDecoderCache")
         super().__init__(config=config)
