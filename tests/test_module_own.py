@@ -296,6 +296,23 @@ def test_pooling_ignores_padding_and_order():
     torch.testing.assert_close(nothing, module.out_proj.bias.expand_as(nothing))
 
 
+@pytest.mark.parametrize("value_map", ["linear", "rkhs"])
+@pytest.mark.parametrize("content", [torch.nan, torch.inf])
+def test_pooling_has_no_gradient_of_what_padding_holds(value_map, content):
+    module = SeTPooling(E, H, num_references=M, value_map=value_map)
+    pad = torch.arange(S).expand(B, S) >= S - 2
+    x = torch.randn(B, S, E)
+
+    def run(x: Tensor, mask: Tensor) -> list[Tensor]:
+        x = x.requires_grad_()
+        z = module(x, mask)
+        return [z, *torch.autograd.grad(z.square().sum(), [x, *module.parameters()])]
+
+    want = run(x.clone(), pad)
+    for mask in (pad, torch.zeros(B, S).masked_fill(pad, -torch.inf)):
+        torch.testing.assert_close(run(x.masked_fill(pad[..., None], content), mask), want)
+
+
 def test_pooling_learns_places_references_and_pickles():
     module = SeTPooling(E, H, num_references=M, value_map="rkhs", position_dim=2)
     x, p = torch.randn(B, S, E), torch.rand(B, S, 2)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from .. import functional as SF
 from .contract import AttentionInputError, check_dense, check_layout, check_masks, check_tensors, sizes
 from .heads import COLUMNS
-from .masks import key_mask_of
+from .masks import blank_padding, key_mask_of
 from .nested import packs, pad_all, pad_position, same_lengths, tokens_first
 from .projections import OUT_PROJ, merge_heads, split_heads
 from .reference_set import ReferenceSet
@@ -159,5 +159,7 @@ class SeTPooling(ReferenceSet):
         B, S, _ = x.shape
         check_layout(x, x, x, key_padding_mask, None)
         check_masks(key_padding_mask, None, B, self.num_heads, S, S, batched=True)
+        if key_padding_mask is not None and torch.is_grad_enabled():
+            x = blank_padding(x, x, key_padding_mask, batch_first=True)[0]
         k, v = (split_heads(part, self.num_heads, batch_first=True) for part in self.kv_proj(x).chunk(2, -1))
         return k, v
