@@ -9,6 +9,7 @@ import pickle
 import pytest
 import torch
 from nn_helpers import B, E, H, L, M, S, tokens, trainable, twins
+from torch import Tensor
 from torch.nn import functional as F
 
 import setformer_kernels.functional as SF
