@@ -161,7 +161,7 @@ def _checked(
     others = {"key_mask": key_mask, "reference_log_mass": reference_log_mass, "query": query, "value": value}
     placed = {"query_position": query_position, "key_position": key_position}
     checks.same_device("key", key, **parameters, **others, **placed, **dict(zip(HYPER, checked, strict=True)))
-    return checked, Options(tuple(numbers(checked)), *plain, checks.plain(backend))
+    return checked, Options(tuple(numbers(checked)), *plain, checks.text("backend", backend))
 
 
 def from_options(

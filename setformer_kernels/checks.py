@@ -147,6 +147,14 @@ def choice(name: str, value: Any, choices: Sequence[str]) -> str:
     return choices[choices.index(text)]
 
 
+def text(name: str, value: Any) -> str:
+    """`value` as a string, whose meaning is checked where it is known."""
+    string = plain(value)
+    if not isinstance(string, str):
+        raise ValueError(f"{name} must be a string, got {_kind(value)}")
+    return string
+
+
 def kernel(value: Any) -> str:
     return choice("kernel", value, KERNELS)
 

@@ -38,7 +38,7 @@ def nystrom_features(
     checks.shape("landmarks", landmarks, (h, None, d), "H and D of x")
     checks.same_device("x", x, landmarks=landmarks, bandwidth=bandwidth)
     bandwidth = checks.hyperparameter("bandwidth", bandwidth, h, 0.0, math.inf, open_low=True)
-    ridge, backend = checks.number("ridge", ridge, 0.0, open_low=True), checks.plain(backend)
+    ridge, backend = checks.number("ridge", ridge, 0.0, open_low=True), checks.text("backend", backend)
     center = checks.flag("center", center)
     if center and not isinstance(bandwidth, Tensor) and reference.log_bound(bandwidth, d) > math.log(reference.LARGEST):
         raise ValueError(

@@ -151,7 +151,10 @@ def set_attention(
             causal, others,
         )  # fmt: skip
     asked = None
-    if tol is not None or method != "sinkhorn" or grad != "unrolled" or initial_potential is not None or return_info:
+    if (
+        tol is not None or method != "sinkhorn" or grad != "unrolled" or initial_potential is not None
+        or return_info is not False
+    ):  # fmt: skip
         asked = solver.Asked(tol, method, grad, initial_potential, return_info)
     if type(query) is not Tensor and packed.is_jagged(query, key, value):
         if asked is not None:
@@ -357,7 +360,10 @@ def set_pool(
         )  # fmt: skip
         return memory.z.to(autocast(value)[0].dtype)
     asked = None
-    if tol is not None or method != "sinkhorn" or grad != "unrolled" or initial_potential is not None or return_info:
+    if (
+        tol is not None or method != "sinkhorn" or grad != "unrolled" or initial_potential is not None
+        or return_info is not False
+    ):  # fmt: skip
         asked = solver.Asked(tol, method, grad, initial_potential, return_info)
     if type(key) is not Tensor and packed.is_jagged(key, value):
         if asked is not None:

@@ -92,7 +92,10 @@ def set_transport(
         key_mask, reference_log_mass, None, key_position, reference_position,
         kernel=kernel, num_iters=num_iters, dropout_p=0.0, seed=None, backend=backend,
     )  # fmt: skip
-    if tol is not None or method != "sinkhorn" or grad != "unrolled" or initial_potential is not None or return_info:
+    if (
+        tol is not None or method != "sinkhorn" or grad != "unrolled" or initial_potential is not None
+        or return_info is not False
+    ):  # fmt: skip
         asked = solver.Asked(tol, method, grad, initial_potential, return_info)
         found, info = solver.run("transport", converged.transport, x, opt, asked)
         return SetMemory(*found) if info is None else (SetMemory(*found), info)
@@ -134,7 +137,7 @@ def set_read(
     z, g = _checked_memory(query, memory, references)
     b, h = z.shape[:2]
     hyper = checked_hyper((bandwidth, epsilon, 1.0, 1.0, position_scale), h)
-    plain = checks.kernel(kernel), 1, checks.probability("dropout_p", dropout_p), checks.plain(backend)
+    plain = checks.kernel(kernel), 1, checks.probability("dropout_p", dropout_p), checks.text("backend", backend)
     opt = Options(tuple(numbers(hyper)), *plain)
     length, m = query.shape[2], references.shape[1]
     checks.positions({"query_position": (query_position, b, length)}, reference_position, h, m)

@@ -101,7 +101,7 @@ def solved(
     if log_kernel.ndim < 2 or 0 in log_kernel.shape[-2:]:
         raise ValueError(f"log_kernel must have shape [..., N, M], N and M > 0, got {list(log_kernel.shape)}")
     checks.tensor("log_kernel", log_kernel, "." * log_kernel.ndim)
-    num_iters, backend = checks.iterations(num_iters), checks.plain(backend)
+    num_iters, backend = checks.iterations(num_iters), checks.text("backend", backend)
     batch, (n, m) = log_kernel.shape[:-2], log_kernel.shape[-2:]
     how = solver.checked(tol, method, grad, initial_potential, num_iters, (*batch, m), log_kernel)
     return_info = checks.flag("return_info", return_info)

@@ -74,6 +74,8 @@ BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "causal_type": ({"causal": 1}, TypeError, "causal must be a bool, got int"),
     "log_mass": ({"reference_log_mass": torch.ones(M)}, ValueError, r"reference_log_mass must have shape \[H, M\]"),
     "positions_missing": ({"key_position": torch.ones(S, 2)}, ValueError, "go together: .*missing"),
+    "backend_list": ({"backend": ["cpu"]}, ValueError, "backend must be a string, got list"),
+    "return_info": ({"return_info": torch.ones(2)}, TypeError, r"return_info must be a bool, got a Tensor \[2\]"),
     "backend": ({"backend": "tpu"}, ValueError, "backend must be one of auto, .*reference, got 'tpu'"),
 }
 

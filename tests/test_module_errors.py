@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from nn_helpers import B, E, H, L, M, S, tokens, twins
+from nn_helpers import CONSTRUCTIONS, B, E, H, L, M, S, tokens, twins
 from torch import nn
 
 from setformer_kernels.nn import AttentionInputError, SeTAttention, SeTPooling
@@ -173,11 +173,36 @@ def test_inputs_must_be_floating_tensors(name, wrong):
         module(**arguments)
 
 
+@pytest.mark.parametrize("construction", CONSTRUCTIONS, ids=str)
+@pytest.mark.parametrize("name", ["query", "key", "value"])
+def test_inputs_have_the_dtype_of_the_weights(construction, name):
+    """A RuntimeError, as torch's, which names matrices."""
+    module = twins(**construction)[0]
+    arguments = dict(zip(("query", "key", "value"), tokens(module), strict=True))
+    arguments[name] = arguments[name].double()
+    message = f"`{name}` must have the dtype of the weights, torch.float32, got torch.float64"
+    for error in (TypeError, RuntimeError):
+        with pytest.raises(error, match=message):
+            module(**arguments)
+    with pytest.raises(TypeError, match="`query` must have the dtype"):
+        module(arguments["query"].bfloat16(), memory=module.memory(*tokens(module)[1:]))
+    with pytest.raises(TypeError, match="`x` must have the dtype of the weights"):
+        SeTPooling(E, H, num_references=M)(torch.zeros(B, S, E).half())
+
+
 @pytest.mark.parametrize("name", ["key_padding_mask", "attn_mask", "query_position", "key_position"])
 def test_masks_and_positions_must_be_tensors(name):
     module = twins(own={"position_dim": 2})[0]
     with pytest.raises(TypeError, match=f"`{name}` must be a tensor or None, got list"):
         module(*tokens(module), **{name: [[False] * S] * B})
+
+
+@pytest.mark.parametrize("name", ["key_padding_mask", "attn_mask"])
+def test_masks_are_where_the_tokens_are(name):
+    mask = torch.zeros((B, S) if name == "key_padding_mask" else (L, S), dtype=torch.bool, device="meta")
+    module = twins()[0]
+    with pytest.raises(ValueError, match=f"{name} must be on the device of the tokens, cpu, got meta"):
+        module(*tokens(module), **{name: mask})
 
 
 def test_positions_exactly_when_asked_for():

@@ -9,6 +9,7 @@ import pickle
 import pytest
 import torch
 from nn_helpers import B, E, H, L, M, S, tokens, trainable, twins
+from torch import Tensor
 from torch.nn import functional as F
 
 import setformer_kernels.functional as SF
@@ -294,6 +295,23 @@ def test_pooling_ignores_padding_and_order():
     torch.testing.assert_close(module(longer, pad, position), want, rtol=1e-5, atol=1e-6)
     nothing = module(x, torch.ones(B, S, dtype=torch.bool), p)
     torch.testing.assert_close(nothing, module.out_proj.bias.expand_as(nothing))
+
+
+@pytest.mark.parametrize("value_map", ["linear", "rkhs"])
+@pytest.mark.parametrize("content", [torch.nan, torch.inf])
+def test_pooling_has_no_gradient_of_what_padding_holds(value_map, content):
+    module = SeTPooling(E, H, num_references=M, value_map=value_map)
+    pad = torch.arange(S).expand(B, S) >= S - 2
+    x = torch.randn(B, S, E)
+
+    def run(x: Tensor, mask: Tensor) -> list[Tensor]:
+        x = x.requires_grad_()
+        z = module(x, mask)
+        return [z, *torch.autograd.grad(z.square().sum(), [x, *module.parameters()])]
+
+    want = run(x.clone(), pad)
+    for mask in (pad, torch.zeros(B, S).masked_fill(pad, -torch.inf)):
+        torch.testing.assert_close(run(x.masked_fill(pad[..., None], content), mask), want)
 
 
 def test_pooling_learns_places_references_and_pickles():

@@ -203,6 +203,19 @@ def test_only_the_names_clip_knows_are_converted(dtype):
     assert module.in_proj_weight.grad.dtype == dtype
 
 
+@pytest.mark.parametrize("batch_first", [False, True])
+def test_a_bias_of_another_dtype(batch_first):
+    """torch's own tests have one, batch_first."""
+    module = twins(batch_first=batch_first, dtype=torch.float64)[0]
+    nn.init.normal_(module.in_proj_bias)
+    x = tokens(module, dtype=torch.float64)
+    bias = module.in_proj_bias.detach().half()
+    module.in_proj_bias = nn.Parameter(bias.double())
+    want = module(*x)[0]
+    module.in_proj_bias = nn.Parameter(bias)
+    torch.testing.assert_close(module(*x)[0], want, rtol=0, atol=0)
+
+
 def test_replaced_in_proj_weight_is_used():
     """peft deletes the parameter and puts a merged tensor under its name; its gradient must flow."""
     module = twins()[0]

@@ -285,6 +285,15 @@ def test_nystrom_features_reproduce_the_kernel_on_the_landmarks() -> None:
     )
 
 
+@pytest.mark.parametrize("center", [False, True])
+def test_nystrom_features_of_the_smallest_ridge(center: bool) -> None:
+    x, w = torch.randn(B, H, 7, D, dtype=torch.float64), torch.eye(4, D, dtype=torch.float64).expand(H, 4, D)
+    want, got = (
+        SF.nystrom_features(x, w, ridge=ridge, center=center, backend="reference") for ridge in (1e-30, 5e-324)
+    )
+    close(got, want, 1e-12)
+
+
 @pytest.mark.parametrize("condition", [1e1, 1e5, 1e9])
 def test_inverse_sqrt_by_products_matches_eigh(condition: float) -> None:
     q, _ = torch.linalg.qr(torch.randn(12, 12, dtype=torch.float64))

@@ -268,7 +268,7 @@ class SeTAttention(ReferenceSet, PythonForward, Projections):
         check_width("key", key, self.kdim)
         check_width("value", value, self.vdim)
         B, S = self._sizes(key, batched)
-        check_masks(key_padding_mask, None, B, self.num_heads, 0, S, batched)
+        check_masks(key_padding_mask, None, key, B, self.num_heads, 0, S, batched)
         if key_padding_mask is not None and torch.is_grad_enabled():
             key, value = blank_padding(key, value, key_padding_mask, self.batch_first)
         k, v, slots = self._append_slots(*self._project_keys(key, value))
@@ -318,7 +318,7 @@ class SeTAttention(ReferenceSet, PythonForward, Projections):
                 f" got query {tuple(query.shape)} and key {tuple(key.shape)}"
             )
         if key_padding_mask is not None or attn_mask is not None:
-            check_masks(key_padding_mask, attn_mask, B, self.num_heads, L, S, batched)
+            check_masks(key_padding_mask, attn_mask, key, B, self.num_heads, L, S, batched)
         return batched, B
 
     def initialize_references(
@@ -361,7 +361,7 @@ class SeTAttention(ReferenceSet, PythonForward, Projections):
         check_pairs(tokens, other, packed=False)
         check_width("tokens", tokens, self.kdim)
         B, S = self._sizes(tokens, batched)
-        check_masks(key_padding_mask, None, B, self.num_heads, S, S, batched)
+        check_masks(key_padding_mask, None, tokens, B, self.num_heads, S, S, batched)
         if key_padding_mask is not None and not batched:
             key_padding_mask = key_padding_mask.unsqueeze(0)
         (key,) = self._heads(tokens, 1, 2)

@@ -21,8 +21,8 @@ class AttentionInputError(ValueError, AssertionError, RuntimeError):
     """
 
 
-class MaskTypeError(AttentionInputError, TypeError):
-    """A mask of a dtype that is neither bool nor floating point."""
+class InputTypeError(AttentionInputError, TypeError):
+    """A mask that is neither bool nor floating point, or tokens of another dtype than the weights."""
 
 
 def sizes(
@@ -148,13 +148,25 @@ def check_width(name: str, x: Tensor, width: int) -> None:
         )
 
 
+def check_dtype(name: str, x: Tensor, weight: Tensor) -> None:
+    """x and the weight that projects it have one dtype, or autocast gives them one."""
+    if x.dtype != weight.dtype and not torch._C._is_any_autocast_enabled():
+        raise InputTypeError(f"`{name}` must have the dtype of the weights, {weight.dtype}, got {x.dtype}")
+
+
 def check_masks(
-    key_padding_mask: Tensor | None, attn_mask: Tensor | None, B: int, H: int, L: int, S: int, batched: bool
-) -> None:
-    """Dtypes and shapes of both masks; key_padding_mask [B, S] or [S], attn_mask [L, S], [B·H, L, S] or [H, L, S]."""
+    key_padding_mask: Tensor | None, attn_mask: Tensor | None, tokens: Tensor, B: int, H: int, L: int, S: int,
+    batched: bool,
+) -> None:  # fmt: skip
+    """Dtypes, devices and shapes of both masks of these tokens.
+
+    key_padding_mask [B, S] or [S], attn_mask [L, S], [B·H, L, S] or [H, L, S].
+    """
     for name, mask in (("key_padding_mask", key_padding_mask), ("attn_mask", attn_mask)):
         if mask is not None and not (mask.is_floating_point() or mask.dtype == torch.bool):
-            raise MaskTypeError(f"only bool and floating types of {name} are supported, got {mask.dtype}")
+            raise InputTypeError(f"only bool and floating types of {name} are supported, got {mask.dtype}")
+        if mask is not None and mask.device != tokens.device:
+            raise AttentionInputError(f"{name} must be on the device of the tokens, {tokens.device}, got {mask.device}")
     if key_padding_mask is not None:
         wanted = (B, S) if batched else (S,)
         for dim, size in enumerate(wanted):

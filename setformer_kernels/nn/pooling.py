@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from .. import functional as SF
-from .contract import AttentionInputError, check_dense, check_layout, check_masks, check_tensors, sizes
+from .contract import AttentionInputError, check_dense, check_dtype, check_layout, check_masks, check_tensors, sizes
 from .heads import COLUMNS
-from .masks import key_mask_of
+from .masks import blank_padding, key_mask_of
 from .nested import packs, pad_all, pad_position, same_lengths, tokens_first
 from .projections import OUT_PROJ, merge_heads, split_heads
 from .reference_set import ReferenceSet
@@ -156,8 +156,12 @@ class SeTPooling(ReferenceSet):
         """k, v [B, H, S, D] of input x, checked and called `name` in messages."""
         if x.dim() != 3 or x.shape[-1] != self.embed_dim:
             raise AttentionInputError(f"{name} must be [B, S, {self.embed_dim}], got {tuple(x.shape)}")
+        if type(self.kv_proj) is nn.Linear:  # what tools put in its place has weights of its own dtype
+            check_dtype(name, x, self.kv_proj.weight)
         B, S, _ = x.shape
         check_layout(x, x, x, key_padding_mask, None)
-        check_masks(key_padding_mask, None, B, self.num_heads, S, S, batched=True)
+        check_masks(key_padding_mask, None, x, B, self.num_heads, S, S, batched=True)
+        if key_padding_mask is not None and torch.is_grad_enabled():
+            x = blank_padding(x, x, key_padding_mask, batch_first=True)[0]
         k, v = (split_heads(part, self.num_heads, batch_first=True) for part in self.kv_proj(x).chunk(2, -1))
         return k, v

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .contract import AttentionInputError
+from .contract import AttentionInputError, check_dtype
 from .writing import Init
 
 # How nn.MultiheadAttention draws its parameters, in its order.
@@ -28,6 +28,7 @@ OUT_PROJ: dict[str, Init] = {
     "weight": partial(nn.init.kaiming_uniform_, a=math.sqrt(5.0)),
     "bias": nn.init.zeros_,
 }
+NAMES = ("query", "key", "value")
 
 
 def split_heads(x: Tensor, num_heads: int, batch_first: bool) -> Tensor:
@@ -103,6 +104,9 @@ class Projections(nn.MultiheadAttention):
             bias = None if bias is None else bias[rows]
             own = None if self._qkv_same_embed_dim else (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
             weight = weight[rows] if own is None else own[first]
+        check_dtype(NAMES[first], x, weight)
+        if bias is not None and bias.dtype != weight.dtype:
+            bias = bias.to(weight.dtype)
         return F.linear(x, weight, bias)
 
     def _heads(self, x: Tensor, first: int, last: int) -> list[Tensor]:

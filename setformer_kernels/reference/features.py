@@ -6,6 +6,7 @@ Source: CKN (Mairal, NeurIPS 2016), OTKE (Mialon et al., ICLR 2021).
 from __future__ import annotations
 
 import math
+import sys
 
 import torch
 from torch import Tensor
@@ -21,7 +22,7 @@ def inverse_sqrt(a: Tensor, largest: float, smallest: float) -> Tensor:
     only, so it differentiates to any order also where eigenvalues coincide.  Each step multiplies a small eigenvalue
     by 9/4 until it is of order one, and six more converge quadratically to rounding.
     """
-    steps = math.ceil(math.log(largest / smallest) / math.log(2.25)) + 6
+    steps = math.ceil((math.log(largest) - math.log(smallest)) / math.log(2.25)) + 6
     eye = torch.eye(a.shape[-1], dtype=torch.float64, device=a.device)
     y, z = a.double() / largest, eye.expand(a.shape)
     for _ in range(steps):
@@ -56,6 +57,8 @@ def nystrom_features(
         whitening = inverse_sqrt(k_ww + ridge * eye, r + ridge, ridge)
     else:
         top = centred(torch.ones_like(beta), beta, found)  # κ̃(1) ≥ 1
-        whitening = inverse_sqrt((k_ww + ridge * eye) / top, r + ridge, ridge / largest) / top.sqrt()
+        whitening = (
+            inverse_sqrt((k_ww + ridge * eye) / top, r + ridge, max(ridge / largest, sys.float_info.min)) / top.sqrt()
+        )
         found = Centring(*[number.to(x.dtype) for number in found])
     return norm(x) * (feature_kernel(x, w, bandwidth, found) @ whitening.to(x.dtype))

@@ -173,3 +173,22 @@ def test_a_whole_model_with_its_references_placed() -> None:
     before = model(x)
     initialize_references(model, x)
     assert (model(x) - before).abs().max() > 0
+
+
+class Block(nn.Module):
+    def __init__(self, layer: nn.Module, given: tuple[Any, ...]) -> None:
+        super().__init__()
+        self.layer, self.given = layer, given
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x, *self.given)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_each_is_one_node_of_a_graph(name: str) -> None:
+    """As timm's feature extractors by graph want it."""
+    module, (x, *rest) = built(name)
+    block = Block(replaced(module), tuple(rest)).eval()
+    traced = torch.fx.symbolic_trace(block)
+    assert [node.target for node in traced.graph.nodes if node.op == "call_module"] == ["layer"]
+    torch.testing.assert_close(traced(x), block(x))

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ...nn.doors import FloatInPython
+from ...tracing import Leaf
 from ..transport import SetTransport
 from .heads import number, width_by_scale
 from .report import Refusal
@@ -57,8 +58,11 @@ class Instead(TorchFunctionMode):
         return o.unflatten(0, (q.shape[0], q.shape[window])).movedim(1, window)
 
 
-class SeTFused(FloatInPython):
-    """In front of a class of timm: its forward runs as it is, but for the one call of softmax attention in it."""
+class SeTFused(Leaf, FloatInPython):
+    """In front of a class of timm: its forward runs as it is, but for the one call of softmax attention in it.
+
+    One node of torch.fx: what answers that call looks at the number of dimensions.
+    """
 
     set_transport: SetTransport
     windows_first: bool
