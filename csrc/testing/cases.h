@@ -68,16 +68,16 @@ struct Case {
     return (kappa - 1) / eps - 0.49 * away;
   }
 
-  // o_i over the first `count` keys; false where there is none.
-  bool attend(int64_t b, int64_t h, int64_t i, int64_t count, std::vector<double>& o) {
+  // o_i over `count` keys from `first` on; false where there is none.
+  bool attend(int64_t b, int64_t h, int64_t i, int64_t count, std::vector<double>& o, int64_t first = 0) {
     std::vector<double> g(M), f(count, 0.0), c(M), scores(M);
     std::vector<std::vector<double>> l(count, std::vector<double>(M, 0.0));
     bool any = false;
     for (int64_t s = 0; s < count; ++s) {
-      f[s] = log_a(b, h, s);
+      f[s] = log_a(b, h, first + s);
       if (f[s] == -kInf) continue;
       any = true;
-      for (int64_t j = 0; j < M; ++j) l[s][j] = logit(k, k_pos, b, h, s, j);
+      for (int64_t j = 0; j < M; ++j) l[s][j] = logit(k, k_pos, b, h, first + s, j);
     }
     o.assign(E, 0.0);
     if (!any) return false;
@@ -86,7 +86,7 @@ struct Case {
       for (int64_t s = 0; t > 0 && s < count; ++s) {
         std::vector<double> row(M);
         for (int64_t j = 0; j < M; ++j) row[j] = l[s][j] + g[j];
-        f[s] = static_cast<double>(log_a(b, h, s)) - 0.9 * lse(row);
+        f[s] = static_cast<double>(log_a(b, h, first + s)) - 0.9 * lse(row);
       }
       for (int64_t j = 0; j < M; ++j) {
         std::vector<double> column(count);
@@ -100,7 +100,7 @@ struct Case {
     for (int64_t j = 0; j < M; ++j)
       for (int64_t s = 0; s < count; ++s) {
         const double a = std::exp(scores[j] - total + l[s][j] + f[s] - c[j]);
-        for (int64_t e = 0; e < E && f[s] != -kInf; ++e) o[e] += a * v(b, h, s, e);
+        for (int64_t e = 0; e < E && f[s] != -kInf; ++e) o[e] += a * v(b, h, first + s, e);
       }
     return true;
   }

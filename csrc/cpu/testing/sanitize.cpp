@@ -1,5 +1,6 @@
 // Every kernel of every instruction set, under sanitizers.
 #include "../../testing/linearised_case.h"
+#include "../../testing/streams_case.h"
 
 using namespace sfk;
 
@@ -16,6 +17,8 @@ int main(int argc, char** argv) {
       features_case<double>(kernels()), features_case<float>(kernels());
       sinkhorn_case<double>(kernels()), sinkhorn_case<float>(kernels());
       linearised_case<double>(kernels()), linearised_case<float>(kernels());
+      pack_case<double>(kernels()), pack_case<float>(kernels());
+      stream_case<double>(kernels(), i % 2), stream_case<float>(kernels(), i % 2);
     }
     std::printf("%s: %d rounds, %d failures so far\n", isa, rounds, failures);
   }
