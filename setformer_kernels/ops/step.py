@@ -59,14 +59,6 @@ def one_by_one(
     return torch.cat(answers, 2)
 
 
-def _refuse(*args: Any) -> Tensor:
-    """The kernel of the Autograd key."""
-    if differentiated(args):
-        raise RuntimeError(NO_GRADIENT)
-    with torch._C._AutoDispatchBelowAutograd():
-        return _op(*args)
-
-
 def _mapped(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Tensor, int]:
     """The rule of vmap: a call for each element, which writes its states where they lie."""
     if in_dims[0] is None:
@@ -76,6 +68,14 @@ def _mapped(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Tensor, in
         one = (a.select(d, i) if isinstance(d, int) else a for a, d in zip(args, in_dims, strict=True))
         outputs.append(_op(*one))
     return torch.stack(outputs), 0
+
+
+def _refuse(*args: Any) -> Tensor:
+    """The kernel of the Autograd key."""
+    if differentiated(args):
+        raise RuntimeError(NO_GRADIENT)
+    with torch._C._AutoDispatchBelowAutograd():
+        return _op(*args)
 
 
 _tensors = ", ".join(f"Tensor{'?' if optional else ''} {name}" for name, (_, optional) in OPERANDS.items())
