@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -53,10 +54,15 @@ class SetTransport(ReferenceSet):
 
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None = None, attn_mask: Tensor | None = None,
-        is_causal: bool = False, dropout_p: float = 0.0,
-    ) -> Tensor:  # fmt: skip
+        is_causal: bool = False, dropout_p: float = 0.0, run: Callable[[Tensor, Tensor, Tensor], Any] | None = None,
+    ) -> Any:  # fmt: skip
         """key_mask [B, S] or [B, H, S]: bool (True = take part) or float (added to log masses).  attn_mask: broadcasts
-        to [B, H, L, S], likewise, and takes the path that is not linear."""
+        to [B, H, L, S], likewise, and takes the path that is not linear.
+
+        run: what to do with q, k, v instead, by this module's other methods: within a call of the module, before which
+        hooks bring its parameters where they are wanted (offloaded models, shards)."""
+        if run is not None:
+            return run(q, k, v)
         past = k.shape[2] - q.shape[2]
         if is_causal and attn_mask is None and past > 0 and self.num_iters <= 1:
             # a scan of all keys, with queries of nothing in front, is linear; a mask is not
@@ -75,13 +81,17 @@ class SetTransport(ReferenceSet):
         """q [H, Tq, D], k [Hk, Tk, D], v [Hk, Tk, E] of sequences one after another, as `SF.set_attention_varlen` takes
         them but for the order of dimensions -> [H, Tq, E]."""
         whole_only(self.cp_context, cu_seqlens_q=True)
-        v = self._map_values(v[None])[0]
-        o = SF.set_attention_varlen(
-            q.transpose(0, 1), k.transpose(0, 1), v.transpose(0, 1), self.references, cu_seqlens_q,
-            cu_seqlens_q if cu_seqlens_k is None else cu_seqlens_k, causal=is_causal, **self._transport_options(),
-            dropout_p=dropout_p if self.training else 0.0,
-        )  # fmt: skip
-        return o.transpose(0, 1)
+
+        def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            v = self._map_values(v[None])[0]
+            o = SF.set_attention_varlen(
+                q.transpose(0, 1), k.transpose(0, 1), v.transpose(0, 1), self.references, cu_seqlens_q,
+                cu_seqlens_q if cu_seqlens_k is None else cu_seqlens_k, causal=is_causal, **self._transport_options(),
+                dropout_p=dropout_p if self.training else 0.0,
+            )  # fmt: skip
+            return o.transpose(0, 1)
+
+        return self(q, k, v, run=run)
 
     def streamed(
         self, q: Tensor, k: Tensor, v: Tensor, state: Tensor | None, key_mask: Tensor | None = None,
@@ -90,18 +100,24 @@ class SetTransport(ReferenceSet):
         """o [B, H, L, E] of causal attention that goes on from a state [B, Hk, M, 2E + 3] (`SF.set_causal`), and the
         state after; a single token without gradients may be written into the state that was given."""
         whole_only(self.cp_context, state=True)
-        v, mask = self._map_values(v), self._mask_options(q, k, key_mask, None)["key_mask"]
-        options = self._transport_options()
-        if state is not None and q.shape[2] == 1 and not (torch.is_grad_enabled() or state.requires_grad):
-            token = None if mask is None else mask[..., 0]
-            o = SF.set_step(state, q[:, :, 0], k[:, :, 0], v[:, :, 0], self.references, key_mask=token, **options)
-            return o.unsqueeze(2), state
-        o, after = SF.set_causal(
-            q, k, v, self.references, initial_state=state, output_final_state=True, key_mask=mask,
-            dropout_p=dropout_p if self.training else 0.0, **options,
-        )  # fmt: skip
-        assert after is not None
-        return o, after
+        mask = self._mask_options(q, k, key_mask, None)["key_mask"]
+
+        def run(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+            v, options = self._map_values(v), self._transport_options()
+            if state is not None and q.shape[2] == 1 and not (torch.is_grad_enabled() or state.requires_grad):
+                token = None if mask is None else mask[..., 0]
+                o = SF.set_step(
+                    state, q[:, :, 0], k[:, :, 0], v[:, :, 0], self.references, key_mask=token, **options
+                )  # fmt: skip
+                return o.unsqueeze(2), state
+            o, after = SF.set_causal(
+                q, k, v, self.references, initial_state=state, output_final_state=True, key_mask=mask,
+                dropout_p=dropout_p if self.training else 0.0, **options,
+            )  # fmt: skip
+            assert after is not None
+            return o, after
+
+        return self(q, k, v, run=run)
 
     def weights(
         self, q: Tensor, k: Tensor, key_mask: Tensor | None = None, attn_mask: Tensor | None = None,
@@ -109,10 +125,14 @@ class SetTransport(ReferenceSet):
     ) -> Tensor:  # fmt: skip
         """What forward reads v with, without dropout: [B, H, L, S]."""
         whole_only(self.cp_context, weights=True)
-        return SF.set_attention_weights(
-            q, k, self.references, **self._transport_options(), **self._mask_options(q, k, key_mask, attn_mask),
-            causal=is_causal,
-        )  # fmt: skip
+        masks = self._mask_options(q, k, key_mask, attn_mask)
+
+        def run(q: Tensor, k: Tensor, _: Tensor) -> Tensor:
+            return SF.set_attention_weights(
+                q, k, self.references, **self._transport_options(), **masks, causal=is_causal
+            )  # fmt: skip
+
+        return self(q, k, k, run=run)
 
     @staticmethod
     def _mask_options(q: Tensor, k: Tensor, key_mask: Tensor | None, attn_mask: Tensor | None) -> dict[str, Any]:

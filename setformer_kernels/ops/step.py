@@ -60,6 +60,17 @@ def one_by_one(
     return torch.cat(answers, 2)
 
 
+def _mapped(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Tensor, int]:
+    """The rule of vmap: a call for each element, which writes its states where they lie."""
+    if in_dims[0] is None:
+        raise ValueError("state must be mapped by vmap where what it takes in is: got one state for all elements")
+    outputs = []
+    for i in range(info.batch_size):
+        one = (a.select(d, i) if isinstance(d, int) else a for a, d in zip(args, in_dims, strict=True))
+        outputs.append(_op(*one))
+    return torch.stack(outputs), 0
+
+
 def _refuse(*args: Any) -> Tensor:
     """The kernel of the Autograd key."""
     if differentiated(args):
@@ -95,17 +106,6 @@ def again(
         return o
 
     return answer
-
-
-def _mapped(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Tensor, int]:
-    """The rule of vmap: a call for each element, which writes its states where they lie."""
-    if in_dims[0] is None:
-        raise ValueError("state must be mapped by vmap where what it takes in is: got one state for all elements")
-    outputs = []
-    for i in range(info.batch_size):
-        one = (a.select(d, i) if isinstance(d, int) else a for a, d in zip(args, in_dims, strict=True))
-        outputs.append(_op(*one))
-    return torch.stack(outputs), 0
 
 
 _tensors = ", ".join(f"Tensor{'?' if optional else ''} {name}" for name, (_, optional) in OPERANDS.items())

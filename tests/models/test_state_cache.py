@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import accelerate
 import pytest
 import torch
 import transformers
@@ -192,6 +193,23 @@ def test_autocast() -> None:
         wanted = model(x, **{CACHE: transformers.DynamicCache(config=model.config)}).logits
         assert torch.equal(model(x, use_cache=False).logits, wanted)
         assert torch.equal(model(x, **{CACHE: StateCache(model)}).logits, wanted)
+
+
+@torch.no_grad()
+def test_parameters_that_a_hook_brings() -> None:
+    """Offloaded weights are there within a module's call alone."""
+    model, x = decoder(), words(1, 6)
+    bounds = {"cu_seq_lens_q": torch.tensor([0, 2, 6], dtype=torch.int32), "use_cache": False}
+
+    def answers() -> list[Tensor]:
+        pieces = cached(model, [x[:, :5], x[:, 5:]], StateCache(model))
+        return [pieces, *model(x, output_attentions=True).attentions, model(x, **bounds).logits]
+
+    wanted = answers()
+    accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
+    assert model.model.layers[0].self_attn.set_transport.references.is_meta
+    for got, want in zip(answers(), wanted, strict=True):
+        torch.testing.assert_close(got, want)
 
 
 @torch.no_grad()
