@@ -399,16 +399,18 @@ def test_a_million_steps_do_not_drift(doublings: int) -> None:
     assert drift("auto", doublings, 2**20) <= 1e-6
 
 
+@pytest.mark.parametrize("given", [["log_decay"], ["key_mask"], []], ids=str)
 @pytest.mark.parametrize("m", [16, 64, 128])
-def test_pieces_of_whole_chunks_have_the_bits_of_one_call(m: int) -> None:
-    """For any chunk of the CPU kernels, whose rows depend on M."""
+def test_pieces_of_whole_bundles_have_the_bits_of_one_call(m: int, given: list[str]) -> None:
+    """192 tokens are whole chunks for any M; the masses take some chunks out of the range of those without units."""
     q, k, v = torch.randn(2, 3, 700, 32), torch.randn(2, 3, 700, 32), torch.randn(2, 3, 700, 24)
-    y, gates = torch.randn(3, m, 32), -0.1 * torch.rand(2, 3, 700)
-    whole, last = SF.set_causal(q, k, v, y, log_decay=gates, output_final_state=True)
+    y, rows = torch.randn(3, m, 32), {"log_decay": -0.1 * torch.rand(2, 3, 700), "key_mask": torch.zeros(2, 3, 700)}
+    rows["key_mask"][..., 300:310], rows["key_mask"][..., 400:500] = 20.0, -math.inf
+    whole, last = SF.set_causal(q, k, v, y, **{name: rows[name] for name in given}, output_final_state=True)
     found, state = [], None
     for at in (slice(0, 192), slice(192, 576), slice(576, 700)):
-        piece = (t[:, :, at] for t in (q, k, v))
-        o, state = SF.set_causal(*piece, y, log_decay=gates[:, :, at], initial_state=state, output_final_state=True)
+        piece, own = (t[:, :, at] for t in (q, k, v)), {name: rows[name][:, :, at] for name in given}
+        o, state = SF.set_causal(*piece, y, **own, initial_state=state, output_final_state=True)
         found.append(o)
     assert torch.equal(torch.cat(found, 2), whole)
     assert state is not None

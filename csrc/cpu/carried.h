@@ -167,6 +167,31 @@ class Carried {
     take(rows, e, v, fade, own_);
   }
 
+  // Adds to c and n, in units of 1: [Mp], [M][Ep].
+  void add_sums(const F* sums, const F* n_sums) {
+    const Fade<F> fade(0);
+    fill(peak_.data(), Mp_, F(0));
+    columns_.begin(Mp_, peak_, c, k, fade);
+    for (int64_t j = 0; j < Mp_; j += kLanes<F>) {
+      store(own_ + j, power_of_two<F>(-load(columns_.top + j)));
+      store(added_c_ + j, load(sums + j) * load(own_ + j));
+    }
+    columns_.finish(Mp_, added_c_, c, c_lost, k, fade);
+    grow(n_sums, fade, own_);
+  }
+
+  // c and n as they stand, in units of 1: [Mp], [Mp][Ep]; not finite where they are too large for that.
+  void plain(F* sums, F* n_sums) {
+    for (int64_t j = 0; j < Mp_; j += kLanes<F>) {
+      const Vec<F> unit = power_of_two<F>(vmin(splat<F>(ExpTable<F>::kBias + 1), load(k + j)));
+      store(own_ + j, unit);
+      store(sums + j, (load(c + j) + load(c_lost + j)) * unit);
+    }
+    for (int64_t j = 0; j < M_; ++j)
+      for (int64_t e = j * Ep_; e < (j + 1) * Ep_; e += kLanes<F>)
+        store(n_sums + e, (load(n + e) + load(n_lost + e)) * own_[j]);
+  }
+
   Buffer<F> n, n_lost, c, c_lost, k;  // [Mp][Ep] x 2, [Mp] x 3
 
  private:
@@ -174,12 +199,17 @@ class Carried {
   void take(int64_t rows, const F* weights, const F* v, const Fade<F>& fade, const F* own = nullptr) {
     columns_.finish(Mp_, added_c_, c, c_lost, k, fade);
     gemm<F>(M_, Ep_, rows, weights, 1, Mp_, v, Ep_, added_, Ep_, false);
+    grow(added_, fade, own);
+  }
+
+  // n by what the columns' sums have been brought to.
+  void grow(const F* sums, const Fade<F>& fade, const F* own) {
     for (int64_t j = 0; j < M_; ++j) {
       const F scale = columns_.scale[j], unit = columns_.unit[j], factor = own ? own[j] : F(1);
       for (int64_t e = j * Ep_; e < (j + 1) * Ep_; e += kLanes<F>) {
         const Vec<F> n0 = load(n + e), lost = load(n_lost + e);
         Vec<F> rest;
-        const Vec<F> added = load(added_ + e) * factor + (lost + (n0 + lost) * fade.fade) * scale;
+        const Vec<F> added = load(sums + e) * factor + (lost + (n0 + lost) * fade.fade) * scale;
         const Vec<F> total = two_sum<F>(n0 * scale, added, rest);
         store(n + e, total * unit);
         store(n_lost + e, rest * unit);

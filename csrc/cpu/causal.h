@@ -1,11 +1,12 @@
 // Causal set_attention for T <= 1: a scan over the tokens with an M x (E + 1) state, one head per thread.
 //
-// A block of tokens is a few products (chunk.h), or goes token by token (scan.h) where its weights are too far apart;
-// from block to block the sums are carried with twice the digits (carried.h), so that a sequence may end, and go on in
-// another call, after any block.
+// A block of tokens is a few products (bounded.h where β and ε bound all logits, else chunk.h), or goes token by token
+// (scan.h) where its weights are too far apart.  The sums are carried with twice the digits (carried.h), from block to
+// block, or from bundle to bundle of those of bounded.h, counted from the call's first token: a sequence may end after
+// any token, and go on in another call with the bits of one call after whole bundles.
 #pragma once
 #include "../causal_params.h"
-#include "chunk.h"
+#include "bounded.h"
 
 namespace sfk {
 namespace {
@@ -76,6 +77,7 @@ class CausalWorker {
         Ep_(pad<F>(p.E)),
         scan_(p.M, refs_.Mp, Ep_),
         chunk_(p.M, refs_.Mp, rows_, Ep_),
+        bundle_(p.M, refs_.Mp, Ep_),
         carried_(p.M, refs_.Mp, p.E, Ep_),
         gates_(p, rows_),
         la_(p.S),
@@ -94,35 +96,69 @@ class CausalWorker {
     source_.b = b, source_.h = h, source_.lo = 0, source_.la = la_;
     load_masses<F>(p_, b, h, la_);
     carried_.load_state(p_.initial, b, h);
+    bundle_.forget();
+    const bool bounded = chunk_.may_hold(p_, refs_);
     for (int64_t row0 = 0; row0 < p_.S; row0 += rows_) {
       const int64_t n = std::min(rows_, p_.S - row0);
-      source_.logits(row0, n, omega_);
-      causal_weights<F>(refs_, p_.T, n, la_ + row0, omega_, lse_);
-      source_.values(row0, n, v_);
-      load_rows<F>(p_.query, b, h, row0, n, nullptr, source_.x, refs_.Dp);
-      if (refs_.rbf) inverse_norms<F>(source_.x, n, refs_.Dp, source_.inv);
-      if (refs_.P) load_rows<F>(p_.query_pos, b, h, row0, n, nullptr, source_.pos, refs_.P);
-      logits_of<F>(refs_, n, source_.x, source_.inv, source_.pos, w_);
-      gates_.load(p_, b, h, row0, n);
-      scan_.begin(carried_);
-      const bool near = chunk_.begin(n, la_ + row0, omega_, gates_.given ? gates_.log.data() : nullptr, v_, scan_);
-      if (near)
-        read_chunk(b, h, row0, n);
-      else
-        for (int64_t i = 0; i < n; ++i) step(b, h, row0, i);
-      store_rows<F>(p_.o, b, h, row0, n, o_.data(), Ep_, static_cast<const F*>(nullptr));
-      if (row0 + n == p_.S && !p_.final_state) continue;
-      near ? chunk_.add_to(carried_, n, v_, gates_.sum) : carried_.add(n, omega_, gates_.fading(), v_, gates_.sum);
+      if (bounded && bounded_block(b, h, row0, n)) continue;
+      bundle_.end(carried_);
+      block(b, h, row0, n);
     }
+    if (p_.final_state) bundle_.end(carried_);
     carried_.save_state(p_.final_state, b, h);
   }
 
  private:
+  void load_queries(int64_t b, int64_t h, int64_t row0, int64_t n) {
+    load_rows<F>(p_.query, b, h, row0, n, nullptr, source_.x, refs_.Dp);
+    if (refs_.rbf) inverse_norms<F>(source_.x, n, refs_.Dp, source_.inv);
+    if (refs_.P) load_rows<F>(p_.query_pos, b, h, row0, n, nullptr, source_.pos, refs_.P);
+  }
+  bool last(int64_t row0, int64_t n) const { return row0 + n == p_.S && !p_.final_state; }
+
+  // False, and nothing has changed, where weights or sums are too far from 1.
+  bool bounded_block(int64_t b, int64_t h, int64_t row0, int64_t n) {
+    source_.load_keys(row0, n);
+    source_.values(row0, n, v_);
+    bundle_.begin(carried_);
+    Ahead ahead = ahead_of(p_.key, b, h, row0, n), ahead_q = ahead_of(p_.query, b, h, row0, n),
+          ahead_v = ahead_of(p_.value, b, h, row0, n), ahead_o = ahead_of(p_.o, b, h, row0, n);
+    if (!chunk_.begin(refs_, p_.T, n, source_.x, source_.inv, la_ + row0, v_, bundle_.c, &ahead)) return false;
+    load_queries(b, h, row0, n);
+    chunk_.read_weights(refs_, p_.T, n, source_.x, source_.inv, w_, scale_, &ahead_q);
+    drop<F>(p_, b, h, row0, n, refs_.Mp, w_);
+    chunk_.read(n, w_, v_, bundle_.n, o_, &ahead_v);
+    store_rows<F>(p_.o, b, h, row0, n, o_.data(), Ep_, scale_.data());
+    if (last(row0, n)) return true;
+    bundle_.add(n, chunk_, v_, &ahead_o);
+    if ((row0 + n) % Bundle<F>::kRows == 0) bundle_.end(carried_);
+    return true;
+  }
+
+  void block(int64_t b, int64_t h, int64_t row0, int64_t n) {
+    source_.logits(row0, n, omega_);
+    causal_weights<F>(refs_, p_.T, n, la_ + row0, omega_, lse_);
+    source_.values(row0, n, v_);
+    load_queries(b, h, row0, n);
+    logits_of<F>(refs_, n, source_.x, source_.inv, source_.pos, w_);
+    gates_.load(p_, b, h, row0, n);
+    scan_.begin(carried_);
+    const bool near =
+        chunk_.Chunk<F>::begin(n, la_ + row0, omega_, gates_.given ? gates_.log.data() : nullptr, v_, scan_);
+    if (near)
+      read_chunk(b, h, row0, n);
+    else
+      for (int64_t i = 0; i < n; ++i) step(b, h, row0, i);
+    store_rows<F>(p_.o, b, h, row0, n, o_.data(), Ep_, static_cast<const F*>(nullptr));
+    if (last(row0, n)) return;
+    near ? chunk_.add_to(carried_, n, v_, gates_.sum) : carried_.add(n, omega_, gates_.fading(), v_, gates_.sum);
+  }
+
   void read_chunk(int64_t b, int64_t h, int64_t row0, int64_t n) {
     chunk_.weights(refs_, p_.T, n, w_, g_, scale_);
     drop<F>(p_, b, h, row0, n, refs_.Mp, w_);
     chunk_.over_sums(n, scale_, w_);
-    chunk_.read(n, w_, v_, scan_, o_);
+    chunk_.read(n, w_, v_, scan_.seen ? scan_.n.data() : nullptr, o_);
   }
 
   void step(int64_t b, int64_t h, int64_t row0, int64_t i) {
@@ -150,7 +186,8 @@ class CausalWorker {
   KeySource<F> source_;
   int64_t rows_, Ep_;
   Scan<F> scan_;
-  Chunk<F> chunk_;
+  BoundedChunk<F> chunk_;
+  Bundle<F> bundle_;
   Carried<F> carried_;
   BlockGates<F> gates_;
   Buffer<F> la_, omega_, w_, v_, o_, lse_, scale_, log_c_, g_;

@@ -12,9 +12,9 @@
 namespace sfk {
 namespace {
 
-// Tokens of a chunk: 32 to 96 take the same time where M = D = E = 64, as more products with the state cost what fewer
-// of tokens with tokens save.  Lengths and caches like a power of two.
-inline int64_t chunk_rows(int64_t Mp) { return std::min<int64_t>(tile_rows(Mp), 64); }
+// Tokens of a chunk: whole register tiles and vectors.  24 to 96 are within 5 % of each other where M = D = E = 64, as
+// more products with the state cost what fewer of tokens with tokens save; 48 is fastest.
+inline int64_t chunk_rows(int64_t Mp) { return std::min<int64_t>(tile_rows(Mp), 48); }
 
 // Tokens that are multiplied with all before the last of them, and with all after the first, their own later ones too.
 constexpr int64_t kStrip = 2 * kTileRows;
@@ -80,10 +80,10 @@ class Chunk {
         store(w + k, load(w + k) * (scale[i] * left_[i]) * load(unit + k));
   }
 
-  // o [n][Ep] from X [n][Mp] and the values.
-  void read(int64_t n, const F* w, const F* v, const Scan<F>& scan, F* o) {
+  // o [n][Ep] from X [n][Mp], the values and what came `before` [Mp][Ep], null for nothing.
+  void read(int64_t n, const F* w, const F* v, const F* before, F* o, Ahead* ahead = nullptr) {
     transpose<F>(n, Mp_, e, Mp_, e_t_, ld_);
-    scan.seen ? gemm<F>(n, Ep_, M_, w, Mp_, 1, scan.n, Ep_, o, Ep_, false) : fill(o, n * Ep_, F(0));
+    before ? gemm<F>(n, Ep_, M_, w, Mp_, 1, before, Ep_, o, Ep_, false, ahead) : fill(o, n * Ep_, F(0));
     for (int64_t i = 0; i < n; i += kStrip) {
       const int64_t rows = std::min(kStrip, n - i), keys = i + rows;
       gemm<F>(rows, pad<F>(keys), M_, w + i * Mp_, Mp_, 1, e_t_, ld_, a_, ld_, false);
@@ -110,6 +110,23 @@ class Chunk {
   }
 
   Buffer<F> ref, e, unit, added;  // [Mp], [rows][Mp] x 2, [Mp]: unit is 1/C, 1 where no key has come; sums of e
+
+ protected:
+  // Whether n numbers, whole vectors, are: later values are multiplied by 0, which must give 0.
+  static bool finite(int64_t n, const F* x) {
+    constexpr int64_t kParts = 4;  // sums side by side: one waits for its last addition
+    Vec<F> zero[kParts] = {};
+    int64_t k = 0;
+    for (; k + kParts * kLanes<F> <= n; k += kParts * kLanes<F>) {
+      SFK_UNROLL
+      for (int64_t i = 0; i < kParts; ++i) zero[i] += load(x + k + i * kLanes<F>) * F(0);
+    }
+    for (; k < n; k += kLanes<F>) zero[0] += load(x + k) * F(0);
+    return reduce_add<F>((zero[0] + zero[1]) + (zero[2] + zero[3])) == F(0);
+  }
+
+  int64_t M_, Mp_, Ep_;
+  bool any_ = false;  // whether a key takes part
 
  private:
   // How far sums may lie below ref: both logarithms keep the digits of their sum.
@@ -151,14 +168,7 @@ class Chunk {
     }
   }
 
-  static bool finite(int64_t n, const F* x) {
-    Vec<F> zero{};
-    for (int64_t k = 0; k < n; k += kLanes<F>) zero += load(x + k) * F(0);
-    return reduce_add<F>(zero) == F(0);
-  }
-
-  int64_t M_, Mp_, Ep_, ld_;
-  bool any_ = false;                            // whether a key takes part
+  int64_t ld_;
   Buffer<F> e_t_, a_, before_, growth_, left_;  // [Mp][ld], [kStrip][ld], e^{top − ref} [Mp], e^{−Γ} and e^Γ [rows]
 };
 

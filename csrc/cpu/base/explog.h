@@ -112,6 +112,22 @@ SFK_INLINE Vec<F> vexp2(Vec<F> x) {
   return vexp<F>(x * F(1 / kLog2e));
 }
 
+// Powers of e that begin as powers of another base: e^x = vpower<F>(x · kPowerUnit<F>), in the cheaper base.
+#if defined(__AVX512F__)
+template <class F>
+constexpr bool kByTwo = sizeof(F) == 4;
+#else
+template <class F>
+constexpr bool kByTwo = false;
+#endif
+template <class F>
+constexpr double kPowerUnit = kByTwo<F> ? kLog2e : 1.0;
+template <class F>
+SFK_INLINE Vec<F> vpower(Vec<F> x) {
+  if constexpr (kByTwo<F>) return vexp2<F>(x);
+  return vexp<F>(x);
+}
+
 template <class F>
 struct LogTable;
 template <>

@@ -80,7 +80,12 @@ void gemm(int64_t m, int64_t n, int64_t K, const F* A, int64_t ars, int64_t acs,
   int64_t j = 0;
   for (; j + kTileVecs * W <= n; j += kTileVecs * W)
     gemm_panel<F, kTileVecs>(m, K, A, ars, acs, B + j, ldb, C + j, ldc, accumulate, ahead);
-  for (; j < n; j += W) gemm_panel<F, 1>(m, K, A, ars, acs, B + j, ldb, C + j, ldc, accumulate, ahead);
+  const int64_t left = (n - j) / W;
+  if constexpr (kTileVecs > 2) {  // one vector of columns has too few sums to hide the latency of an addition
+    if (left == 3) return gemm_panel<F, 3>(m, K, A, ars, acs, B + j, ldb, C + j, ldc, accumulate, ahead);
+    if (left == 2) return gemm_panel<F, 2>(m, K, A, ars, acs, B + j, ldb, C + j, ldc, accumulate, ahead);
+  }
+  if (left == 1) gemm_panel<F, 1>(m, K, A, ars, acs, B + j, ldb, C + j, ldc, accumulate, ahead);
 }
 
 // Element n of the row a [K] times B, rounded as in any product with B.

@@ -1,6 +1,7 @@
 // Moving rows between strided tensors of any dtype and packed tiles of F.
 #pragma once
 #include <algorithm>
+#include <type_traits>
 #include <utility>
 
 #include "../../params.h"
@@ -98,6 +99,12 @@ template <class Src, class F>
 void convert_row(const void* base, int64_t offset, int64_t stride, int64_t n, F* dst) {
   const Src* src = static_cast<const Src*>(base) + offset;
   if (stride == 1) {
+    if constexpr (std::is_same_v<Src, F>) {
+      int64_t i = 0;
+      for (; i + kLanes<F> <= n; i += kLanes<F>) store(dst + i, load(src + i));
+      for (; i < n; ++i) dst[i] = src[i];
+      return;
+    }
     for (int64_t i = 0; i < n; ++i) dst[i] = static_cast<F>(to_f32(src[i]));
   } else {
     for (int64_t i = 0; i < n; ++i) dst[i] = static_cast<F>(to_f32(src[i * stride]));
@@ -125,12 +132,15 @@ void load_row(const View& v, int64_t offset, int64_t stride, int64_t n, F* dst) 
 }
 
 template <class Dst, class F>
-void narrow_row(void* base, int64_t offset, int64_t stride, int64_t n, const F* src) {
+void narrow_row(void* base, int64_t offset, int64_t stride, int64_t n, const F* src, F scale = 1) {
   Dst* dst = static_cast<Dst*>(base) + offset;
   if (stride == 1) {
-    for (int64_t i = 0; i < n; ++i) dst[i] = Narrow<Dst, F>::from(src[i]);
+    int64_t i = 0;
+    if constexpr (std::is_same_v<Dst, F>)
+      for (; i + kLanes<F> <= n; i += kLanes<F>) store(dst + i, load(src + i) * scale);
+    for (; i < n; ++i) dst[i] = Narrow<Dst, F>::from(src[i] * scale);
   } else {
-    for (int64_t i = 0; i < n; ++i) dst[i * stride] = Narrow<Dst, F>::from(src[i]);
+    for (int64_t i = 0; i < n; ++i) dst[i * stride] = Narrow<Dst, F>::from(src[i] * scale);
   }
 }
 
@@ -174,16 +184,14 @@ void load_rows(const View& v, int64_t b, int64_t h, int64_t row0, int64_t n, con
   });
 }
 
-// src [n][ld] times scale[i] (1 when null) to rows row0..row0+n of v [B,H,N,C].  Scales src in place.
+// src [n][ld] times scale[i] (1 when null) to rows row0..row0+n of v [B,H,N,C].
 template <class F>
-void store_rows(const View& v, int64_t b, int64_t h, int64_t row0, int64_t n, F* src, int64_t ld, const F* scale) {
+void store_rows(const View& v, int64_t b, int64_t h, int64_t row0, int64_t n, const F* src, int64_t ld,
+                const F* scale) {
   const int64_t C = v.size[3], base = b * v.stride[0] + h * v.stride[1];
   with_element(v.dtype, [=](auto of) mutable {
-    for (int64_t i = 0; i < n; ++i, src += ld) {
-      if (scale)
-        for (int64_t j = 0; j < C; ++j) src[j] *= scale[i];
-      narrow_row<decltype(of)>(v.data, base + (row0 + i) * v.stride[2], v.stride[3], C, src);
-    }
+    for (int64_t i = 0; i < n; ++i, src += ld)
+      narrow_row<decltype(of)>(v.data, base + (row0 + i) * v.stride[2], v.stride[3], C, src, scale ? scale[i] : F(1));
   });
 }
 
