@@ -93,6 +93,14 @@ def test_every_kernel_compiles_with_each_operand_absent_and_present() -> None:
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
+def test_what_compiles_to_asynchronous_products_loses_none_of_their_descriptors() -> None:
+    """Whatever Triton is there: each release brings a ptxas of its own."""
+    done = compiling("-m", "benchmarks.compiled.uniform")
+    assert done.returncode == 0, done.stderr
+    assert ", 0 faults" in done.stdout
+
+
 @pytest.mark.parametrize(
     ("line", "narrow"),
     [

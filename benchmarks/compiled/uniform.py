@@ -1,20 +1,31 @@
-"""Uniform registers that a kernel reads and no path has written: what a miscompiled product looks like.
+"""`python -m benchmarks.compiled.uniform`: uniform registers that a kernel reads and no path has written.
+
+That is what a miscompiled product looks like.
 
 ptxas 12.8 (of Triton 3.6 and 3.7) sometimes loses the instruction that puts the descriptor of an operand in shared
 memory into a uniform register, where products are asynchronous (`wgmma`): the product then reads any address.  On an
 H100 that is a wrong gradient or an illegal access; here it is a register that is read before it can have been written.
+
+The command compiles the kernels with such products of attention's forward and backward pass for sm_90, with --all those
+of every call of the table, by whatever Triton is there; exit status 1 where one reads such a register.
 """
 
 from __future__ import annotations
 
+import argparse
 import itertools
 import re
 import subprocess
+import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
-from benchmarks.compiled import sass
+from benchmarks.common import entry_point
+from benchmarks.compiled import aot, sass, workloads
+from benchmarks.compiled.workloads import Call
+
+FAMILY = "sm_90"
 
 _LABEL = re.compile(r"^(\.L_x_\d+):")
 _LINE = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(@!?U?P\w+\s+)?([A-Z]\w*(?:\.[A-Za-z_]\w*|\.\d+[xX]?\w*)*)\s*([^;]*);")
@@ -118,3 +129,34 @@ def of(cubin: bytes) -> list[str]:
         command = [sass._tool("nvdisasm"), "-c", file.name]
         text = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120).stdout
     return undefined(text)
+
+
+def variants(calls: Iterable[Call]) -> dict[tuple[str, str], aot.Variant]:
+    """The distinct binaries of some calls whose products may be asynchronous."""
+    launches = [launch for call in calls for launch in workloads.launches(call, FAMILY) if launch.tile.wgmma]
+    return {(variant.name, variant.key): variant for variant in aot.variants(launches, FAMILY)}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point; 1 where a kernel reads a register that nothing has written, or none has such a product."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.compiled.uniform", description=__doc__)
+    parser.add_argument("--all", action="store_true", help="every call of the table, which takes minutes")
+    calls = workloads.table_calls(FAMILY) if parser.parse_args(argv).all else workloads.few_calls(FAMILY)
+    import triton
+
+    faults, names, products = [], [], 0
+    for variant in variants(calls).values():
+        cubin = aot.compiled(variant, FAMILY).asm["cubin"]
+        names.append(variant.name)
+        products += sass.count(sass.listing(cubin))["HGMMA"]
+        faults += [f"{variant.name} ({variant.launch.tile}): {found}, which nothing has written" for found in of(cubin)]
+    print("\n".join(faults), file=sys.stderr)
+    print(
+        f"Triton {triton.__version__}: {len(names)} binaries of {len(set(names))} kernels, {products} asynchronous "
+        f"products, {len(faults)} faults"
+    )
+    return 1 if faults or not products else 0
+
+
+if __name__ == "__main__":
+    entry_point.run("benchmarks.compiled.uniform", main)

@@ -95,7 +95,8 @@ def read_backward_kernel(
             if out is not None:
                 store_zeros(out, split * stretch, end, sizes.D, cut.DEPTH, sizes.DP, cut)
             end = split * stretch
-    for start in range(split * stretch, end, cut.ROWS):
+    # What is invariant in the loop stays there: held through it, it spills.
+    for start in tl.range(split * stretch, end, cut.ROWS, disable_licm=True):
         rows = start + tl.arange(0, cut.ROWS)
         live = rows < end
         l, kappa, cosine, inverse, x = token_logits(queries, rows, live, places, head, rule.DOT, sizes, cut)

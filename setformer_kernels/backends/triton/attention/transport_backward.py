@@ -114,7 +114,8 @@ def transport_columns_backward_kernel(
         second *= column_gradient(merged, state, at, head.lam_b, sizes)
     total = tl.zeros([MP], tl.float32)
     end = tl.minimum(S, (split + 1) * stretch)
-    for start in range(split * stretch, end, cut.ROWS):
+    # What is invariant in the loop stays there for products as κ, or they spill on sm_100.
+    for start in tl.range(split * stretch, end, cut.ROWS, disable_licm=rule.DOT):
         rows = start + tl.arange(0, cut.ROWS)
         live, mass = key_mass(masses, rows, end, uniform)
         l, kappa, cosine, inverse, x = token_logits(keys, rows, live, places, head, rule.DOT, sizes, cut)

@@ -295,7 +295,7 @@ def key_gradient(w, d_log_c, d, chunk, FACTOR: tl.constexpr, cut):
 
 
 @triton.jit
-def crossings(w, d_log_c, d, chunk, from_keys, FACTOR: tl.constexpr, PRECISION: tl.constexpr):
+def crossings(w, d_log_c, d, chunk, crossing, FACTOR: tl.constexpr, PRECISION: tl.constexpr):
     """What passes each key r of the chunk [BC]: from its earlier keys to its own later queries, and to later chunks.
 
     Σ_{i≥r>s} Σ_j e^{ω_sj}/C_ij (W_ij ⟨do_i, v_s⟩ + d log C_ij) + Σ_{s<r} from_keys_s, as sums over the pairs that
@@ -317,6 +317,7 @@ def crossings(w, d_log_c, d, chunk, from_keys, FACTOR: tl.constexpr, PRECISION: 
             pairs = tl.where((i == s)[None, :], column[:, None], pairs)
     later = tl.cumsum(pairs, 0, reverse=True)
     inside = tl.sum(tl.where(i[:, None] > i[None, :], later, 0.0), 1)
+    from_keys = tl.load(crossing)
     return inside + tl.sum(tl.where(i[:, None] > i[None, :], from_keys[None, :], 0.0), 1)
 
 

@@ -243,4 +243,4 @@ def causal_gates_backward_kernel(
     d = pair_products(gradients, values, rows, asked, known, scalars.seed, sizes, cut)
     w, d_c = (tl.load(tile_at(work.weights, at, cut.ROWS, sizes)), tl.load(tile_at(work.d_sums, at, cut.ROWS, sizes)))
     crossing = work.crossing + at * cut.ROWS + tl.arange(0, cut.ROWS)
-    tl.store(crossing, crossings(w, d_c, d, known, tl.load(crossing), FACTOR, cut.PRECISION))
+    tl.store(crossing, crossings(w, d_c, d, known, crossing, FACTOR, cut.PRECISION))

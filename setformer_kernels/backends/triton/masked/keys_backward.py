@@ -21,14 +21,17 @@ from .terms import (
     column_terms,
     forces,
     load_do,
-    load_step,
+    load_numbers,
+    load_potentials,
+    load_sums,
     log_row_sum,
     plan_terms_of,
     returned,
     to_keys,
     value_products,
+    value_terms,
 )
-from .walks import key_tile
+from .walks import key_tile, pooled
 
 
 class KeyTerms(NamedTuple):
@@ -57,11 +60,17 @@ def add_step(
 ):  # fmt: skip
     """Adds an iteration of a block of queries."""
     d_tile, d_value, mass, first, relaxed = sums
-    step = load_step(work, back, head, at, iterations, t, start, L, top.shape[0], FIRST, LOGS, sizes)
-    p, u = plan_terms_of(x, tile, step, top, head.lam_a, FIRST, LOGS, UNIT, cut)
-    d_f, a = forces(tile, u, step, products, LAST, LOGS, cut)
-    d_tile += column_terms(tile, u, step, products, LAST, LOGS, cut)
+    ROWS: tl.constexpr = top.shape[0]
+    v = x if FIRST else load_potentials(work, head, at, iterations, t, start, L, ROWS, LOGS, sizes)
+    p, u = plan_terms_of(x, tile, v, top, head.lam_a, FIRST, LOGS, UNIT, cut)
+    c, d_c = load_sums(work, back, at, iterations, t, start, L, ROWS, LOGS, sizes)
+    d_f = forces(tile, u, c, d_c, LOGS, cut)
+    d_tile += column_terms(tile, u, c, d_c, LOGS, cut)
     if LAST:
+        y = load_numbers(back.weights, at, 1, 1, start, L, ROWS, sizes)
+        a = pooled(tile, u, c, y, LOGS, cut)
+        d_f += a * products
+        d_tile += value_terms(tile, u, c, y, products, LOGS, cut)
         if LOGS:
             d_value += tl.sum(a[:, :, None] * do.to(tl.float32)[:, None, :], 0)
         else:
@@ -72,7 +81,7 @@ def add_step(
         first += of_keys
     else:
         relaxed += tl.sum(d_f * log_row_sum(p, LOGS), 0)
-        d_tile += to_keys(tile, step.v, p, returned(p, d_f, head.lam_a, LOGS), LOGS, cut)
+        d_tile += to_keys(tile, v, p, returned(p, d_f, head.lam_a, LOGS), LOGS, cut)
     return KeySums(d_tile, d_value, mass, first, relaxed)
 
 
@@ -89,24 +98,25 @@ def add_block(
     weight = tl.load(keys.weight + at * S + columns, mask=columns < S, other=-INF)
     first = tl.load(keys.first + at * S + columns, mask=columns < S, other=-INF)
     tile = key_tile(keys, at * S + column, S - column, KEYS, LOGS, sizes)
-    v = load_rows(values, columns, weight > -INF, tl.arange(0, sizes.EP), sizes.E)
     top = tl.load(work.tops + at * L + rows, mask=rows < L, other=-INF)
-    do = load_do(gradients, rows, top > -INF, sizes)
-    products = value_products(do, v, tile.dtype, LOGS, cut)
     x_first, x_later = x + first[None, :], x + weight[None, :]
-    if MORE:
+    if MORE:  # the iteration that needs values comes last, so that less is held through the others
         sums = add_step(
-            sums, x_later, tile, products, do, work, back, head, at, iterations, iterations, start, top, L,
-            True, False, LOGS, UNIT, sizes, cut,
+            sums, x_first, tile, x, x, work, back, head, at, iterations, 1, start, top, L,
+            False, True, LOGS, UNIT, sizes, cut,
         )  # fmt: skip
-        for step in range(1, iterations - 1):
-            sums = add_step(
-                sums, x_later, tile, products, do, work, back, head, at, iterations, iterations - step, start, top, L,
-                False, False, LOGS, UNIT, sizes, cut,
-            )  # fmt: skip
+    for t in range(2, iterations):
+        sums = add_step(
+            sums, x_later, tile, x, x, work, back, head, at, iterations, t, start, top, L,
+            False, False, LOGS, UNIT, sizes, cut,
+        )  # fmt: skip
+    v = load_rows(values, columns, weight > -INF, tl.arange(0, sizes.EP), sizes.E)
+    do = load_do(gradients, rows, top > -INF, sizes)
+    products = value_products(do, v, LOGS, cut)
     return add_step(
-        sums, x_first, tile, products, do, work, back, head, at, iterations, 1, start, top, L,
-        not MORE, True, LOGS, UNIT, sizes, cut,
+        sums, x_later if MORE else x_first, tile, products, do,
+        work, back, head, at, iterations, iterations, start, top, L,
+        True, not MORE, LOGS, UNIT, sizes, cut,
     )  # fmt: skip
 
 

@@ -10,8 +10,17 @@ from ..device.primitives import INF, finite_or_zero
 from ..device.rows import load_rows, rows_of
 from ..host.launch import kernel
 from .masses import log_masses, mask_at, mask_of, some
-from .terms import belongs, forces, load_do, load_step, plan_terms_of, value_products
-from .walks import key_tile
+from .terms import (
+    belongs,
+    forces,
+    load_do,
+    load_numbers,
+    load_potentials,
+    load_sums,
+    plan_terms_of,
+    value_products,
+)
+from .walks import key_tile, pooled
 
 
 @triton.jit
@@ -24,12 +33,18 @@ def shares_mask(number, H, mask_head, B, G):
 
 @triton.jit
 def step_forces(
-    x, tile, products, work, back, head, at, iterations, t, start, top, L, LAST, FIRST, LOGS, UNIT, sizes, cut
-):
+    x, tile, products, work, back, head, at, iterations, t, start, top, L,
+    LAST: tl.constexpr, FIRST: tl.constexpr, LOGS: tl.constexpr, UNIT: tl.constexpr, sizes, cut,
+):  # fmt: skip
     """df^t [BL, BS]."""
-    step = load_step(work, back, head, at, iterations, t, start, L, top.shape[0], FIRST, LOGS, sizes)
-    p, u = plan_terms_of(x, tile, step, top, head.lam_a, FIRST, LOGS, UNIT, cut)
-    d_f, a = forces(tile, u, step, products, LAST, LOGS, cut)
+    ROWS: tl.constexpr = top.shape[0]
+    v = x if FIRST else load_potentials(work, head, at, iterations, t, start, L, ROWS, LOGS, sizes)
+    p, u = plan_terms_of(x, tile, v, top, head.lam_a, FIRST, LOGS, UNIT, cut)
+    c, d_c = load_sums(work, back, at, iterations, t, start, L, ROWS, LOGS, sizes)
+    d_f = forces(tile, u, c, d_c, LOGS, cut)
+    if LAST:
+        y = load_numbers(back.weights, at, 1, 1, start, L, ROWS, sizes)
+        d_f += pooled(tile, u, c, y, LOGS, cut) * products
     return d_f
 
 
@@ -61,7 +76,8 @@ def masked_mask_backward_kernel(
     x = log_masses(given, zero, rows, columns, L, S, CAUSAL)
     if some(x):
         total = tl.zeros([ROWS, KEYS], tl.float32)
-        for n in range(0, chunks):
+        # What is invariant in the loop stays there: held through it, it spills.
+        for n in tl.range(0, chunks, disable_licm=True):
             at = mask_head * 0 + n
             number = at + first_head
             b, h = number // H, number % H
@@ -73,28 +89,28 @@ def masked_mask_backward_kernel(
                 weight = tl.load(keys.weight + at * S + columns, mask=columns < S, other=-INF)
                 first = tl.load(keys.first + at * S + columns, mask=columns < S, other=-INF)
                 tile = key_tile(keys, at * S + column, S - column, KEYS, LOGS, sizes)
-                v = load_rows(values, columns, weight > -INF, tl.arange(0, sizes.EP), sizes.E)
                 top = tl.load(work.tops + at * L + rows, mask=rows < L, other=-INF)
-                do = load_do(gradients, rows, top > -INF, sizes)
-                products = value_products(do, v, tile.dtype, LOGS, cut)
                 x_first, x_later = x + first[None, :], x + weight[None, :]
-                if MORE:
+                if MORE:  # the iteration that needs values comes last, so that less is held through the others
                     total += step_forces(
-                        x_later, tile, products, work, back, head, at, iterations, iterations, row, top, L,
-                        True, False, LOGS, UNIT, sizes, cut,
+                        x_first, tile, x, work, back, head, at, iterations, 1, row, top, L,
+                        False, True, LOGS, UNIT, sizes, cut,
                     )  # fmt: skip
-                    for step in range(1, iterations - 1):
-                        total += step_forces(
-                            x_later, tile, products, work, back, head, at, iterations, iterations - step, row, top, L,
-                            False, False, LOGS, UNIT, sizes, cut,
-                        )  # fmt: skip
-                total += step_forces(
-                    x_first, tile, products, work, back, head, at, iterations, 1, row, top, L,
-                    not MORE, True, LOGS, UNIT, sizes, cut,
-                )  # fmt: skip
                 if not LOGS:
                     excess = tl.load(back.excess + at * L + rows, mask=rows < L, other=0.0)
                     total -= excess[:, None] * tl.exp2(x_first - finite_or_zero(top)[:, None])
+                for t in range(2, iterations):
+                    total += step_forces(
+                        x_later, tile, x, work, back, head, at, iterations, t, row, top, L,
+                        False, False, LOGS, UNIT, sizes, cut,
+                    )  # fmt: skip
+                v = load_rows(values, columns, weight > -INF, tl.arange(0, sizes.EP), sizes.E)
+                products = value_products(load_do(gradients, rows, top > -INF, sizes), v, LOGS, cut)
+                total += step_forces(
+                    x_later if MORE else x_first, tile, products,
+                    work, back, head, at, iterations, iterations, row, top, L,
+                    True, not MORE, LOGS, UNIT, sizes, cut,
+                )  # fmt: skip
         out = mask_of(d_mask, mb, mh, stride_gb, stride_gh, stride_gl, stride_gs)
         place, inside = mask_at(out, rows, columns), (rows < L)[:, None] & (columns < S)[None, :]
         tl.store(place, tl.load(place, mask=inside, other=0.0) + total, mask=inside)

@@ -7,6 +7,8 @@ then downwards, t = T..2, `terms`: d log V^{t−1} from a walk over the keys, d 
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 
@@ -19,7 +21,6 @@ from ..device.softmax import read_gradient
 from ..host.launch import kernel
 from .masses import last_key, log_masses, mask_of
 from .terms import (
-    Step,
     belongs,
     column_weights,
     forces,
@@ -30,7 +31,16 @@ from .terms import (
     to_potentials,
     value_products,
 )
-from .walks import key_tile, log_columns, potentials, step_at
+from .walks import key_tile, log_columns, pooled, potentials, step_at
+
+
+class Step(NamedTuple):
+    """An iteration as the walks over the keys need it."""
+
+    c: Any  # [BL, MP] C^t, in logs log2 C^t
+    d_c: Any  # [BL, MP] dC, in logs d log C
+    y: Any  # [BL, MP] W/C, in logs W
+    v: Any  # [BL, MP] V^{t−1}
 
 
 @triton.jit
@@ -52,8 +62,8 @@ def pooled_means(
     d = tl.zeros([rows.shape[0], sizes.MP], tl.float32)
     for start in range(0, end, KEYS):
         x, tile, value = tile_at_keys(keys, given, values, at, rows, start, L, S, KEYS, FIRST, LOGS, CAUSAL, sizes)
-        p, u = plan_terms_of(x, tile, step, top, lam, FIRST, LOGS, UNIT, cut)
-        products = value_products(do, value, tile.dtype, LOGS, cut)
+        p, u = plan_terms_of(x, tile, step.v, top, lam, FIRST, LOGS, UNIT, cut)
+        products = value_products(do, value, LOGS, cut)
         if LOGS:
             d += tl.sum(column_weights(tile, u, step.c) * products[:, :, None], 1)
         else:
@@ -69,9 +79,11 @@ def potential_walk(
     d, total = tl.zeros([rows.shape[0], sizes.MP], tl.float32), tl.zeros([rows.shape[0]], tl.float32)
     for start in range(0, end, KEYS):
         x, tile, value = tile_at_keys(keys, given, values, at, rows, start, L, S, KEYS, False, LOGS, CAUSAL, sizes)
-        p, u = plan_terms_of(x, tile, step, top, lam, False, LOGS, UNIT, cut)
-        products = value_products(do, value, tile.dtype, LOGS, cut) if LAST else u
-        d_f, a = forces(tile, u, step, products, LAST, LOGS, cut)
+        p, u = plan_terms_of(x, tile, step.v, top, lam, False, LOGS, UNIT, cut)
+        products = value_products(do, value, LOGS, cut) if LAST else u
+        d_f = forces(tile, u, step.c, step.d_c, LOGS, cut)
+        if LAST:
+            d_f += pooled(tile, u, step.c, step.y, LOGS, cut) * products
         total += tl.sum(d_f, 1)
         d += to_potentials(tile, step.v, p, returned(p, d_f, lam, LOGS), LOGS, cut)
     return (d if LOGS else d * step.v), total
@@ -139,10 +151,11 @@ def masked_queries_backward_kernel(
         w, d_s = read_gradient(w, d, dropout, number, L, rows, threshold, sizes)
         d_s = tl.where(seen[:, None], d_s, 0.0)
         w = tl.where(seen[:, None], w, 0.0)
-        tl.store(step_at(back.weights, at, 1, 1, first, L, ROWS, sizes), w, mask=inside)
+        tl.store(step_at(back.weights, at, 1, 1, first, L, ROWS, sizes), w if LOGS else w / c, mask=inside)
         tl.store(step_at(back.d_logits, at, 1, 1, first, L, ROWS, sizes), d_s, mask=inside)
         d_c = -w * d - head.lam_b * d_s if rule.UPDATE_ROWS else -w * d
-        tl.store(step_at(back.d_sums, at, iterations, iterations, first, L, ROWS, sizes), d_c, mask=inside)
+        of_last = d_c if LOGS else d_c / c
+        tl.store(step_at(back.d_sums, at, iterations, iterations, first, L, ROWS, sizes), of_last, mask=inside)
         d_g = tl.sum(d_s, 0)
         relaxed = tl.sum(d_s * spread(c, seen, LOGS, sizes), 1)
         excess = tl.zeros([ROWS], tl.float32)
@@ -164,7 +177,8 @@ def masked_queries_backward_kernel(
                         KEYS, False, LOGS, CAUSAL, UNIT, sizes, cut,
                     )  # fmt: skip
                 d_c = -head.lam_b * d_v
-                tl.store(step_at(back.d_sums, at, iterations, t - 1, first, L, ROWS, sizes), d_c, mask=inside)
+                of_before = d_c if LOGS else d_c / before
+                tl.store(step_at(back.d_sums, at, iterations, t - 1, first, L, ROWS, sizes), of_before, mask=inside)
                 d_g += tl.sum(d_v, 0)
                 excess += of_step
                 relaxed += tl.sum(d_v * spread(before, seen, LOGS, sizes), 1)

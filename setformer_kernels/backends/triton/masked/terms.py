@@ -5,6 +5,8 @@ With X_is = ⟨do_i, v_s⟩, W the weights with which the queries read, and dC =
     df^T = U ⊙ (X ⊙ ((W/C) Exᵀ) + dC Exᵀ),   df^t = U ⊙ (dC Exᵀ) of t < T,   dP = −λ_a df/P
     dEx += (U ⊙ X)ᵀ (W/C) of t = T,   dEx += Uᵀ dC + dPᵀ V^{t−1},   d log V^{t−1} = V ⊙ (dP Ex)
 
+An operand of a product is read right before it: all those of a tile at once are more than a thread can hold.
+
 In logs Q = e^{ℓ + f − log C}, whose columns sum to 1, and R = e^{ℓ + g − log P}, whose rows do, stand for the products:
 df = Σ_j Q (X W + d log C), dℓ += Q (X W + d log C) − λ_a R df, d log V = −λ_a Σ_s R df.
 """
@@ -22,21 +24,12 @@ from .walks import LEAST_ROW, masses, potentials, row_sums, step_at
 class Back(NamedTuple):
     """What the blocks of queries leave beside `Work`, float32."""
 
-    weights: Any  # [heads, L, MP] W after dropout
-    d_sums: Any  # [heads, T, L, MP] d log C^t
+    weights: Any  # [heads, L, MP] W/C after dropout, in logs W
+    d_sums: Any  # [heads, T, L, MP] dC^t, in logs d log C^t
     d_logits: Any  # [heads, L, MP] dS, the gradient of the queries' logits
     log_b: Any  # [heads, slots, MP] parts of Σ_i d log V^t
     relaxation: Any  # [heads, slots] parts of Σ_ij d log V^t log2 C^t
     excess: Any  # [heads, L] Σ_s Σ_t df^t, which is 0 but for rounding, over `Work.totals`; or None
-
-
-class Step(NamedTuple):
-    """An iteration as the tiles of a block of queries need it."""
-
-    c: Any  # [BL, MP] C^t, in logs log2 C^t
-    d_c: Any  # [BL, MP] dC, in logs d log C
-    y: Any  # [BL, MP] W/C, in logs W
-    v: Any  # [BL, MP] V^{t−1}
 
 
 @triton.jit
@@ -47,35 +40,33 @@ def load_numbers(x, at, iterations, t, first, L, ROWS: tl.constexpr, sizes):
 
 
 @triton.jit
-def load_step(work, back, head, at, iterations, t, first, L, ROWS, FIRST, LOGS: tl.constexpr, sizes):
-    """Iteration t of a block of queries."""
-    c = load_numbers(work.sums, at, iterations, t, first, L, ROWS, sizes)
-    d_c = load_numbers(back.d_sums, at, iterations, t, first, L, ROWS, sizes)
-    y = load_numbers(back.weights, at, 1, 1, first, L, ROWS, sizes)
-    v = c
-    if not FIRST:
-        v = potentials(load_numbers(work.sums, at, iterations, t - 1, first, L, ROWS, sizes), head, LOGS, sizes)
-    if not LOGS:
-        inverse = 1.0 / c
-        d_c *= inverse
-        y *= inverse
-    return Step(c, d_c, y, v)
+def load_potentials(work, head, at, iterations, t, first, L, ROWS: tl.constexpr, LOGS: tl.constexpr, sizes):
+    """V^{t−1} [BL, MP] of a block of queries, t ≥ 2."""
+    return potentials(load_numbers(work.sums, at, iterations, t - 1, first, L, ROWS, sizes), head, LOGS, sizes)
 
 
 @triton.jit
-def value_products(do, v, dtype: tl.constexpr, LOGS: tl.constexpr, cut):
+def load_sums(work, back, at, iterations, t, first, L, ROWS: tl.constexpr, LOGS: tl.constexpr, sizes):
+    """(log2 C^t in logs, where alone it is needed, dC^t) [BL, MP] of a block of queries."""
+    d_c = load_numbers(back.d_sums, at, iterations, t, first, L, ROWS, sizes)
+    c = load_numbers(work.sums, at, iterations, t, first, L, ROWS, sizes) if LOGS else d_c
+    return c, d_c
+
+
+@triton.jit
+def value_products(do, v, LOGS: tl.constexpr, cut):
     """X [BL, BS] of do [BL, E] and v [BS, E]."""
     if LOGS:
         x = tl.sum(do.to(tl.float32)[:, None, :] * v.to(tl.float32)[None, :, :], 2)
     else:
-        x = dot(do.to(dtype), tl.trans(v.to(dtype)), cut.PRECISION)
+        x = dot(do, tl.trans(v), cut.PRECISION)
     return x
 
 
 @triton.jit
-def plan_terms_of(x, tile, step, top, lam, FIRST: tl.constexpr, LOGS: tl.constexpr, UNIT: tl.constexpr, cut):
+def plan_terms_of(x, tile, v, top, lam, FIRST: tl.constexpr, LOGS: tl.constexpr, UNIT: tl.constexpr, cut):
     """(P, U) [BL, BS] of an iteration."""
-    p = x if FIRST else row_sums(tile, step.v, LOGS, cut)
+    p = x if FIRST else row_sums(tile, v, LOGS, cut)
     return p, masses(x, p, finite_or_zero(top), lam, LOGS, FIRST, UNIT)
 
 
@@ -86,36 +77,32 @@ def column_weights(tile, u, c):
 
 
 @triton.jit
-def forces(tile, u, step, products, LAST: tl.constexpr, LOGS: tl.constexpr, cut):
-    """(df [BL, BS], A of the LAST iteration)."""
-    a = u
+def forces(tile, u, c, d_c, LOGS: tl.constexpr, cut):
+    """What df^t [BL, BS] gets from column sums."""
     if LOGS:
-        q = column_weights(tile, u, step.c)
-        d_f = tl.sum(q * step.d_c[:, None, :], 2)
-        if LAST:
-            a = tl.sum(q * step.y[:, None, :], 2)
-            d_f += a * products
+        d_f = tl.sum(column_weights(tile, u, c) * d_c[:, None, :], 2)
     else:
-        d_f = u * dot(rounded(step.d_c, tile.dtype), tl.trans(tile), cut.PRECISION)
-        if LAST:
-            a = u * dot(rounded(step.y, tile.dtype), tl.trans(tile), cut.PRECISION)
-            d_f += a * products
-    return d_f, a
+        d_f = u * dot(rounded(d_c, tile.dtype), tl.trans(tile), cut.PRECISION)
+    return d_f
 
 
 @triton.jit
-def column_terms(tile, u, step, products, LAST: tl.constexpr, LOGS: tl.constexpr, cut):
+def column_terms(tile, u, c, d_c, LOGS: tl.constexpr, cut):
     """What the keys get from column sums [BS, MP]: of dEx, in logs of dℓ."""
     if LOGS:
-        q = column_weights(tile, u, step.c)
-        terms = tl.sum(q * step.d_c[:, None, :], 0)
-        if LAST:
-            terms += tl.sum(q * products[:, :, None] * step.y[:, None, :], 0)
+        terms = tl.sum(column_weights(tile, u, c) * d_c[:, None, :], 0)
     else:
-        terms = dot(tl.trans(rounded(u, tile.dtype)), rounded(step.d_c, tile.dtype), cut.PRECISION)
-        if LAST:
-            weighted = tl.trans(rounded(u * products, tile.dtype))
-            terms += dot(weighted, rounded(step.y, tile.dtype), cut.PRECISION)
+        terms = dot(tl.trans(rounded(u, tile.dtype)), rounded(d_c, tile.dtype), cut.PRECISION)
+    return terms
+
+
+@triton.jit
+def value_terms(tile, u, c, y, products, LOGS: tl.constexpr, cut):
+    """The same from what the LAST iteration pools."""
+    if LOGS:
+        terms = tl.sum(column_weights(tile, u, c) * products[:, :, None] * y[:, None, :], 0)
+    else:
+        terms = dot(tl.trans(rounded(u * products, tile.dtype)), rounded(y, tile.dtype), cut.PRECISION)
     return terms
 
 
