@@ -295,7 +295,8 @@ def _with_weights(x: Operands, opt: Options, s: int, average: bool) -> tuple[Ten
         return o, a.mean(1) if average else a
     o, _, _, w_q, w_k = ops.weights.set_attention_weights(*x, *chosen, average)
     w_k, dtype = w_k[:, :, :s], x.key.dtype
-    if not w_q.requires_grad:  # differences of the products' gradients are what counts, which rounding would drown
+    # with gradients, differences of the products' gradients are what counts, which rounding would drown
+    if w_q.dtype != dtype and not w_q.requires_grad:
         w_q, w_k = w_q.to(dtype), w_k.to(dtype)
     if not average:
         return o, (w_q @ w_k.mT).to(dtype)

@@ -151,6 +151,24 @@ def test_scripting_says_what_to_use_instead(net):
     torch.testing.assert_close(torch.jit.script(traced)(x), net(x), rtol=1e-4, atol=1e-5)
 
 
+class Asking(nn.Module):
+    def __init__(self, module: nn.Module, need_weights: bool) -> None:
+        super().__init__()
+        self.module, self.need_weights = module, need_weights
+
+    def forward(self, query: Tensor, key: Tensor, pad: Tensor) -> tuple[Tensor, ...]:
+        return self.module(query, key, key, pad, self.need_weights)[: 1 + self.need_weights]
+
+
+@pytest.mark.parametrize("need_weights", [True, False])
+def test_traces_with_gradients(need_weights):
+    """torch.jit.trace runs the module again, without gradients, and refuses another graph."""
+    module = SeTAttention(E, H, num_references=M, batch_first=True).eval()
+    query, key, pad = torch.randn(2, 4, E), torch.randn(2, 5, E), torch.arange(5).expand(2, 5) >= 3
+    traced = torch.jit.trace(Asking(module, need_weights), (query, key, pad))
+    torch.testing.assert_close(traced(query, key, pad), module(query, key, key, pad, need_weights)[: 1 + need_weights])
+
+
 def test_quantized_inputs_are_refused_by_name():
     x = torch.quantize_per_tensor(torch.randn(4, 5, E), 0.1, 0, torch.quint8)
     with pytest.raises(TypeError, match="`query` must be a floating-point tensor"):

@@ -181,7 +181,7 @@ class SeTAttention(ReferenceSet, PythonForward, Projections):
             return nest_like(output, nested), weights
         check_dense(optional)
         batched, B = self._check_call(query, key, value, key_padding_mask, attn_mask)
-        if key_padding_mask is not None and key is not query and torch.is_grad_enabled():
+        if key_padding_mask is not None and key is not query:
             key, value = blank_padding(key, value, key_padding_mask, self.batch_first)
         q, k, v = self._project(query, key, value)
         if not batched and key_padding_mask is not None:
@@ -269,7 +269,7 @@ class SeTAttention(ReferenceSet, PythonForward, Projections):
         check_width("value", value, self.vdim)
         B, S = self._sizes(key, batched)
         check_masks(key_padding_mask, None, key, B, self.num_heads, 0, S, batched)
-        if key_padding_mask is not None and torch.is_grad_enabled():
+        if key_padding_mask is not None:
             key, value = blank_padding(key, value, key_padding_mask, self.batch_first)
         k, v, slots = self._append_slots(*self._project_keys(key, value))
         if key_padding_mask is not None and not batched:

@@ -29,13 +29,20 @@ def blank_padding(key: Tensor, value: Tensor, key_padding_mask: Tensor, batch_fi
     """key and value [B, S, ·] (batch_first), [S, B, ·] or [S, ·] with zeros where the mask forbids (bool, or −inf).
 
     The kernels never read these rows, but the gradient of a projection weight is a sum over all of them, in which
-    0 · NaN would be NaN.  One tensor given twice stays one tensor.
+    0 · NaN would be NaN: without gradients they stay.  One tensor given twice stays one tensor.
     """
+    if not torch.is_grad_enabled() and not _is_traced():
+        return key, value
     mask = takes_part(key_padding_mask)
     present = mask if mask.dtype == torch.bool else mask > -torch.inf
     present = (present if batch_first or present.dim() == 1 else present.T).unsqueeze(-1)
     blank = torch.where(present, key, 0.0)
     return blank, blank if value is key else torch.where(present, value, 0.0)
+
+
+def _is_traced() -> bool:
+    """By torch.jit.trace, which compares the graphs of two runs, one of them without gradients."""
+    return not torch.compiler.is_compiling() and torch._C._get_tracing_state() is not None
 
 
 def attention_mask_of(

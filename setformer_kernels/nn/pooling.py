@@ -161,7 +161,7 @@ class SeTPooling(ReferenceSet):
         B, S, _ = x.shape
         check_layout(x, x, x, key_padding_mask, None)
         check_masks(key_padding_mask, None, x, B, self.num_heads, S, S, batched=True)
-        if key_padding_mask is not None and torch.is_grad_enabled():
+        if key_padding_mask is not None:
             x = blank_padding(x, x, key_padding_mask, batch_first=True)[0]
         k, v = (split_heads(part, self.num_heads, batch_first=True) for part in self.kv_proj(x).chunk(2, -1))
         return k, v

@@ -97,6 +97,8 @@ def test_parametrized_weights_are_left() -> None:
 
 
 def test_refuses_what_it_cannot_do() -> None:
+    with pytest.raises(TypeError, match=r"model must be an nn\.Module, got str"):
+        replace_attention("bert")
     with pytest.raises(ValueError, match="model must contain attention modules, got an attention module"):
         replace_attention(nn.MultiheadAttention(C, H))
     with pytest.raises(ValueError, match="position_dim must be 0"):

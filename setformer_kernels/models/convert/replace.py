@@ -35,8 +35,11 @@ def replace_attention(
         own: keyword arguments of `SeTAttention` beyond those of `nn.MultiheadAttention` (num_references, epsilon, ...).
 
     Raises:
+        TypeError: model is no module.
         ValueError: model is itself an attention module, or position_dim is asked for (the model passes no positions).
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
     if own.get("position_dim"):
         raise ValueError(f"position_dim must be 0: the model passes no positions, got {own['position_dim']}")
     if _rule_of(model) is not None:
