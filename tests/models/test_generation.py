@@ -186,6 +186,18 @@ def test_no_tokens_change_nothing() -> None:
             model(x[:1], **{CACHE: cache})
 
 
+@torch.no_grad()
+def test_what_a_cache_took_in_stays() -> None:
+    """A row that ended is filled up with padding, which later masks call so: too late for a state."""
+    model, x = built(), prompt()
+    cache = DynamicCache(config=model.config)
+    model(x[:, :6], **{CACHE: cache})
+    there = torch.ones_like(x)
+    there[1, 5] = 0
+    with pytest.raises(ValueError, match=r"attention_mask must say .* they were \[6, 6\] of the rows, got \[6, 5\]"):
+        model(x[:, 6:], attention_mask=there, **{CACHE: cache})
+
+
 def test_options_of_attention_have_one_place() -> None:
     with pytest.raises(ValueError, match=r"num_iters must be within attention=\{\.\.\.\}, got num_iters=2 beside it"):
         SeTformerCausalConfig(**TINY, num_iters=2)

@@ -1,8 +1,8 @@
 """The causal SeTformer behind transformers' classes, on transformers' own cache of linear attention.
 
 A block's layer of the cache holds the sums of attention as its recurrent state and the last inputs of the convolution
-as its convolutional state.  The first layer has another convolutional state of one number a row: how many tokens, with
-padding, the cache has seen, which transformers does not count where no layer keeps keys.
+as its convolutional state.  The first layer has another convolutional state of two numbers a row: how many tokens, with
+padding and without, the cache has seen, which transformers does not count where no layer keeps keys.
 """
 
 from __future__ import annotations
@@ -88,19 +88,37 @@ def write(layer: Any, past: Past) -> None:
     layer.update_recurrent_state(past.sums.detach())
 
 
-def count(layer: Any, tokens: Tensor) -> None:
-    """Notes in the cache's first layer that it has seen tokens [B, L, C]."""
+def count(layer: Any, tokens: Tensor, mask: Tensor | None) -> None:
+    """Notes in the cache's first layer that it has seen tokens [B, L, C], and how many of them mask [B, L] says there
+    are."""
     seen = layer.conv_states[SEEN]
     if seen is None:
-        seen = torch.zeros((tokens.shape[0], 1, 1), dtype=torch.long, device=tokens.device)
-    layer.update_conv_state(seen + tokens.shape[1], SEEN)
+        seen = torch.zeros((tokens.shape[0], 1, 2), dtype=torch.long, device=tokens.device)
+    new = torch.full_like(seen, tokens.shape[1])
+    if mask is not None:
+        new[:, 0, 1] = (mask != 0).sum(1)
+    layer.update_conv_state(seen + new, SEEN)
+
+
+def check_past(layer: Any, attention_mask: Tensor | None, length: int) -> None:
+    """ValueError for a mask [B, all tokens so far] that says of those before another number than was taken in: states
+    can neither forget nor learn of one later.  Looked at on the CPU alone, where that waits for nobody."""
+    seen = layer.conv_states[SEEN]
+    if attention_mask is None or seen is None or seen.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    known, before = seen[:, 0], (attention_mask[:, : attention_mask.shape[1] - length] != 0).sum(1)
+    if attention_mask.shape[1] - length == int(known[:, 0].max()) and not torch.equal(before, known[:, 1]):
+        raise ValueError(
+            f"attention_mask must say of the tokens before what it said when {CACHE} took them in: they were"
+            f" {known[:, 1].tolist()} of the rows, got {before.tolist()}"
+        )
 
 
 def seen_tokens(cache: Cache | None) -> int:
     """How many tokens the cache has seen, padding among them."""
     layer = cache.layers[0] if cache is not None and cache.layers else None
     counts = None if layer is None or not hasattr(layer, "conv_states") else layer.conv_states.get(SEEN)
-    return 0 if counts is None else int(counts.max())
+    return 0 if counts is None else int(counts[..., 0].max())
 
 
 def local_mask(attention_mask: Tensor | None, length: int) -> Tensor | None:
@@ -170,6 +188,8 @@ class SeTformerCausalModel(SeTformerCausalPreTrainedModel):
         check_rows(kept, tokens)
         self.decoder.refuse_padding(attention_mask)
         mask = None if tokens is None else local_mask(attention_mask, tokens.shape[1])
+        if kept and tokens is not None:
+            check_past(kept[0], attention_mask, tokens.shape[1])
         asked = either(output_hidden_states, self.config, "output_hidden_states")
         states: list[Tensor] = []
         hidden, after = self.decoder.with_past(
@@ -179,7 +199,7 @@ class SeTformerCausalModel(SeTformerCausalPreTrainedModel):
         for layer, past in zip(kept, after, strict=True):
             write(layer, past)
         if kept:
-            count(kept[0], hidden)
+            count(kept[0], hidden, mask)
         return BaseModelOutputWithPast(
             last_hidden_state=hidden, hidden_states=chosen_states([*states, hidden], asked),
             **{CACHE: cache if use_cache else None},
