@@ -258,7 +258,7 @@ def causal_pack(
         if is_plain(stream, with_state):
             return reference.packed_causal(x, opt, cu_q), layout.empty_like(x, False)
         o, states = reference.packed_causal_with_state(x, opt, cu_q, stream)
-    return o, states[:, ::groups]
+    return o, states[:, ::groups].contiguous()
 
 
 def _check_scan(x: Operands, opt: Options) -> int:

@@ -123,7 +123,7 @@ def piece(x: Operands, opt: Options, stream: Stream, wanted: bool) -> tuple[Tens
         o, state = scan(x, opt, stream, wanted)
     if alone:
         return elements_as_heads(o), state[:1] if wanted else None
-    return o, state[:, ::groups] if wanted else None
+    return o, state[:, ::groups].contiguous() if wanted else None
 
 
 def scan(x: Operands, opt: Options, stream: Stream = NO_STREAM, with_state: bool = False) -> tuple[Tensor, Tensor]:

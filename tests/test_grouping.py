@@ -190,6 +190,28 @@ def test_states_of_groups(B: int, native: str) -> None:
     torch.testing.assert_close((torch.cat(found, 2), state), (whole, last))
 
 
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_step_goes_on_from_what_a_prompt_of_groups_left(packed: bool, native: str) -> None:
+    """The state that comes out is one that a step takes: of memory of its own."""
+    options = grouped()
+    x = [options[name].detach() for name in ("query", "key", "value")]
+    x[1], x[2] = x[1][:, :, :L], x[2][:, :, :L]
+    given = {"references": options["references"].detach(), "backend": native}
+    if packed:
+        flat = [t[:, :, :-1].transpose(1, 2).flatten(0, 1) for t in x]
+        cu = torch.tensor([0, L - 1, 2 * (L - 1)])
+        _, state = SF.set_attention_varlen(
+            *flat, cu_seqlens_q=cu, causal=True, num_iters=1, output_final_state=True, **given
+        )
+    else:
+        _, state = SF.set_causal(*(t[:, :, :-1] for t in x), output_final_state=True, **given)
+    assert state is not None
+    assert state.untyped_storage().nbytes() == state.nbytes
+    o = SF.set_step(state, *(t[:, :, -1] for t in x), **given)
+    want, _ = SF.set_causal(*x, **given)
+    torch.testing.assert_close(o, want[:, :, -1], rtol=1e-4, atol=1e-5)
+
+
 def test_a_step_of_groups_copies_no_state() -> None:
     """Nothing the size of the pool is made, whoever's turn it is."""
     pool = SF.set_causal(

@@ -112,7 +112,7 @@ def attended(
     o, state = reference.causal_with_state(
         many, opt, repeated_stream(stream, groups) if groups > 1 else stream, _of_heads(counters, x.query)
     )  # fmt: skip
-    return o, state[:, ::groups]
+    return o, state[:, ::groups].contiguous()
 
 
 def _of_heads(counters: Tensor, query: Tensor) -> Tensor:

@@ -83,6 +83,26 @@ class SetTransport(ReferenceSet):
         )  # fmt: skip
         return o.transpose(0, 1)
 
+    def streamed(
+        self, q: Tensor, k: Tensor, v: Tensor, state: Tensor | None, key_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """o [B, H, L, E] of causal attention that goes on from a state [B, Hk, M, 2E + 3] (`SF.set_causal`), and the
+        state after; a single token without gradients may be written into the state that was given."""
+        whole_only(self.cp_context, state=True)
+        v, mask = self._map_values(v), self._mask_options(q, k, key_mask, None)["key_mask"]
+        options = self._transport_options()
+        if state is not None and q.shape[2] == 1 and not (torch.is_grad_enabled() or state.requires_grad):
+            token = None if mask is None else mask[..., 0]
+            o = SF.set_step(state, q[:, :, 0], k[:, :, 0], v[:, :, 0], self.references, key_mask=token, **options)
+            return o.unsqueeze(2), state
+        o, after = SF.set_causal(
+            q, k, v, self.references, initial_state=state, output_final_state=True, key_mask=mask,
+            dropout_p=dropout_p if self.training else 0.0, **options,
+        )  # fmt: skip
+        assert after is not None
+        return o, after
+
     def weights(
         self, q: Tensor, k: Tensor, key_mask: Tensor | None = None, attn_mask: Tensor | None = None,
         is_causal: bool = False,

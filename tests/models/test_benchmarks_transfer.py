@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import BertConfig, BertModel
 
-from benchmarks.cpu import converted
+from benchmarks.cpu import converted, converted_decoding
 from benchmarks.quality import transfer
 from setformer_kernels.recipes.wordpiece import train_tokenizer
 
@@ -52,3 +52,18 @@ def test_rows_of_speed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     named = [(row["length"], row["batch"], row["model"]) for row in rows]
     assert named == [("32", "2", "softmax"), ("32", "2", "SeT")]
     assert all(float(row["tokens_per_s"]) > 0 for row in rows)
+
+
+def test_rows_of_decoding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(converted_decoding, "WIDTH", 32)
+    told = ["--context", "8", "--context", "64", "--references", "4", "--seconds", "0.1", "--out", str(tmp_path)]
+    assert converted_decoding.main(told) == 0
+    (path,) = tmp_path.glob("*.csv")
+    rows = list(csv.DictReader(path.read_text().splitlines()))
+    kinds = [("softmax", "keys and values"), ("SeT", "keys and values"), ("SeT", "state")]
+    named = [(row["context"], row["attention"], row["cache"]) for row in rows]
+    assert named == [(c, *kind) for c in ("8", "64") for kind in kinds]
+    sizes = [int(row["kept_bytes"]) for row in rows]
+    assert sizes[:2] == [4 * 2 * 4 * 8 * 4 * 4] * 2
+    assert sizes[3:5] == [8 * n for n in sizes[:2]]
+    assert sizes[2] == sizes[5]

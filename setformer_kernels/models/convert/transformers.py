@@ -15,6 +15,7 @@ from .weights import like
 
 INTERFACE = "ALL_ATTENTION_FUNCTIONS"
 BLOCKS = "block_indices"
+MASKED_OTHERWISE = ("_supports_sdpa", "_supports_flash_attn")
 
 
 def asks_the_interface(module: nn.Module) -> bool:
@@ -39,8 +40,9 @@ def from_transformers(old: nn.Module, own: dict[str, Any]) -> None:
 
 
 def _adds_to_masks(kind: type[nn.Module]) -> bool:
-    """Whether the models that kind is of know masks of numbers alone: no class beside it takes sdpa's, of bool."""
+    """Whether the models that kind is of know masks of numbers alone: no class beside it takes sdpa's, of bool, or
+    flash attention's, which are no matrices."""
     base = sys.modules["transformers.modeling_utils"].PreTrainedModel
     beside = vars(sys.modules[kind.__module__]).values()
     models = [c for c in beside if isinstance(c, type) and issubclass(c, base) and c is not base]
-    return bool(models) and not any(getattr(c, "_supports_sdpa", False) for c in models)
+    return bool(models) and not any(getattr(c, name, False) for c in models for name in MASKED_OTHERWISE)

@@ -5,6 +5,7 @@ import transformers
 from .causal import SeTformerCausalModel, SeTformerForCausalLM
 from .configuration import SeTformerCausalConfig, SeTformerConfig, SeTformerTextConfig
 from .conversion import from_pretrained
+from .state_cache import StateCache
 from .text import (
     SeTformerForMaskedLM,
     SeTformerForSequenceClassification,
@@ -26,6 +27,7 @@ __all__ = [
     "SeTformerModel",
     "SeTformerTextConfig",
     "SeTformerTextModel",
+    "StateCache",
     "from_pretrained",
 ]
 

@@ -38,6 +38,11 @@ def set_attention_forward(
     causal = bool(implied if is_causal is None else is_causal)
     if query.shape[0] != key.shape[0]:  # learned queries, the same for all
         query = query.expand(key.shape[0], *query.shape[1:])
+    if (past := getattr(key, "set_state", None)) is not None:
+        if position_bias is not None or kwargs.get("indices") is not None:
+            raise ValueError("past_key_values must be a DynamicCache where positions are biased, got a StateCache")
+        heads = past.attend(transport, query, key, value, attention_mask, causal, dropout)
+        return heads.transpose(1, 2).contiguous(), None
     options = as_options(_cropped(attention_mask, key), query.shape[2], key.shape[2], causal)
     ends = kwargs.get("cu_seq_lens_q")
     bounds = (ends, kwargs.get("cu_seq_lens_k"))
