@@ -12,11 +12,11 @@ std::string attention_refusal(const Device& device, const AttentionParams& p, bo
          shared_memory_of(device);
 }
 
-bool attention_leaves_idle(const Device& device, const AttentionParams& p, bool backward) {
-  const Layout l = layout(device, p, backward);
+bool attention_leaves_idle(const Device& device, const AttentionParams& p) {
+  const Layout l = layout(device, p, false);
   // Where every warp has two tiles of keys and of queries or less, the launches are what counts.
   if (std::max(p.S, p.L) <= int64_t{2 * kTile} * l.warps * l.cluster) return false;
-  return l.cluster && own_cycles(device, p, l, backward) > spread_cycles(device, p, backward);
+  return l.cluster && own_cycles(device, p, l) > spread_cycles(device, p);
 }
 
 void attention(const AttentionParams& p, const Device& device, void* stream) {

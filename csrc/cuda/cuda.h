@@ -50,8 +50,9 @@ void sinkhorn_backward(const SinkhornParams& p, const Device& device, void* stre
 
 // The same for attention or pooling: p's sizes and the dtype of its keys.
 std::string attention_refusal(const Device& device, const AttentionParams& p, bool backward);
-// Whether a backend that spreads every head over the whole device should be faster, as this one leaves some of it idle.
-bool attention_leaves_idle(const Device& device, const AttentionParams& p, bool backward);
+// Whether a backend that spreads every head over the whole device should be faster forward, as this one leaves some of
+// it idle.
+bool attention_leaves_idle(const Device& device, const AttentionParams& p);
 void attention(const AttentionParams& p, const Device& device, void* stream);
 // How many parts the gradients of the parameters come in: groups of batch elements.
 int64_t gradient_parts(const Device& device, const AttentionParams& p);

@@ -124,16 +124,15 @@ inline Layout known_layout(const Device& device, const AttentionParams& p, bool 
   return l;
 }
 
-// What 16 keys and 16 queries cost, in instructions of a warp, with M = D = E = 64 and T = 3 in 16 bits, and how many
-// launches there are; all other sizes are taken to cost the two alike.
+// What 16 keys and 16 queries of a forward pass cost, in instructions of a warp, with M = D = E = 64 and T = 3 in 16
+// bits, and how many launches there are; all other sizes are taken to cost the two alike.
 struct Cost {
   double own, spread;
   int launches;
 };
-inline Cost cost_of(const AttentionParams& p, bool backward) {
+inline Cost cost_of(const AttentionParams& p) {
   // 1743 and 2160 are counted (benchmarks/results: cuda_instructions.csv, triton_resources.csv); the general forward's
-  // 4700 and the backwards' are estimates from their loops.
-  if (backward) return {10000, 6600, 7};
+  // 4700 is an estimate from its loops.
   const bool narrow = p.key.dtype != Dtype::f32 && padded(p.M) == kUsual && p.D <= kUsual && p.P == 0;
   return {narrow ? 1743.0 : 4700.0, 2160, 6};
 }
@@ -143,18 +142,18 @@ constexpr double kInterval = 4;      // cycles from an instruction of a warp to 
 constexpr double kMostIssued = 3;    // instructions a cycle of a processor that has warps enough
 constexpr double kSpreadIssued = 2;  // the same of Triton's kernels, which leave it 8 warps
 
-// Cycles of a call laid out like this, and of one whose every head has the whole device.
-inline double own_cycles(const Device& device, const AttentionParams& p, const Layout& l, bool backward) {
-  const int64_t running = blocks_at_once(device, p, l, backward), blocks = p.H * l.groups * l.cluster;
+// Cycles of a forward pass laid out like this, and of one whose every head has the whole device.
+inline double own_cycles(const Device& device, const AttentionParams& p, const Layout& l) {
+  const int64_t running = blocks_at_once(device, p, l, false), blocks = p.H * l.groups * l.cluster;
   const int64_t at_once = l.cluster > 1 ? device.clusters_at_once(l.cluster) * l.cluster : device.processors * running;
   const int64_t here = std::max<int64_t>(1, std::min(running, blocks / device.processors));
   const double tiles = static_cast<double>(padded(p.S) + padded(p.L)) / (2 * kTile) / l.cluster * l.problems;
   const double issued = std::min(kMostIssued, here * l.warps / kInterval);
   const double waves = static_cast<double>((blocks + at_once - 1) / at_once);
-  return kLaunch + waves * here * tiles * cost_of(p, backward).own / issued;
+  return kLaunch + waves * here * tiles * cost_of(p).own / issued;
 }
-inline double spread_cycles(const Device& device, const AttentionParams& p, bool backward) {
-  const Cost cost = cost_of(p, backward);
+inline double spread_cycles(const Device& device, const AttentionParams& p) {
+  const Cost cost = cost_of(p);
   const double tiles = static_cast<double>(padded(p.S) + padded(p.L)) / (2 * kTile) * p.B * p.H;
   return cost.launches * kLaunch + tiles * cost.spread / (device.processors * kSpreadIssued);
 }

@@ -67,10 +67,10 @@ std::string attention_refusal(const AttentionSizes& sizes, int dtype, bool backw
   return refusal([&](const cuda::Device& d) { return cuda::attention_refusal(d, p, backward); });
 }
 
-bool attention_leaves_idle(const AttentionSizes& sizes, int dtype, bool backward) {
+bool attention_leaves_idle(const AttentionSizes& sizes, int dtype) {
   const AttentionParams p = attention_sizes(sizes, dtype);
   for (int i = 0; i < cuda::device_count(); ++i)
-    if (cuda::attention_leaves_idle(cuda::device(i), p, backward)) return true;
+    if (cuda::attention_leaves_idle(cuda::device(i), p)) return true;
   return false;
 }
 

@@ -67,7 +67,7 @@ def yields(p: Problem) -> bool:
         return False
     if p.backward or max(p.L, p.N) > FEW_TOKENS:
         return True
-    return bool(_C.cuda_attention_leaves_idle(_sizes(p), DTYPE_CODES[p.dtype], False))
+    return bool(_C.cuda_attention_leaves_idle(_sizes(p), DTYPE_CODES[p.dtype]))
 
 
 def _where(t: Tensor) -> tuple[int, int]:
