@@ -10,7 +10,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import setformer_kernels.functional as SF
+from setformer_kernels import streaming
 from setformer_kernels.backends import cpu
+from setformer_kernels.ops.direct import Repeats
 from setformer_kernels.problem import SCALARS, Operands, Options
 
 B, H, G, L, S, M, D, E, P = 2, 2, 3, 20, 30, 5, 16, 8, 2
@@ -263,12 +265,15 @@ def test_a_step_of_groups_is_one_call_of_the_kernel(monkeypatch: pytest.MonkeyPa
     taken: list[int] = []
 
     class Counted:
+        PreparedStep = cpu._C.PreparedStep  # of later tokens
+
         def step(self, *args: Any) -> None:
             taken.append(1)
             kernels.step(*args)
 
     kernels = cpu._C
     monkeypatch.setattr(cpu, "_C", Counted())
+    monkeypatch.setattr(streaming, "_repeats", Repeats())
     q, k, v, y = torch.randn(B, G * H, D), torch.randn(B, H, D), torch.randn(B, H, E), torch.randn(H, M, D)
     SF.set_step(SF.empty_state(B, H, M, E), q, k, v, y, backend="cpu")
     assert taken == [1]
