@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import accelerate
 import pytest
 import torch
 import transformers
@@ -205,7 +206,6 @@ def test_parameters_that_a_hook_brings() -> None:
         return [pieces, *model(x, output_attentions=True).attentions, model(x, **bounds).logits]
 
     wanted = answers()
-    accelerate = pytest.importorskip("accelerate")
     accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
     assert model.model.layers[0].self_attn.set_transport.references.is_meta
     for got, want in zip(answers(), wanted, strict=True):
