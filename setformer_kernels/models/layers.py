@@ -152,5 +152,6 @@ def _place(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
         module.initialize_references(call["x"], **options)
     elif isinstance(module, SeTAttention):
         module.initialize_references(call["key"], value=call["value"], **options)
-    elif isinstance(module, SetTransport):
-        module.initialize_references(call["k"], call["v"], call.get("key_mask"))
+    elif isinstance(module, SetTransport) and call["v"] is not None:  # weights are of a call that came before
+        k, v = (t if t.dim() == 4 else t[None] for t in (call["k"], call["v"]))  # a pack is one row of tokens
+        module.initialize_references(k, v, call.get("key_mask"))

@@ -54,7 +54,7 @@ class SetTransport(ReferenceSet):
 
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None = None, attn_mask: Tensor | None = None,
-        is_causal: bool = False, dropout_p: float = 0.0, run: Callable[[Tensor, Tensor, Tensor], Any] | None = None,
+        is_causal: bool = False, dropout_p: float = 0.0, run: Callable[[Tensor, Tensor, Any], Any] | None = None,
     ) -> Any:  # fmt: skip
         """key_mask [B, S] or [B, H, S]: bool (True = take part) or float (added to log masses).  attn_mask: broadcasts
         to [B, H, L, S], likewise, and takes the path that is not linear.
@@ -117,7 +117,7 @@ class SetTransport(ReferenceSet):
             assert after is not None
             return o, after
 
-        return self(q, k, v, run=run)
+        return self(q, k, v, key_mask, run=run)
 
     def weights(
         self, q: Tensor, k: Tensor, key_mask: Tensor | None = None, attn_mask: Tensor | None = None,
@@ -127,12 +127,12 @@ class SetTransport(ReferenceSet):
         whole_only(self.cp_context, weights=True)
         masks = self._mask_options(q, k, key_mask, attn_mask)
 
-        def run(q: Tensor, k: Tensor, _: Tensor) -> Tensor:
+        def run(q: Tensor, k: Tensor, _: None) -> Tensor:
             return SF.set_attention_weights(
                 q, k, self.references, **self._transport_options(), **masks, causal=is_causal
             )  # fmt: skip
 
-        return self(q, k, k, run=run)
+        return self(q, k, None, run=run)
 
     @staticmethod
     def _mask_options(q: Tensor, k: Tensor, key_mask: Tensor | None, attn_mask: Tensor | None) -> dict[str, Any]:

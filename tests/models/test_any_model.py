@@ -289,3 +289,20 @@ def test_the_committed_table_of_all_models() -> None:
     assert len(rows) > 500
     assert len(of["converted"]) / asked >= 0.9
     assert all(row["reason"] for row in rows if row["status"] not in ("converted", "none"))
+
+
+def test_references_are_placed_on_packs_and_once_where_weights_are_asked_for() -> None:
+    mask = torch.ones(2, 9, dtype=torch.long)
+    mask[1, 6:] = 0
+    placed = []
+    for asked in (False, True):
+        model = converted()
+        torch.manual_seed(1)
+        initialize_references(model, words(), attention_mask=mask, output_attentions=asked)
+        placed.append(model.model.layers[0].self_attn.set_transport.references.detach())
+    assert torch.equal(*placed)
+    model = converted()
+    before = model.model.layers[1].self_attn.set_transport.references.detach().clone()
+    place = torch.cat([torch.arange(4), torch.arange(5)])[None]
+    initialize_references(model, words(1, 9), position_ids=place, use_cache=False, **_bounds(4, 5))
+    assert not torch.equal(model.model.layers[1].self_attn.set_transport.references, before)
