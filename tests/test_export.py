@@ -76,6 +76,21 @@ def test_decompositions_are_the_op_at_every_length(name: str) -> None:
         torch.testing.assert_close(found, wanted, check_stride=True)
 
 
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("name", DECOMPOSED)
+def test_inductor_calls_the_op_where_the_environment_has_ci(
+    name: str, dynamic: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where CI is set, it would refuse ops that it does not lower and that have a decomposition."""
+    monkeypatch.setenv("CI", "true")
+    torch.compiler.reset()  # one code object for all names
+    arguments = arguments_of(name)
+    module, tensors = OpModule(name, arguments), tensors_of(arguments)
+    with torch._inductor.config.patch(fx_graph_cache=False):
+        found = torch.compile(module, fullgraph=True, dynamic=dynamic)(*tensors)
+    torch.testing.assert_close(found, module(*tensors), check_stride=True)
+
+
 def test_unknown_lengths_take_the_fake_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(eager, "attention")  # the decomposition
     arguments = ARGUMENTS["set_attention"]()

@@ -20,6 +20,7 @@ from torch._functorch.utils import unwrap_dead_wrappers
 from ..dispatch import Chosen, asked_for
 from ..problem import empty_in_order
 from .direct import differentiated, unwatched
+from .inductor import called_by_inductor
 
 NAMESPACE = "setformer_kernels"
 _library = torch.library.Library(NAMESPACE, "DEF")
@@ -355,9 +356,10 @@ def register(spec: Spec) -> Callable[..., Any]:
     n, at, skipped = len(spec.tensors), spec.backend_at, len(spec.backward_tensors)
     call_backward = _called(function_backward, op_backward, kernel_backward, skipped, skipped - n + at)
     function = _forward_function(spec, op, _forward(op, spec.run, n), call_backward)
-    _implement(op, function, spec.run, spec.fake)
+    fake = called_by_inductor(op, spec.fake)
+    _implement(op, function, spec.run, fake)
     _implement(op_backward, function_backward, kernel_backward, _fake_backward(spec))
-    _decompose(op, spec)
+    _decompose(op, spec.decomposition, fake)
     return _called(_forward_function(spec, op, spec.run, call_backward), op, spec.run, n, at)
 
 
@@ -387,11 +389,11 @@ def _implement(op: Any, function: type, kernel: Callable[..., Any], fake: Callab
         _library.impl(name, _through(function, op), key)
 
 
-def _decompose(op: Any, spec: Spec) -> None:
+def _decompose(op: Any, decomposition: Callable[..., Any] | None, fake: Callable[..., Any]) -> None:
     """PyTorch operations for `ExportedProgram.run_decompositions` with a table of everything, as torch.onnx does.
 
     Fake tensors with unknown lengths would take them too, in place of the fake kernel, but for a second table.
     """
-    if spec.decomposition is not None:
-        register_decomposition(op)(spec.decomposition)
-    register_decomposition(op, type="meta")(spec.fake)
+    if decomposition is not None:
+        register_decomposition(op)(decomposition)
+    register_decomposition(op, type="meta")(fake)
