@@ -61,7 +61,10 @@ def means(state: Tensor) -> Tensor:
 @pytest.mark.parametrize("given", ["all", "state", "gates", "neither", "mask"])
 @pytest.mark.usefixtures("poisoned_memory")
 def test_a_pack_goes_on_as_its_segments_do(given: str, options: dict[str, Any], heads: int, native: str) -> None:
-    """Bit for bit: o, the states, and every gradient but those of parameters, which are summed in another order."""
+    """Bit for bit: o, the states, and every gradient but those of parameters, which are summed in another order.
+
+    PyTorch's own products, behind "eager", round by their shape on some CPUs; a pack repeats the keys of groups.
+    """
     if native == "triton" and (heads == H or (options and given != "all")):
         pytest.skip("grouped queries and T are the same for packs as for pieces; half a minute on the interpreter")
     x = tokens(heads)
@@ -73,9 +76,10 @@ def test_a_pack_goes_on_as_its_segments_do(given: str, options: dict[str, Any], 
     own = {"causal": True, "output_final_state": True, "key_mask": mask, "backend": native, **options}
     o, states = SF.set_attention_varlen(**x, cu_seqlens_q=OFFSETS.int(), **own)
     want = looped(x, mask, native, **options)
-    assert torch.equal(o[:T], want[0])
+    rounding = {"rtol": 1e-4, "atol": 1e-5} if native == "eager" and heads == H else {"rtol": 0, "atol": 0}
+    torch.testing.assert_close(o[:T], want[0], **rounding)
     assert not o[T:].any()
-    assert torch.equal(states, want[1])
+    torch.testing.assert_close(states, want[1], **rounding)
     into = torch.randn(T + SLACK, heads, E), torch.randn(states.shape)
     found, alone = (
         torch.autograd.grad(list(outputs), list(x.values()), [w[: len(r)] for w, r in zip(into, outputs, strict=True)])
@@ -85,7 +89,7 @@ def test_a_pack_goes_on_as_its_segments_do(given: str, options: dict[str, Any], 
         if name == "references":
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4, msg=lambda text, name=name: f"{name}: {text}")
         else:
-            assert torch.equal(a, b), name
+            torch.testing.assert_close(a, b, **rounding, msg=lambda text, name=name: f"{name}: {text}")
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
