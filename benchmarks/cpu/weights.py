@@ -38,39 +38,50 @@ class Case:
     D: int = 64
     M: int = 64
 
+    @property
+    def arguments(self) -> dict[str, bool]:
+        """What a call is given beside the tokens."""
+        return {"average_attn_weights": self.what == AVERAGED}
+
+    def modules(self) -> dict[str, nn.MultiheadAttention]:
+        embed, common = self.H * self.D, {"batch_first": True, "dtype": self.dtype}
+        return {
+            SET: SeTAttention(embed, self.H, num_references=self.M, num_iters=T, **common),
+            SOFTMAX: nn.MultiheadAttention(embed, self.H, **common),
+        }
+
+    def row(self, name: str) -> Row:
+        """Of one of the modules, without times."""
+        return Row(self.what, name, self.mode, "time", "s", OK, T=T if name == SET else None, B=self.B, H=self.H,
+                   L=self.L, M=self.M, D=self.D, dtype=str(self.dtype).removeprefix("torch."))  # fmt: skip
+
     def call(self, module: nn.MultiheadAttention) -> Callable[[], object]:
         """What one timed call of the module does."""
         module.train(self.mode == BOTH)
         generator = torch.Generator().manual_seed(self.L)
         shape = (self.B, self.L, self.H * self.D)
         x, grad = (torch.randn(shape, generator=generator).to(self.dtype) for _ in range(2))
-        averaged = self.what == AVERAGED
+        arguments = self.arguments
 
         def forward() -> object:
             with torch.no_grad():
-                return module(x, x, x, average_attn_weights=averaged)
+                return module(x, x, x, **arguments)
 
         def both() -> object:
             y = x.detach().requires_grad_()
-            output = module(y, y, y, average_attn_weights=averaged)[0]
+            output = module(y, y, y, **arguments)[0]
             return torch.autograd.grad(output, [y, *module.parameters()], grad)
 
         return forward if self.mode == FORWARD else both
 
     def rows(self, budget_s: float) -> list[Row]:
         """Both modules' times; `ratio` is softmax attention's over SeT's."""
-        embed, common = self.H * self.D, {"batch_first": True, "dtype": self.dtype}
-        modules = {
-            SET: SeTAttention(embed, self.H, num_references=self.M, num_iters=T, **common),
-            SOFTMAX: nn.MultiheadAttention(embed, self.H, **common),
-        }
-        samples = interleave({name: self.call(module) for name, module in modules.items()}, budget_s)
-        row = Row(self.what, "", self.mode, "time", "s", OK, B=self.B, H=self.H, L=self.L, M=self.M, D=self.D,
-                  dtype=str(self.dtype).removeprefix("torch."))  # fmt: skip
-        return [_filled(replace(row, impl=name, T=T if name == SET else None), samples, name) for name in modules]
+        samples = interleave({name: self.call(module) for name, module in self.modules().items()}, budget_s)
+        return [filled(self.row(name), samples, name) for name in samples]
 
 
-def _filled(row: Row, samples: dict[str, list[float]], name: str) -> Row:
+def filled(row: Row, samples: dict[str, list[float]], name: str) -> Row:
+    """The row with an implementation's times, and their ratio to SeT's round by round."""
     q25, median, q75 = quartiles(samples[name])
     low, ratio, high = paired_ratio(samples[name], samples[SET])
     times = {"q25": q25, "median": median, "q75": q75}

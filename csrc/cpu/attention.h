@@ -159,7 +159,7 @@ class ForwardWorker {
       fill(transport_.z.data(), refs_.Mp * pad<F>(p_.E), F(0));
     }
     if (p_.w_k) store_pooling(b, h, lo, hi, marg, any);
-    if (team.rank == 0) store_state(b, h);
+    if (team.rank == 0 && p_.c) store_state(b, h);
     if (p_.o) read(b, h, team, any);
   }
 

@@ -136,9 +136,15 @@ class Transport {
   void scaled_block(Source& src, int64_t row0, int64_t n, F* K, F lam, F shift, bool pool);
   void log_block(Source& src, int64_t row0, int64_t n, const F* logits, F lam, bool pool);
   void pool_lone(int64_t n, const F* present);
+  // The first rows that are pooled need no zeros to be added to: of few rows these cost as much as the product.
+  void zero_z() {
+    if (!pooled_any_) fill(state.z.data(), Mp_ * Ep_, F(0));
+    pooled_any_ = true;
+  }
   bool merge(const Marginals<F>& marg, F shift, bool pool, bool check, F* c_t, const Team& team);
 
   bool keep_, log_ = false, absorbed_ = false;
+  bool pooled_any_ = true;  // whether state.z holds numbers of this pass
   int64_t block_, cache_rows_, Mp_, Ep_, rows_ = 0, passes_ = 1;
   Buffer<F> m_;       // [rows] row maxima
   Buffer<F> cache_;   // [cache rows][Mp] K of the first rows (log mode: ℓ − m)
@@ -194,7 +200,8 @@ typename Transport<F, Source>::Progress Transport<F, Source>::iterate(Source& sr
     if (!kLog && absorbed_ && spread > Limits<F>::kDrift) return {t - 1, true, false};
     fill(state.ref.data(), Mp_, -kInf<F>);
     fill(state.sum.data(), Mp_, F(0));
-    if (pool) fill(state.z.data(), Mp_ * Ep_, F(0));
+    pooled_any_ = !pool;
+    if (kLog) zero_z();
     for (int64_t row0 = 0; row0 < rows_; row0 += block_) {
       const int64_t n = std::min(block_, rows_ - row0);
       F* tile = rows_tile<kLog>(src, row0, n, t == from + 1, marg.M);
@@ -205,6 +212,7 @@ typename Transport<F, Source>::Progress Transport<F, Source>::iterate(Source& sr
         scaled_block(src, row0, n, tile, lam, shift, pool);
     }
     F* c_t = c + (t - 1) * Mp_;
+    zero_z();
     team.sync();
     bool ok = merge(marg, shift, pool, !kLog, c_t, team);
     for (int i = 0; !kLog && i < team.size; ++i)
@@ -266,18 +274,22 @@ void Transport<F, Source>::scaled_block(Source& src, int64_t row0, int64_t n, F*
   if (ref > state.ref[0]) {
     const F scale = std::exp(state.ref[0] - ref);
     for (int64_t j = 0; j < Mp_; ++j) state.sum[j] *= scale;
-    for (int64_t j = 0; pool && j < Mp_ * Ep_; ++j) state.z[j] *= scale;
+    for (int64_t j = 0; pool && pooled_any_ && j < Mp_ * Ep_; ++j) state.z[j] *= scale;
     fill(state.ref.data(), Mp_, ref);
   }
   for (int64_t i = 0; i < n; i += kLanes<F>) store(u_ + i, vexp<F>(load(u_ + i) - ref));
   gemm<F>(1, Mp_, n, u_, 0, 1, K, Mp_, state.sum, Mp_, true);
   if (!pool) return;
   src.values(row0, n, values_);
-  if (state.lone) return pool_lone(n, u_);
+  if (state.lone) {
+    zero_z();
+    return pool_lone(n, u_);
+  }
   for (int64_t i = 0; i < n; ++i)
     for (int64_t e = 0; e < Ep_; e += kLanes<F>) store(values_ + i * Ep_ + e, load(values_ + i * Ep_ + e) * u_[i]);
   Ahead ahead = src.values_ahead(row0, n);
-  gemm<F>(Mp_, Ep_, n, K, 1, Mp_, values_, Ep_, state.z, Ep_, true, &ahead);
+  gemm<F>(Mp_, Ep_, n, K, 1, Mp_, values_, Ep_, state.z, Ep_, pooled_any_, &ahead);
+  pooled_any_ = true;
 }
 
 // u = f_s + m_s from the potential of the columns.
@@ -331,12 +343,14 @@ void Transport<F, Source>::pool_lone(int64_t n, const F* present) {
 // c_j = shift + log Σ over the team; z_j = Σ/Σ.  False where a column's sum underflowed (only asked in scaled mode).
 template <class F, class Source>
 bool Transport<F, Source>::merge(const Marginals<F>& marg, F shift, bool pool, bool check, F* c_t, const Team& team) {
+  const bool alone = team.size == 1;
   bool ok = true;
-  if (pool) fill(z.data(), Mp_ * Ep_, F(0));
+  if (pool && !alone) fill(z.data(), Mp_ * Ep_, F(0));
+  const F* const pooled = alone ? state.z : z;
   for (int64_t j = 0; j < Mp_; ++j) {
-    F ref = -kInf<F>, sum = 0;
+    F ref = state.ref[j], sum = alone && ref != -kInf<F> ? state.sum[j] : F(0);
     for (int i = 0; i < team.size; ++i) ref = std::max(ref, team.template member<ColumnState<F>>(i).ref[j]);
-    for (int i = 0; i < team.size && ref != -kInf<F>; ++i) {
+    for (int i = 0; !alone && i < team.size && ref != -kInf<F>; ++i) {
       const auto& s = team.template member<ColumnState<F>>(i);
       const F scale = std::exp(s.ref[j] - ref);
       sum += s.sum[j] * scale;
@@ -349,7 +363,7 @@ bool Transport<F, Source>::merge(const Marginals<F>& marg, F shift, bool pool, b
     if (absorbed_ && j < marg.M) c_t[j] -= hat_[j];
     const F inv = state.lone ? F(sum > 0) : sum > 0 ? 1 / sum : F(0);
     ref_[j] = ref == -kInf<F> ? F(0) : ref, inv_[j] = inv;
-    for (int64_t e = 0; pool && e < Ep_; ++e) z[j * Ep_ + e] *= inv;
+    for (int64_t e = 0; pool && e < Ep_; e += kLanes<F>) store(z + j * Ep_ + e, load(pooled + j * Ep_ + e) * inv);
   }
   return ok;
 }

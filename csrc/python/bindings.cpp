@@ -14,7 +14,7 @@ void attention(const py::tuple& x, const py::tuple& scalars, bool dot, int64_t T
   AttentionParams p = attention_params(x, scalars, dot, T, dropout_p, seed, threads);
   p.o = view(o, "o", {p.B, p.H, p.L, p.E}, p.key.dtype);
   if (p.o) need(p.query, "query");
-  state(p, z, c, true);
+  state(p, z, c, !p.o || !z.is_none() || !c.is_none());  // of o alone nothing else is kept
   py::gil_scoped_release nogil;
   kernels().attention(p);
 }

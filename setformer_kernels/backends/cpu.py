@@ -74,6 +74,14 @@ def attention(x: Operands, opt: Options) -> tuple[Tensor, Tensor, Tensor]:
     return o, z, c
 
 
+def attention_alone(x: Operands, opt: Options) -> Tensor:
+    """o of `attention`, where nobody asks for z and c: of few tokens a head, writing them costs as much as the rest."""
+    assert x.query is not None
+    o = empty_in_order(x.query, (*x.query.shape[:-1], x.value.shape[-1]))
+    _C.attention(*_common(x, opt), *views((o, None, None)))
+    return o
+
+
 def attention_weights(x: Operands, opt: Options, by_token: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """o, z and c of `attention`, and the factors of A of `empty_factors`: W^q [B, H, L, M], W^k [B, H, S, M]."""
     assert x.query is not None

@@ -25,6 +25,14 @@ def _run_attention(*args: Any) -> tuple[Tensor, ...]:
     return backend_of("attention", x, opt).attention(x, opt)
 
 
+def _run_attention_alone(*args: Any) -> tuple[Tensor | None, ...]:
+    """o, and None for what only a backward reads, where the backend can leave that out."""
+    x, opt = split(args)
+    backend = backend_of("attention", x, opt)
+    alone = getattr(backend, "attention_alone", None)
+    return backend.attention(x, opt) if alone is None else (alone(x, opt), None, None)
+
+
 def _run_attention_backward(d_o: Tensor, z: Tensor, c: Tensor, *args: Any) -> Sequence[Tensor | None]:
     x, opt = split(args[:-1])
     return backend_of("attention", x, opt, backward=True).attention_backward(x, opt, z, c, d_o, args[-1])
@@ -55,6 +63,7 @@ set_attention = register(
         saved=("z", "c"),
         no_grad=(*POSITIONS, "seed"),
         run=_run_attention,
+        run_alone=_run_attention_alone,
         run_backward=_run_attention_backward,
         fake=_fake_attention,
         decomposition=lambda *args: dispatch.EAGER.attention(*split(args)),

@@ -49,6 +49,7 @@ class Spec:
     run_backward: Callable[..., Sequence[Tensor | None]]
     fake: Callable[..., Any]
     decomposition: Callable[..., Any] | None  # the op as PyTorch operations
+    run_alone: Callable[..., Any] | None = None  # `run` of this package's calls that no backward follows
     apart: bool = False  # whether the backward gets None, not zeros, for an output that no gradient reached
 
     @property
@@ -360,7 +361,7 @@ def register(spec: Spec) -> Callable[..., Any]:
     _implement(op, function, spec.run, fake)
     _implement(op_backward, function_backward, kernel_backward, _fake_backward(spec))
     _decompose(op, spec.decomposition, fake)
-    return _called(_forward_function(spec, op, spec.run, call_backward), op, spec.run, n, at)
+    return _called(_forward_function(spec, op, spec.run, call_backward), op, spec.run_alone or spec.run, n, at)
 
 
 def define(

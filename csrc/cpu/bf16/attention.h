@@ -37,7 +37,7 @@ class TileWorker {
     const bool done = any && !is_lone<float>(keys_.la, hi - lo, team) && keys_.run(b, h, lo, hi, team);
     if (team.rank == 0) left_[item] = !done;
     if (!done) return;
-    if (team.rank == 0) store_state(b, h);
+    if (team.rank == 0 && p_.c) store_state(b, h);
     if (p_.o) read(b, h, team);
   }
 
