@@ -15,7 +15,7 @@ from torch import Tensor
 from . import checks, ops, reference
 from .arguments import Hyper, normalise
 from .grouping import by_element, elements_as_heads, is_alone, repeated, repeated_stream, shared_by
-from .ops.direct import Repeats, unwatched
+from .ops.direct import Repeats, same_memory, unwatched
 from .ops.operands import ready
 from .problem import NO_STREAM, Operands, Options, Stream, compute_dtype, replaced
 from .reference import state as layout
@@ -222,8 +222,7 @@ def _answer(x: Operands, opt: Options, given: tuple[Any, ...], o: Tensor) -> Cal
     """How calls that look like this one are answered, if kernels read the tensors that were given; else None."""
     state, query, key, value, references, rows, decay, mask = given
     chosen, wide = ready("causal", x, opt, state, decay, rows, mask), x.references.dtype
-    pairs = ((query, x.query), (key, x.key), (value, x.value), (references, x.references))
-    as_given = all(a.numel() and a.dtype == b.dtype and a.data_ptr() == b.data_ptr() for a, b in pairs if b is not None)
+    as_given = same_memory((query, key, value, references), x[:4])
     as_given &= decay is None or decay.dtype == wide
     as_given &= mask is None or mask.dtype in (torch.bool, wide)
     if chosen is None or not as_given or not (rows is None or rows.is_contiguous()):

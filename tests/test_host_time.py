@@ -49,7 +49,7 @@ def python_calls(call: Callable[[], Any]) -> int:
 # Each a ratchet: what is counted today, and a few for another release of torch or Python (3.12 has no frames for list
 # comprehensions).  A Python function costs a third of a microsecond and more.  When checks were made anew at each call
 # and the dispatcher was crossed twice, a forward had 163 and a backward, autograd's own included, 241.
-MOST_FORWARD, MOST_BACKWARD, MOST_MODULE = 40, 92, 77
+MOST_FORWARD, MOST_BACKWARD, MOST_MODULE = 40, 92, 54
 
 
 @native_cpu

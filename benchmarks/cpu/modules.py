@@ -1,8 +1,8 @@
 """Whole modules on short sequences: `python -m benchmarks.cpu.modules [table CSV]`.
 
 SeTAttention at T = 1 against nn.MultiheadAttention of the same sizes, without weights, at the lengths of images and
-sentences: E = 384 with 6 heads, batch 1 and 32, float32 and bfloat16; and what Python adds to a call, at width 12, where
-arithmetic takes next to nothing.  A forward is one of evaluation, a backward that of training.
+sentences: E = 384 with 6 heads, batch 1 and 32, float32 and bfloat16; and what Python adds to a call, at width 12,
+where arithmetic takes next to nothing.  A forward is one of evaluation, a backward that of training.
 """
 
 from __future__ import annotations

@@ -139,8 +139,7 @@ class BackwardWorker {
   void read(int64_t b, int64_t h, const Team& team) {
     const int64_t Mp = refs_.Mp;
     const bool any = load_memory<F>(p_, b, h, transport_.given.z, g_);
-    for (int64_t e = 0; e < p_.E; ++e)
-      for (int64_t j = 0; j < Mp; ++j) zt_[e * Mp + j] = transport_.given.z[j * Ep_ + e];
+    transpose<F>(Mp, p_.E, transport_.given.z, Ep_, zt_, Mp);
     fill(shared_.dz.data(), Mp * Ep_, F(0));
     fill(shared_.dg.data(), Mp, 0.0);
     if (any) queries(b, h, team);
@@ -164,18 +163,15 @@ class BackwardWorker {
 
   void load_state(int64_t b, int64_t h) {
     const int64_t Mp = refs_.Mp, steps = std::max<int64_t>(p_.T, 1);
-    const Block<F> c(p_.c, b, h), z(p_.z, b, h), d_c(p_.d_c, b, h);
+    const Block<F> c(p_.c, b, h), d_c(p_.d_c, b, h);
     for (int64_t t = 0; t < steps; ++t)
       for (int64_t j = 0; j < Mp; ++j) {
         transport_.given.c[t * Mp + j] = j < p_.M ? c(t, j) : -kInf<F>;
         transport_.given.d_c[t * Mp + j] = d_c && j < p_.M ? d_c(t, j) : F(0);
       }
-    for (int64_t j = 0; j < Mp; ++j)
-      for (int64_t e = 0; e < Ep_; ++e) {
-        const F value = j < p_.M && e < p_.E ? z(j, e) : F(0);
-        transport_.given.z[j * Ep_ + e] = value;
-        if (e < p_.E) zt_[e * Mp + j] = value;
-      }
+    fill(transport_.given.z.data(), Mp * Ep_, F(0));
+    for (int64_t j = 0; p_.E > 0 && j < p_.M; ++j) load_row_of<F>(p_.z, b, h, j, transport_.given.z + j * Ep_);
+    transpose<F>(Mp, p_.E, transport_.given.z, Ep_, zt_, Mp);
     const F* last = transport_.given.c + (steps - 1) * Mp;
     for (int64_t j = 0; j < Mp; ++j)
       g_[j] = p_.T == 0 ? refs_.log_b[j] : last[j] == -kInf<F> ? last[j] : refs_.log_b[j] - refs_.lam_b * last[j];
@@ -227,9 +223,9 @@ class BackwardWorker {
   void merge_queries(int64_t b, int64_t h, const Team& team, bool arriving) {
     const int64_t Mp = refs_.Mp;
     const Block<F> d_z(p_.d_z, b, h);
-    for (int64_t j = 0; j < Mp; ++j)
-      for (int64_t e = 0; e < Ep_; ++e)
-        transport_.given.dz[j * Ep_ + e] = arriving && j < p_.M && e < p_.E ? d_z(j, e) : F(0);
+    fill(transport_.given.dz.data(), Mp * Ep_, F(0));
+    for (int64_t j = 0; arriving && j < p_.M; ++j)
+      for (int64_t e = 0; e < p_.E; ++e) transport_.given.dz[j * Ep_ + e] = d_z(j, e);
     for (int i = 0; i < team.size; ++i) {
       const Shared& s = team.template member<Shared>(i);
       for (int64_t k = 0; k < Mp * Ep_; ++k) transport_.given.dz[k] += s.dz[k];

@@ -90,13 +90,15 @@ void kernel_grads(const Refs<F>& r, int64_t n, const F* x, const F* inv, const F
 // dŷ -> dy, and the sums of logit_grads -> dπ; writes one (b, h) of the outputs that are asked for.
 template <class F>
 void store_ref_grads(const Refs<F>& r, int64_t b, int64_t h, RefGrads<F>& g, const View& d_points, const View& d_pos) {
-  Buffer<F> out(std::max(r.D, r.P));
+  Buffer<F> out(std::max(r.Dp, r.P));
   for (int64_t j = 0; d_points && j < r.M; ++j) {
     const F *row = g.y + j * r.Dp, *y = r.y + j * r.Dp;
-    F along = 0;
-    for (int64_t d = 0; r.rbf && d < r.D; ++d) along += row[d] * y[d];
-    for (int64_t d = 0; d < r.D; ++d) out[d] = r.rbf ? (row[d] - y[d] * along) * r.inv_norm[j] : row[d];
-    store_row_of<F>(d_points, b, h, j, out);
+    Vec<F> dots{};
+    for (int64_t d = 0; d < r.Dp; d += kLanes<F>) dots += load(row + d) * load(y + d);
+    const F along = reduce_add<F>(dots);
+    for (int64_t d = 0; r.rbf && d < r.Dp; d += kLanes<F>)
+      store(out + d, (load(row + d) - load(y + d) * along) * r.inv_norm[j]);
+    store_row_of<F>(d_points, b, h, j, r.rbf ? out.data() : row);
   }
   for (int64_t j = 0; d_pos && j < r.M; ++j) {
     for (int64_t c = 0; c < r.P; ++c) out[c] = 2 * r.tau * r.tau * g.pos[c * r.Mp + j];

@@ -4,6 +4,7 @@
 // the products with exponential tiles are summed in the last pass, which is the pass of t = 1.  In scaled mode (see
 // transport.h) they are K times a matrix of rank 2T: R^t_sj = K_sj rowR_s G_j and Q^t_sj = K_sj rowQ_s e^{−c_j}.
 #pragma once
+#include "base/transpose.h"
 #include "transport.h"
 
 namespace sfk {
@@ -114,6 +115,7 @@ class TransportBackward {
   Buffer<F> dcol_{Mp_};                // [Mp] dc of the step at hand, ⟨z, dz⟩ taken away in the last
   Buffer<F> dzq_{Mp_ * Ep_};           // [Mp][Ep] dz, times e^{cref − c} of the last step in scaled mode
   Buffer<F> dzt_{E_ * Mp_};            // [E][Mp] dz transposed
+  Buffer<F> zt_{E_ * Mp_};             // [E][Mp] z transposed
   // Of a block of rows.
   Buffer<F> tile_{block_ * Mp_};                  // [block][Mp] K (log mode: ℓ − m)
   Buffer<F> q_{block_ * Mp_};                     // [block][Mp] Q in log mode
@@ -161,13 +163,18 @@ bool TransportBackward<F, Source>::prepare(const Marginals<F>& marg, F& spread) 
   }
   for (int64_t j = 0; j < Mp_; ++j) {
     const F factor = kLog ? F(1) : cq_[(steps_ - 1) * Mp_ + j];
-    for (int64_t e = 0; e < Ep_; ++e) dzq_[j * Ep_ + e] = factor * given.dz[j * Ep_ + e];
-    for (int64_t e = 0; e < E_; ++e) dzt_[e * Mp_ + j] = given.dz[j * Ep_ + e];
+    for (int64_t e = 0; e < Ep_; e += kLanes<F>) store(dzq_ + j * Ep_ + e, factor * load(given.dz + j * Ep_ + e));
   }
+  transpose<F>(Mp_, E_, given.dz, Ep_, dzt_, Mp_);
+  transpose<F>(Mp_, E_, given.z, Ep_, zt_, Mp_);
   // ⟨z_j, dz_j⟩ rounded as ⟨v_s, dz_j⟩ will be, and as ⟨v_s, dv_s⟩: where a column has one key, z_j is its value and
   // dv_s is dz_j, and what must cancel cancels exactly.
+  for (int64_t j = 0; j < Mp_; j += kLanes<F>) {
+    Vec<F> dots{};
+    for (int64_t k = j; k < E_ * Mp_; k += Mp_) dots += load(zt_ + k) * load(dzt_ + k);
+    store(zdz_ + j, dots);
+  }
   for (int64_t j = 0; j < Mp_; ++j) {
-    zdz_[j] = gemm_element<F>(E_, given.z + j * Ep_, dzt_, Mp_, j);
     Vec<F> dot{};
     for (int64_t e = 0; e < Ep_; e += kLanes<F>) dot += load(given.z + j * Ep_ + e) * load(given.dz + j * Ep_ + e);
     zdv_[j] = reduce_add<F>(dot);

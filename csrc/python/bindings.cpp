@@ -3,7 +3,7 @@
 #include "../cpu/probe_threads.h"
 #include "arguments.h"
 #include "cuda_bindings.h"
-#include "prepared_step.h"
+#include "prepared.h"
 
 using namespace sfk;
 
@@ -268,6 +268,9 @@ PYBIND11_MODULE(_C, m) {
   m.def("causal", &causal);
   m.def("causal_backward", &causal_backward);
   m.def("step", &step);
+  py::class_<PreparedAttention>(m, "PreparedAttention")
+      .def(py::init<const py::tuple&, const py::tuple&, bool, int64_t, double, uint64_t, int, const py::object&>())
+      .def("run", &PreparedAttention::run);
   py::class_<PreparedStep>(m, "PreparedStep")
       .def(py::init<const py::tuple&, const py::tuple&, bool, int64_t, double, uint64_t, int, const py::object&,
                     const py::object&, const py::tuple&, bool, const py::object&>())

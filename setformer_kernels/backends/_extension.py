@@ -134,7 +134,9 @@ def _load() -> tuple[ModuleType | None, str]:
         if any((folder / f"_C{suffix}").exists() for suffix in EXTENSION_SUFFIXES):
             return None, f"the C++ extension {name} cannot be loaded ({error})"
         return None, _absence(folder)
-    of_this_version = all(hasattr(module, name) for name in ("read_backward", "packed", "linearised", "PreparedStep"))
+    of_this_version = all(
+        hasattr(module, name) for name in ("read_backward", "packed", "linearised", "PreparedAttention")
+    )
     if getattr(module, "OPERANDS", None) != Operands._fields[:-1] or not of_this_version:
         return None, f"the C++ extension {name} is of another version of this package: pip install -e . builds it again"
     return module, ""

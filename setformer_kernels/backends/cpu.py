@@ -82,6 +82,14 @@ def attention_alone(x: Operands, opt: Options) -> Tensor:
     return o
 
 
+def prepared_attention(x: Operands, opt: Options, o: Tensor) -> Callable[..., None]:
+    """`attention_alone` of tensors that differ from these in values and addresses alone: a function of addresses.
+
+    Those of query, key, value, references and o, and of how many threads.
+    """
+    return _C.PreparedAttention(*_common(x, opt), *views((o,))).run
+
+
 def attention_weights(x: Operands, opt: Options, by_token: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """o, z and c of `attention`, and the factors of A of `empty_factors`: W^q [B, H, L, M], W^k [B, H, S, M]."""
     assert x.query is not None

@@ -8,7 +8,7 @@ Saved for the backward: the inputs, c and z; nothing else of length L or S.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -16,6 +16,8 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from .. import dispatch
+from ..dispatch import Chosen
+from ..problem import Operands, Options
 from .operands import OPERANDS, OPTIONS, POSITIONS, backend_of, fake_output, fake_state, flops, split
 from .registration import TOKEN, Spec, register
 
@@ -85,6 +87,29 @@ set_pool = register(
         decomposition=lambda *args: dispatch.EAGER.pool(*split(args)),
     )
 )
+
+
+def again(opt: Options, x: Operands, o: Tensor) -> Callable[..., Tensor | None] | None:
+    """How calls without a gradient are answered that look like one that gave o and that nobody has to see.
+
+    A function of query, key, value and references; None where the backend has no such way, or the call more tensors.
+    """
+    registry = dispatch.NATIVE
+    prepare = getattr(registry[opt.backend], "prepared_attention", None) if type(opt.backend) is Chosen else None
+    if prepare is None or any(t is not None for t in x[4:]) or opt.dropout_p > 0:
+        return None
+    sizes, strides, dtype = o.shape, o.stride(), o.dtype
+    run = prepare(x, opt, o)
+
+    def answer(query: Tensor, key: Tensor, value: Tensor, references: Tensor) -> Tensor | None:
+        if dispatch.NATIVE is not registry:  # other backends than those there were
+            return None
+        o = torch.empty_strided(sizes, strides, dtype=dtype)
+        places = query.data_ptr(), key.data_ptr(), value.data_ptr(), references.data_ptr(), o.data_ptr()
+        run(*places, torch.get_num_threads())
+        return o
+
+    return answer
 
 
 # Forward: κ and pooling for keys, κ and reading for queries.  Backward, for queries and keys alike: κ again, the

@@ -65,6 +65,12 @@ def differentiated(args: Sequence[Any]) -> bool:
     return False
 
 
+def same_memory(given: Sequence[Tensor], read: Sequence[Tensor | None]) -> bool:
+    """Whether what kernels read, where it is there, is what was given, not a copy or nothing."""
+    pairs = [(a, b) for a, b in zip(given, read, strict=True) if b is not None]
+    return all(a.numel() > 0 and a.dtype == b.dtype and a.data_ptr() == b.data_ptr() for a, b in pairs)
+
+
 class Repeats:
     """Calls that were checked and answered once, for those that differ from them in values and addresses alone.
 

@@ -88,14 +88,5 @@ void gemm(int64_t m, int64_t n, int64_t K, const F* A, int64_t ars, int64_t acs,
   if (left == 1) gemm_panel<F, 1>(m, K, A, ars, acs, B + j, ldb, C + j, ldc, accumulate, ahead);
 }
 
-// Element n of the row a [K] times B, rounded as in any product with B.
-template <class F>
-F gemm_element(int64_t K, const F* a, const F* B, int64_t ldb, int64_t n) {
-  constexpr int W = kLanes<F>;
-  F row[W];
-  gemm<F>(1, W, K, a, K, 1, B + n / W * W, ldb, row, W, false);
-  return row[n % W];
-}
-
 }  // namespace
 }  // namespace sfk

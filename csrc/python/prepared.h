@@ -1,5 +1,5 @@
-// A step whose sizes, strides and dtypes were checked once, for the tokens that come after it on the same state: what
-// is new of each is where its tensors lie.
+// Calls whose sizes, strides and dtypes were checked once, for those that come after them: what is new of each is where
+// its tensors lie.
 #pragma once
 #include <algorithm>
 #include <vector>
@@ -9,6 +9,41 @@
 
 namespace sfk {
 
+inline void place(View& v, uintptr_t address) {
+  if (v) v.data = reinterpret_cast<void*>(address);
+}
+
+// Whether there is nothing but tokens and references.
+inline bool is_plain(const AttentionParams& p) {
+  return !(p.log_b || p.P || std::any_of(p.hyper, p.hyper + kNumHyper, [](const View& v) { return bool(v); }));
+}
+
+// Attention without masks, positions and dropout, of which o alone is wanted.
+class PreparedAttention {
+ public:
+  PreparedAttention(const py::tuple& x, const py::tuple& scalars, bool dot, int64_t T, double dropout_p, uint64_t seed,
+                    int threads, const py::object& o)
+      : p_(attention_params(x, scalars, dot, T, dropout_p, seed, threads)) {
+    need(p_.query, "query");
+    p_.o = view(o, "o", {p_.B, p_.H, p_.L, p_.E}, p_.key.dtype);
+    need(p_.o, "o");
+    if (!is_plain(p_) || p_.log_a || dropout_p > 0)
+      throw std::invalid_argument("prepared attention takes nothing but tokens and references");
+  }
+
+  void run(uintptr_t query, uintptr_t key, uintptr_t value, uintptr_t references, uintptr_t o, int threads) const {
+    AttentionParams p = p_;
+    place(p.query, query), place(p.key, key), place(p.value, value), place(p.references, references), place(p.o, o);
+    p.threads = threads < 1 ? 1 : threads;
+    py::gil_scoped_release nogil;
+    kernels().attention(p);
+  }
+
+ private:
+  AttentionParams p_;
+};
+
+// A step of one token of each sequence on the same states.
 class PreparedStep {
  public:
   // log_mass: [B,H,1] F, or bool where a key takes part.
@@ -20,8 +55,7 @@ class PreparedStep {
     if (!indexed) own_states(p_);
     p_.log_a = view(log_mass, "log_mass", {p_.B, p_.H, 1});
     if (p_.log_a.dtype != kBool) same_dtype(p_.log_a, compute_dtype(p_.f64), "log_mass");
-    if (p_.log_b || p_.P || std::any_of(p_.hyper, p_.hyper + kNumHyper, [](const View& v) { return bool(v); }))
-      throw std::invalid_argument("a prepared step takes nothing but tokens and references");
+    if (!is_plain(p_)) throw std::invalid_argument("a prepared step takes nothing but tokens and references");
   }
 
   // The step of one token, each tensor at the address that is given.  False, and nothing is done, where the values of
@@ -29,11 +63,8 @@ class PreparedStep {
   bool run(uintptr_t states, uintptr_t query, uintptr_t key, uintptr_t value, uintptr_t references, uintptr_t rows,
            uintptr_t log_decay, uintptr_t log_mass, uintptr_t o, int threads) const {
     StepParams p = p_;
-    const auto at = [](View& v, uintptr_t address) {
-      if (v) v.data = reinterpret_cast<void*>(address);
-    };
-    at(p.states, states), at(p.query, query), at(p.key, key), at(p.value, value), at(p.references, references);
-    at(p.log_decay, log_decay), at(p.log_a, log_mass), at(p.o, o);
+    place(p.states, states), place(p.query, query), place(p.key, key), place(p.value, value), place(p.o, o);
+    place(p.references, references), place(p.log_decay, log_decay), place(p.log_a, log_mass);
     p.rows = indexed_ ? reinterpret_cast<const int32_t*>(rows) : nullptr;
     p.threads = threads < 1 ? 1 : threads;
     if (!(p.f64 ? fading<double>(p) : fading<float>(p)) || !apart(p)) return false;
