@@ -71,7 +71,7 @@ void attention_weights(const py::tuple& x, const py::tuple& scalars, bool dot, i
   p.w_q = view(w_q, "w_q", {p.B, p.H, p.L, p.M}, compute_dtype(p.f64));
   p.w_k = view(w_k, "w_k", {p.B, p.H, p.S, p.M}, compute_dtype(p.f64));
   need(p.query, "query"), need(p.o, "o"), need(p.w_q, "w_q"), need(p.w_k, "w_k");
-  state(p, z, c, true);
+  state(p, z, c, !z.is_none() || !c.is_none());
   py::gil_scoped_release nogil;
   kernels().attention(p);
 }

@@ -92,9 +92,18 @@ def prepared_attention(x: Operands, opt: Options, o: Tensor) -> Callable[..., No
 
 def attention_weights(x: Operands, opt: Options, by_token: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """o, z and c of `attention`, and the factors of A of `empty_factors`: W^q [B, H, L, M], W^k [B, H, S, M]."""
+    return _weights(x, opt, by_token, _new_state(x, opt))
+
+
+def attention_weights_alone(x: Operands, opt: Options, by_token: bool) -> tuple[Tensor | None, ...]:
+    """`attention_weights`, where nobody asks for z and c: None in their places."""
+    return _weights(x, opt, by_token, (None, None))
+
+
+def _weights(x: Operands, opt: Options, by_token: bool, state: tuple[Any, Any]) -> tuple[Any, ...]:
     assert x.query is not None
     o = empty_in_order(x.query, (*x.query.shape[:-1], x.value.shape[-1]))
-    outputs = (o, *_new_state(x, opt), *empty_factors(x, by_token))
+    outputs = (o, *state, *empty_factors(x, by_token))
     _C.attention_weights(*_common(x, opt), *views(outputs))
     return outputs
 

@@ -36,6 +36,13 @@ def _run(*args: Any) -> tuple[Tensor, ...]:
     return o, z, c, *dispatch.EAGER.weight_factors(x, opt, c, by_token)
 
 
+def _run_alone(*args: Any) -> tuple[Tensor | None, ...]:
+    """As `_run`, and None for what only a backward reads, where the backend can leave that out."""
+    x, opt, by_token = _split(args)
+    alone = getattr(backend_of("attention", x, opt), "attention_weights_alone", None)
+    return _run(*args) if alone is None else alone(x, opt, by_token)
+
+
 def _run_backward(
     d_o: Tensor | None, d_w_q: Tensor | None, d_w_k: Tensor | None, z: Tensor, c: Tensor, *args: Any
 ) -> Sequence[Tensor | None]:
@@ -64,6 +71,7 @@ set_attention_weights = register(
         saved=("z", "c"),
         no_grad=(*POSITIONS, "seed"),
         run=_run,
+        run_alone=_run_alone,
         run_backward=_run_backward,
         fake=_fake,
         decomposition=lambda *args: dispatch.EAGER.attention_weights(*_split(args)),
