@@ -50,7 +50,7 @@ UNITS = [
     "features",
     "table",
 ]
-TILE_UNITS = ["amx"]  # compiled where there are tile registers
+BF16_UNITS = ["bf16"]  # compiled where a processor has products of bfloat16
 WIDE = ["-mprefer-vector-width=512"]  # gcc and clang prefer 256 bits on some targets
 
 
@@ -69,10 +69,12 @@ class Isa(NamedTuple):
 AVX512 = ["f", "bw", "dq", "vl"]
 AVX512_FLAGS = [*(f"-mavx512{part}" for part in AVX512), "-mfma", *WIDE]
 AVX512_MACROS = [f"__AVX512{part.upper()}__" for part in AVX512]
-AMX_FLAGS = ["-mavx512bf16", "-mamx-tile", "-mamx-bf16"]  # gcc 11, clang 12
-AMX_MACROS = ["__AVX512BF16__", "__AMX_TILE__", "__AMX_BF16__"]
+BF16_FLAGS, BF16_MACROS = ["-mavx512bf16"], ["__AVX512BF16__"]  # gcc 10, clang 9
+AMX_FLAGS = [*BF16_FLAGS, "-mamx-tile", "-mamx-bf16"]  # gcc 11, clang 12
+AMX_MACROS = [*BF16_MACROS, "__AMX_TILE__", "__AMX_BF16__"]
 ISAS = {  # the widest first
-    "amx": Isa([*AVX512_FLAGS, *AMX_FLAGS], [*AVX512_MACROS, *AMX_MACROS], TILE_UNITS, "avx512"),
+    "amx": Isa([*AVX512_FLAGS, *AMX_FLAGS], [*AVX512_MACROS, *AMX_MACROS], BF16_UNITS, "avx512"),
+    "avx512bf16": Isa([*AVX512_FLAGS, *BF16_FLAGS], [*AVX512_MACROS, *BF16_MACROS], BF16_UNITS, "avx512"),
     "avx512": Isa(AVX512_FLAGS, AVX512_MACROS),
     "avx2": Isa(["-mavx2", "-mfma"], ["__AVX2__", "__FMA__"]),
     "generic": Isa([], []),
@@ -130,8 +132,9 @@ def isas(compiler: list[str]) -> list[str]:
     if not X86:
         return ["generic"]
     if choice == "all":
-        tiles = sys.platform == "linux" and compiles(compiler, AMX_FLAGS)
-        return [name for name in ISAS if tiles or name != "amx"]
+        can = {"amx": sys.platform == "linux" and compiles(compiler, AMX_FLAGS)}
+        can["avx512bf16"] = compiles(compiler, BF16_FLAGS)
+        return [name for name in ISAS if can.get(name, True)]
     command = [*compiler, "-march=native", "-dM", "-E", "-x", "c++", os.devnull]
     defined = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout.split()
     widest = next(name for name, isa in ISAS.items() if set(isa.macros) <= set(defined))
@@ -215,7 +218,7 @@ class Build(build_ext):
     def objects(self, ext: Extension) -> list[str]:
         """The compiled sources: each kernel once for every instruction set."""
         chosen = isas(list(self.compiler.compiler_cxx))
-        every = [*UNITS, *TILE_UNITS]
+        every = [*UNITS, *BF16_UNITS]
         units = [(f"cpu/isa/{unit}.cpp", isa) for unit in every for isa in chosen if unit in ISAS[isa].units]
         plain = [*PLAIN, *(["python/cuda_bindings.cpp"] if ("SFK_CUDA", "1") in ext.define_macros else [])]
         jobs = [(plain[0], ""), *units, *((source, "") for source in plain[1:])]
@@ -305,7 +308,7 @@ def extension() -> Extension:
     """The extension; optional, so that an installation never fails for want of it."""
     return Extension(
         "setformer_kernels._C",
-        sources=[f"csrc/{name}" for name in [*PLAIN, *(f"cpu/isa/{unit}.cpp" for unit in [*UNITS, *TILE_UNITS])]],
+        sources=[f"csrc/{name}" for name in [*PLAIN, *(f"cpu/isa/{unit}.cpp" for unit in [*UNITS, *BF16_UNITS])]],
         include_dirs=["csrc"],
         depends=[str(path) for path in Path("csrc").rglob("*") if path.suffix in (".h", ".cuh", ".cu")]
         + ["csrc/python/cuda_bindings.cpp"],

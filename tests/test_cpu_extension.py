@@ -30,7 +30,7 @@ def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
 @built
 def test_the_environment_chooses_the_instruction_set() -> None:
     code = "import torch; from setformer_kernels import _C; print(_C.cpu_isa())"
-    for isa in ("generic", "avx2", "avx512", "amx"):
+    for isa in ("generic", "avx2", "avx512", "avx512bf16", "amx"):
         if MODULE.has_cpu_isa(isa):
             assert python(code, SETFORMER_KERNELS_CPU_ISA=isa).stdout.strip() == isa
 

@@ -29,7 +29,7 @@ from setformer_kernels.testing import (
 from setformer_kernels.testing.budget import cast
 
 pytestmark = pytest.mark.skipif(MODULE is None, reason=REASON or "extension loaded")
-ISAS = ("generic", "avx2", "avx512", "amx")
+ISAS = ("generic", "avx2", "avx512", "avx512bf16", "amx")
 reference = functools.partial(SF.set_attention, backend="reference")
 native = functools.partial(SF.set_attention, backend="cpu")
 

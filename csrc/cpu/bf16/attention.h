@@ -185,11 +185,19 @@ void by_tiles(const AttentionParams& p, Rest rest) {
     if (left[item]) rest(head_of(p, item % p.B, item / p.B));
 }
 
+// Room for a tensor [B,H,n,m] of a call.
+inline View room_for(const AttentionParams& p, const Buffer<float>& room, int64_t n, int64_t m) {
+  return {room.data(), {p.B, p.H, n, m}, {p.H * n * m, n * m, m, 1}, 4, Dtype::f32};
+}
+
 // z, c and g by `keys`, then o from z and g by `read`.
 template <class Keys, class Read>
 void in_halves(AttentionParams p, Keys keys, Read read) {
-  const Buffer<float> g(p.B * p.H * p.M);
+  const int64_t heads = p.B * p.H, steps = std::max<int64_t>(p.T, 1);
+  const Buffer<float> g(heads * p.M), z(p.z ? 0 : heads * p.M * p.E), c(p.c ? 0 : heads * steps * p.M);
   if (!p.g) p.g = {g.data(), {p.B, p.H, p.M, 1}, {p.H * p.M, p.M, 1, 0}, 3, Dtype::f32};
+  if (!p.z) p.z = room_for(p, z, p.M, p.E);
+  if (!p.c) p.c = room_for(p, c, steps, p.M);
   AttentionParams half = p;
   half.o = View{};
   keys(half);
@@ -198,14 +206,24 @@ void in_halves(AttentionParams p, Keys keys, Read read) {
   read(half);
 }
 
+// Fewer tokens of a head than this leave most of a block of kRows empty, and are float32's: on tile registers that
+// costs next to nothing.
+#if defined(__AMX_TILE__)
+constexpr int64_t kFewest = 1;
+#else
+constexpr int64_t kFewest = 48;
+#endif
+
 // `rest`: the kernel of every dtype.  What of the keys or of the read is left to it depends on that half alone, as
 // where each is a call of its own: a read that drops weights is, and one of keys that were left is not.
 template <class Rest>
 void tile_attention(const AttentionParams& p, Rest rest) {
   const bool drops = p.o && p.dropout_p > 0;
-  if (!takes_tiles(p) || (p.reading && drops)) return rest(p);
+  const bool few_keys = !p.reading && p.S < kFewest, few_queries = p.o && p.L < kFewest;
+  if (!takes_tiles(p) || (p.reading && (drops || few_queries)) || (few_keys && (few_queries || !p.o))) return rest(p);
   if (p.B * p.H == 0) return;
-  if (drops) return in_halves(p, [&](const AttentionParams& keys) { tile_attention(keys, rest); }, rest);
+  const auto again = [&](const AttentionParams& half) { tile_attention(half, rest); };
+  if (drops || few_keys || few_queries) return in_halves(p, again, again);
   by_tiles(p, [&](const AttentionParams& some) {
     if (p.reading || !p.o) return rest(some);
     in_halves(some, rest, [&](const AttentionParams& read) { by_tiles(read, rest); });

@@ -1,4 +1,5 @@
-// The product of bfloat16 on the processor's tile registers (AMX), summed in float32.
+// The product of bfloat16 as the processor has it, summed in float32: on tile registers (AMX) or on vectors
+// (AVX512_BF16).
 #pragma once
 #include "../base/tiles.h"
 
@@ -8,6 +9,15 @@ namespace {
 constexpr int64_t kTile = 16;   // rows of a tile, and its columns of float32
 constexpr int64_t kDepth = 32;  // bfloat16 in a tile's row: terms of a sum that one instruction adds
 
+// The left operand, [m][k] by rows, and the right one, [k/2][n][2]: of a column, two terms lie side by side.  An
+// operand of fewer than K terms is read again from the start, as where the other one is the sum of two.
+struct Operand {
+  const Bf16* data;
+  int64_t ld;     // from a row to the next, in bfloat16
+  int64_t terms;  // along k
+};
+
+#if defined(__AMX_TILE__)
 // The tile registers, all of 16 rows of 64 bytes, for as long as it lives, on the thread that made it.
 class TileRegisters {
  public:
@@ -23,14 +33,6 @@ class TileRegisters {
   ~TileRegisters() { _tile_release(); }
   TileRegisters(const TileRegisters&) = delete;
   TileRegisters& operator=(const TileRegisters&) = delete;
-};
-
-// The left operand, [m][k] by rows, and the right one, [k/2][n][2]: of a column, two terms lie side by side.  An
-// operand of fewer than K terms is read again from the start, as where the other one is the sum of two.
-struct Operand {
-  const Bf16* data;
-  int64_t ld;     // from a row to the next, in bfloat16
-  int64_t terms;  // along k
 };
 
 // Up to 2 x 2 tiles of C.  Registers are named by numbers, which gcc makes text of.
@@ -89,6 +91,58 @@ void tile_product(int64_t m, int64_t n, int64_t K, Operand A, const Operand& B, 
   if (m) tile_rows_of<false, kAdd>(n, K, A, B, C, ldc);
   __asm__ volatile("" : : : "memory");
 }
+#else
+struct TileRegisters {
+  TileRegisters() {}  // so that one that is not used is no warning
+};
+
+// R rows of C and N vectors of its columns: R x N sums, N vectors of B and a pair of A that is broadcast.
+template <int R, int N, bool kAdd>
+SFK_INLINE void pair_tile(int64_t K, const Operand& A, const Operand& B, float* C, int64_t ldc) {
+  __m512 sum[R][N];
+  SFK_UNROLL
+  for (int r = 0; r < R; ++r) {
+    SFK_UNROLL
+    for (int n = 0; n < N; ++n) sum[r][n] = kAdd ? _mm512_loadu_ps(C + r * ldc + n * kTile) : _mm512_setzero_ps();
+  }
+  for (int64_t k = 0, a_at = 0, b_at = 0; k < K; k += 2) {
+    const Bf16 *a = A.data + a_at, *b = B.data + b_at / 2 * B.ld;
+    __m512bh right[N];
+    SFK_UNROLL
+    for (int n = 0; n < N; ++n) right[n] = (__m512bh)_mm512_loadu_si512(b + 2 * kTile * n);
+    SFK_UNROLL
+    for (int r = 0; r < R; ++r) {
+      int32_t pair;
+      std::memcpy(&pair, a + r * A.ld, sizeof(pair));
+      const __m512bh left = (__m512bh)_mm512_set1_epi32(pair);
+      SFK_UNROLL
+      for (int n = 0; n < N; ++n) sum[r][n] = _mm512_dpbf16_ps(sum[r][n], left, right[n]);
+    }
+    a_at = a_at + 2 == A.terms ? 0 : a_at + 2;
+    b_at = b_at + 2 == B.terms ? 0 : b_at + 2;
+  }
+  SFK_UNROLL
+  for (int r = 0; r < R; ++r) {
+    SFK_UNROLL
+    for (int n = 0; n < N; ++n) _mm512_storeu_ps(C + r * ldc + n * kTile, sum[r][n]);
+  }
+}
+
+template <int N, bool kAdd>
+void pair_columns(int64_t m, int64_t K, Operand A, const Operand& B, float* C, int64_t ldc) {
+  constexpr int R = 6;
+  for (; m >= R; m -= R, A.data += R * A.ld, C += R * ldc) pair_tile<R, N, kAdd>(K, A, B, C, ldc);
+  for (; m >= 2; m -= 2, A.data += 2 * A.ld, C += 2 * ldc) pair_tile<2, N, kAdd>(K, A, B, C, ldc);
+}
+
+// C [m][n] = A B, added to what is there where kAdd; m and n in whole tiles, K and the operands' terms in whole depths.
+template <bool kAdd>
+void tile_product(int64_t m, int64_t n, int64_t K, const Operand& A, Operand B, float* C, int64_t ldc) {
+  for (; n >= 4 * kTile; n -= 4 * kTile, B.data += 8 * kTile, C += 4 * kTile) pair_columns<4, kAdd>(m, K, A, B, C, ldc);
+  for (; n >= 2 * kTile; n -= 2 * kTile, B.data += 4 * kTile, C += 2 * kTile) pair_columns<2, kAdd>(m, K, A, B, C, ldc);
+  if (n) pair_columns<1, kAdd>(m, K, A, B, C, ldc);
+}
+#endif
 
 }  // namespace
 }  // namespace sfk

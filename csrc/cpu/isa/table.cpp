@@ -3,9 +3,6 @@
 #include "../probe.h"
 #include "unit.h"
 
-#define SFK_TEXT(name) #name
-#define SFK_NAME(name) SFK_TEXT(name)
-
 namespace sfk::SFK_ISA {
 
 #define SFK_DECLARE(name, Params) void name(const Params& p);

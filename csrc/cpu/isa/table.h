@@ -42,6 +42,9 @@ extern const KernelTable table;
 namespace avx512 {
 extern const KernelTable table;
 }
+namespace avx512bf16 {
+extern const KernelTable table;
+}
 namespace amx {
 extern const KernelTable table;
 }

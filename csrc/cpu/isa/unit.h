@@ -8,6 +8,9 @@
 #define SFK_ISA generic
 #endif
 
+#define SFK_TEXT(name) #name
+#define SFK_NAME(name) SFK_TEXT(name)
+
 // `kernel` for either compute dtype as the function `name`.
 #define SFK_KERNEL(name, kernel, Params)                                                 \
   namespace sfk::SFK_ISA {                                                               \

@@ -6,9 +6,9 @@ using namespace sfk;
 
 int main(int argc, char** argv) {
   const int rounds = argc > 1 ? std::atoi(argv[1]) : 20;
-  for (const char* isa : {"generic", "avx2", "avx512", "amx"}) {
+  for (const char* isa : {"generic", "avx2", "avx512", "avx512bf16", "amx"}) {
     if (!set_isa(isa)) continue;
-    const bool all = std::strcmp(isa, "amx") != 0;  // it has the rest from avx512
+    const bool all = std::strcmp(isa, "amx") != 0 && std::strcmp(isa, "avx512bf16") != 0;  // the rest is avx512's
     for (int i = 0; i < rounds; ++i) {
       for (int k = 0; k < 4; ++k) rounded_case(kernels());
       if (!all) continue;
