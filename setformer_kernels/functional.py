@@ -153,12 +153,7 @@ def set_attention(
             {"kernel": kernel, "num_iters": num_iters, "dropout_p": dropout_p, "seed": seed, "backend": backend},
             causal, others,
         )  # fmt: skip
-    asked = None
-    if (
-        tol is not None or method != "sinkhorn" or grad != "unrolled" or initial_potential is not None
-        or return_info is not False
-    ):  # fmt: skip
-        asked = solver.Asked(tol, method, grad, initial_potential, return_info)
+    asked = solver.asked(tol, method, grad, initial_potential, return_info)
     if type(query) is not Tensor and packed.is_jagged(query, key, value):
         if asked is not None:
             solver.dense()
@@ -271,9 +266,9 @@ def set_attention_weights(
     )  # fmt: skip
     x = replaced(x, value=x.value[..., :1])  # what an op reads at least
     s, causal = key.shape[2], checks.flag("causal", causal)
-    if tol is not None or method != "sinkhorn" or grad != "unrolled" or initial_potential is not None:
+    if (asked := solver.asked(tol, method, grad, initial_potential, False)) is not None:
         solver.same_keys(attn_mask, causal)
-        return _converged_weights(x, opt, s, solver.Asked(tol, method, grad, initial_potential, False))[1]
+        return _converged_weights(x, opt, s, asked)[1]
     mask = query_mask(x, attn_mask, s)
     if s > 0 and (mask is not None or causal):
         dispatch.select(attention_problem("weights", x, opt), _dense_backend(backend))
@@ -384,12 +379,7 @@ def set_pool(
             initial_potential=initial_potential, return_info=return_info, cp_context=cp_context,
         )  # fmt: skip
         return memory.z.to(autocast(value)[0].dtype)
-    asked = None
-    if (
-        tol is not None or method != "sinkhorn" or grad != "unrolled" or initial_potential is not None
-        or return_info is not False
-    ):  # fmt: skip
-        asked = solver.Asked(tol, method, grad, initial_potential, return_info)
+    asked = solver.asked(tol, method, grad, initial_potential, return_info)
     if type(key) is not Tensor and packed.is_jagged(key, value):
         if asked is not None:
             solver.dense()
