@@ -92,11 +92,7 @@ def set_transport(
         key_mask, reference_log_mass, None, key_position, reference_position,
         kernel=kernel, num_iters=num_iters, dropout_p=0.0, seed=None, backend=backend,
     )  # fmt: skip
-    if (
-        tol is not None or method != "sinkhorn" or grad != "unrolled" or initial_potential is not None
-        or return_info is not False
-    ):  # fmt: skip
-        asked = solver.Asked(tol, method, grad, initial_potential, return_info)
+    if (asked := solver.asked(tol, method, grad, initial_potential, return_info)) is not None:
         found, info = solver.run("transport", converged.transport, x, opt, asked)
         return SetMemory(*found) if info is None else (SetMemory(*found), info)
     chosen = ready("transport", x, opt)

@@ -11,6 +11,8 @@ from typing import Any
 
 from torch import Tensor
 
+from . import checks
+
 
 class Sharded(ABC):
     """Answers calls on shards.  `tensors` are the positional arguments of `arguments.normalise`, `constants` its
@@ -61,5 +63,6 @@ def sharded(context: Any) -> Sharded:
 def without(**others: Any) -> None:
     """ValueError where one of these arguments, which go without a context, is given."""
     for name, value in others.items():
-        if value is not None and value is not False:
+        given = checks.plain(value)  # False of NumPy is not given, either
+        if given is not None and given is not False:
             raise ValueError(f"{name} goes without cp_context: it is not computed over shards of the keys")

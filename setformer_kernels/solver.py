@@ -73,16 +73,22 @@ def kind(how: Solver) -> str:
 
 
 class Asked(NamedTuple):
-    """The arguments of a call on tokens that ask for more than its T iterations, unchecked.
-
-    Made where one of them is not its default, which callers look at in place: plain calls pay for no function.
-    """
+    """The arguments of a call on tokens that ask for more than its T iterations, unchecked but for return_info."""
 
     tol: Any
     method: Any
     grad: Any
     initial_potential: Any
-    return_info: Any
+    return_info: bool
+
+
+def asked(tol: Any, method: Any, grad: Any, initial_potential: Any, return_info: Any) -> Asked | None:
+    """None where each is its default: plain calls pay for one comparison each, and for no check."""
+    if return_info is not False:
+        return_info = checks.flag("return_info", return_info)
+    if tol is None and method == "sinkhorn" and grad == "unrolled" and initial_potential is None and not return_info:
+        return None
+    return Asked(tol, method, grad, initial_potential, return_info)
 
 
 def run(
@@ -91,7 +97,6 @@ def run(
     """The outputs of a function of `reference.converged` on the call, and what was reached if that is asked for."""
     shape = (*x.key.shape[:2], x.references.shape[1])
     how = checked(*asked[:4], opt.num_iters, shape, x.key)
-    wanted = checks.flag("return_info", asked.return_info)
     name = dispatch.choose(replace(attention_problem(op, x, opt), converged=kind(how)), opt.backend, logits(x))
     backend = fixed_point.backend_for(name, x)
     if backend is not None and kind(how) == "implicit" and function in ON_KERNELS:
@@ -105,7 +110,7 @@ def run(
         p, plan = transported()
         return certified(p, plan.f, plan.g, iters, opt.num_iters, how.tol)
 
-    return outputs, told(certify, iters, opt.num_iters, how.tol, wanted)
+    return outputs, told(certify, iters, opt.num_iters, how.tol, asked.return_info)
 
 
 def _attention(x: Operands, opt: Options, how: Solver, backend: ModuleType) -> tuple[Tensor, Reached]:

@@ -25,8 +25,8 @@ MINUTES, MINUTES_REST = 5, 27
 SHARE = "SETFORMER_KERNELS_TEST_SHARE"
 
 FILES = {
-    "test_benchmarks_long.py", "test_benchmarks_model.py", "test_benchmarks_peers.py", "test_benchmarks_quality.py",
-    "test_benchmarks_run.py",
+    "test_benchmarks_language.py", "test_benchmarks_long.py", "test_benchmarks_model.py", "test_benchmarks_peers.py",
+    "test_benchmarks_quality.py", "test_benchmarks_run.py",
     "test_benchmarks_scale.py",
     "test_cuda_fuzz.py",
     "test_cuda_resources.py", "test_demo_parts.py", "test_docs.py", "test_entry_points.py", "test_gpu_command.py",

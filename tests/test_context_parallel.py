@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from ranks_helpers import Sharded, rows_of, uneven
@@ -313,6 +314,7 @@ def test_what_goes_without_a_context() -> None:
     for name, value in given.items():
         with pytest.raises(ValueError, match=f"{name} goes without cp_context"):
             call_of(None, context, **{name: value})
+    assert call_of(None, context, return_info=np.False_).shape == (1, H, 4, E)
     with pytest.raises(TypeError, match="cp_context must be what"):
         call_of(None, object())
     for group in (None, 3):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -177,6 +178,19 @@ def test_nested_tensors_are_to_be_padded() -> None:
     nested = torch.nested.nested_tensor([torch.randn(n, H, D) for n in (3, 5)], layout=torch.jagged).transpose(1, 2)
     with pytest.raises(ValueError, match="nested tensors must be padded"):
         SF.set_pool(nested, nested, torch.randn(H, M, D), tol=1e-3)
+
+
+def test_a_false_of_numpy_asks_for_nothing() -> None:
+    """As False does: what cannot be solved to convergence is answered, by the same kernels."""
+    q, k, v, y = (t.detach() for t in tokens(torch.float32))
+    given = {"return_info": np.False_}
+    assert torch.equal(SF.set_attention(q, k, v, y, causal=True, **given), SF.set_attention(q, k, v, y, causal=True))
+    nested = torch.nested.nested_tensor([torch.randn(n, H, D) for n in (3, 5)], layout=torch.jagged).transpose(1, 2)
+    assert torch.equal(SF.set_pool(nested, nested, y, **given), SF.set_pool(nested, nested, y))
+    for found, want in zip(SF.set_transport(k, v, y, **given), SF.set_transport(k, v, y), strict=True):
+        assert torch.equal(found, want)
+    with torch.no_grad(), pytest.raises(TypeError, match="return_info must be a bool, got"):
+        SF.set_attention(q, k, v, y, return_info=0)
 
 
 @pytest.mark.parametrize("heads", [2, 4])

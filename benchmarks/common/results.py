@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import math
 import sys
 from collections.abc import Iterable, Mapping, Sequence
@@ -100,6 +101,15 @@ def write_csv(path: Path, rows: Iterable[Row], stamp: Stamp) -> None:
         writer.writeheader()
         for row in rows:
             writer.writerow({name: _cell(value) for name, value in {**asdict(row), **shared}.items()})
+
+
+def write_table(path: Path, columns: Sequence[str], rows: Iterable[Sequence[object]], about: Mapping[str, Any]) -> None:
+    """Rows of other columns, floats to four digits, and beside them as JSON what is known of the run."""
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(columns)
+        writer.writerows([f"{x:.4g}" if isinstance(x, float) else x for x in row] for row in rows)
+    path.with_suffix(".json").write_text(json.dumps(about, indent=2) + "\n")
 
 
 def _parse(name: str, text: str, kind: object) -> Any:

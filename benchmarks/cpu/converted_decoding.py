@@ -8,8 +8,6 @@ Needs what tests/models needs.
 from __future__ import annotations
 
 import argparse
-import csv
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -20,7 +18,7 @@ import torch
 from benchmarks.common import entry_point
 from benchmarks.common.hardware import ROOT
 from benchmarks.common.measure import interleave, paired_ratio, quartiles
-from benchmarks.common.results import stamp
+from benchmarks.common.results import stamp, write_table
 
 CONTEXTS = (512, 2048, 8192)
 WIDTH, DEPTH = 512, 4
@@ -104,11 +102,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     mark = stamp(args.threads, "cpu")
     rows = [row for context in args.context or CONTEXTS for row in rows_of(context, args.references, args.seconds)]
     path = args.out / f"converted_decoding_{mark.date}.csv"
-    with path.open("w", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(COLUMNS)
-        writer.writerows([f"{x:.4g}" if isinstance(x, float) else x for x in row] for row in rows)
-    path.with_suffix(".json").write_text(json.dumps({**asdict(mark), "references": args.references}, indent=2) + "\n")
+    write_table(path, COLUMNS, rows, {**asdict(mark), "references": args.references})
     print(path.read_text())
     return 0
 

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.common import entry_point
+from benchmarks.common import entry_point, markdown
 from benchmarks.common.hardware import ROOT, default_threads
 from benchmarks.common.results import Stamp, stamp
 from benchmarks.quality.language import Mixing, Rotary
@@ -165,11 +165,10 @@ def render(rows: list[Row], on: Stamp) -> str:
         speed = f"{row.decode_tokens_per_s:.0f} ({row.decode_q25:.0f} to {row.decode_q75:.0f})"
         reading = "not measured" if math.isnan(row.prefill_tokens_per_s) else f"{row.prefill_tokens_per_s:.0f}"
         body.append([str(row.context), row.attention, speed, reading, f"{row.kept_bytes / 1e6:.2f}"])
-    lines = [f"| {' | '.join(line)} |" for line in (head, ["---"] * len(head), *body)]
     won = wins(rows)
-    where = "at none of these contexts" if won is None else f"from {won} tokens on"
-    what = f"{on.cpu}, threads: {on.threads}, float32; torch {on.torch}, commit {on.commit}, {on.date}"
-    return "\n".join([*lines, "", f"SeT generates faster {where}. {what}."])
+    reached = "at none of these contexts" if won is None else f"from {won} tokens on"
+    what = markdown.where(on.cpu, on.threads, on.torch, on.commit, on.date)
+    return "\n".join([*markdown.table(head, body), "", f"SeT generates faster {reached}. {what}."])
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -15,7 +15,7 @@ from statistics import median, quantiles
 
 import torch
 
-from benchmarks.common import entry_point
+from benchmarks.common import entry_point, markdown
 from benchmarks.common.hardware import ROOT, default_threads
 from benchmarks.common.results import Stamp, stamp
 from benchmarks.quality.language import Mixing, Rows
@@ -85,11 +85,10 @@ def render(rows: list[Row], on: Stamp) -> str:
         pair = by["softmax", length], by["set", length]
         shown = [f"{row.step_ms:.4g} ({row.step_q25:.4g} to {row.step_q75:.4g})" for row in pair]
         body.append([str(length), *shown, f"{pair[0].ratio:.2f}"])
-    lines = [f"| {' | '.join(line)} |" for line in (head, ["---"] * len(head), *body)]
     won = wins(rows)
-    where = "at none of these lengths" if won is None else f"from {won} tokens on"
-    what = f"{on.cpu}, threads: {on.threads}, float32; torch {on.torch}, commit {on.commit}, {on.date}"
-    return "\n".join([*lines, "", f"A step with SeT takes less {where}. {what}."])
+    reached = "at none of these lengths" if won is None else f"from {won} tokens on"
+    what = markdown.where(on.cpu, on.threads, on.torch, on.commit, on.date)
+    return "\n".join([*markdown.table(head, body), "", f"A step with SeT takes less {reached}. {what}."])
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from statistics import mean, stdev
 
+from benchmarks.common import markdown
 from benchmarks.quality import language
 from benchmarks.quality.results import Record
 from benchmarks.quality.tasks import TASKS, Task
@@ -43,14 +44,10 @@ def render(rows: Sequence[Record]) -> str:
     tasks = measured_tasks(rows)
     head = ["", *(f"{task.title}: {task.metric}" for task in tasks)]
     body = [[name, *(cell(scores(rows, task.name, name), digits(task)) for task in tasks)] for name in variants(rows)]
-    lines = [head, ["---"] * len(head), *body]
     seeds = sorted({int(one["seed"]) for one in rows})
     stamps = sorted({(one["cpu"], one["threads"], one["torch"], one["commit"], one["date"]) for one in rows})
-    where = [
-        f"{cpu}, threads: {threads}, float32; torch {torch}, commit {commit}, {date}"
-        for cpu, threads, torch, commit, date in stamps
-    ]
+    where = [markdown.where(*stamp) for stamp in stamps]
     units = {task.metric if task.metric == language.METRIC else "percent" for task in tasks}
     unit = " and ".join(sorted(units)).capitalize()
     caption = f"{unit}, mean ± standard deviation over {len(seeds)} seeds; {'; '.join(where)}."
-    return "\n".join([*(f"| {' | '.join(line)} |" for line in lines), "", caption])
+    return "\n".join([*markdown.table(head, body), "", caption])

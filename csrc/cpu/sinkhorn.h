@@ -198,7 +198,7 @@ void started_forward(const StartedParams& p) {
 }
 template <class F>
 void sinkhorn_forward(const SinkhornParams& p) {
-  started_forward<F>({p});
+  started_forward<F>({p, {}});
 }
 template <class F>
 void sinkhorn_backward(const SinkhornParams& p) {

@@ -39,9 +39,12 @@ class CausalTransport(SetTransport):
 
     def forward(  # type: ignore[override]
         self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None = None, log_decay: Tensor | None = None,
-        state: Tensor | None = None, need_state: bool = False,
-    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-        """Without gradients, one token on a state writes the new one into it."""
+        state: Tensor | None = None, need_state: bool = False, *,
+        run: Callable[[Tensor, Tensor, Any], Any] | None = None,
+    ) -> Any:  # fmt: skip
+        """Without gradients, one token on a state writes the new one into it.  run: as in `SetTransport`."""
+        if run is not None:
+            return run(q, k, v)
         v, options = self._map_values(v), self._transport_options()
         if q.shape[2] != 1 or state is None or torch.is_grad_enabled() or self.cp_context is not None:
             return SF.set_causal(

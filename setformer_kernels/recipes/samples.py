@@ -62,9 +62,6 @@ def write_digits(folder: Path, size: int | None = None) -> None:
             pixels.resize((32, 32), Image.Resampling.BILINEAR).convert("RGB").save(path)
 
 
-SCENE_CLASSES = 3  # of write_scenes: 1 is the background, 2 a disc, 3 a square
-
-
 def write_scenes(folder: Path, size: int, seed: int = 0) -> None:
     """Discs without red and squares without green on noise, 64 to 96 pixels a side; a quarter as many to validate."""
     draw = np.random.default_rng(seed)
@@ -79,7 +76,7 @@ def write_scenes(folder: Path, size: int, seed: int = 0) -> None:
 
 
 def scene(draw: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """Pixels [h, w, 3] and class numbers [h, w], with a border that is not labelled."""
+    """Pixels [h, w, 3] and class numbers [h, w], 1 background, 2 disc, 3 square, with a border without label."""
     h, w = draw.integers(64, 97, 2)
     image = draw.integers(0, 60, (h, w, 3)) + draw.integers(0, 60, 3)
     mask = np.ones((h, w), np.uint8)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from setformer_kernels.models import CausalDecoder, CausalLM, Past
 from setformer_kernels.models import initialize_references as place
-from setformer_kernels.models.causal import CausalAttention, ShortConvolution
+from setformer_kernels.models.causal import CausalAttention, CausalTransport, ShortConvolution
 
 B, L, VOCAB = 3, 11, 30
 
@@ -186,3 +186,14 @@ def test_what_a_wrong_call_gets() -> None:
         model(x, past=[Past()])
     with pytest.raises(ValueError, match=r"inputs_embeds must be \[B, L, 16\]"):
         model(inputs_embeds=torch.zeros(1, 2, 3))
+
+
+def test_what_a_transport_does_instead_of_a_call() -> None:
+    """Weights, packs and streams, which go through a call of the module, as those of transports that are not causal."""
+    q, k, v = torch.randn(3, 1, 2, 7, 4, dtype=torch.float64)
+    transport = CausalTransport(2, 4, q, {"num_references": 5})
+    o = transport(q, k, v)[0]
+    torch.testing.assert_close(transport.weights(q, k, is_causal=True) @ v, o)
+    bounds = torch.tensor([0, 7], dtype=torch.int32)
+    torch.testing.assert_close(transport.packed(q[0], k[0], v[0], bounds, None, is_causal=True), o[0])
+    torch.testing.assert_close(transport.streamed(q, k, v, None)[0], o)

@@ -20,7 +20,6 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from ranks import run
 
 RANKED = Path(__file__).parent / "ranked"
-IMAGES = ["--model", "setformer_nano", "--cpu"]
 # A checkpoint after two steps of three or four.
 TRAINING = ["--cpu", "--epochs", 1, "--save-every", 2]
 LONGEST = 48  # tokens of a sentence
