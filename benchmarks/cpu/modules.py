@@ -19,7 +19,7 @@ from benchmarks.cpu import weights
 from benchmarks.cpu.weights import DTYPES, SET, SOFTMAX
 from setformer_kernels.testing import ALL_CASES, measure
 
-MODULE, HOST = "module", "module host"
+MODULE, HOST, IMPLS = "module", "module host", (SET, SOFTMAX)
 LENGTHS, BATCHES, WIDTH, HEADS = (16, 49, 64, 128, 197, 256), (1, 32), 384, 6
 SMALL = 12  # the width at which a call is Python
 HOST_ROUNDS, HOST_CALLS = 15, 200
