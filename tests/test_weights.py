@@ -244,3 +244,23 @@ def test_every_instruction_set_and_number_of_threads(isa: str, threads: int, cas
     finally:
         MODULE.set_cpu_isa(before[0])
         torch.set_num_threads(before[1])
+
+
+@pytest.mark.skipif(MODULE is None, reason="needs the C++ extension")
+@pytest.mark.parametrize("average", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_weights_under_a_mask_come_with_the_output_in_one_call(
+    dtype: torch.dtype, average: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = sk.SeTAttention(32, 4, num_references=8, batch_first=True, dtype=dtype).eval()
+    x, mask = torch.randn(2, 37, 32, dtype=dtype), torch.rand(37, 37) < 0.4
+    mask[5] = True  # sees no key
+    expected = module(x, x, x, attn_mask=mask, average_attn_weights=average)
+    with monkeypatch.context() as patch, torch.no_grad():
+        patch.setattr(SF, "set_attention_weights", None)
+        actual = module(x, x, x, attn_mask=mask, average_attn_weights=average)
+    for one, other in zip(actual, expected, strict=True):
+        assert one.is_contiguous()
+        assert torch.isfinite(one).all()
+        torch.testing.assert_close(one, other.detach())
+    assert (actual[1][:, ..., 5, :] == 0).all()
