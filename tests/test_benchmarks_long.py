@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -60,3 +61,20 @@ def test_the_command_goes_on_and_shows_the_last_scores(
     capsys.readouterr()
     assert long.main(["table", str(tmp_path / "quality_long.csv")]) == 0
     assert "| small | SeT, T = 1 | " in capsys.readouterr().out
+
+
+def test_the_page_shows_where_every_run_of_the_results_ended() -> None:
+    root = Path(__file__).resolve().parents[1]
+    page = (root / "docs" / "quality.md").read_text()
+    (name,) = re.findall(r"\(../benchmarks/results/(long_\S+\.csv)\)", page)
+    last = {(r["variant"], r["task"]): r for r in long.read(root / "benchmarks" / "results" / name)}
+    assert all(row["step"] == row["steps"] for row in last.values())
+    for variant in dict.fromkeys(variant for variant, _ in last):
+        rows = [last.get((variant, task.name)) for task in long.TASKS]
+        cells = [
+            f"{100 * float(r['score']):.1f}, {float(r['cpu_seconds']) / int(r['step']):.2f} s"
+            if r
+            else "not measured yet"
+            for r in rows
+        ]
+        assert f"| {variant} | {' | '.join(cells)} |" in page
