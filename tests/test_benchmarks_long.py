@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -58,6 +59,12 @@ def test_the_command_goes_on_and_shows_the_last_scores(
     (row,) = long.read(tmp_path / "quality_long.csv")
     assert (row["step"], row["steps"], row["variant"]) == ("6", "6", "SeT, T = 1")
     assert (tmp_path / "quality_long.png").exists()
+    shutil.rmtree(tmp_path / "work")
+    assert long.main(told) == 0, "what the results have whole needs no checkpoint"
+    assert long.read(tmp_path / "quality_long.csv") == [row]
+    long.write(tmp_path / "quality_long.csv", [{**row, "step": "5"}])
+    assert long.main(told) == 0
+    assert [r["step"] for r in long.read(tmp_path / "quality_long.csv")] == ["6"], "rows without a checkpoint are anew"
     capsys.readouterr()
     assert long.main(["table", str(tmp_path / "quality_long.csv")]) == 0
     assert "| small | SeT, T = 1 | " in capsys.readouterr().out

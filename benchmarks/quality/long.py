@@ -2,8 +2,9 @@
 
 ListOps at the Long Range Arena's own lengths (500 to 2000), and bytes of text at 2048 and 4096, with the encoder of the
 short tasks (width 64, 2 heads, 2 blocks).  Every run is trained in pieces: what a call has no minutes left for goes on
-in the next one from where it stood, to the weights that one piece would have had.  A row every EVERY steps: the mean
-loss since the last one, the score on the test, and the CPU seconds of all training steps so far.
+in the next one from where it stood, to the weights that one piece would have had; what the results have whole is left.
+A row every EVERY steps: the mean loss since the last one, the score on the test, and the CPU seconds of all training
+steps so far.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import csv
 import itertools
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from statistics import mean
@@ -129,6 +130,11 @@ def read(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
+def of(rows: Iterable[dict[str, str]], task: Task, variant: Variant, seed: int) -> list[dict[str, str]]:
+    """What the results have of one run."""
+    return [row for row in rows if (row["task"], row["variant"], row["seed"]) == (task.name, variant.name, str(seed))]
+
+
 def write(path: Path, rows: Sequence[dict[str, str]]) -> None:
     names = [f.name for kind in (Row, Stamp) for f in fields(kind)]
     beside = path.with_suffix(".part")
@@ -206,7 +212,13 @@ def main(argv: list[str] | None = None) -> int:
     for task, variant, seed in runs(args.task or (), args.variant or (), args.seeds):
         if time.monotonic() > end:
             break
-        for row in Run(task, variant, seed, args.work).rows(lambda: time.monotonic() < end):
+        known = of(rows, task, variant, seed)
+        if any(row["step"] == row["steps"] for row in known):
+            continue
+        run = Run(task, variant, seed, args.work)
+        # Where the checkpoint was lost, or is older than the rows, they are measured again.
+        rows = [row for row in rows if row not in known or int(row["step"]) <= run.step]
+        for row in run.rows(lambda: time.monotonic() < end):
             print(f"{row.task}, {row.variant}, seed {row.seed}: step {row.step}, {row.score:.3f}", flush=True)
             rows.append({name: str(cell) for name, cell in {**asdict(row), **mark}.items()})
             write(path, rows)
