@@ -30,18 +30,34 @@ def paths(tmp_path: Path) -> list[str]:
 
 def test_rows_of_a_transfer(paths: list[str], tmp_path: Path) -> None:
     run = [*paths, "--steps", "4", "--tune-steps", "2", "--out", str(tmp_path), "--name", "x", "--work", str(tmp_path)]
+    run += ["--recording", str(tmp_path / "answers")]
     for references in ("4", "8"):
         assert transfer.main([*run, "--references", references, "--curve"]) == 0
+    assert transfer.main([*run, "--original"]) == 0
     rows = list(csv.DictReader((tmp_path / "x.csv").read_text().splitlines()))
     for references in ("4", "8"):
         found = {(row["moment"], row["name"]): float(row["value"]) for row in rows if row["references"] == references}
         assert len(found) == sum(row["references"] == references for row in rows)
-        assert found["original", "probe_accuracy, seed 2"] > 0.9
+        assert found["tuned", "probe_accuracy, seed 2"] > 0.9
         assert found["matched", "cosine"] != found["placed", "cosine"] != found["tuned", "cosine"]
         assert sum(moment == "curve" for moment, _ in found) == 2
         assert sum(name.startswith("error of") for _, name in found) == 2 * 2 * 4
-    conditions = json.loads((tmp_path / "x.json").read_text())["M 8, T 1"]
+    (original,) = {(row["references"], row["iterations"], row["seed"]) for row in rows if row["moment"] == "original"}
+    assert original == ("", "", "")
+    conditions = json.loads((tmp_path / "x.json").read_text())["M 8, T 1, seed 0"]
     assert (conditions["held_out_texts"], conditions["train_texts"], conditions["steps"]) == (6, 54, "4")
+
+
+def test_seeds_are_runs_of_their_own_and_the_task_is_learned(paths: list[str], tmp_path: Path) -> None:
+    run = [*paths, "--steps", "1", "--tune-steps", "0", "--out", str(tmp_path), "--name", "x", "--work", str(tmp_path)]
+    run += ["--references", "4", "--task-steps", "30", "--task-learning-rate", "3e-3"]
+    for seed in ("0", "1"):
+        assert transfer.main([*run, "--seed", seed]) == 0
+    rows = list(csv.DictReader((tmp_path / "x.csv").read_text().splitlines()))
+    value = {(row["seed"], row["moment"], row["name"]): float(row["value"]) for row in rows}
+    assert value["0", "placed", "error"] != value["1", "placed", "error"]
+    for seed in range(3):
+        assert value["0", "matched", f"fine_tuned_accuracy, seed {seed}"] > 0.9
 
 
 def test_rows_of_speed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
