@@ -67,26 +67,42 @@ struct KeySource {
   const F* la = nullptr;
   int64_t b = 0, h = 0, lo = 0;
   int64_t Ep;
-  Buffer<F> x, inv, pos;
+  Rows<F> x;  // [n][Dp] of the tokens that were loaded last
+  Buffer<F> inv, pos, room;
 
   KeySource(const AttentionParams& p_, Refs<F>& refs_)
       : p(p_),
         refs(refs_),
         Ep(pad<F>(p_.E)),
-        x(tile_rows(refs_.Mp) * refs_.Dp),
         inv(tile_rows(refs_.Mp)),
-        pos(tile_rows(refs_.Mp) * refs_.P) {}
-  void load_keys(int64_t row0, int64_t n) {
-    load_rows<F>(p.key, b, h, lo + row0, n, la + row0, x, refs.Dp);
+        pos(tile_rows(refs_.Mp) * refs_.P),
+        room(tile_rows(refs_.Mp) * refs_.Dp) {}
+  void load_keys(int64_t row0, int64_t n) { load_tokens(p.key, p.key_pos, lo + row0, n, la + row0); }
+  void load_queries(int64_t row0, int64_t n) { load_tokens(p.query, p.query_pos, row0, n, nullptr); }
+  void load_tokens(const View& tokens, const View& places, int64_t row0, int64_t n, const F* skip) {
+    x = rows_of<F>(tokens, b, h, row0, n, skip, room, refs.Dp);
     if (refs.rbf) inverse_norms<F>(x, n, refs.Dp, inv);
-    if (refs.P) load_rows<F>(p.key_pos, b, h, lo + row0, n, la + row0, pos, refs.P);
+    if (refs.P) load_rows<F>(places, b, h, row0, n, skip, pos, refs.P);
   }
   void logits(int64_t row0, int64_t n, F* tile) {
     load_keys(row0, n);
     Ahead ahead = ahead_of(p.key, b, h, lo + row0, n);
     logits_of<F>(refs, n, x, inv, pos, tile, &ahead);
   }
-  void values(int64_t row0, int64_t n, F* tile) { load_rows<F>(p.value, b, h, lo + row0, n, la + row0, tile, Ep); }
+  bool near() const { return refs.near(); }
+  F middle() const { return refs.middle_logit(); }
+  F least_power() const { return refs.least_power(); }
+  void weights(int64_t row0, int64_t n, F* tile) {
+    load_keys(row0, n);
+    Ahead ahead = ahead_of(p.key, b, h, lo + row0, n);
+    weights_of<F>(refs, n, x, inv, tile, nullptr, nullptr, &ahead);
+  }
+  Rows<F> values(int64_t row0, int64_t n, F* tile) {
+    return rows_of<F>(p.value, b, h, lo + row0, n, la + row0, tile, Ep);
+  }
+  void load_values(int64_t row0, int64_t n, F* tile) {
+    load_rows<F>(p.value, b, h, lo + row0, n, la + row0, tile, Ep);
+  }
   Ahead values_ahead(int64_t row0, int64_t n) const { return ahead_of(p.value, b, h, lo + row0, n); }
   static constexpr bool wants_f() { return false; }
   void store_f(int64_t, int64_t, const F*) {}
@@ -141,7 +157,8 @@ class ForwardWorker {
         transport_(p.S, cache_rows<F>(p, threads), tile_rows(refs_.Mp), refs_.Mp, pad<F>(p.E), p.T, bool(p.w_k)),
         weights_(tile_rows(refs_.Mp) * refs_.Mp),
         out_(tile_rows(refs_.Mp) * pad<F>(p.E)),
-        scale_(tile_rows(refs_.Mp)) {}
+        scale_(tile_rows(refs_.Mp)),
+        powers_(refs_.Mp) {}
   ColumnState<F>& shared() { return transport_.state; }
 
   void run(int64_t item, const Team& team) {
@@ -190,25 +207,36 @@ class ForwardWorker {
   void read(int64_t b, int64_t h, const Team& team, bool any) {
     const int64_t rows = tile_rows(refs_.Mp), Mp = refs_.Mp, Ep = pad<F>(p_.E);
     const auto [lo, hi] = team.share(p_.L, rows);
+    F spread;
+    source_.b = b, source_.h = h;
+    if (any && refs_.near()) exp_shifted<F>(p_.M, Mp, transport_.g, powers_, spread);
     for (int64_t row0 = lo; row0 < hi; row0 += rows) {
       const int64_t n = std::min(rows, hi - row0);
       if (any) {
-        load_rows<F>(p_.query, b, h, row0, n, nullptr, source_.x, refs_.Dp);
-        if (refs_.rbf) inverse_norms<F>(source_.x, n, refs_.Dp, source_.inv);
-        if (refs_.P) load_rows<F>(p_.query_pos, b, h, row0, n, nullptr, source_.pos, refs_.P);
-        Ahead ahead = ahead_of(p_.query, b, h, row0, n), ahead_o = ahead_of(p_.o, b, h, row0, n);
-        logits_of<F>(refs_, n, source_.x, source_.inv, source_.pos, weights_, &ahead);
-        exp_rows<F>(n, Mp, weights_, transport_.g, scale_);
+        source_.load_queries(row0, n);
+        query_weights(b, h, row0, n);
         drop<F>(p_, b, h, row0, n, Mp, weights_);
-        gemm<F>(n, Ep, p_.M, weights_, Mp, 1, transport_.z, Ep, out_, Ep, false, &ahead_o);
       } else {
-        fill(out_.data(), n * Ep, F(0));
         fill(weights_.data(), n * Mp, F(0));
+        fill(scale_.data(), n, F(1));
       }
-      const F* const scale = any ? scale_.data() : nullptr;
-      store_rows<F>(p_.o, b, h, row0, n, out_.data(), Ep, scale);
-      if (p_.w_q) store_rows<F>(p_.w_q, b, h, row0, n, weights_.data(), Mp, scale);
+      Ahead ahead = ahead_of(p_.o, b, h, row0, n);
+      const Place<F> o = place_of<F>(p_.o, b, h, row0, out_, Ep);
+      gemm<F>(n, Ep, p_.M, weights_, Mp, 1, transport_.z, Ep, o.at, o.ld, Finish<F>{false, scale_}, &ahead);
+      if (o.at == out_) store_rows<F>(p_.o, b, h, row0, n, out_.data(), Ep, nullptr);
+      if (p_.w_q) store_rows<F>(p_.w_q, b, h, row0, n, weights_.data(), Mp, scale_);
     }
+  }
+
+  // W^q of the queries that are loaded but for the factor scale of each row.
+  void query_weights(int64_t b, int64_t h, int64_t row0, int64_t n) {
+    Ahead ahead = ahead_of(p_.query, b, h, row0, n);
+    if (!refs_.near()) {
+      logits_of<F>(refs_, n, source_.x, source_.inv, source_.pos, weights_, &ahead);
+      return exp_rows<F>(n, refs_.Mp, weights_, transport_.g, scale_);
+    }
+    weights_of<F>(refs_, n, source_.x, source_.inv, weights_, powers_, scale_, &ahead);
+    for (int64_t i = 0; i < n; ++i) scale_[i] = 1 / scale_[i];
   }
 
   const AttentionParams& p_;
@@ -216,6 +244,7 @@ class ForwardWorker {
   KeySource<F> source_;
   Transport<F, KeySource<F>> transport_;
   Buffer<F> weights_, out_, scale_;
+  Buffer<F> powers_;  // [Mp] e^{g − max g}
 };
 
 template <class F>

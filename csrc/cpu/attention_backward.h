@@ -30,7 +30,18 @@ struct KeyGradSource {
   }
   static constexpr bool is_result = false;
   void restart() { grads.clear(keys.refs); }
+  bool near() const { return keys.near(); }
+  F middle() const { return keys.middle(); }
+  F least_power() const { return keys.least_power(); }
   void logits(int64_t row0, int64_t n, F* out) {
+    load_kappa(row0, n);
+    logit_tile<F>(keys.refs, n, kappa, keys.pos, out);
+  }
+  void weights(int64_t row0, int64_t n, F* out) {
+    load_kappa(row0, n);
+    powers_of<F>(keys.refs, n, kappa, out);
+  }
+  void load_kappa(int64_t row0, int64_t n) {
     const bool fits = row0 + n <= cached;
     F* k = fits ? cache + row0 * keys.refs.Mp : tile.data();
     loaded = !fits || row0 >= known_;
@@ -43,9 +54,8 @@ struct KeyGradSource {
       load_rows<F>(keys.p.key_pos, keys.b, keys.h, keys.lo + row0, n, keys.la + row0, keys.pos, keys.refs.P);
     }
     kappa = k;
-    logit_tile<F>(keys.refs, n, k, keys.pos, out);
   }
-  void values(int64_t row0, int64_t n, F* out) { keys.values(row0, n, out); }
+  void load_values(int64_t row0, int64_t n, F* out) { keys.load_values(row0, n, out); }
   Ahead values_ahead(int64_t row0, int64_t n) const { return keys.values_ahead(row0, n); }
   void d_f(int64_t, int64_t, F*) {}
   void store_dv(int64_t row0, int64_t n, F* dv) {
@@ -87,6 +97,7 @@ class BackwardWorker {
         Ep_(pad<F>(p.E)),
         zt_(p.E * refs_.Mp),
         g_(refs_.Mp),
+        powers_(refs_.Mp),
         kappa_(tile_rows(refs_.Mp) * refs_.Mp),
         w_(tile_rows(refs_.Mp) * refs_.Mp),
         dp_(tile_rows(refs_.Mp) * refs_.Mp),
@@ -180,20 +191,27 @@ class BackwardWorker {
   void queries(int64_t b, int64_t h, const Team& team) {
     const int64_t rows = tile_rows(refs_.Mp);
     const auto [lo, hi] = team.share(p_.L, rows);
+    F spread;
+    if (refs_.near()) exp_shifted<F>(p_.M, refs_.Mp, g_, powers_, spread);
     for (int64_t row0 = lo; row0 < hi; row0 += rows) query_block(b, h, row0, std::min(rows, hi - row0));
   }
 
   // W^q and dS of one block; dz += W^qᵀ dO, dg += Σ_i dS, dq.
   void query_block(int64_t b, int64_t h, int64_t row0, int64_t n) {
     const int64_t Mp = refs_.Mp;
-    F *x = source_.keys.x, *inv = source_.keys.inv, *pos = source_.keys.pos;
-    load_rows<F>(p_.query, b, h, row0, n, nullptr, x, refs_.Dp);
-    if (refs_.rbf) inverse_norms<F>(x, n, refs_.Dp, inv);
-    if (refs_.P) load_rows<F>(p_.query_pos, b, h, row0, n, nullptr, pos, refs_.P);
+    source_.keys.b = b, source_.keys.h = h;
+    source_.keys.load_queries(row0, n);
+    const Rows<F> x = source_.keys.x;
+    const F *inv = source_.keys.inv, *pos = source_.keys.pos;
     Ahead ahead = ahead_of(p_.query, b, h, row0, n), ahead_o = ahead_of(p_.d_o, b, h, row0, n);
     kernel_tile<F>(refs_, n, x, inv, kappa_, &ahead);
-    logit_tile<F>(refs_, n, kappa_, pos, w_);
-    exp_rows<F>(n, Mp, w_, g_, scale_);
+    if (refs_.near()) {
+      powers_of<F>(refs_, n, kappa_, w_, powers_, scale_);
+      for (int64_t i = 0; i < n; ++i) scale_[i] = 1 / scale_[i];
+    } else {
+      logit_tile<F>(refs_, n, kappa_, pos, w_);
+      exp_rows<F>(n, Mp, w_, g_, scale_);
+    }
     load_rows<F>(p_.d_o, b, h, row0, n, nullptr, d_o_, Ep_);
     gemm<F>(n, Mp, p_.E, d_o_, Ep_, 1, zt_, Mp, dp_, Mp, false, &ahead_o);
     drop<F>(p_, b, h, row0, n, Mp, dp_);
@@ -279,7 +297,7 @@ class BackwardWorker {
   TransportBackward<F, KeyGradSource<F>> transport_;
   Shared shared_;
   int64_t Ep_;
-  Buffer<F> zt_, g_, kappa_, w_, dp_, d_o_, d_x_, scale_, dg_block_;
+  Buffer<F> zt_, g_, powers_, kappa_, w_, dp_, d_o_, d_x_, scale_, dg_block_;
 };
 
 template <class F>

@@ -11,23 +11,6 @@
 namespace sfk {
 namespace {
 
-// e^ℓ from the product of a token and a unit vector, where all there is of ℓ is (κ − 1)/ε.
-template <class F>
-struct BoundedKernel {
-  F away, slope, slope_low;
-
-  explicit BoundedKernel(const Refs<F>& r) {
-    const double exact = kPowerUnit<F> * (static_cast<double>(r.inv_eps) + r.inv_eps_low);
-    away = static_cast<F>(kPowerUnit<F> * r.beta);
-    slope = static_cast<F>(exact), slope_low = static_cast<F>(exact - slope);
-  }
-  // scale: away/‖x‖.
-  SFK_INLINE Vec<F> operator()(Vec<F> product, F scale) const {
-    const Vec<F> d = vpower<F>(product * scale - away) - F(1);
-    return vpower<F>(d * slope + d * slope_low);
-  }
-};
-
 template <class F>
 class BoundedChunk : public Chunk<F> {
  public:
@@ -37,19 +20,19 @@ class BoundedChunk : public Chunk<F> {
 
   // Whether the chunks of a head may be tried; λ_b = 1, as a power of C takes its logarithm.
   static bool may_hold(const CausalParams& p, const Refs<F>& r) {
-    return r.least() >= -kLogit && !p.log_decay && (p.T == 0 || r.lam_b == 1);
+    return r.near() && !p.log_decay && (p.T == 0 || r.lam_b == 1);
   }
 
   // The n keys x [n][Dp] with inverse norms inv, log masses la and values v [n][Ep], after keys of sums `before` [Mp];
   // false where weights or sums are too far from 1.
-  bool begin(const Refs<F>& r, int64_t T, int64_t n, const F* x, const F* inv, const F* la, const F* v, const F* before,
+  bool begin(const Refs<F>& r, int64_t T, int64_t n, Rows<F> x, const F* inv, const F* la, const F* v, const F* before,
              Ahead* ahead) {
     return this->finite(n * Ep_, v) && weights_of(r, T, n, x, inv, la, ahead) && add_up(n, la, before);
   }
 
   // Queries x [n][Dp] to X of sums 1/scale.
-  void read_weights(const Refs<F>& r, int64_t T, int64_t n, const F* x, const F* inv, F* w, F* scale, Ahead* ahead) {
-    gemm<F>(n, Mp_, r.D, x, r.Dp, 1, r.yt, Mp_, w, Mp_, false, ahead);
+  void read_weights(const Refs<F>& r, int64_t T, int64_t n, Rows<F> x, const F* inv, F* w, F* scale, Ahead* ahead) {
+    gemm<F>(n, Mp_, r.D, x.at, x.ld, 1, r.yt, Mp_, w, Mp_, false, ahead);
     const BoundedKernel<F> kernel(r);
     for (int64_t i = 0; i < n; ++i) {
       const F along = kernel.away * inv[i];
@@ -70,13 +53,12 @@ class BoundedChunk : public Chunk<F> {
  private:
   using Chunk<F>::M_, Chunk<F>::Mp_, Chunk<F>::Ep_;
 
-  // What β and ε may let ℓ be, and how far masses and sums may be from 1 either way: b E/C² of any query is then a
-  // normal number.
-  static constexpr F kLogit = 24, kMass = F(1LL << 20), kSum = F(1LL << 40);
+  // How far masses and sums may be from 1 either way: b E/C² of any query is then a normal number.
+  static constexpr F kMass = F(1LL << 20), kSum = F(1LL << 40);
 
   // e = E u.
-  bool weights_of(const Refs<F>& r, int64_t T, int64_t n, const F* x, const F* inv, const F* la, Ahead* ahead) {
-    gemm<F>(n, Mp_, r.D, x, r.Dp, 1, r.yt, Mp_, e, Mp_, false, ahead);
+  bool weights_of(const Refs<F>& r, int64_t T, int64_t n, Rows<F> x, const F* inv, const F* la, Ahead* ahead) {
+    gemm<F>(n, Mp_, r.D, x.at, x.ld, 1, r.yt, Mp_, e, Mp_, false, ahead);
     const BoundedKernel<F> kernel(r);
     for (int64_t i = 0; i < n; ++i) {
       const F along = kernel.away * inv[i];

@@ -109,22 +109,17 @@ class CausalWorker {
   }
 
  private:
-  void load_queries(int64_t b, int64_t h, int64_t row0, int64_t n) {
-    load_rows<F>(p_.query, b, h, row0, n, nullptr, source_.x, refs_.Dp);
-    if (refs_.rbf) inverse_norms<F>(source_.x, n, refs_.Dp, source_.inv);
-    if (refs_.P) load_rows<F>(p_.query_pos, b, h, row0, n, nullptr, source_.pos, refs_.P);
-  }
   bool last(int64_t row0, int64_t n) const { return row0 + n == p_.S && !p_.final_state; }
 
   // False, and nothing has changed, where weights or sums are too far from 1.
   bool bounded_block(int64_t b, int64_t h, int64_t row0, int64_t n) {
     source_.load_keys(row0, n);
-    source_.values(row0, n, v_);
+    source_.load_values(row0, n, v_);
     bundle_.begin(carried_);
     Ahead ahead = ahead_of(p_.key, b, h, row0, n), ahead_q = ahead_of(p_.query, b, h, row0, n),
           ahead_v = ahead_of(p_.value, b, h, row0, n), ahead_o = ahead_of(p_.o, b, h, row0, n);
     if (!chunk_.begin(refs_, p_.T, n, source_.x, source_.inv, la_ + row0, v_, bundle_.c, &ahead)) return false;
-    load_queries(b, h, row0, n);
+    source_.load_queries(row0, n);
     chunk_.read_weights(refs_, p_.T, n, source_.x, source_.inv, w_, scale_, &ahead_q);
     drop<F>(p_, b, h, row0, n, refs_.Mp, w_);
     chunk_.read(n, w_, v_, bundle_.n, o_, &ahead_v);
@@ -138,8 +133,8 @@ class CausalWorker {
   void block(int64_t b, int64_t h, int64_t row0, int64_t n) {
     source_.logits(row0, n, omega_);
     causal_weights<F>(refs_, p_.T, n, la_ + row0, omega_, lse_);
-    source_.values(row0, n, v_);
-    load_queries(b, h, row0, n);
+    source_.load_values(row0, n, v_);
+    source_.load_queries(row0, n);
     logits_of<F>(refs_, n, source_.x, source_.inv, source_.pos, w_);
     gates_.load(p_, b, h, row0, n);
     scan_.begin(carried_);

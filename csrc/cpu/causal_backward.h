@@ -90,14 +90,13 @@ class CausalBackwardWorker {
 
   // Scans a block: W^q, log C and d log C of every query, dS, dq.
   void forward_block(int64_t b, int64_t h, int64_t row0, int64_t n) {
-    F *x = source_.x, *inv = source_.inv, *pos = source_.pos;
     source_.logits(row0, n, tile_);
     causal_weights<F>(refs_, p_.T, n, la_ + row0, tile_, lse_);
-    source_.values(row0, n, v_);
+    source_.load_values(row0, n, v_);
     load_rows<F>(p_.d_o, b, h, row0, n, nullptr, d_o_, Ep_);
-    load_rows<F>(p_.query, b, h, row0, n, nullptr, x, refs_.Dp);
-    if (refs_.rbf) inverse_norms<F>(x, n, refs_.Dp, inv);
-    if (refs_.P) load_rows<F>(p_.query_pos, b, h, row0, n, nullptr, pos, refs_.P);
+    source_.load_queries(row0, n);
+    const Rows<F> x = source_.x;
+    const F *inv = source_.inv, *pos = source_.pos;
     kernel_tile<F>(refs_, n, x, inv, kappa_);
     logit_tile<F>(refs_, n, kappa_, pos, ds_);
     gates_.load(p_, b, h, row0, n);
@@ -283,7 +282,7 @@ class CausalBackwardWorker {
     logit_tile<F>(refs_, n, kappa_, source_.pos, ds_);
     std::copy(ds_.data(), ds_ + n * Mp_, tile_.data());
     causal_weights<F>(refs_, p_.T, n, la_ + row0, tile_, lse_, row_top_, row_sum_);
-    source_.values(row0, n, v_);
+    source_.load_values(row0, n, v_);
     load_rows<F>(p_.d_o, b, h, row0, n, nullptr, d_o_, Ep_);
     if (near_[row0 / rows_]) reverse_chunk(b, h, row0, n);
     for (int64_t i = n - 1; !near_[row0 / rows_] && i >= 0; --i) {

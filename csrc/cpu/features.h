@@ -49,8 +49,9 @@ class FeatureWorker {
     for (int64_t row0 = lo; row0 < hi; row0 += rows_) {
       const int64_t n = std::min(rows_, hi - row0);
       load_rows<F>(p_.x, b, h, row0, n, nullptr, x_, refs_.Dp);
-      inverse_norms<F>(x_, n, refs_.Dp, inv_, norm_);
-      p_.centring ? centred_tile(n) : kernel_tile<F>(refs_, n, x_, inv_, kappa_);
+      const Rows<F> x{x_, refs_.Dp};
+      inverse_norms<F>(x, n, refs_.Dp, inv_, norm_);
+      p_.centring ? centred_tile(n) : kernel_tile<F>(refs_, n, x, inv_, kappa_);
       if (p_.psi) {
         gemm<F>(n, Rp, p_.R, kappa_, Rp, 1, whitening_, Rp, psi_, Rp, false);
         store_rows<F>(p_.psi, b, h, row0, n, psi_.data(), Rp, norm_.data());
@@ -128,7 +129,7 @@ class FeatureWorker {
     }
     gemm<F>(p_.R, Rp, n, kappa_, 1, Rp, psi_, Rp, shared_.d_whitening, Rp, true);
     if (p_.centring) centred_grads(n);
-    kernel_grads<F>(refs_, n, x_, inv_, kappa_, d_kappa_, p_.d_x ? d_x_.data() : nullptr, grads_);
+    kernel_grads<F>(refs_, n, Rows<F>{x_, Dp}, inv_, kappa_, d_kappa_, p_.d_x ? d_x_.data() : nullptr, grads_);
     if (!p_.d_x) return;
     for (int64_t i = 0; i < n; ++i)
       for (int64_t d = 0; d < Dp; ++d) d_x_[i * Dp + d] += x_[i * Dp + d] * inv_[i] * along_[i];

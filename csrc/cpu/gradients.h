@@ -55,7 +55,7 @@ void logit_grads(const Refs<F>& r, int64_t n, const F* kappa, const F* pos, cons
 
 // From dκ [n][Mp] (overwritten): adds to dŷ and dβ, and gives dx [n][Dp] where that is not null.
 template <class F>
-void kernel_grads(const Refs<F>& r, int64_t n, const F* x, const F* inv, const F* kappa, F* d_kappa, F* d_x,
+void kernel_grads(const Refs<F>& r, int64_t n, Rows<F> x, const F* inv, const F* kappa, F* d_kappa, F* d_x,
                   RefGrads<F>& out) {
   const int64_t Mp = r.Mp, Dp = r.Dp;
   if (r.rbf) {
@@ -74,16 +74,16 @@ void kernel_grads(const Refs<F>& r, int64_t n, const F* x, const F* inv, const F
     }
     out.hyper[kBandwidth] += d_beta_sum / r.beta;
   }
-  if (out.wants_points) gemm<F>(r.M, Dp, n, d_kappa, 1, Mp, x, Dp, out.y, Dp, true);
+  if (out.wants_points) gemm<F>(r.M, Dp, n, d_kappa, 1, Mp, x.at, x.ld, out.y, Dp, true);
   if (!d_x) return;
   gemm<F>(n, Dp, r.M, d_kappa, Mp, 1, r.y, Dp, d_x, Dp, false);
   if (!r.rbf) return;
   for (int64_t i = 0; i < n; ++i) {
     Vec<F> acc{};
-    for (int64_t d = 0; d < Dp; d += kLanes<F>) acc += load(x + i * Dp + d) * inv[i] * load(d_x + i * Dp + d);
+    for (int64_t d = 0; d < Dp; d += kLanes<F>) acc += load(x[i] + d) * inv[i] * load(d_x + i * Dp + d);
     const F along = reduce_add<F>(acc);
     for (int64_t d = 0; d < Dp; d += kLanes<F>)
-      store(d_x + i * Dp + d, load(d_x + i * Dp + d) - load(x + i * Dp + d) * inv[i] * along);
+      store(d_x + i * Dp + d, load(d_x + i * Dp + d) - load(x[i] + d) * inv[i] * along);
   }
 }
 

@@ -17,7 +17,7 @@ struct Refs {
   int64_t M, Mp, D, Dp, P;
   bool rbf;
   F beta, inv_eps, inv_eps_low, lam_a, lam_b, tau;  // 1/ε = inv_eps + inv_eps_low to twice the precision of F
-  F middle;                                         // κ of orthogonal vectors
+  F middle;                                         // κ of orthogonal vectors, as `BoundedKernel` rounds it
   Buffer<F> yt;                                     // [Dp][Mp] ŷ transposed (raw y for "dot")
   Buffer<F> y;                                      // [Mp][Dp] the same by rows
   Buffer<F> inv_norm;                               // [Mp]
@@ -76,9 +76,15 @@ struct Refs {
   // The least ℓ of any token, as β and ε alone tell; −inf where they do not.  The largest is 0.
   F least() const { return rbf && !P ? static_cast<F>(std::expm1(-2.0 * beta)) * inv_eps : -kInf<F>; }
 
+  // Whether no token's e^ℓ is far from 1, so that it needs no unit of its own.  With one reference every weight is 1, and
+  // exactly so where it is e^{ℓ − m}.
+  bool near() const { return M > 1 && least() >= -kNear; }
+  F least_power() const { return least() - middle_logit(); }  // log of the smallest K (`weights_of`)
+  static constexpr F kNear = 24;
+
   void set_kernel(F bandwidth, double epsilon) {
     beta = bandwidth;
-    middle = rbf ? std::exp(-beta) : F(0);
+    middle = rbf ? lane<F>(vpower<F>(splat(static_cast<F>(-kPowerUnit<F> * beta))), 0) : F(0);
     inv_eps = static_cast<F>(1 / epsilon);
     inv_eps_low = static_cast<F>(1 / epsilon - static_cast<double>(inv_eps));
   }
@@ -99,16 +105,37 @@ struct Refs {
   }
 };
 
+// κ of a token and a unit vector from their product, and e^{(κ − centre)/ε}: e^ℓ, where that is all there is of ℓ, for
+// centre 1.
+template <class F>
+struct BoundedKernel {
+  F centre, away, slope, slope_low;
+
+  explicit BoundedKernel(const Refs<F>& r, F centre_ = 1) : centre(centre_) {
+    const double exact = kPowerUnit<F> * (static_cast<double>(r.inv_eps) + r.inv_eps_low);
+    away = static_cast<F>(kPowerUnit<F> * r.beta);
+    slope = static_cast<F>(exact), slope_low = static_cast<F>(exact - slope);
+  }
+  // scale: away/‖x‖.
+  SFK_INLINE Vec<F> kappa(Vec<F> product, F scale) const { return vpower<F>(product * scale - away); }
+  SFK_INLINE Vec<F> power(Vec<F> kappa) const {
+    const Vec<F> d = kappa - centre;
+    return vpower<F>(d * slope + d * slope_low);
+  }
+  SFK_INLINE Vec<F> operator()(Vec<F> product, F scale) const { return power(kappa(product, scale)); }
+};
+
 // κ(x_i, y_j) of the n rows x [n][Dp]; inv = 1/‖x_i‖ (rbf).
 template <class F>
-void kernel_tile(const Refs<F>& r, int64_t n, const F* x, const F* inv, F* kappa, Ahead* ahead = nullptr) {
+void kernel_tile(const Refs<F>& r, int64_t n, Rows<F> x, const F* inv, F* kappa, Ahead* ahead = nullptr) {
   const int64_t Mp = r.Mp;
-  gemm<F>(n, Mp, r.D, x, r.Dp, 1, r.yt, Mp, kappa, Mp, false, ahead);
+  gemm<F>(n, Mp, r.D, x.at, x.ld, 1, r.yt, Mp, kappa, Mp, false, ahead);
   if (!r.rbf) return;
+  const BoundedKernel<F> kernel(r);
   for (int64_t i = 0; i < n; ++i) {
-    const F scale = r.beta * inv[i];
+    const F along = kernel.away * inv[i];
     F* row = kappa + i * Mp;
-    for (int64_t j = 0; j < Mp; j += kLanes<F>) store(row + j, vexp<F>(load(row + j) * scale - r.beta));
+    for (int64_t j = 0; j < Mp; j += kLanes<F>) store(row + j, kernel.kappa(load(row + j), along));
   }
 }
 
@@ -164,19 +191,55 @@ void logit_tile(const Refs<F>& r, int64_t n, const F* kappa, const F* pos, F* lo
 
 // Logits where κ is not needed again: both steps in one sweep over the tile.
 template <class F>
-void logits_of(const Refs<F>& r, int64_t n, const F* x, const F* inv, const F* pos, F* tile, Ahead* ahead = nullptr) {
+void logits_of(const Refs<F>& r, int64_t n, Rows<F> x, const F* inv, const F* pos, F* tile, Ahead* ahead = nullptr) {
   if (!r.rbf || r.P) {
     kernel_tile<F>(r, n, x, inv, tile, ahead);
     return logit_tile<F>(r, n, tile, pos, tile);
   }
-  gemm<F>(n, r.Mp, r.D, x, r.Dp, 1, r.yt, r.Mp, tile, r.Mp, false, ahead);
+  gemm<F>(n, r.Mp, r.D, x.at, x.ld, 1, r.yt, r.Mp, tile, r.Mp, false, ahead);
+  const BoundedKernel<F> kernel(r);
   for (int64_t i = 0; i < n; ++i, tile += r.Mp) {
-    const F scale = r.beta * inv[i];
+    const F along = kernel.away * inv[i];
     for (int64_t j = 0; j < r.Mp; j += kLanes<F>) {
-      const Vec<F> d = vexp<F>(load(tile + j) * scale - r.beta) - F(1);
+      const Vec<F> d = kernel.kappa(load(tile + j), along) - F(1);
       store(tile + j, d * r.inv_eps + d * r.inv_eps_low);
     }
   }
+}
+
+// K = of(i)(from) of row i, or g K, and the sum of each row [n]; from and tile may be the same.
+template <class F, class Of>
+SFK_INLINE void power_rows(const Refs<F>& r, int64_t n, const F* from, F* tile, const F* g, F* sums, Of of) {
+  for (int64_t i = 0; i < n; ++i, from += r.Mp, tile += r.Mp) {
+    const auto power = of(i);
+    Vec<F> sum{};
+    for (int64_t j = 0; j < r.Mp; j += kLanes<F>) {
+      Vec<F> w = power(load(from + j));
+      if (g) w *= load(g + j);
+      sum += w;
+      store(tile + j, w);
+    }
+    if (sums) sums[i] = reduce_add<F>(sum);
+  }
+}
+
+// K = e^{ℓ − middle_logit()} from κ, of tokens whose logits are near.  Most lie about the middle, so that K and its
+// logarithms are small numbers, rounded as such.  Columns without a reference get some number of that size, too.
+template <class F>
+void powers_of(const Refs<F>& r, int64_t n, const F* kappa, F* tile, const F* g = nullptr, F* sums = nullptr) {
+  const BoundedKernel<F> kernel(r, r.middle);
+  power_rows<F>(r, n, kappa, tile, g, sums, [&](int64_t) { return [&](Vec<F> k) { return kernel.power(k); }; });
+}
+
+// The same from the tokens.
+template <class F>
+void weights_of(const Refs<F>& r, int64_t n, Rows<F> x, const F* inv, F* tile, const F* g = nullptr, F* sums = nullptr,
+                Ahead* ahead = nullptr) {
+  gemm<F>(n, r.Mp, r.D, x.at, x.ld, 1, r.yt, r.Mp, tile, r.Mp, false, ahead);
+  const BoundedKernel<F> kernel(r, r.middle);
+  power_rows<F>(r, n, tile, tile, g, sums, [&](int64_t i) {
+    return [&kernel, along = kernel.away * inv[i]](Vec<F> product) { return kernel(product, along); };
+  });
 }
 
 }  // namespace

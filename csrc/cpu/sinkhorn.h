@@ -32,7 +32,12 @@ struct MatrixSource {
       fill(tile, Mp, F(0));
     }
   }
-  void values(int64_t, int64_t, F*) {}
+  static constexpr bool near() { return false; }
+  static constexpr F middle() { return 0; }
+  static constexpr F least_power() { return 0; }
+  void weights(int64_t, int64_t, F*) {}
+  Rows<F> values(int64_t, int64_t, F*) { return {}; }
+  void load_values(int64_t, int64_t, F*) {}
   Ahead values_ahead(int64_t, int64_t) const { return {}; }
   bool wants_f() const { return bool(p.f); }
   void store_f(int64_t row0, int64_t n, const F* f) {

@@ -56,7 +56,8 @@ struct ColumnState {
   bool lone;              // one row takes part in the head, and it is here: it is pooled with weight 1 exactly
 };
 
-// Source: logits(row0, n, tile), values(row0, n, tile), values_ahead(row0, n), wants_f(), store_f(row0, n, f); rows
+// Source: logits(row0, n, tile); weights(row0, n, tile), e^{ℓ − middle()} >= e^least_power(), where near();
+// values(row0, n, room), where they lie or in the room; values_ahead(row0, n); wants_f(), store_f(row0, n, f).  Rows
 // count from this thread's first one.
 template <class F, class Source>
 class Transport {
@@ -135,7 +136,8 @@ class Transport {
   void log_rows(Source& src, int64_t row0, int64_t n, const F* logits, const F* potential, F lam);
   void scaled_block(Source& src, int64_t row0, int64_t n, F* K, F lam, F shift, bool pool);
   void log_block(Source& src, int64_t row0, int64_t n, const F* logits, F lam, bool pool);
-  void pool_lone(int64_t n, const F* present);
+  void weigh_rows(int64_t n, const F* K);
+  void pool_lone(Source& src, int64_t row0, int64_t n, const F* present);
   // The first rows that are pooled need no zeros to be added to: of few rows these cost as much as the product.
   void zero_z() {
     if (!pooled_any_) fill(state.z.data(), Mp_ * Ep_, F(0));
@@ -238,6 +240,12 @@ F* Transport<F, Source>::rows_tile(Source& src, int64_t row0, int64_t n, bool fi
   const bool cached = (passes_ > 1 || keep_) && row0 + n <= cache_rows_;
   F* tile = cached ? cache_ + row0 * Mp_ : tile_.data();
   if (cached && !first) return tile;
+  if (!kLog && !absorbed_ && src.near()) {
+    src.weights(row0, n, tile);
+    fill(m_ + row0, n, src.middle());
+    state.lowest = src.least_power();
+    return tile;
+  }
   src.logits(row0, n, tile);
   for (int64_t i = 0; absorbed_ && !kLog && i < n; ++i)
     for (int64_t j = 0; j < M; ++j) tile[i * Mp_ + j] += hat_[j];
@@ -278,18 +286,31 @@ void Transport<F, Source>::scaled_block(Source& src, int64_t row0, int64_t n, F*
     fill(state.ref.data(), Mp_, ref);
   }
   for (int64_t i = 0; i < n; i += kLanes<F>) store(u_ + i, vexp<F>(load(u_ + i) - ref));
-  gemm<F>(1, Mp_, n, u_, 0, 1, K, Mp_, state.sum, Mp_, true);
+  if (!pool || state.lone) gemm<F>(1, Mp_, n, u_, 0, 1, K, Mp_, state.sum, Mp_, true);
   if (!pool) return;
-  src.values(row0, n, values_);
   if (state.lone) {
     zero_z();
-    return pool_lone(n, u_);
+    return pool_lone(src, row0, n, u_);
   }
-  for (int64_t i = 0; i < n; ++i)
-    for (int64_t e = 0; e < Ep_; e += kLanes<F>) store(values_ + i * Ep_ + e, load(values_ + i * Ep_ + e) * u_[i]);
+  weigh_rows(n, K);
+  const Rows<F> v = src.values(row0, n, values_);
   Ahead ahead = src.values_ahead(row0, n);
-  gemm<F>(Mp_, Ep_, n, K, 1, Mp_, values_, Ep_, state.z, Ep_, pooled_any_, &ahead);
+  gemm<F>(Mp_, Ep_, n, tile_, 1, Mp_, v.at, v.ld, state.z, Ep_, pooled_any_, &ahead);
   pooled_any_ = true;
+}
+
+// u K to the tile, and its column sums.  K itself may be asked for again.
+template <class F, class Source>
+void Transport<F, Source>::weigh_rows(int64_t n, const F* K) {
+  for (int64_t j = 0; j < Mp_; j += kLanes<F>) {
+    Vec<F> sum{};
+    for (int64_t i = 0; i < n; ++i) {
+      const Vec<F> w = load(K + i * Mp_ + j) * u_[i];
+      sum += w;
+      store(tile_ + i * Mp_ + j, w);
+    }
+    store(state.sum + j, load(state.sum + j) + sum);
+  }
 }
 
 // u = f_s + m_s from the potential of the columns.
@@ -323,20 +344,21 @@ void Transport<F, Source>::log_block(Source& src, int64_t row0, int64_t n, const
     store(G_ + j, scale);
   }
   if (!pool) return;
-  src.values(row0, n, values_);
   for (int64_t i = 0; state.lone && i < n; ++i) u_[i] = u_[i] != -kInf<F>;
-  if (state.lone) return pool_lone(n, u_);
+  if (state.lone) return pool_lone(src, row0, n, u_);
+  const Rows<F> v = src.values(row0, n, values_);
   for (int64_t j = 0; j < Mp_; ++j)
     for (int64_t e = 0; e < Ep_; e += kLanes<F>) store(state.z + j * Ep_ + e, load(state.z + j * Ep_ + e) * G_[j]);
-  gemm<F>(Mp_, Ep_, n, tile_, 1, Mp_, values_, Ep_, state.z, Ep_, true);
+  gemm<F>(Mp_, Ep_, n, tile_, 1, Mp_, v.at, v.ld, state.z, Ep_, true);
 }
 
 // z_j = v of the row whose `present` is not 0, for every column.
 template <class F, class Source>
-void Transport<F, Source>::pool_lone(int64_t n, const F* present) {
+void Transport<F, Source>::pool_lone(Source& src, int64_t row0, int64_t n, const F* present) {
+  const Rows<F> v = src.values(row0, n, values_);
   for (int64_t i = 0; i < n; ++i) {
     if (present[i] == 0) continue;
-    for (int64_t j = 0; j < Mp_; ++j) std::copy(values_ + i * Ep_, values_ + (i + 1) * Ep_, state.z + j * Ep_);
+    for (int64_t j = 0; j < Mp_; ++j) std::copy_n(v[i], Ep_, state.z + j * Ep_);
   }
 }
 

@@ -71,6 +71,8 @@ class TransportBackward {
   template <bool kLog>
   void set_columns(const Marginals<F>& marg, int64_t t);
   template <bool kLog>
+  void block_tile(Source& src, int64_t M, int64_t row0, int64_t n, F& lowest);
+  template <bool kLog>
   void row_factors(const Marginals<F>& marg, int64_t t, int64_t row0, int64_t n);
   template <bool kLog>
   void row_gradients(Source& src, const Marginals<F>& marg, int64_t t, int64_t row0, int64_t n);
@@ -221,9 +223,7 @@ bool TransportBackward<F, Source>::solve(Source& src, const Marginals<F>& marg, 
     fill(partial_.data(), Mp_, F(0));
     for (int64_t row0 = 0; row0 < rows_; row0 += block_) {
       const int64_t n = std::min(block_, rows_ - row0);
-      src.logits(row0, n, tile_);
-      if (kLog) shift_rows<F>(n, marg.M, Mp_, tile_, given.la + row0, m_ + row0);
-      if (!kLog) scale_rows<F>(n, marg.M, Mp_, tile_, given.la + row0, m_ + row0, shared.lowest);
+      block_tile<kLog>(src, marg.M, row0, n, shared.lowest);
       if (!kLog && spread - shared.lowest > kBackwardRange<F>) break;
       if (!kLog) row_factors<kLog>(marg, t, row0, n);
       row_gradients<kLog>(src, marg, t, row0, n);
@@ -246,6 +246,23 @@ bool TransportBackward<F, Source>::solve(Source& src, const Marginals<F>& marg, 
   }
   for (int64_t j = 0; j < Mp_; ++j) gradients.d_log_b[j] += given.dg[j];
   return true;
+}
+
+// The block's K as the forward had it, or ℓ − m in log mode.
+template <class F, class Source>
+template <bool kLog>
+void TransportBackward<F, Source>::block_tile(Source& src, int64_t M, int64_t row0, int64_t n, F& lowest) {
+  if (!kLog && src.near()) {
+    src.weights(row0, n, tile_);
+    fill(m_ + row0, n, src.middle());
+    lowest = src.least_power();
+    return;
+  }
+  src.logits(row0, n, tile_);
+  if (kLog)
+    shift_rows<F>(n, M, Mp_, tile_, given.la + row0, m_ + row0);
+  else
+    scale_rows<F>(n, M, Mp_, tile_, given.la + row0, m_ + row0, lowest);
 }
 
 // Log mode: the row factors of every step, and the sums of Q's columns.  c is rounded, and where it is hundreds the
@@ -323,7 +340,7 @@ void TransportBackward<F, Source>::row_gradients(Source& src, const Marginals<F>
   }
   row_dots<F>(n, Mp_, Q, dcol_, u_);
   if (last && Ep_) {
-    src.values(row0, n, v_);
+    src.load_values(row0, n, v_);
     Ahead ahead = src.values_ahead(row0, n);
     gemm<F>(n, Ep_, marg.M, Q, Mp_, 1, dzq_, Ep_, dv_, Ep_, false, &ahead);
     for (int64_t i = 0; i < n; ++i) {

@@ -100,12 +100,13 @@ SFK_INLINE Vec<F> vexp2(Vec<F> x) {
   if constexpr (sizeof(F) == 4) {
     constexpr int kFloor = 9;
     const Vec<float> r = (Vec<float>)_mm512_reduce_ps((__m512)x, kFloor);
-    Vec<float> p = splat(1.8775767e-3f);  // minimax on [0, 1), 8e-8; what is left of x is the exponent
-    p = p * r + 8.9893397e-3f;
-    p = p * r + 5.5826318e-2f;
-    p = p * r + 2.4015361e-1f;
-    p = p * r + 6.9315308e-1f;
-    p = p * r + 9.9999994e-1f;
+    Vec<float> p = splat(2.16129149e-4f);  // minimax on [0, 1), 2e-9; what is left of x is the exponent
+    p = p * r + 1.24678458e-3f;
+    p = p * r + 9.67545155e-3f;
+    p = p * r + 5.54852821e-2f;
+    p = p * r + 2.40229309e-1f;
+    p = p * r + 6.93147063e-1f;
+    p = p * r + 1.0f;
     return scale_by_power(p, x);
   }
 #endif

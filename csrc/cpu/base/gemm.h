@@ -28,9 +28,16 @@ struct Ahead {
   }
 };
 
+// What becomes of a product before it is stored: it is added to what stands there, or its rows are scaled.
+template <class F>
+struct Finish {
+  bool accumulate = false;
+  const F* scale = nullptr;  // [m], 1 where null
+};
+
 template <class F, int R, int N>
 SFK_INLINE void gemm_tile(int64_t K, const F* A, int64_t ars, int64_t acs, const F* B, int64_t ldb, F* C, int64_t ldc,
-                          bool accumulate) {
+                          Finish<F> finish) {
   constexpr int W = kLanes<F>;
   Vec<F> acc[R][N];
   SFK_UNROLL
@@ -55,37 +62,49 @@ SFK_INLINE void gemm_tile(int64_t K, const F* A, int64_t ars, int64_t acs, const
     for (int n = 0; n < N; ++n) {
       F* out = C + r * ldc + n * W;
       // Added last: a sum over many calls then has the rounding of two short sums, not of one long one.
-      store(out, accumulate ? load(out) + acc[r][n] : acc[r][n]);
+      if (finish.scale)
+        store(out, acc[r][n] * finish.scale[r]);
+      else
+        store(out, finish.accumulate ? load(out) + acc[r][n] : acc[r][n]);
     }
   }
 }
 
 template <class F, int N>
 void gemm_panel(int64_t m, int64_t K, const F* A, int64_t ars, int64_t acs, const F* B, int64_t ldb, F* C, int64_t ldc,
-                bool accumulate, Ahead* ahead) {
+                Finish<F> finish, Ahead* ahead) {
   int64_t i = 0;
   const int64_t share = ahead ? (ahead->rows * kTileRows + m - 1) / m : 0;
+  const auto rows_from = [=](int64_t row) {
+    return Finish<F>{finish.accumulate, finish.scale ? finish.scale + row : nullptr};
+  };
   for (; i + kTileRows <= m; i += kTileRows) {
     if (ahead) ahead->fetch(share);
-    gemm_tile<F, kTileRows, N>(K, A + i * ars, ars, acs, B, ldb, C + i * ldc, ldc, accumulate);
+    gemm_tile<F, kTileRows, N>(K, A + i * ars, ars, acs, B, ldb, C + i * ldc, ldc, rows_from(i));
   }
-  for (; i + 2 <= m; i += 2) gemm_tile<F, 2, N>(K, A + i * ars, ars, acs, B, ldb, C + i * ldc, ldc, accumulate);
-  if (i < m) gemm_tile<F, 1, N>(K, A + i * ars, ars, acs, B, ldb, C + i * ldc, ldc, accumulate);
+  for (; i + 2 <= m; i += 2) gemm_tile<F, 2, N>(K, A + i * ars, ars, acs, B, ldb, C + i * ldc, ldc, rows_from(i));
+  if (i < m) gemm_tile<F, 1, N>(K, A + i * ars, ars, acs, B, ldb, C + i * ldc, ldc, rows_from(i));
+}
+
+template <class F>
+void gemm(int64_t m, int64_t n, int64_t K, const F* A, int64_t ars, int64_t acs, const F* B, int64_t ldb, F* C,
+          int64_t ldc, Finish<F> finish, Ahead* ahead = nullptr) {
+  constexpr int W = kLanes<F>;
+  int64_t j = 0;
+  for (; j + kTileVecs * W <= n; j += kTileVecs * W)
+    gemm_panel<F, kTileVecs>(m, K, A, ars, acs, B + j, ldb, C + j, ldc, finish, ahead);
+  const int64_t left = (n - j) / W;
+  if constexpr (kTileVecs > 2) {  // one vector of columns has too few sums to hide the latency of an addition
+    if (left == 3) return gemm_panel<F, 3>(m, K, A, ars, acs, B + j, ldb, C + j, ldc, finish, ahead);
+    if (left == 2) return gemm_panel<F, 2>(m, K, A, ars, acs, B + j, ldb, C + j, ldc, finish, ahead);
+  }
+  if (left == 1) gemm_panel<F, 1>(m, K, A, ars, acs, B + j, ldb, C + j, ldc, finish, ahead);
 }
 
 template <class F>
 void gemm(int64_t m, int64_t n, int64_t K, const F* A, int64_t ars, int64_t acs, const F* B, int64_t ldb, F* C,
           int64_t ldc, bool accumulate, Ahead* ahead = nullptr) {
-  constexpr int W = kLanes<F>;
-  int64_t j = 0;
-  for (; j + kTileVecs * W <= n; j += kTileVecs * W)
-    gemm_panel<F, kTileVecs>(m, K, A, ars, acs, B + j, ldb, C + j, ldc, accumulate, ahead);
-  const int64_t left = (n - j) / W;
-  if constexpr (kTileVecs > 2) {  // one vector of columns has too few sums to hide the latency of an addition
-    if (left == 3) return gemm_panel<F, 3>(m, K, A, ars, acs, B + j, ldb, C + j, ldc, accumulate, ahead);
-    if (left == 2) return gemm_panel<F, 2>(m, K, A, ars, acs, B + j, ldb, C + j, ldc, accumulate, ahead);
-  }
-  if (left == 1) gemm_panel<F, 1>(m, K, A, ars, acs, B + j, ldb, C + j, ldc, accumulate, ahead);
+  gemm<F>(m, n, K, A, ars, acs, B, ldb, C, ldc, Finish<F>{accumulate, nullptr}, ahead);
 }
 
 }  // namespace

@@ -222,23 +222,61 @@ double large_norm(const F* x, int64_t ld) {
   return largest * std::sqrt(sum);
 }
 
-// 1/‖x_i‖ of the n rows of a tile [n][ld] (ld a multiple of the vector width), 0 where ‖x‖ <= 1e-12.
+// Rows of numbers, ld apart.
 template <class F>
-void inverse_norms(const F* x, int64_t n, int64_t ld, F* inv, F* norms = nullptr) {
+struct Rows {
+  const F* at = nullptr;
+  int64_t ld = 0;
+  const F* operator[](int64_t i) const { return at + i * ld; }
+};
+
+template <class F>
+constexpr Dtype kDtype = sizeof(F) == 8 ? Dtype::f64 : Dtype::f32;
+
+// What `load_rows` gives: the rows where they lie, if they are whole vectors of F that may all be read; else a copy in
+// room [n][ld].
+template <class F>
+Rows<F> rows_of(const View& v, int64_t b, int64_t h, int64_t row0, int64_t n, const F* skip, F* room, int64_t ld) {
+  const bool in_place = v.dtype == kDtype<F> && v.stride[3] == 1 && v.size[3] == ld;
+  if (in_place && !(skip && std::any_of(skip, skip + n, [](F x) { return x == -kInf<F>; }))) {
+    const int64_t first = b * v.stride[0] + h * v.stride[1] + row0 * v.stride[2];
+    return {static_cast<const F*>(v.data) + first, v.stride[2]};
+  }
+  load_rows<F>(v, b, h, row0, n, skip, room, ld);
+  return {room, ld};
+}
+
+// Where rows of numbers are written, ld apart.
+template <class F>
+struct Place {
+  F* at;
+  int64_t ld;
+};
+
+// Rows row0.. of v, if whole vectors of F can be written there, else room [..][ld], of which `store_rows` makes them.
+template <class F>
+Place<F> place_of(const View& v, int64_t b, int64_t h, int64_t row0, F* room, int64_t ld) {
+  if (v.dtype != kDtype<F> || v.stride[3] != 1 || v.size[3] != ld) return {room, ld};
+  return {static_cast<F*>(v.data) + b * v.stride[0] + h * v.stride[1] + row0 * v.stride[2], v.stride[2]};
+}
+
+// 1/‖x_i‖ of n rows [n][width] (a multiple of the vector width), 0 where ‖x‖ <= 1e-12.
+template <class F>
+void inverse_norms(Rows<F> x, int64_t n, int64_t width, F* inv, F* norms = nullptr) {
   constexpr int64_t kGroup = 16;  // rows whose roots are taken together
   double square[kGroup], norm[kGroup];
   for (int64_t first = 0; first < n; first += kGroup) {
     const int64_t rows = std::min(kGroup, n - first);
     for (int64_t i = 0; i < kGroup; ++i) square[i] = 1;
     for (int64_t i = 0; i < rows; ++i) {
-      const F* row = x + (first + i) * ld;
+      const F* row = x[first + i];
       Vec<F> acc{};
-      for (int64_t j = 0; j < ld; j += kLanes<F>) acc += load(row + j) * load(row + j);
+      for (int64_t j = 0; j < width; j += kLanes<F>) acc += load(row + j) * load(row + j);
       square[i] = reduce_add<F>(acc);
     }
     for (int64_t i = 0; i < kGroup; ++i) norm[i] = std::sqrt(square[i]);
     for (int64_t i = 0; i < rows; ++i)
-      if (norm[i] == kInf<double>) norm[i] = large_norm(x + (first + i) * ld, ld);
+      if (norm[i] == kInf<double>) norm[i] = large_norm(x[first + i], width);
     for (int64_t i = 0; i < kGroup; ++i) square[i] = norm[i] <= 1e-12 ? 0.0 : 1 / norm[i];
     for (int64_t i = 0; i < rows; ++i) inv[first + i] = static_cast<F>(square[i]);
     for (int64_t i = 0; norms && i < rows; ++i) norms[first + i] = norm[i] <= 1e-12 ? F(0) : static_cast<F>(norm[i]);

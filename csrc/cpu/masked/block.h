@@ -8,11 +8,12 @@ namespace {
 // Logits and κ of the queries, by rows.
 template <class F>
 struct BlockQueries {
-  Buffer<F> x, inv, pos;    // [kQueries][Dp] [kQueries] [kQueries][P]
+  Rows<F> x;                // [kQueries][Dp]
+  Buffer<F> room, inv, pos;  // [kQueries][Dp] [kQueries] [kQueries][P]
   Buffer<F> kappa, logits;  // [kQueries][Mp]
 
   explicit BlockQueries(const Refs<F>& refs)
-      : x(kQueries * refs.Dp),
+      : room(kQueries * refs.Dp),
         inv(kQueries),
         pos(kQueries * refs.P),
         kappa(kQueries * refs.Mp),
@@ -23,7 +24,7 @@ struct BlockQueries {
             const F* seen) {
     F skip[kQueries];
     for (int64_t i = 0; i < n; ++i) skip[i] = seen[i] == 0 ? -kInf<F> : F(0);
-    load_rows<F>(p.query, b, h, row0, n, skip, x, refs.Dp);
+    x = rows_of<F>(p.query, b, h, row0, n, skip, room, refs.Dp);
     if (refs.rbf) inverse_norms<F>(x, n, refs.Dp, inv);
     if (refs.P) load_rows<F>(p.query_pos, b, h, row0, n, skip, pos, refs.P);
     kernel_tile<F>(refs, n, x, inv, kappa);
