@@ -25,9 +25,9 @@ class BoundedChunk : public Chunk<F> {
 
   // The n keys x [n][Dp] with inverse norms inv, log masses la and values v [n][Ep], after keys of sums `before` [Mp];
   // false where weights or sums are too far from 1.
-  bool begin(const Refs<F>& r, int64_t T, int64_t n, Rows<F> x, const F* inv, const F* la, const F* v, const F* before,
+  bool begin(const Refs<F>& r, int64_t T, int64_t n, Rows<F> x, const F* inv, const F* la, Rows<F> v, const F* before,
              Ahead* ahead) {
-    return this->finite(n * Ep_, v) && weights_of(r, T, n, x, inv, la, ahead) && add_up(n, la, before);
+    return this->finite(n, v) && weights_of(r, T, n, x, inv, la, ahead) && add_up(n, la, before);
   }
 
   // Queries x [n][Dp] to X of sums 1/scale.
@@ -132,9 +132,9 @@ class Bundle {
     n = carried.empty() ? nullptr : n_before_.data();
   }
   // Takes in a chunk's weights and values.
-  void add(int64_t rows, const BoundedChunk<F>& chunk, const F* v, Ahead* ahead) {
+  void add(int64_t rows, const BoundedChunk<F>& chunk, Rows<F> v, Ahead* ahead) {
     if (!chunk.any()) return;
-    gemm<F>(M_, Ep_, rows, chunk.e, 1, Mp_, v, Ep_, n_added_, Ep_, grown_, ahead);
+    gemm<F>(M_, Ep_, rows, chunk.e, 1, Mp_, v.at, v.ld, n_added_, Ep_, grown_, ahead);
     for (int64_t j = 0; j < Mp_; j += kLanes<F>) {
       store(added_ + j, load(added_ + j) + load(chunk.added + j));
       store(c + j, load(before_ + j) + load(added_ + j));

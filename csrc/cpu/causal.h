@@ -114,18 +114,18 @@ class CausalWorker {
   // False, and nothing has changed, where weights or sums are too far from 1.
   bool bounded_block(int64_t b, int64_t h, int64_t row0, int64_t n) {
     source_.load_keys(row0, n);
-    source_.load_values(row0, n, v_);
+    const Rows<F> v = source_.values(row0, n, v_);
     bundle_.begin(carried_);
     Ahead ahead = ahead_of(p_.key, b, h, row0, n), ahead_q = ahead_of(p_.query, b, h, row0, n),
           ahead_v = ahead_of(p_.value, b, h, row0, n), ahead_o = ahead_of(p_.o, b, h, row0, n);
-    if (!chunk_.begin(refs_, p_.T, n, source_.x, source_.inv, la_ + row0, v_, bundle_.c, &ahead)) return false;
+    if (!chunk_.begin(refs_, p_.T, n, source_.x, source_.inv, la_ + row0, v, bundle_.c, &ahead)) return false;
     source_.load_queries(row0, n);
     chunk_.read_weights(refs_, p_.T, n, source_.x, source_.inv, w_, scale_, &ahead_q);
     drop<F>(p_, b, h, row0, n, refs_.Mp, w_);
-    chunk_.read(n, w_, v_, bundle_.n, o_, &ahead_v);
+    chunk_.read(n, w_, v, bundle_.n, o_, &ahead_v);
     store_rows<F>(p_.o, b, h, row0, n, o_.data(), Ep_, scale_.data());
     if (last(row0, n)) return true;
-    bundle_.add(n, chunk_, v_, &ahead_o);
+    bundle_.add(n, chunk_, v, &ahead_o);
     if ((row0 + n) % Bundle<F>::kRows == 0) bundle_.end(carried_);
     return true;
   }
@@ -153,7 +153,7 @@ class CausalWorker {
     chunk_.weights(refs_, p_.T, n, w_, g_, scale_);
     drop<F>(p_, b, h, row0, n, refs_.Mp, w_);
     chunk_.over_sums(n, scale_, w_);
-    chunk_.read(n, w_, v_, scan_.seen ? scan_.n.data() : nullptr, o_);
+    chunk_.read(n, w_, {v_, Ep_}, scan_.seen ? scan_.n.data() : nullptr, o_);
   }
 
   void step(int64_t b, int64_t h, int64_t row0, int64_t i) {

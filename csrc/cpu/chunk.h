@@ -46,9 +46,9 @@ class Chunk {
       growth_[i] = static_cast<F>(std::exp(far));
       left_[i] = static_cast<F>(std::exp(-far));
     }
-    if (!near(n, la, omega, far, scan) || !finite(n * Ep_, v)) return false;
+    if (!near(n, la, omega, far, scan) || !finite(n, {v, Ep_})) return false;
     weigh(n, omega, scan);
-    if (!finite(Mp_, unit + (n - 1) * Mp_)) return false;
+    if (!zero_times(Mp_, unit + (n - 1) * Mp_)) return false;
     for (int64_t j = 0; scan.seen && j < M_; ++j)
       for (int64_t k = j * Ep_; before_[j] != F(1) && k < (j + 1) * Ep_; k += kLanes<F>)
         store(scan.n + k, load(scan.n + k) * before_[j]);
@@ -81,14 +81,14 @@ class Chunk {
   }
 
   // o [n][Ep] from X [n][Mp], the values and what came `before` [Mp][Ep], null for nothing.
-  void read(int64_t n, const F* w, const F* v, const F* before, F* o, Ahead* ahead = nullptr) {
+  void read(int64_t n, const F* w, Rows<F> v, const F* before, F* o, Ahead* ahead = nullptr) {
     transpose<F>(n, Mp_, e, Mp_, e_t_, ld_);
     before ? gemm<F>(n, Ep_, M_, w, Mp_, 1, before, Ep_, o, Ep_, false, ahead) : fill(o, n * Ep_, F(0));
     for (int64_t i = 0; i < n; i += kStrip) {
       const int64_t rows = std::min(kStrip, n - i), keys = i + rows;
       gemm<F>(rows, pad<F>(keys), M_, w + i * Mp_, Mp_, 1, e_t_, ld_, a_, ld_, false);
       for (int64_t k = 0; k < rows; ++k) fill(a_ + k * ld_ + i + k + 1, rows - k - 1, F(0));
-      gemm<F>(rows, Ep_, keys, a_, ld_, 1, v, Ep_, o + i * Ep_, Ep_, true);
+      gemm<F>(rows, Ep_, keys, a_, ld_, 1, v.at, v.ld, o + i * Ep_, Ep_, true);
     }
   }
 
@@ -112,8 +112,15 @@ class Chunk {
   Buffer<F> ref, e, unit, added;  // [Mp], [rows][Mp] x 2, [Mp]: unit is 1/C, 1 where no key has come; sums of e
 
  protected:
-  // Whether n numbers, whole vectors, are: later values are multiplied by 0, which must give 0.
-  static bool finite(int64_t n, const F* x) {
+  // Whether all of the values [n][Ep] are: later ones are multiplied by 0, which must give 0.
+  bool finite(int64_t n, Rows<F> v) const {
+    if (v.ld == Ep_) return zero_times(n * Ep_, v.at);
+    bool all = true;
+    for (int64_t i = 0; i < n; ++i) all &= zero_times(Ep_, v[i]);
+    return all;
+  }
+  // Whether 0 times each of n numbers, whole vectors, is 0.
+  static bool zero_times(int64_t n, const F* x) {
     constexpr int64_t kParts = 4;  // sums side by side: one waits for its last addition
     Vec<F> zero[kParts] = {};
     int64_t k = 0;
