@@ -100,9 +100,7 @@ struct KeySource {
   Rows<F> values(int64_t row0, int64_t n, F* tile) {
     return rows_of<F>(p.value, b, h, lo + row0, n, la + row0, tile, Ep);
   }
-  void load_values(int64_t row0, int64_t n, F* tile) {
-    load_rows<F>(p.value, b, h, lo + row0, n, la + row0, tile, Ep);
-  }
+  void load_values(int64_t row0, int64_t n, F* tile) { load_rows<F>(p.value, b, h, lo + row0, n, la + row0, tile, Ep); }
   Ahead values_ahead(int64_t row0, int64_t n) const { return ahead_of(p.value, b, h, lo + row0, n); }
   static constexpr bool wants_f() { return false; }
   void store_f(int64_t, int64_t, const F*) {}
@@ -132,6 +130,16 @@ void exp_rows(int64_t n, int64_t Mp, F* tile, const F* g, F* scale) {
     }
     scale[i] = 1 / reduce_add<F>(sum);
   }
+}
+
+// Whether queries may be weighed by e^{g − max g} [Mp], and these.  Not where logits are not near, nor where they are
+// of one reference: its weight is 1, and exactly so by `exp_rows`.
+template <class F>
+bool read_powers(const Refs<F>& r, const F* g, F* powers) {
+  if (!r.near() || std::count(g, g + r.M, -kInf<F>) >= r.M - 1) return false;
+  F spread;
+  exp_shifted<F>(r.M, r.Mp, g, powers, spread);
+  return true;
 }
 
 // Multiplies rows row0.. of W^q (or of its gradient) by the dropout mask.
@@ -207,19 +215,17 @@ class ForwardWorker {
   void read(int64_t b, int64_t h, const Team& team, bool any) {
     const int64_t rows = tile_rows(refs_.Mp), Mp = refs_.Mp, Ep = pad<F>(p_.E);
     const auto [lo, hi] = team.share(p_.L, rows);
-    F spread;
     source_.b = b, source_.h = h;
-    if (any && refs_.near()) exp_shifted<F>(p_.M, Mp, transport_.g, powers_, spread);
+    near_ = any && read_powers<F>(refs_, transport_.g, powers_);
     for (int64_t row0 = lo; row0 < hi; row0 += rows) {
       const int64_t n = std::min(rows, hi - row0);
-      if (any) {
-        source_.load_queries(row0, n);
-        query_weights(b, h, row0, n);
-        drop<F>(p_, b, h, row0, n, Mp, weights_);
-      } else {
-        fill(weights_.data(), n * Mp, F(0));
-        fill(scale_.data(), n, F(1));
+      if (!any) {
+        store_nothing(b, h, row0, n);
+        continue;
       }
+      source_.load_queries(row0, n);
+      query_weights(b, h, row0, n);
+      drop<F>(p_, b, h, row0, n, Mp, weights_);
       Ahead ahead = ahead_of(p_.o, b, h, row0, n);
       const Place<F> o = place_of<F>(p_.o, b, h, row0, out_, Ep);
       gemm<F>(n, Ep, p_.M, weights_, Mp, 1, transport_.z, Ep, o.at, o.ld, Finish<F>{false, scale_}, &ahead);
@@ -228,10 +234,18 @@ class ForwardWorker {
     }
   }
 
+  // The zeros that queries read where no key takes part, whatever z holds.
+  void store_nothing(int64_t b, int64_t h, int64_t row0, int64_t n) {
+    fill(out_.data(), n * pad<F>(p_.E), F(0));
+    fill(weights_.data(), n * refs_.Mp, F(0));
+    store_rows<F>(p_.o, b, h, row0, n, out_.data(), pad<F>(p_.E), nullptr);
+    if (p_.w_q) store_rows<F>(p_.w_q, b, h, row0, n, weights_.data(), refs_.Mp, nullptr);
+  }
+
   // W^q of the queries that are loaded but for the factor scale of each row.
   void query_weights(int64_t b, int64_t h, int64_t row0, int64_t n) {
     Ahead ahead = ahead_of(p_.query, b, h, row0, n);
-    if (!refs_.near()) {
+    if (!near_) {
       logits_of<F>(refs_, n, source_.x, source_.inv, source_.pos, weights_, &ahead);
       return exp_rows<F>(n, refs_.Mp, weights_, transport_.g, scale_);
     }
@@ -244,7 +258,8 @@ class ForwardWorker {
   KeySource<F> source_;
   Transport<F, KeySource<F>> transport_;
   Buffer<F> weights_, out_, scale_;
-  Buffer<F> powers_;  // [Mp] e^{g − max g}
+  Buffer<F> powers_;   // [Mp] e^{g − max g}
+  bool near_ = false;  // whether queries are weighed by them
 };
 
 template <class F>

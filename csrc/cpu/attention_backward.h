@@ -191,8 +191,7 @@ class BackwardWorker {
   void queries(int64_t b, int64_t h, const Team& team) {
     const int64_t rows = tile_rows(refs_.Mp);
     const auto [lo, hi] = team.share(p_.L, rows);
-    F spread;
-    if (refs_.near()) exp_shifted<F>(p_.M, refs_.Mp, g_, powers_, spread);
+    near_ = read_powers<F>(refs_, g_, powers_);
     for (int64_t row0 = lo; row0 < hi; row0 += rows) query_block(b, h, row0, std::min(rows, hi - row0));
   }
 
@@ -205,7 +204,7 @@ class BackwardWorker {
     const F *inv = source_.keys.inv, *pos = source_.keys.pos;
     Ahead ahead = ahead_of(p_.query, b, h, row0, n), ahead_o = ahead_of(p_.d_o, b, h, row0, n);
     kernel_tile<F>(refs_, n, x, inv, kappa_, &ahead);
-    if (refs_.near()) {
+    if (near_) {
       powers_of<F>(refs_, n, kappa_, w_, powers_, scale_);
       for (int64_t i = 0; i < n; ++i) scale_[i] = 1 / scale_[i];
     } else {
@@ -297,6 +296,7 @@ class BackwardWorker {
   TransportBackward<F, KeyGradSource<F>> transport_;
   Shared shared_;
   int64_t Ep_;
+  bool near_ = false;  // whether queries are weighed by powers_
   Buffer<F> zt_, g_, powers_, kappa_, w_, dp_, d_o_, d_x_, scale_, dg_block_;
 };
 

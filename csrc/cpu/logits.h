@@ -76,8 +76,8 @@ struct Refs {
   // The least ℓ of any token, as β and ε alone tell; −inf where they do not.  The largest is 0.
   F least() const { return rbf && !P ? static_cast<F>(std::expm1(-2.0 * beta)) * inv_eps : -kInf<F>; }
 
-  // Whether no token's e^ℓ is far from 1, so that it needs no unit of its own.  With one reference every weight is 1, and
-  // exactly so where it is e^{ℓ − m}.
+  // Whether no token's e^ℓ is far from 1, so that it needs no unit of its own.  With one reference every weight is 1,
+  // and exactly so where it is e^{ℓ − m}.
   bool near() const { return M > 1 && least() >= -kNear; }
   F least_power() const { return least() - middle_logit(); }  // log of the smallest K (`weights_of`)
   static constexpr F kNear = 24;

@@ -299,20 +299,6 @@ void Transport<F, Source>::scaled_block(Source& src, int64_t row0, int64_t n, F*
   pooled_any_ = true;
 }
 
-// u K to the tile, and its column sums.  K itself may be asked for again.
-template <class F, class Source>
-void Transport<F, Source>::weigh_rows(int64_t n, const F* K) {
-  for (int64_t j = 0; j < Mp_; j += kLanes<F>) {
-    Vec<F> sum{};
-    for (int64_t i = 0; i < n; ++i) {
-      const Vec<F> w = load(K + i * Mp_ + j) * u_[i];
-      sum += w;
-      store(tile_ + i * Mp_ + j, w);
-    }
-    store(state.sum + j, load(state.sum + j) + sum);
-  }
-}
-
 // u = f_s + m_s from the potential of the columns.
 template <class F, class Source>
 void Transport<F, Source>::log_rows(Source& src, int64_t row0, int64_t n, const F* logits, const F* potential, F lam) {
@@ -352,16 +338,6 @@ void Transport<F, Source>::log_block(Source& src, int64_t row0, int64_t n, const
   gemm<F>(Mp_, Ep_, n, tile_, 1, Mp_, v.at, v.ld, state.z, Ep_, true);
 }
 
-// z_j = v of the row whose `present` is not 0, for every column.
-template <class F, class Source>
-void Transport<F, Source>::pool_lone(Source& src, int64_t row0, int64_t n, const F* present) {
-  const Rows<F> v = src.values(row0, n, values_);
-  for (int64_t i = 0; i < n; ++i) {
-    if (present[i] == 0) continue;
-    for (int64_t j = 0; j < Mp_; ++j) std::copy_n(v[i], Ep_, state.z + j * Ep_);
-  }
-}
-
 // c_j = shift + log Σ over the team; z_j = Σ/Σ.  False where a column's sum underflowed (only asked in scaled mode).
 template <class F, class Source>
 bool Transport<F, Source>::merge(const Marginals<F>& marg, F shift, bool pool, bool check, F* c_t, const Team& team) {
@@ -390,33 +366,7 @@ bool Transport<F, Source>::merge(const Marginals<F>& marg, F shift, bool pool, b
   return ok;
 }
 
-template <class F, class Source>
-F* Transport<F, Source>::pooled(Source& src, const Marginals<F>& marg, int64_t row0, int64_t n) {
-  const F lam = marg.T ? marg.lam_a : F(0);
-  F* tile = log_ ? rows_tile<true>(src, row0, n, false, marg.M) : rows_tile<false>(src, row0, n, false, marg.M);
-  if (log_) {
-    // g^{T−1}, whose place G_ is: g has gone on to g^T.
-    const F* before = marg.T > 1 ? c + (marg.T - 2) * Mp_ : nullptr;
-    for (int64_t j = 0; j < Mp_; ++j)
-      G_[j] = !before ? marg.log_b[j] : before[j] == -kInf<F> ? -kInf<F> : marg.log_b[j] - marg.lam_b * before[j];
-    log_rows(src, row0, n, tile, G_, lam);
-  } else {
-    scaled_rows(src, row0, n, tile, lam, F(0));
-    for (int64_t i = 0; i < n; i += kLanes<F>) store(u_ + i, vexp<F>(load(u_ + i) - ref_[0]));
-  }
-  for (int64_t i = 0; i < n; ++i) {
-    F* row = tile + i * Mp_;
-    if (state.lone) {
-      fill(row, Mp_, F(la[row0 + i] != -kInf<F>));
-      continue;
-    }
-    for (int64_t j = 0; j < Mp_; j += kLanes<F>) {
-      const Vec<F> x = load(row + j);
-      store(row + j, (log_ ? vexp<F>(x + (u_[i] - load(ref_ + j))) : x * u_[i]) * load(inv_ + j));
-    }
-  }
-  return tile;
-}
-
 }  // namespace
 }  // namespace sfk
+
+#include "transport_pooling.h"

@@ -8,9 +8,9 @@ namespace {
 // Logits and κ of the queries, by rows.
 template <class F>
 struct BlockQueries {
-  Rows<F> x;                // [kQueries][Dp]
+  Rows<F> x;                 // [kQueries][Dp]
   Buffer<F> room, inv, pos;  // [kQueries][Dp] [kQueries] [kQueries][P]
-  Buffer<F> kappa, logits;  // [kQueries][Mp]
+  Buffer<F> kappa, logits;   // [kQueries][Mp]
 
   explicit BlockQueries(const Refs<F>& refs)
       : room(kQueries * refs.Dp),
