@@ -17,7 +17,7 @@ import re
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,6 +29,8 @@ ROOT = Path(__file__).resolve().parents[2]
 SOURCE = ROOT / "csrc" / "cuda" / "attention_narrow.cu"
 TABLE = ROOT / "benchmarks" / "results" / "cuda_instructions.csv"
 KERNEL, DTYPE = "attention_narrow_kernel", "BF16"
+BACKWARD = "attention_backward_kernel"
+FUNCTION = re.compile(r"^\s*(?:SFK_\w+|constexpr) (?:.*?[ &*])?(\w+(?:::\w+)?|\w+<.*>::\w+)\(")
 T, E, WARPS, VALUE_ROWS, TILE = 3, 64, 16, 128, 16
 LAUNCH_S, BARRIER_S = 1.5e-6, 1e-6  # from a launch to its first instruction; of a cluster, assumptions
 
@@ -90,14 +92,66 @@ def available() -> bool:
 @functools.cache
 def compiled() -> bytes:
     """The kernel's machine code for sm_90."""
+    return _compiled(SOURCE)
+
+
+@functools.cache
+def backward(plain: bool) -> bytes:
+    """The same of the backward's kernel for M = 64 in bfloat16 alone; plain: without positions and dropout."""
+    kernel = f"attention_backward_kernel<BF16, 64, {str(plain).lower()}>"
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder, "backward.cu")
+        source.write_text(
+            f'#include "attention_backward.cuh"\nnamespace sfk {{ void* f() {{ return (void*)&{kernel}; }} }}\n'
+        )
+        return _compiled(source)
+
+
+def _compiled(source: Path) -> bytes:
     options = ["-std=c++17", "-O3", "--expt-relaxed-constexpr", "-gencode=arch=compute_90,code=sm_90", "-lineinfo"]
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder, "kernel.cubin")
-        subprocess.run(["nvcc", *options, "-cubin", str(SOURCE), "-o", str(out)], check=True, timeout=600)
+        command = ["nvcc", *options, f"-I{SOURCE.parent}", "-cubin", str(source), "-o", str(out)]
+        subprocess.run(command, check=True, timeout=600)
         return out.read_bytes()
 
 
-def lines(cubin: bytes) -> tuple[list[Line], dict[str, int]]:
+def functions(code: Iterable[Line]) -> set[str]:
+    """The functions of csrc that instructions come from, those too that are inlined into others."""
+    return {_function(Path(file).name, line) for each in code for file, line in each.frames}
+
+
+@functools.cache
+def _function(name: str, line: int) -> str:
+    for text in reversed(_source(name)[:line]):
+        if found := FUNCTION.search(text):
+            return found[1]
+    return ""
+
+
+def product_loops(code: Sequence[Line], labels: dict[str, int]) -> list[list[Line]]:
+    """The innermost loops that go over the depth of products of tensor cores."""
+    spans = [(low, line) for line in code if (low := _target(line, labels)) is not None and low < line.address]
+    found = []
+    for low, end in spans:
+        own = [line for line in code if low <= line.address <= end.address]
+        inner = any((a, b) != (low, end) and low <= a and b.address <= end.address for a, b in spans)
+        written = _written(end.frames[0]).startswith("for (int k")
+        if written and not inner and any(_opcode(line) in sass.TENSOR for line in own):
+            found.append(own)
+    return found
+
+
+def _opcode(line: Line) -> str:
+    return re.sub(r"^@!?\w+\s+", "", line.text).split()[0].split(".")[0]
+
+
+def ordinary_loads(loop: Sequence[Line]) -> list[str]:
+    """What a loop reads from shared memory other than by matrices."""
+    return [line.text for line in loop if _opcode(line) in ("LD", "LDS")]
+
+
+def lines(cubin: bytes, kernel: str = KERNEL) -> tuple[list[Line], dict[str, int]]:
     """The kernel's instructions, and where its labels are."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
@@ -111,7 +165,7 @@ def lines(cubin: bytes) -> tuple[list[Line], dict[str, int]]:
     here = fresh = False
     for line in text.splitlines():
         if line.startswith(".text"):
-            here, frames = KERNEL in line and DTYPE in line, []
+            here, frames = kernel in line and DTYPE in line, []
         elif match := re.search(r'//## File "([^"]*)", line (\d+)', line):
             frames = [(match[1], int(match[2]))] if fresh else [*frames, (match[1], int(match[2]))]
             fresh = False
@@ -141,8 +195,10 @@ def _written(frame: tuple[str, int]) -> str:
 
 @functools.cache
 def _source(name: str) -> list[str]:
-    path = ROOT / "csrc" / "cuda" / name
-    return path.read_text("utf-8").splitlines() if path.exists() else [""] * 10000
+    for path in (ROOT / "csrc" / "cuda" / name, ROOT / "csrc" / name):
+        if path.exists():
+            return path.read_text("utf-8").splitlines()
+    return [""] * 10000
 
 
 def rows(cubin: bytes | None = None) -> list[Row]:

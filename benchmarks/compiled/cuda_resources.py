@@ -1,6 +1,6 @@
 """What nvcc makes of the CUDA kernels for GPUs that are not there: `python -m benchmarks.compiled.cuda_resources`.
 
-Writes benchmarks/results/cuda_resources.csv: registers, stack, spills and static shared memory of every kernel and
+Writes benchmarks/results/cuda_resources.csv: registers, stack, spills and instructions of every kernel and
 architecture.  A test compiles again and compares.
 """
 
@@ -11,8 +11,10 @@ import csv
 import os
 import re
 import shutil
+import struct
 import subprocess
 import tempfile
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -26,10 +28,13 @@ ARCHITECTURES = ("80", "90", "100", "120")
 FUNCTION = re.compile(r"Compiling entry function '(\w+)' for 'sm_(\d+)'")
 STACK = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")
 USED = re.compile(r"Used (\d+) registers")
+SYMBOLS, FUNCTIONS = 2, 2  # of ELF: a section's type, a symbol's
+INSTRUCTION = 16  # bytes
 
 
 class Row(NamedTuple):
-    """One kernel on one architecture; bytes of a thread's stack and spills."""
+    """One kernel on one architecture; bytes of a thread's stack and spills, of the functions too that it calls; its own
+    instructions, and those of functions that stand apart from it."""
 
     kernel: str
     arch: int
@@ -37,6 +42,8 @@ class Row(NamedTuple):
     stack: int
     spill_stores: int
     spill_loads: int
+    instructions: int
+    apart: int
 
     @property
     def key(self) -> tuple[str, int]:
@@ -54,23 +61,51 @@ def demangled(name: str) -> str:
     return full[: full.rindex("(")]
 
 
+def instructions(cubin: bytes) -> dict[str, tuple[int, int]]:
+    """Kernel -> its instructions and those of functions beside it, from the table of symbols."""
+    start, size, count = struct.unpack_from("<Q10xHH", cubin, 0x28)
+    sections = [struct.unpack_from("<IIQQQQIIQQ", cubin, start + n * size) for n in range(count)]
+    kernels: dict[int, str] = {}
+    total: Counter[int] = Counter()
+    own: dict[int, int] = {}
+    for _, kind, _, _, at, length, names, *_ in sections:
+        for entry in range(at, at + length, 24) if kind == SYMBOLS else ():
+            name, info, _, section, _, bytes_of = struct.unpack_from("<IBBHQQ", cubin, entry)
+            if info % 16 != FUNCTIONS or not section:
+                continue
+            text = sections[names][4] + name
+            called = cubin[text : cubin.index(b"\0", text)].decode()
+            total[section] += bytes_of // INSTRUCTION
+            if not called.startswith("$"):
+                kernels[section], own[section] = called, bytes_of // INSTRUCTION
+    return {name: (2 * own[n] - total[n], total[n] - own[n]) for n, name in kernels.items()}
+
+
 def compiled(source: Path, arch: str) -> list[Row]:
     """The rows of one file for one architecture."""
     target = f"-gencode=arch=compute_{arch},code=sm_{arch}"
     options = ["-std=c++17", "-O3", "--expt-relaxed-constexpr", target, "-Xptxas", "-v"]
     with tempfile.TemporaryDirectory() as folder:
-        command = ["nvcc", *options, "-c", str(source), "-o", str(Path(folder, "out.o"))]
+        out = Path(folder, "out.cubin")
+        command = ["nvcc", *options, "-cubin", str(source), "-o", str(out)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode != 0:
-        raise RuntimeError(done.stderr)
-    found, name, stack = [], "", (0, 0, 0)
+        if done.returncode != 0:
+            raise RuntimeError(done.stderr)
+        code = instructions(out.read_bytes())
+    found: list[Row] = []
     for line in done.stderr.splitlines():
         if entry := FUNCTION.search(line):
-            name = demangled(entry[1])
+            found.append(Row(demangled(entry[1]), int(arch), 0, 0, 0, 0, *code[entry[1]]))
         elif spilled := STACK.search(line):
-            stack = (int(spilled[1]), int(spilled[2]), int(spilled[3]))
-        elif (used := USED.search(line)) and name:
-            found.append(Row(name, int(arch), int(used[1]), *stack))
+            stack, *spills = (int(n) for n in spilled.groups())
+            last = found[-1]
+            found[-1] = last._replace(
+                stack=max(last.stack, stack),
+                spill_stores=last.spill_stores + spills[0],
+                spill_loads=last.spill_loads + spills[1],
+            )
+        elif used := USED.search(line):
+            found[-1] = found[-1]._replace(registers=int(used[1]))
     return found
 
 
@@ -105,8 +140,9 @@ def main(argv: list[str] | None = None) -> int:
         writer.writerow(Row._fields)
         writer.writerows(found)
     for row in found:
-        print(f"{row.kernel:<60} sm_{row.arch:<4} {row.registers:>4} registers, {row.stack} stack, "
-              f"{row.spill_stores + row.spill_loads} spilled")  # fmt: skip
+        memory = f"{row.stack} stack, {row.spill_stores + row.spill_loads} spilled"
+        code = f"{row.instructions} + {row.apart} instructions"
+        print(f"{row.kernel:<60} sm_{row.arch:<4} {row.registers:>4} registers, {memory}, {code}")
     return 0
 
 

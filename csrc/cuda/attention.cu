@@ -23,10 +23,9 @@ void attention(const AttentionParams& p, const Device& device, void* stream) {
   if (p.B * p.H == 0) return;
   const Layout l = known_layout(device, p, false);
   if (attention_narrow(p, l, device, stream)) return;
-  with_dtype(p, [&](auto of) {
+  with_form(p, [&](auto of, auto known, auto plain) {
     using T = decltype(of);
-    const auto kernel = known(p) ? attention_kernel<T, kCompiled<T>> : attention_kernel<T, 0>;
-    run(kernel, "attention", p, l, device, stream, [](auto&) {});
+    run(attention_kernel<T, known, plain>, "attention", p, l, device, stream, [](auto&) {});
   });
 }
 

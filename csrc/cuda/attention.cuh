@@ -24,8 +24,8 @@ SFK_DEVICE void each_dropped(const AttentionParams& p, const Head& head, float* 
 }
 
 // What the weights that dropout leaves are multiplied by.
-SFK_DEVICE float kept(const AttentionParams& p) {
-  return p.dropout_p <= 0 ? 1.0f : p.dropout_p < 1 ? static_cast<float>(1 / (1 - p.dropout_p)) : 0.0f;
+SFK_DEVICE float kept(const AttentionParams& p, const Head& head) {
+  return !head.dropped ? 1.0f : p.dropout_p < 1 ? static_cast<float>(1 / (1 - p.dropout_p)) : 0.0f;
 }
 
 // g^T, from the last c.
@@ -40,14 +40,7 @@ struct ReadProduct {
                              const float* tile, const T* z, int ld, int tiles) {
     const auto weight = [&](int i, int j) { return tile[i * head.stride + j]; };
     if (!in_registers) return weights_product<T>(acc, weight, z, ld, head.Mp, tiles);
-#pragma unroll
-    for (int n = 0; n < kColumns / 8; n += 2) {
-      if (n * 8 >= head.Mp) continue;
-      // The places of a product's results are those of its left operand.
-      const uint32_t a[4] = {pack<T>(w[n][0], w[n][1]), pack<T>(w[n][2], w[n][3]), pack<T>(w[n + 1][0], w[n + 1][1]),
-                             pack<T>(w[n + 1][2], w[n + 1][3])};
-      columns_product<T>(acc, a, z + n * 8 * ld, ld, tiles);
-    }
+    chunk_product<T>(acc, w, head.Mp / 8, z, ld, tiles);
   }
 };
 template <>
@@ -89,7 +82,7 @@ SFK_DEVICE void read_queries(const AttentionParams& p, const Head& head, const A
   for (int j = thread_index(); j < head.M; j += block_threads())
     shared.g[j] = dual(p, head, shared.log_b[j], shared.c[j]);
   sync_block();
-  const float keep = kept(p);
+  const float keep = kept(p, head);
   float* tile = shared.l + warp_index() * kTile * head.stride;
   const int L = static_cast<int>(p.L), warps = cluster_size() * block_warps();
   const auto walk = walk_over(from, head, shared, 0, L, padded(L), nullptr);
@@ -97,39 +90,50 @@ SFK_DEVICE void read_queries(const AttentionParams& p, const Head& head, const A
     float top[2], sum[2];
     Chunk w;
     tile_weights<T>(head, x, shared.y, shared.y_length, shared.pi, positions, shared.g, true, tile, w, top, sum);
-    if (p.dropout_p > 0) each_dropped(p, head, tile, x.first, [](float& w) { w = 0; });
+    if (head.dropped) each_dropped(p, head, tile, x.first, [](float& w) { w = 0; });
     const float scale[2] = {sum[0] > 0 ? keep / sum[0] : 0.0f, sum[1] > 0 ? keep / sum[1] : 0.0f};
     sync_warp();
-    const bool in_registers = head.Mp <= kColumns && p.dropout_p <= 0;
+    const bool in_registers = head.Mp <= kColumns && !head.dropped;
     read_tile(to, head, shared, in_registers, w, tile, x.first, x.count, scale);
   });
 }
 
-// One batch element of the head.
+// All iterations and the plan in the log domain, for every form of problems.
 template <class T>
-SFK_DEVICE void attend(const AttentionParams& p, const Head& head, const AttentionShared<T>& shared) {
-  const KeyShare keys(p.S);
-  load_masses(p, head, keys, shared);
-  sync_block();
-  bool solved = false;
-#pragma unroll 1
-  for (int attempt = 0; attempt < 2 && !solved; ++attempt) {
-    load_keys(p, head, keys, shared, attempt == 0);
-    solved = attempt == 0 ? solve<T, false>(p, head, shared) : solve<T, true>(p, head, shared);
-    if (solved) attempt == 0 ? form_plan<T, false>(head, shared) : form_plan<T, true>(head, shared);
-    sync_cluster();
-  }
-  pool(p, head, keys, shared);
-  if (p.o.data) read_queries(p, head, shared);
+SFK_APART void solve_in_logs(const Launch<AttentionShared<T>>& p, int b, int h) {
+  const Head head(p, b, h, Form{0, false});
+  solve<T, true>(p, head, p.shared);
+  form_plan<T, true>(head, p.shared);
 }
 
-template <class T, int kKnown>
-SFK_KERNEL(kThreads, blocks_a_processor(kKnown))
-attention_kernel(const Launch<AttentionShared<T>> p) {
-  Head head = first_problem(p, kKnown);
-  load_references(p, head, p.shared);
+// c, and the plan of this block's keys; the next barrier is the caller's.
+template <class T>
+SFK_DEVICE void transport(const Launch<AttentionShared<T>>& p, const Head& head) {
+  const KeyShare keys(p.S);
+  load_masses(p, head, keys, p.shared);
+  sync_block();
 #pragma unroll 1
-  for (int n = 0; n < p.problems && head.b < p.B; ++n, ++head.b) attend(p, head, p.shared);
+  for (bool scaled = true;; scaled = false) {
+    load_keys(p, head, keys, p.shared, scaled);
+    if (!scaled) return solve_in_logs(p, head.b, head.h);
+    if (solve<T, false>(p, head, p.shared)) return form_plan<T, false>(head, p.shared);
+    sync_cluster();  // `lowest` is written again
+  }
+}
+
+template <class T, int kKnown, bool kPlain>
+SFK_KERNEL(kThreads, blocks_a_processor(kKnown))
+attention_kernel(const SFK_GIVEN Launch<AttentionShared<T>> p) {
+  constexpr Form form = {kKnown, kPlain};
+  const Problems mine(p);
+  load_references(p, Head(p, mine.first, mine.h, form), p.shared);
+#pragma unroll 1
+  for (int b = mine.first; b < mine.end; ++b) {
+    transport(p, Head(p, b, fresh(mine.h), form));
+    const Head head(p, b, fresh(mine.h), form);  // registers hold none across the call in there
+    pool(p, head, KeyShare(p.S), p.shared);
+    if (p.o.data) read_queries(p, head, p.shared);
+  }
 }
 
 }  // namespace

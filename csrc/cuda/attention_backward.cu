@@ -9,10 +9,9 @@ int64_t gradient_parts(const Device& device, const AttentionParams& p) { return 
 void attention_backward(const AttentionParams& p, const Device& device, void* stream) {
   if (p.B * p.H == 0) return;
   const Layout l = known_layout(device, p, true);
-  with_dtype(p, [&](auto of) {
+  with_form(p, [&](auto of, auto known, auto plain) {
     using T = decltype(of);
-    const auto kernel = known(p) ? attention_backward_kernel<T, kCompiled<T>> : attention_backward_kernel<T, 0>;
-    run(kernel, "attention_backward", p, l, device, stream, [](auto&) {});
+    run(attention_backward_kernel<T, known, plain>, "attention_backward", p, l, device, stream, [](auto&) {});
   });
 }
 

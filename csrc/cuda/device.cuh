@@ -13,10 +13,14 @@
 #define SFK_DEVICE inline
 #define SFK_BOTH inline
 #define SFK_KERNEL(threads, blocks) void
+#define SFK_APART inline
+#define SFK_GIVEN
 #else
 #define SFK_DEVICE __device__ __forceinline__
 #define SFK_BOTH __host__ __device__ __forceinline__
 #define SFK_KERNEL(threads, blocks) __global__ void __launch_bounds__(threads, blocks)
+#define SFK_APART __device__ __noinline__  // what seldom runs: not between the instructions that do
+#define SFK_GIVEN __grid_constant__        // parameters of a kernel that functions apart from it read where they are
 #endif
 
 namespace sfk {
@@ -54,6 +58,7 @@ SFK_DEVICE T shuffle_xor(T x, int mask) {
   return shim::shuffle_xor(x, mask);
 }
 SFK_DEVICE void sync_warp() { shim::sync_warp(); }
+SFK_DEVICE int fresh(int x) { return x; }
 SFK_DEVICE float exp2_approx(float x) { return std::exp2(x); }
 SFK_DEVICE float log2_approx(float x) { return std::log2(x); }
 SFK_DEVICE float root_inverse_approx(float x) { return 1 / std::sqrt(x); }
@@ -102,6 +107,12 @@ SFK_DEVICE T shuffle_xor(T x, int mask) {
 }
 
 SFK_DEVICE void sync_warp() { __syncwarp(); }
+
+// x, of which the compiler then knows nothing: what is made of it is made anew, not kept in registers from before.
+SFK_DEVICE int fresh(int x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
 
 // 2^x to 2 ulp; results below 2^-126 are 0.
 SFK_DEVICE float exp2_approx(float x) {

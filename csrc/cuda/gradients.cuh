@@ -201,13 +201,14 @@ SFK_DEVICE void add_places(const Head& head, const BackwardShared<T>& shared, co
   }
 }
 
-// dĉ of this warp's tile into tile [16,stride], times the rows' factor and as the products will take it.
+// dĉ of this warp's tile into `tile`, times the rows' factor and as the products will take it: where what to_logits
+// needs of the chunk may have been, which therefore waits for the warp.
 // to_logits(first, tiles, chunk) makes dℓ of ⟨w_i, zd_j⟩; total: what rows g and g + 8 of it sum to; along: their
 // Σ_j dĉ_ij ĉ_ij.
 template <class T, class ToLogits>
-SFK_DEVICE void gradient_tile(const Head& head, const BackwardShared<T>& shared, const T* x, const T* w, float* tile,
-                              const Positions& positions, const int (&token)[2], const float (&total)[2],
-                              ToLogits to_logits, HyperSums& sums, float (&along)[2]) {
+SFK_DEVICE void gradient_tile(const Head& head, const BackwardShared<T>& shared, const T* x, const T* w,
+                              const Weights<T>& tile, const Positions& positions, const int (&token)[2],
+                              const float (&total)[2], ToLogits to_logits, HyperSums& sums, float (&along)[2]) {
   const int g = lane_index() / 4, t = lane_index() % 4, yl = shared.y_length, vl = shared.v_length;
   const float* factors = shared.factor + warp_index() * kTile;
   const float factor[2] = {factors[g], factors[g + 8]};
@@ -234,8 +235,11 @@ SFK_DEVICE void gradient_tile(const Head& head, const BackwardShared<T>& shared,
         const float d = dl[n][e] * head.inv_eps * (head.rbf ? head.beta * kappa : 1.0f);
         const float operand = to_float(rounded<T>(d * factor[r]));
         along[r] += operand * cosine;
-        tile[(g + r * 8) * head.stride + first + n * 8 + 2 * t + e % 2] = operand;
+        product[n][e] = operand;
       }
+#pragma unroll
+      for (int r = 0; r < 2; ++r)
+        tile.store(g + r * 8, first + n * 8 + 2 * t, product[n][2 * r], product[n][2 * r + 1]);
     }
   }
   along[0] = over_columns(along[0]), along[1] = over_columns(along[1]);
@@ -245,15 +249,14 @@ SFK_DEVICE void gradient_tile(const Head& head, const BackwardShared<T>& shared,
 // dx of this warp's tile to the rows of `to` from `first` on, as many as there are.
 template <class T>
 SFK_DEVICE void store_token_gradients(const Rows<T>& to, const Head& head, const BackwardShared<T>& shared, const T* x,
-                                      const float* tile, int64_t first, int count, const float (&along)[2]) {
+                                      const Weights<T>& tile, int64_t first, int count, const float (&along)[2]) {
   const int g = lane_index() / 4, t = lane_index() % 4, ld = shared.y_length;
   const float *factor = shared.factor + warp_index() * kTile, *scale = shared.scale + warp_index() * kTile;
 #pragma unroll 1
   for (int d0 = 0; d0 < ld - kShift<T>; d0 += kNarrow) {
     const int left = ld - kShift<T> - d0, tiles = (left < kNarrow ? left : kNarrow) / 8;
     float acc[kNarrow / 8][4] = {};
-    const auto weight = [&](int i, int j) { return tile[i * head.stride + j]; };
-    weights_product<T>(acc, weight, shared.y + d0, ld, head.Mp, tiles);
+    tile.times(acc, shared.y + d0, ld, tiles);
 #pragma unroll
     for (int n = 0; n < kNarrow / 8; ++n)
 #pragma unroll
@@ -266,10 +269,10 @@ SFK_DEVICE void store_token_gradients(const Rows<T>& to, const Head& head, const
   }
 }
 
-// out[j,e] += Σ_i weight(i, j) rows[i,e] over `depth` rows in shared memory, 16 references and 32 columns a warp at a
-// time: every number has one owner.
-template <class T, class Weight>
-SFK_DEVICE void add_products(float* out, int out_length, int Mp, Weight weight, const T* rows, int ld, int depth) {
+// out[j,e] += product(acc, j0, e0, tiles) of 16 references from j0 on and 8·tiles of the columns that rows of `ld`
+// have from e0 on: a warp's at a time, so that every number has one owner.
+template <class T, class Product>
+SFK_DEVICE void add_products(float* out, int out_length, int Mp, int ld, Product product) {
   const int width = ld - kShift<T>, across = (width + kNarrow - 1) / kNarrow, tasks = Mp / kTile * across;
   const int g = lane_index() / 4, t = lane_index() % 4;
 #pragma unroll 1
@@ -277,7 +280,7 @@ SFK_DEVICE void add_products(float* out, int out_length, int Mp, Weight weight, 
     const int j0 = task / across * kTile, e0 = task % across * kNarrow;
     const int tiles = (width - e0 < kNarrow ? width - e0 : kNarrow) / 8;
     float acc[kNarrow / 8][4] = {};
-    weights_product<T>(acc, [&](int j, int i) { return weight(i, j0 + j); }, rows + e0, ld, depth, tiles);
+    product(acc, j0, e0, tiles);
 #pragma unroll
     for (int n = 0; n < kNarrow / 8; ++n) {
       if (n >= tiles) continue;
@@ -285,6 +288,14 @@ SFK_DEVICE void add_products(float* out, int out_length, int Mp, Weight weight, 
       for (int k = 0; k < 4; ++k) out[(j0 + g + k / 2 * 8) * out_length + e0 + n * 8 + 2 * t + k % 2] += acc[n][k];
     }
   }
+}
+
+// out[j,e] += Σ_i w[i,j] rows[i,e] over `depth` rows in shared memory.
+template <class T>
+SFK_DEVICE void add_weighted(float* out, int out_length, const Weights<T>& w, const T* rows, int ld, int depth) {
+  add_products<T>(out, out_length, w.Mp, ld, [&](auto& acc, int j0, int e0, int tiles) {
+    w.transposed_times(acc, j0, rows + e0, ld, depth, tiles);
+  });
 }
 
 // The blocks' dŷ added up and taken to dy; each block has its share of the references.

@@ -79,6 +79,19 @@ constexpr int kCompiled = std::is_same<T, float>::value ? 0 : kUsual;
 // The same for the kernel that takes a problem.
 inline int known(const AttentionParams& p) { return p.key.dtype != Dtype::f32 && padded(p.M) == kUsual ? kUsual : 0; }
 
+// call(T{}, known, plain) with the constants of the kernel that takes a problem: see Form.
+template <class Call>
+void with_form(const AttentionParams& p, Call call) {
+  const bool plain = !p.ref_pos && p.dropout_p <= 0;
+  with_dtype(p, [&](auto of) {
+    const auto with_known = [&](auto known) {
+      plain ? call(of, known, std::true_type{}) : call(of, known, std::false_type{});
+    };
+    using Compiled = std::integral_constant<int, kCompiled<decltype(of)>>;
+    known(p) ? with_known(Compiled{}) : with_known(std::integral_constant<int, 0>{});
+  });
+}
+
 // Blocks that run on a processor at a time.
 inline int64_t blocks_at_once(const Device& device, const AttentionParams& p, const Layout& l, bool backward) {
   const int64_t by_memory = device.shared / static_cast<int64_t>(l.shared + kReserved);

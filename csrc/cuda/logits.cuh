@@ -23,24 +23,30 @@ struct ResidentParams : AttentionParams {
         coordinates(p.ref_pos.data ? static_cast<int32_t>(p.P) : 0) {}
 };
 
+// What a kernel was compiled for: so many references, padded (0: any), and problems without positions and dropout.
+struct Form {
+  int known;
+  bool plain;
+};
+
 // The head's constants.
 struct Head {
-  int64_t b, h;
+  int b, h;
   int M, Mp, stride, P;
-  bool rbf;
+  bool rbf, dropped;
   float beta, inv_eps, inv_eps_low, lam_a, lam_b, tau2;  // 1/ε = inv_eps + inv_eps_low
   // What dβ and dε count κ(ĉ − 1) and κ from: where all dℓ sum to 0 from orthogonal vectors, whose values take most of
   // the weight off the rounding errors of dℓ.
   float middle_slope, middle;
-  // known: Mp where the kernel was compiled for it, else 0.
-  SFK_DEVICE Head(const ResidentParams& p, int64_t b_, int64_t h_, int known)
+  SFK_DEVICE Head(const ResidentParams& p, int b_, int h_, const Form& form)
       : b(b_),
         h(h_),
         M(p.references),
-        Mp(known ? known : p.padded_references),
-        stride(known ? ResidentParams::row_stride(known) : p.stride),
-        P(p.coordinates),
-        rbf(p.kernel == KernelKind::rbf) {
+        Mp(form.known ? form.known : p.padded_references),
+        stride(form.known ? ResidentParams::row_stride(form.known) : p.stride),
+        P(form.plain ? 0 : p.coordinates),
+        rbf(p.kernel == KernelKind::rbf),
+        dropped(!form.plain && p.dropout_p > 0) {
     beta = hyper(p, kBandwidth), lam_a = hyper(p, kLambdaA), lam_b = hyper(p, kLambdaB);
     tau2 = hyper(p, kPositionScale), tau2 *= tau2;
     middle = p.d_c.data ? 1.0f : kappa(0, 1), middle_slope = p.d_c.data ? 0.0f : -middle;

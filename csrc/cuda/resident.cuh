@@ -93,11 +93,15 @@ struct KeyShare {
   }
 };
 
-// The head of this cluster and the first of its batch elements.
-SFK_DEVICE Head first_problem(const ResidentParams& p, int known) {
-  const int cluster = static_cast<int>(block_index()) / cluster_size();
-  return Head(p, int64_t{cluster % p.groups} * p.problems, cluster / p.groups, known);
-}
+// The head of this cluster and its batch elements: group number `group` of them.
+struct Problems {
+  int h, group, first, end;
+  SFK_DEVICE explicit Problems(const ResidentParams& p) {
+    const int cluster = static_cast<int>(block_index()) / cluster_size(), B = static_cast<int>(p.B);
+    h = cluster / p.groups, group = cluster % p.groups, first = group * p.problems;
+    end = first + p.problems < B ? first + p.problems : B;
+  }
+};
 
 // ŷ (y for "dot"), log b and π of the head.
 template <class T>

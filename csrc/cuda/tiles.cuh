@@ -235,6 +235,75 @@ SFK_DEVICE void weights_product(float (&acc)[kNarrow / 8][4], Weight weight, con
   WeightsProduct<T, Weight>::run(acc, weight, b, ld, depth, tiles);
 }
 
+// acc += W B of weights in registers and 8·tiles columns of rows B [8·depth,.].
+template <class T>
+SFK_DEVICE void chunk_product(float (&acc)[kNarrow / 8][4], const Chunk& w, int depth, const T* b, int ld, int tiles) {
+#pragma unroll
+  for (int n = 0; n < kColumns / 8; n += 2) {
+    if (n >= depth) continue;
+    // The places of a product's results are those of its left operand.
+    const uint32_t a[4] = {pack<T>(w[n][0], w[n][1]), pack<T>(w[n][2], w[n][3]), pack<T>(w[n + 1][0], w[n + 1][1]),
+                           pack<T>(w[n + 1][2], w[n + 1][3])};
+    columns_product<T>(acc, a, b + n * 8 * ld, ld, tiles);
+  }
+}
+
+// Where a row of numbers in 16 bits, two in the place of a float, keeps column j: every chunk of columns as high parts,
+// then low parts.
+SFK_DEVICE int half_place(int Mp, int j, bool low) {
+  const int first = j / kColumns * kColumns, width = Mp - first < kColumns ? Mp - first : kColumns;
+  return 2 * first + (j - first) + (low ? width : 0);
+}
+
+// Weights of tokens and references, rounded to T for products, in the place of floats [.,stride]: of 16 bits two
+// matrices have room there, each chunk of both where that chunk's floats were.
+template <class T>
+struct Weights {
+  float* rows;  // of the first token
+  int stride, Mp;
+  bool second;  // of the two: in the places of low parts
+
+  SFK_DEVICE T* at(int i, int j) const {
+    return reinterpret_cast<T*>(rows + i * stride) + (sizeof(T) == 2 ? half_place(Mp, j, second) : j);
+  }
+  // Of a row, two references side by side.
+  SFK_DEVICE void store(int i, int j, float x, float y) const {
+    if constexpr (sizeof(T) == 2)
+      *reinterpret_cast<uint32_t*>(at(i, j)) = pack<T>(x, y);
+    else
+      *reinterpret_cast<Vec2*>(at(i, j)) = {x, y};
+  }
+  // acc += W B of 16 tokens and 8·tiles columns of rows B [Mp,.].
+  SFK_DEVICE void times(float (&acc)[kNarrow / 8][4], const T* b, int ld, int tiles) const {
+    if constexpr (sizeof(T) == 2) {
+#pragma unroll 1
+      for (int k = 0; k < Mp; k += kTile) {
+        uint32_t a[4];
+        load_matrices(a, at(lane_index() % 16, k) + lane_index() / 16 * 8);
+        columns_product<T>(acc, a, b + k * ld, ld, tiles);
+      }
+    } else {
+      weights_product<T>(acc, [&](int i, int j) { return *at(i, j); }, b, ld, Mp, tiles);
+    }
+  }
+  // acc += Wᵀ B of 16 references from j0 on and 8·tiles columns of rows B [depth,.].
+  SFK_DEVICE void transposed_times(float (&acc)[kNarrow / 8][4], int j0, const T* b, int ld, int depth,
+                                   int tiles) const {
+    if constexpr (sizeof(T) == 2) {
+      const int lane = lane_index();
+      const T* from = at(lane / 16 * 8 + lane % 8, j0) + lane / 8 % 2 * 8;
+#pragma unroll 1
+      for (int k = 0; k < depth; k += kTile) {
+        uint32_t a[4];
+        load_matrices_transposed(a, from + k * 2 * stride);
+        columns_product<T>(acc, a, b + k * ld, ld, tiles);
+      }
+    } else {
+      weights_product<T>(acc, [&](int j, int i) { return *at(i, j0 + j); }, b, ld, depth, tiles);
+    }
+  }
+};
+
 // One tile's tokens: x [16,ld] and 1/‖x‖ [16] in shared memory, the first one's index, how many there are, and the log
 // masses of keys.
 template <class T>

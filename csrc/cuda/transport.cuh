@@ -149,12 +149,6 @@ SFK_DEVICE bool solve(const AttentionParams& p, const Head& head, const Attentio
   return true;
 }
 
-// Where a row of the plan in 16 bits keeps column j: every chunk of columns as high parts, then low parts.
-SFK_DEVICE int half_place(int Mp, int j, bool low) {
-  const int first = j / kColumns * kColumns, width = Mp - first < kColumns ? Mp - first : kColumns;
-  return 2 * first + (j - first) + (low ? width : 0);
-}
-
 // Eight numbers in the place of eight floats of the row, as two numbers of T each: rounding them once would be felt.
 template <class T>
 struct PlanRow {

@@ -53,6 +53,7 @@ struct KeyPass {
   SFK_DEVICE void sum_columns(int t);
   SFK_DEVICE void run();
   SFK_DEVICE void to_logits(int row, int first, int tiles, Chunk& dl) const;
+  SFK_DEVICE void load_plan(int row, int first, int tiles, Chunk& w) const;
   SFK_DEVICE void store_values(const Rows<T>& to, int row, int count) const;
   SFK_DEVICE void finish() const;
 };
@@ -240,25 +241,51 @@ SFK_DEVICE void KeyPass<T, kLog>::to_logits(int row, int first, int tiles, Chunk
       }
     });
   }
-  if (kLog)
-    sync_warp();  // what comes of dℓ goes where the rows were read as a whole
-  else
-    each([&](float& d, int r, int j) { d *= logit(r, j); });
+  if (!kLog) each([&](float& d, int r, int j) { d *= logit(r, j); });
+  // What comes of dℓ goes where others have read: rows as a whole, and in 16 bits two numbers where one was.
+  if (kLog || sizeof(T) == 2) sync_warp();
+}
+
+// W^k of a tile and a chunk of references, in the places of a product's results.
+template <class T, bool kLog>
+SFK_DEVICE void KeyPass<T, kLog>::load_plan(int row, int first, int tiles, Chunk& w) const {
+  const int g = lane_index() / 4, column = first + lane_index() % 4 * 2;
+  const float q[2] = {row_q(last)[row + g], row_q(last)[row + g + 8]};
+  const bool there[2] = {shared.log_a[row + g] != kNone, shared.log_a[row + g + 8] != kNone};
+  load_chunk(head, w, first, tiles, shared.l + row * head.stride);
+#pragma unroll
+  for (int n = 0; n < kColumns / 8; ++n) {
+    if (n >= tiles) continue;
+#pragma unroll
+    for (int e = 0; e < 4; ++e) {
+      const int r = e / 2, j = column + n * 8 + e % 2;
+      w[n][e] = lone ? (there[r] && j < head.M ? 1.0f : 0.0f) : sent(w[n][e], q[r], col_q(last)[j]);
+    }
+  }
 }
 
 // dv_s = Σ_j W^k_sj dz_j of a tile.
 template <class T, bool kLog>
 SFK_DEVICE void KeyPass<T, kLog>::store_values(const Rows<T>& to, int row, int count) const {
   const int ld = shared.v_length;
-  const auto weight = [&](int i, int j) {
-    if (lone) return shared.log_a[row + i] == kNone || j >= head.M ? 0.0f : 1.0f;
-    return sent(shared.l[(row + i) * head.stride + j], row_q(last)[row + i], col_q(last)[j]);
-  };
 #pragma unroll 1
   for (int e0 = 0; e0 < ld - kShift<T>; e0 += kNarrow) {
     const int left = ld - kShift<T> - e0, tiles = (left < kNarrow ? left : kNarrow) / 8;
     float acc[kNarrow / 8][4] = {};
-    weights_product<T>(acc, weight, shared.zd + e0, ld, head.Mp, tiles);
+    if constexpr (sizeof(T) == 2) {
+#pragma unroll 1
+      for (int first = 0; first < head.Mp; first += kColumns) {
+        Chunk w = {};
+        load_plan(row, first, chunk_tiles(head, first), w);
+        chunk_product<T>(acc, w, chunk_tiles(head, first), shared.zd + first * ld + e0, ld, tiles);
+      }
+    } else {
+      const auto weight = [&](int i, int j) {
+        if (lone) return shared.log_a[row + i] == kNone || j >= head.M ? 0.0f : 1.0f;
+        return sent(shared.l[(row + i) * head.stride + j], row_q(last)[row + i], col_q(last)[j]);
+      };
+      weights_product<T>(acc, weight, shared.zd + e0, ld, head.Mp, tiles);
+    }
     store_tile(to, keys.first + row, count, e0, acc);
   }
 }
@@ -272,7 +299,7 @@ SFK_DEVICE void KeyPass<T, kLog>::finish() const {
   const Pairs<T> pairs = {shared, &key, &value, keys.first, keys.count, shared.log_a};
   pairs.each(0, step, shared.rows, [&](int row0, T* x, const T* w) {
     const int row = row0 + warp_index() * kTile, count = keys.count - row;
-    float* tile = shared.l + row * head.stride;
+    const Weights<T> tile = {shared.l + row * head.stride, head.stride, head.Mp, false};
     if (row < shared.rows) {
       if (p.d_value.data) store_values(Rows<T>(p.d_value, head.b, head.h), row, count);
       T* mine = x + warp_index() * kTile * shared.y_length;
@@ -293,11 +320,9 @@ SFK_DEVICE void KeyPass<T, kLog>::finish() const {
     }
     sync_block();
     const int left = shared.rows - row0;
-    const float* weights = shared.l + row0 * head.stride;
+    const Weights<T> weights = {shared.l + row0 * head.stride, head.stride, head.Mp, false};
     if (p.d_references.data)
-      add_products(
-          shared.d_y, shared.sums_length, head.Mp, [&](int i, int j) { return weights[i * head.stride + j]; }, x,
-          shared.y_length, left < step ? left : step);
+      add_weighted(shared.d_y, shared.sums_length, weights, x, shared.y_length, left < step ? left : step);
   });
 }
 
