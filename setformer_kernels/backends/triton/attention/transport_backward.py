@@ -273,8 +273,7 @@ def transport_keys_backward_kernel(
         # Products come where the fewest tiles are alive, beside which their operands are registers too.
         if not cut.FRUGAL:
             v_dz = key_value_products(values, rows, live, d_z, d_z_t, sizes, cut)
-        # Columns are read in the loop: a thread cannot hold its share of them beside the tiles.
-        column = load_columns(state, bh * iterations + iterations - 1, sizes)
+        column = load_columns(state, bh * iterations + iterations - 1, sizes)  # here: too many to hold through it
         p, r, lse, first = plan_terms(kappa, l, mass, head, column, rule, sizes)
         weights = pooling_weights(first, column.second, live, use)
         if cut.FRUGAL:  # dv leaves before ⟨v, dz⟩ comes
