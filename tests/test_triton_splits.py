@@ -13,8 +13,10 @@ import triton
 import triton.language as tl
 
 from setformer_kernels.backends.triton.device.primitives import leading, rounded
+from setformer_kernels.backends.triton.host import tiles
 from setformer_kernels.backends.triton.host.launch import BEGINNING, split_tokens
 from setformer_kernels.backends.triton.host.tiles import INTERPRETED, Tile
+from setformer_kernels.functional import set_attention
 
 TILE = Tile(64, 64, 4, 1, resident=2)
 
@@ -67,3 +69,21 @@ def test_two_parts_of_a_weight_hold_twice_the_digits_of_its_dtype(dtype: torch.d
     _parts[(1,)](x, high, low, getattr(tl, str(dtype).removeprefix("torch.")))
     assert torch.equal(high, high.to(dtype).float())
     assert ((high.double() + low - x.double()).abs() <= 2.0**-bits * x).all()
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="on the interpreter, whose tile is another")
+@pytest.mark.parametrize("num_iters", [0, 1, 3])
+def test_a_frugal_pass_over_the_keys_leaves_the_same_bits(num_iters: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """dv before the products with v, the keys read anew, dg^1 through memory: in another order, the same numbers."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((1, 2, 100, 16), (1, 2, 100, 16), (2, 8, 16))
+    key, value, references = (torch.randn(shape, generator=generator) for shape in shapes)
+
+    def gradients() -> list[torch.Tensor]:
+        given = [t.clone().requires_grad_() for t in (key, key, value, references)]
+        out = set_attention(*given, num_iters=num_iters, backend="triton")
+        return list(torch.autograd.grad(out.square().sum(), given))
+
+    expected = gradients()
+    monkeypatch.setattr(tiles, "INTERPRETER", tiles.INTERPRETER._replace(frugal=True))
+    assert all(torch.equal(found, e) for found, e in zip(gradients(), expected, strict=True))

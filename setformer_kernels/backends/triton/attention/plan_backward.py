@@ -112,6 +112,7 @@ def _store_rows(
     flat = first * EP + tl.arange(0, ROWS * EP)
     row, e = flat // EP, flat % EP
     inside = (row < sizes.M) & (e < sizes.E)
+    use = tl.where(few_keys(masses, S), 0.0, 1.0)
     if part_z is None:
         total = tl.load(d_z + (bh * sizes.M + row) * sizes.E + e, mask=inside, other=0.0)
         g_rows = tl.zeros([ROWS], tl.float32)
@@ -123,7 +124,6 @@ def _store_rows(
     pooled = tl.load(z + (bh * sizes.M + row) * sizes.E + e, mask=inside, other=0.0)
     # With dz as the products with v see it: what is subtracted there is the mean of those products.
     mean = tl.sum(tl.reshape(pooled * operand.to(tl.float32), [ROWS, EP]), 1)
-    use = tl.where(few_keys(masses, S), 0.0, 1.0)
     d_c_rows = -lam_b * g_rows if rule.UPDATE_ROWS else g_rows * 0.0
     at = bh * iterations + iterations - 1
     if state.d_c is not None:

@@ -22,7 +22,7 @@ from ..device.gradients import gradient_split, gradient_tile, leave_tile, no_sum
 from ..device.head import gradient_factor, head_of, load_references, load_references_t
 from ..device.logits import token_logits
 from ..device.places import places_of
-from ..device.plan import range_known, row_factor
+from ..device.plan import range_known
 from ..device.primitives import INF, LN2, again, finite_or_zero, rounded, tokens_by
 from ..device.rows import key_mass, load_rows, row_starts, rows_of, segment_of, store_rows, uniform_mass
 from ..host.groups import Rule, Segments, cut_of, keys_cut_of, rule_of, sizes_of
@@ -140,17 +140,17 @@ class LogitTerms(NamedTuple):
 
 
 @triton.jit
-def _merged_or_newest(state, newest, at, t, sizes):
+def _merged_or_newest(state, newest, at, t, sizes, cut):
     """dg^t [MP]; dg^1 is where it was last left in parts, merged by every program for itself (`newest`)."""
     j = tl.arange(0, sizes.MP)
-    if state.first_d_g is None:
+    if state.first_d_g is None or cut.FRUGAL:
         return tl.load(state.d_g + at * sizes.MP + j)
     else:
         return tl.where(t == 1, newest, tl.load(state.d_g + at * sizes.MP + j, mask=j < tl.where(t > 1, sizes.MP, 0)))
 
 
 @triton.jit
-def earlier_terms(terms, center, kappa, l, mass, newest, head, state, parts, bh, iterations, rule, sizes):
+def earlier_terms(terms, center, kappa, l, mass, newest, head, state, parts, bh, iterations, rule, sizes, cut):
     """Adds the terms of t = T−1..1."""
     d_l, sent, relaxed, d_g_0 = terms
     for step in range(1, iterations):
@@ -158,7 +158,7 @@ def earlier_terms(terms, center, kappa, l, mass, newest, head, state, parts, bh,
         at = bh * iterations + t - 1
         column = load_columns(state, at, sizes)
         p, r, lse, first = plan_terms(kappa, l, mass, head, column, rule, sizes)
-        d_g_t = _merged_or_newest(state, newest, at, t, sizes)
+        d_g_t = _merged_or_newest(state, newest, at, t, sizes, cut)
         term = first * (column.second * column_gradient(d_g_t, state, at, head.lam_b, sizes))[None, :]
         d_f = tl.sum(term, 1)
         sent += d_f
@@ -196,14 +196,14 @@ def relaxation_center(head, state, DOT: tl.constexpr):
 
 
 @triton.jit
-def _totals(state, newest, bh, iterations, sizes):
+def _totals(state, newest, bh, iterations, sizes, cut):
     """(Σ_{0<t<T} dg^t [MP], Σ_{t>0} ⟨dg^t, c^t⟩); unless c has a gradient, Σ_j dg^t_j = 0: only its spread counts."""
     j = tl.arange(0, sizes.MP)
     total = tl.zeros([sizes.MP], tl.float32)
     products = tl.zeros([sizes.MP], tl.float32)
     for t in range(1, iterations + 1):
         at = bh * iterations + t - 1
-        d_g_t = _merged_or_newest(state, newest, at, t, sizes)
+        d_g_t = _merged_or_newest(state, newest, at, t, sizes, cut)
         c_t = tl.load(state.c + at * sizes.M + j, mask=j < sizes.M, other=-INF)
         top = finite_or_zero(tl.max(c_t, 0)) if state.d_c is None else 0.0
         products += d_g_t * tl.where(c_t > -INF, c_t - top, 0.0)
@@ -250,31 +250,42 @@ def transport_keys_backward_kernel(
     newest = tl.zeros([MP], tl.float32)
     if state.first_d_g is not None:
         found = count_of(state.first_splits)
+        if cut.FRUGAL:
+            tl.assume(found > 0)
         newest = sum_slots(state.first_d_g, bh, 0, 1, found, found, MP, j, j < MP)  # dg^1
+        if cut.FRUGAL:  # every program of the head writes the same, and reads what it wrote
+            tl.store(state.d_g + bh * iterations * MP + j, newest)
+            tl.debug_barrier()
     center = relaxation_center(head, state, rule.DOT)
     relaxed, d_g_0 = tl.zeros([cut.ROWS], tl.float32), tl.zeros([MP], tl.float32)
     sums = no_sums(sizes, cut)
     end = tl.minimum(S, (split + 1) * stretch)
-    for start in range(split * stretch, end, cut.ROWS):
+    last = end
+    if cut.FRUGAL:  # what lies beyond a loop that may not run at all is held through it, not made anew from the thread
+        last = tl.maximum(end, split * stretch + 1)
+        tl.assume(split * stretch < last)
+    ANEW: tl.constexpr = cut.FRUGAL and state.first_d_g is not None  # also where things are that no iteration changes
+    for start in tl.range(split * stretch, last, cut.ROWS, disable_licm=ANEW):
         rows = start + tl.arange(0, cut.ROWS)
         inside = rows < end
         live, mass = key_mass(masses, rows, end, uniform)
         l, kappa, cosine, inverse, x = token_logits(keys, rows, live, places, head, rule.DOT, sizes, cut)
         # Products come where the fewest tiles are alive, beside which their operands are registers too.
-        v_dz = key_value_products(values, rows, live, d_z, d_z_t, sizes, cut)
-        # Columns are read in the loop: a thread cannot hold its share of them beside the tiles.
-        column = load_columns(state, bh * iterations + iterations - 1, sizes)
+        if not cut.FRUGAL:
+            v_dz = key_value_products(values, rows, live, d_z, d_z_t, sizes, cut)
+        column = load_columns(state, bh * iterations + iterations - 1, sizes)  # here: too many to hold through it
         p, r, lse, first = plan_terms(kappa, l, mass, head, column, rule, sizes)
         weights = pooling_weights(first, column.second, live, use)
+        if cut.FRUGAL:  # dv leaves before ⟨v, dz⟩ comes
+            if d_value is not None:
+                store_values(d_values, rows, inside, weights, d_z, d_z_t, block, d_blocks, sizes, cut)
+            v_dz = key_value_products(values, rows, live, d_z, d_z_t, sizes, cut)
         terms = last_terms(relaxed, d_g_0, center, p, r, lse, weights, v_dz, use, head, state, parts, bh, rule, sizes)
-        if d_value is not None:
-            if cut.FRUGAL and rule.UPDATE_ROWS and rule.RANGE == "always":
-                first = p * row_factor(again(r), mass, head.lam_a)[:, None]
-                weights = pooling_weights(first, column.second, live, use)
+        if d_value is not None and not cut.FRUGAL:
             store_values(d_values, rows, inside, weights, d_z, d_z_t, block, d_blocks, sizes, cut)
         if state.first_d_g is not None:
             terms = earlier_terms(
-                terms, center, kappa, l, mass, newest, head, state, parts, bh, iterations, rule, sizes
+                terms, center, kappa, l, mass, newest, head, state, parts, bh, iterations, rule, sizes, cut
             )
         d_l, sent, relaxed, d_g_0 = terms
         if rule.UPDATE_ROWS and sizes.M == 1:  # R = 1, and every Q term is its own row sum: exactly 0 where λ_a = 1
@@ -282,6 +293,8 @@ def transport_keys_backward_kernel(
         if d_log_a is not None:
             if block == 0:
                 tl.store(row_starts(d_masses, rows), sent, mask=inside)
+        if ANEW:
+            tl.debug_barrier()  # or the keys are read before the iterations, and held through them
         if d_blocks > 1 or cut.FRUGAL:
             x = load_rows(keys, again(rows) if cut.FRUGAL else rows, live, d, sizes.D)
         total = (1.0 - head.lam_a) * sent if rule.UPDATE_ROWS else sent  # Σ_j R = 1
@@ -293,7 +306,7 @@ def transport_keys_backward_kernel(
     d_lambda_b = 0.0
     if rule.UPDATE_ROWS:
         if (block == 0) & (split == 0):  # what a head counts once
-            others, d_lambda_b = _totals(state, newest, bh, iterations, sizes)
+            others, d_lambda_b = _totals(state, newest, bh, iterations, sizes, cut)
             d_g_0 += others
     if parts.log_b is not None:
         if block == 0:

@@ -137,9 +137,9 @@ def causal_queries_backward_kernel(
             stream = Dropout(scalars.seed + slot, scalars.keep_scale)
     w, d_s = read_gradient(w, p, stream, number.to(tl.int64), length, rows, threshold, sizes)
     d_c = -w * p - head.lam_b * d_s if rule.UPDATE_ROWS else -w * p
-    tl.store(tile_at(work.weights, at, cut.ROWS, sizes), w)
     tl.store(tile_at(work.d_sums, at, cut.ROWS, sizes), d_c)
     tl.store(tile_at(work.d_logits, at, cut.ROWS, sizes), d_s)
+    tl.store(tile_at(work.weights, at, cut.ROWS, sizes), w)  # last, as w is held anyway: first of all it spills
     fade = tl.exp2(known.before[None, :] + known.gamma[:, None] - finite_or_zero(known.log_c))
     tl.store(work.own_c + at * sizes.MP + j, tl.sum(d_c * fade, 0))
     if work.incoming is not None:

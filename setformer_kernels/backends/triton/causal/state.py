@@ -27,7 +27,7 @@ from ..host.groups import Sizes
 from ..host.launch import kernel, launch
 from ..host.tiles import Tile
 from ..parameters.prepare import References
-from .chunk import chunk_log_weights, chunk_of, gate_sums, place, state_at
+from .chunk import chunk_log_weights, chunk_of, gate_sums, place
 from .segments import Ends, Pack
 
 WORKSPACE_SHARE = 0.23  # of the bytes of q, k, v and o: what a part may take, so that all workspaces stay within 1/4
@@ -117,7 +117,9 @@ def causal_sums_kernel(
     for first in tl.static_range(0, sizes.EP, cut.VDEPTH):
         columns = first + tl.arange(0, cut.VDEPTH)
         v = load_rows(values, rows, live, columns, sizes.E)
-        tl.store(state_at(sums.pooled, at, columns, sizes), dot(weights, v, cut.PRECISION))
+        # As `state_at` has it, but for one number of 64 bits: one for each reference spills on sm_100.
+        pooled = sums.pooled + at * (sizes.MP * sizes.EP) + (j[:, None] * sizes.EP + columns[None, :])
+        tl.store(pooled, dot(weights, v, cut.PRECISION))
 
 
 class Gates(NamedTuple):

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from ....problem import Operands, Options
-from .primitives import INF, NARROW, SPAN, finite_or_zero
+from .primitives import INF, NARROW, finite_or_zero
 
 
 @triton.jit
@@ -56,15 +56,6 @@ def narrow_weights(exponent, mass, relaxation, UPDATE_ROWS: tl.constexpr):
     """
     p = tl.exp2(exponent)
     return p * (row_factor(tl.sum(p, 1), mass, relaxation) if UPDATE_ROWS else tl.exp2(mass))[:, None]
-
-
-@triton.jit
-def tile_narrow(l, g, live, M_TRUE: tl.constexpr):
-    """Whether every ℓ + g of the live rows of this tile lies within 80 of its row's largest."""
-    u = l + g[None, :]
-    real = (tl.arange(0, g.shape[0]) < M_TRUE)[None, :]
-    spread = tl.max(u, 1) - tl.min(tl.where(real, u, INF), 1)
-    return tl.max(tl.where(live, spread, 0.0)) <= SPAN
 
 
 def range_known(x: Operands, opt: Options) -> str:

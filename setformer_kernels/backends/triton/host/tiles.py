@@ -164,8 +164,8 @@ HOPPER: dict[tuple[str, str, str], Tile] = {
     # Four warps of 64 rows take 10 % less than eight of 128 here, but spill 112 bytes.
     ("read_backward", "small", "half"): Tile(128, 64, 8, 1, wgmma=True, resident=1),
     ("columns_backward", "small", "half"): Tile(64, 64, 4, 3, wgmma=True, resident=3),
-    # mma.sync takes as long as wgmma; eight warps of 128 rows spill more and take 5 % longer.  Up to 64 bytes spill and
-    # stay: with the loop's invariants in the loop it is up to 32, but by the model 6 to 20 % more cycles.
+    # mma.sync takes as long as wgmma; eight warps of 128 rows spill and take 5 % longer.  Frugal: with dv after v dz,
+    # or the keys read again before the iterations, up to 64 bytes spill.
     ("keys_backward", "small", "half"): Tile(64, 64, 4, 1, frugal=True, resident=2),
     ("columns_backward", "medium", "half"): Tile(64, 128, 8, 1, wgmma=True, resident=1),
     # What is left, logits that are not known to lie close together: of four warps and 16 rows two blocks share a

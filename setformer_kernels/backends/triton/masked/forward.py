@@ -5,8 +5,8 @@
 
 A program holds V [BL, M] of a block of queries, and walks the tiles of keys T times, and once more for A.  The first
 row sums are a factor a key; the others need a product, made again in the last walk.  Masses count from each query's
-largest: a factor of a query's n or V cancels.  Where a sum leaves the range of products (`walks.in_range`) the block is
-left to the log domain, whose programs find that out for themselves: nothing is decided on the host.
+largest: a factor of a query's n or V cancels.  Where a sum leaves the range of products (`walks.settled`, `later_walk`)
+the block is left to the log domain, whose programs find that out for themselves: nothing is decided on the host.
 
 Defined by `reference.attention.masked`.
 """
