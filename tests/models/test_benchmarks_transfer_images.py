@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,8 @@ import torch
 from PIL import Image
 from transformers import Dinov2Config, Dinov2Model
 
-from benchmarks.quality import pictures, transfer_images
+from benchmarks.common.hardware import ROOT
+from benchmarks.quality import pictures, transfer_images, transfer_table
 
 
 @pytest.fixture
@@ -93,3 +95,10 @@ def test_folders_without_images_are_refused_by_name(tmp_path: Path) -> None:
         pictures.sources(tmp_path)
     with pytest.raises(ValueError, match="named by class"):
         pictures.labelled(tmp_path, 8)
+
+
+def test_the_page_shows_every_line_of_the_results() -> None:
+    page = (ROOT / "docs" / "converting.md").read_text()
+    (name,) = set(re.findall(r"benchmarks/results/(transfer_images_\S+?\.csv)", page))
+    lines = transfer_table.rendered(*transfer_table.read(ROOT / "benchmarks" / "results" / name))
+    assert [line for line in lines if not line.startswith(lines[0][:6]) and line not in page] == []
