@@ -59,6 +59,7 @@ NEEDS = {
     "models/test_convert.py": "transformers", "models/test_recipe_convert.py": "transformers",
     "models/test_convert_recording.py": "transformers", "models/test_ranks_convert.py": "transformers",
     "models/test_benchmarks_transfer.py": "transformers", "models/test_state_cache.py": "transformers",
+    "models/test_benchmarks_transfer_images.py": "transformers",
 }  # fmt: skip
 collect_ignore = [file for file, module in NEEDS.items() if importlib.util.find_spec(module) is None]
 
