@@ -15,11 +15,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from benchmarks.common import entry_point
-from benchmarks.common.results import stamp
 from benchmarks.quality import sentiment, transferring
 
 HELD_OUT = 10
@@ -78,13 +76,7 @@ def measure(args: argparse.Namespace) -> tuple[list[tuple[Any, ...]], dict[str, 
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    args = parser().parse_args(argv)
-    torch.set_num_threads(args.threads)
-    mark = stamp(args.threads, "cpu")
-    rows, conditions = measure(args)
-    setting = transferring.setting_of(args, NAMED_BY)
-    print(f"written: {transferring.write('transfer', args, setting, rows, mark, conditions)}")
-    return 0
+    return transferring.run("transfer", parser().parse_args(argv), NAMED_BY, measure)
 
 
 if __name__ == "__main__":

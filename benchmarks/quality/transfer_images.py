@@ -37,7 +37,6 @@ import torch
 from torch import nn
 
 from benchmarks.common import entry_point
-from benchmarks.common.results import stamp
 from benchmarks.quality import pictures, transferring
 
 NAMED_BY = ("references", "iterations", "key_relaxation", "seed")
@@ -98,13 +97,7 @@ def measure(args: argparse.Namespace) -> tuple[list[tuple[Any, ...]], dict[str, 
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    args = parser().parse_args(argv)
-    torch.set_num_threads(args.threads)
-    mark = stamp(args.threads, "cpu")
-    rows, conditions = measure(args)
-    setting = transferring.setting_of(args, NAMED_BY)
-    print(f"written: {transferring.write('transfer_images', args, setting, rows, mark, conditions)}")
-    return 0
+    return transferring.run("transfer_images", parser().parse_args(argv), NAMED_BY, measure)
 
 
 if __name__ == "__main__":

@@ -5,15 +5,16 @@ from __future__ import annotations
 import argparse
 import csv
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from benchmarks.common.hardware import ROOT
-from benchmarks.common.results import Stamp
+from benchmarks.common.results import Stamp, stamp
 
 Row = tuple[Any, ...]  # the setting's cells, moment, name, value
 Setting = Mapping[str, Any]  # what names a run, a column each
@@ -80,6 +81,18 @@ def rows_of(report: Any) -> list[Row]:
 def last_moment(args: argparse.Namespace) -> str:
     """When a converted model is done."""
     return "tuned" if args.tune_steps else "matched"
+
+
+def run(
+    name: str, args: argparse.Namespace, named_by: Sequence[str],
+    measure: Callable[[argparse.Namespace], tuple[Iterable[Row], Mapping[str, Any]]],
+) -> int:  # fmt: skip
+    """Measures, and writes what was found with the stamp of the tree as it was before."""
+    torch.set_num_threads(args.threads)
+    mark = stamp(args.threads, "cpu")
+    rows, conditions = measure(args)
+    print(f"written: {write(name, args, setting_of(args, named_by), rows, mark, conditions)}")
+    return 0
 
 
 def write(
