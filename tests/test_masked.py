@@ -130,6 +130,17 @@ def test_masks_in_every_form(name: str, causal: bool, native: str) -> None:
         agree(native, tokens(), attn_mask=mask, key_mask=torch.rand(B, S) < 0.8, **options)
 
 
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+def test_padding_behind_many_keys_is_no_matter_of_the_others(dtype: torch.dtype, native: str) -> None:
+    keys, kept, width = 250, 230, 16  # tiles of keys all of which take part, before one of which some do
+    q, k, v, y = (torch.randn(*n, width, dtype=dtype) for n in ((B, H, L), (B, H, keys), (B, H, keys), (H, M)))
+    bias = torch.randn(L, keys, dtype=dtype)
+    options: dict[str, Any] = {"num_iters": 2, "backend": native}
+    padded = SF.set_attention(q, k, v, y, attn_mask=bias, key_mask=(torch.arange(keys) < kept).expand(B, -1), **options)
+    cut = SF.set_attention(q, k[:, :, :kept], v[:, :, :kept], y, attn_mask=bias[:, :kept], **options)
+    torch.testing.assert_close(padded, cut)
+
+
 def test_what_no_query_may_see_is_never_read(native: str) -> None:
     q, k, v, y = (t.detach() for t in tokens(dtype=torch.float32))
     keep = torch.rand(L, S) < 0.5

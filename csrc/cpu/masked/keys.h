@@ -63,8 +63,8 @@ class MaskedKeys {
       const int64_t at = source.b * v.stride[0] + source.h * v.stride[1] + t.s0 * v.stride[2];
       return {static_cast<const F*>(v.data) + at, v.stride[2]};
     }
-    source.values(t.s0, t.n, values_);
-    return {values_, source.Ep};
+    const Rows<F> rows = source.values(t.s0, t.n, values_);
+    return {rows.at, rows.ld};
   }
   bool takes_part(int64_t s) const { return la_[s] != -kInf<F>; }
 
