@@ -92,10 +92,10 @@ struct KeySource {
   bool near() const { return refs.near(); }
   F middle() const { return refs.middle_logit(); }
   F least_power() const { return refs.least_power(); }
-  void weights(int64_t row0, int64_t n, F* tile) {
+  void weights(int64_t row0, int64_t n, F* tile, const F* G, F* dots) {
     load_keys(row0, n);
     Ahead ahead = ahead_of(p.key, b, h, lo + row0, n);
-    weights_of<F>(refs, n, x, inv, tile, nullptr, nullptr, &ahead);
+    weights_of<false, F>(refs, n, x, inv, tile, G, dots, &ahead);
   }
   Rows<F> values(int64_t row0, int64_t n, F* tile) {
     return rows_of<F>(p.value, b, h, lo + row0, n, la + row0, tile, Ep);
@@ -229,7 +229,7 @@ class ForwardWorker {
       Ahead ahead = ahead_of(p_.o, b, h, row0, n);
       const Place<F> o = place_of<F>(p_.o, b, h, row0, out_, Ep);
       gemm<F>(n, Ep, p_.M, weights_, Mp, 1, transport_.z, Ep, o.at, o.ld, Finish<F>{false, scale_}, &ahead);
-      if (o.at == out_) store_rows<F>(p_.o, b, h, row0, n, out_.data(), Ep, nullptr);
+      store_placed<F>(p_.o, b, h, row0, n, o, out_);
       if (p_.w_q) store_rows<F>(p_.w_q, b, h, row0, n, weights_.data(), Mp, scale_);
     }
   }
@@ -249,7 +249,7 @@ class ForwardWorker {
       logits_of<F>(refs_, n, source_.x, source_.inv, source_.pos, weights_, &ahead);
       return exp_rows<F>(n, refs_.Mp, weights_, transport_.g, scale_);
     }
-    weights_of<F>(refs_, n, source_.x, source_.inv, weights_, powers_, scale_, &ahead);
+    weights_of<true, F>(refs_, n, source_.x, source_.inv, weights_, powers_, scale_, &ahead);
     for (int64_t i = 0; i < n; ++i) scale_[i] = 1 / scale_[i];
   }
 

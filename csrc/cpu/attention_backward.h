@@ -37,9 +37,9 @@ struct KeyGradSource {
     load_kappa(row0, n);
     logit_tile<F>(keys.refs, n, kappa, keys.pos, out);
   }
-  void weights(int64_t row0, int64_t n, F* out) {
+  void weights(int64_t row0, int64_t n, F* out, const F* G, F* dots) {
     load_kappa(row0, n);
-    powers_of<F>(keys.refs, n, kappa, out);
+    powers_of<false, F>(keys.refs, n, kappa, out, G, dots);
   }
   void load_kappa(int64_t row0, int64_t n) {
     const bool fits = row0 + n <= cached;
@@ -55,22 +55,20 @@ struct KeyGradSource {
     }
     kappa = k;
   }
-  void load_values(int64_t row0, int64_t n, F* out) { keys.load_values(row0, n, out); }
+  Rows<F> values(int64_t row0, int64_t n, F* room) { return keys.values(row0, n, room); }
   Ahead values_ahead(int64_t row0, int64_t n) const { return keys.values_ahead(row0, n); }
   void d_f(int64_t, int64_t, F*) {}
-  void store_dv(int64_t row0, int64_t n, F* dv) {
-    if (keys.p.d_value)
-      store_rows<F>(keys.p.d_value, keys.b, keys.h, keys.lo + row0, n, dv, keys.Ep, static_cast<const F*>(nullptr));
+  Place<F> place_dv(int64_t row0, F* room) {
+    return place_of<F>(keys.p.d_value, keys.b, keys.h, keys.lo + row0, room, keys.Ep);
+  }
+  void store_dv(int64_t row0, int64_t n, Place<F> dv, const F* room) {
+    store_placed<F>(keys.p.d_value, keys.b, keys.h, keys.lo + row0, n, dv, room);
   }
   void accept(int64_t row0, int64_t n, F* dl, const F* totals) {
     const Refs<F>& refs = keys.refs;
     if (!loaded) keys.load_keys(row0, n);
     logit_grads<F>(refs, n, kappa, keys.pos, dl, totals, grads);
-    for (int64_t i = 0; i < n * refs.Mp; ++i) dl[i] *= refs.inv_eps;
-    kernel_grads<F>(refs, n, keys.x, keys.inv, kappa, dl, keys.p.d_key ? d_x.data() : nullptr, grads);
-    if (keys.p.d_key)
-      store_rows<F>(keys.p.d_key, keys.b, keys.h, keys.lo + row0, n, d_x.data(), refs.Dp,
-                    static_cast<const F*>(nullptr));
+    token_grads<F>(refs, keys.b, keys.h, keys.lo + row0, n, keys.x, keys.inv, kappa, dl, keys.p.d_key, d_x, grads);
   }
 
  private:
@@ -205,14 +203,14 @@ class BackwardWorker {
     Ahead ahead = ahead_of(p_.query, b, h, row0, n), ahead_o = ahead_of(p_.d_o, b, h, row0, n);
     kernel_tile<F>(refs_, n, x, inv, kappa_, &ahead);
     if (near_) {
-      powers_of<F>(refs_, n, kappa_, w_, powers_, scale_);
+      powers_of<true, F>(refs_, n, kappa_, w_, powers_, scale_);
       for (int64_t i = 0; i < n; ++i) scale_[i] = 1 / scale_[i];
     } else {
       logit_tile<F>(refs_, n, kappa_, pos, w_);
       exp_rows<F>(n, Mp, w_, g_, scale_);
     }
-    load_rows<F>(p_.d_o, b, h, row0, n, nullptr, d_o_, Ep_);
-    gemm<F>(n, Mp, p_.E, d_o_, Ep_, 1, zt_, Mp, dp_, Mp, false, &ahead_o);
+    const Rows<F> d_o = rows_of<F>(p_.d_o, b, h, row0, n, nullptr, d_o_, Ep_);
+    gemm<F>(n, Mp, p_.E, d_o.at, d_o.ld, 1, zt_, Mp, dp_, Mp, false, &ahead_o);
     drop<F>(p_, b, h, row0, n, Mp, dp_);
     fill(dg_block_.data(), Mp, F(0));
     for (int64_t i = 0; i < n; ++i) {
@@ -229,11 +227,9 @@ class BackwardWorker {
     }
     for (int64_t j = 0; j < Mp; ++j) shared_.dg[j] += dg_block_[j];
     drop<F>(p_, b, h, row0, n, Mp, w_);
-    gemm<F>(p_.M, Ep_, n, w_, 1, Mp, d_o_, Ep_, shared_.dz, Ep_, true);
+    gemm<F>(p_.M, Ep_, n, w_, 1, Mp, d_o.at, d_o.ld, shared_.dz, Ep_, true);
     logit_grads<F>(refs_, n, kappa_, pos, dp_, static_cast<const F*>(nullptr), query_grads_);
-    for (int64_t i = 0; i < n * Mp; ++i) dp_[i] *= refs_.inv_eps;
-    kernel_grads<F>(refs_, n, x, inv, kappa_, dp_, p_.d_query ? d_x_.data() : nullptr, query_grads_);
-    if (p_.d_query) store_rows<F>(p_.d_query, b, h, row0, n, d_x_.data(), refs_.Dp, static_cast<const F*>(nullptr));
+    token_grads<F>(refs_, b, h, row0, n, x, inv, kappa_, dp_, p_.d_query, d_x_, query_grads_);
   }
 
   // dz and dg^T from all of the team, and what arrives at z besides.

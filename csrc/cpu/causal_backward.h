@@ -114,9 +114,7 @@ class CausalBackwardWorker {
     if (row0 + n < p_.S || p_.d_final)
       near ? chunk_.add_to(carried_, n, v_, 0) : carried_.add(n, tile_, gates_.fading(), v_, gates_.sum);
     logit_grads<F>(refs_, n, kappa_, pos, ds_, static_cast<const F*>(nullptr), grads_);
-    for (int64_t k = 0; k < n * Mp_; ++k) ds_[k] *= refs_.inv_eps;
-    kernel_grads<F>(refs_, n, x, inv, kappa_, ds_, p_.d_query ? d_x_.data() : nullptr, grads_);
-    if (p_.d_query) store_rows<F>(p_.d_query, b, h, row0, n, d_x_.data(), refs_.Dp, static_cast<const F*>(nullptr));
+    token_grads<F>(refs_, b, h, row0, n, x, inv, kappa_, ds_, p_.d_query, d_x_, grads_);
   }
 
   void forward_step(int64_t b, int64_t h, int64_t row0, int64_t i) {
@@ -291,9 +289,7 @@ class CausalBackwardWorker {
     }
     if (p_.d_value) store_rows<F>(p_.d_value, b, h, row0, n, dv_.data(), Ep_, static_cast<const F*>(nullptr));
     logit_grads<F>(refs_, n, kappa_, source_.pos, ds_, totals_, grads_);
-    for (int64_t k = 0; k < n * Mp_; ++k) ds_[k] *= refs_.inv_eps;
-    kernel_grads<F>(refs_, n, source_.x, source_.inv, kappa_, ds_, p_.d_key ? d_x_.data() : nullptr, grads_);
-    if (p_.d_key) store_rows<F>(p_.d_key, b, h, row0, n, d_x_.data(), refs_.Dp, static_cast<const F*>(nullptr));
+    token_grads<F>(refs_, b, h, row0, n, source_.x, source_.inv, kappa_, ds_, p_.d_key, d_x_, grads_);
   }
 
   // `reverse_step` of all keys of a chunk, on G and h in its units.

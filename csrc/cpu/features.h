@@ -129,7 +129,8 @@ class FeatureWorker {
     }
     gemm<F>(p_.R, Rp, n, kappa_, 1, Rp, psi_, Rp, shared_.d_whitening, Rp, true);
     if (p_.centring) centred_grads(n);
-    kernel_grads<F>(refs_, n, Rows<F>{x_, Dp}, inv_, kappa_, d_kappa_, p_.d_x ? d_x_.data() : nullptr, grads_);
+    const Place<F> d_x{p_.d_x ? d_x_.data() : nullptr, Dp};
+    kernel_grads<F>(refs_, n, Rows<F>{x_, Dp}, inv_, kappa_, d_kappa_, F(1), d_x, grads_);
     if (!p_.d_x) return;
     for (int64_t i = 0; i < n; ++i)
       for (int64_t d = 0; d < Dp; ++d) d_x_[i * Dp + d] += x_[i * Dp + d] * inv_[i] * along_[i];

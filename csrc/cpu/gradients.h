@@ -53,17 +53,17 @@ void logit_grads(const Refs<F>& r, int64_t n, const F* kappa, const F* pos, cons
   out.hyper[kPositionScale] -= 2.0 * r.tau * d_tau_sum;
 }
 
-// From dκ [n][Mp] (overwritten): adds to dŷ and dβ, and gives dx [n][Dp] where that is not null.
+// From dκ/unit [n][Mp] (overwritten): adds to dŷ and dβ, and gives dx [n][Dp] where its place is not null.
 template <class F>
-void kernel_grads(const Refs<F>& r, int64_t n, Rows<F> x, const F* inv, const F* kappa, F* d_kappa, F* d_x,
-                  RefGrads<F>& out) {
+void kernel_grads(const Refs<F>& r, int64_t n, Rows<F> x, const F* inv, const F* kappa, F* d_kappa, F unit,
+                  Place<F> d_x, RefGrads<F>& out) {
   const int64_t Mp = r.Mp, Dp = r.Dp;
   if (r.rbf) {
     const F middle = out.balanced ? -r.beta * r.middle : F(0);  // of κ log κ
     double d_beta_sum = 0;
     for (int64_t i = 0; i < n; ++i) {
       Vec<F> d_beta{};
-      const F scale = r.beta * inv[i];
+      const F scale = r.beta * inv[i] * unit;
       for (int64_t j = 0; j < Mp; j += kLanes<F>) {
         const Vec<F> k = load(kappa + i * Mp + j), d = load(d_kappa + i * Mp + j), g = d * k;
         // dκ/dβ = κ log κ / β; where κ underflowed, so did g.
@@ -72,19 +72,29 @@ void kernel_grads(const Refs<F>& r, int64_t n, Rows<F> x, const F* inv, const F*
       }
       if (out.wants_hyper) d_beta_sum += reduce_add<F>(d_beta);
     }
-    out.hyper[kBandwidth] += d_beta_sum / r.beta;
+    out.hyper[kBandwidth] += d_beta_sum / r.beta * unit;
+  } else {
+    for (int64_t i = 0; i < n * Mp; ++i) d_kappa[i] *= unit;
   }
   if (out.wants_points) gemm<F>(r.M, Dp, n, d_kappa, 1, Mp, x.at, x.ld, out.y, Dp, true);
-  if (!d_x) return;
-  gemm<F>(n, Dp, r.M, d_kappa, Mp, 1, r.y, Dp, d_x, Dp, false);
-  if (!r.rbf) return;
-  for (int64_t i = 0; i < n; ++i) {
+  if (!d_x.at) return;
+  gemm<F>(n, Dp, r.M, d_kappa, Mp, 1, r.y, Dp, d_x.at, d_x.ld, false);
+  for (int64_t i = 0; r.rbf && i < n; ++i) {
+    F* const row = d_x.at + i * d_x.ld;
     Vec<F> acc{};
-    for (int64_t d = 0; d < Dp; d += kLanes<F>) acc += load(x[i] + d) * inv[i] * load(d_x + i * Dp + d);
+    for (int64_t d = 0; d < Dp; d += kLanes<F>) acc += load(x[i] + d) * inv[i] * load(row + d);
     const F along = reduce_add<F>(acc);
-    for (int64_t d = 0; d < Dp; d += kLanes<F>)
-      store(d_x + i * Dp + d, load(d_x + i * Dp + d) - load(x[i] + d) * inv[i] * along);
+    for (int64_t d = 0; d < Dp; d += kLanes<F>) store(row + d, load(row + d) - load(x[i] + d) * inv[i] * along);
   }
+}
+
+// From dℓ [n][Mp] (overwritten) of rows row0.. of tokens: adds to dŷ and dβ, and writes d_tokens where it is asked for.
+template <class F>
+void token_grads(const Refs<F>& r, int64_t b, int64_t h, int64_t row0, int64_t n, Rows<F> x, const F* inv,
+                 const F* kappa, F* d_logits, const View& d_tokens, F* room, RefGrads<F>& out) {
+  const Place<F> d_x = place_of<F>(d_tokens, b, h, row0, d_tokens ? room : nullptr, r.Dp);
+  kernel_grads<F>(r, n, x, inv, kappa, d_logits, r.inv_eps, d_x, out);
+  store_placed<F>(d_tokens, b, h, row0, n, d_x, room);
 }
 
 // dŷ -> dy, and the sums of logit_grads -> dπ; writes one (b, h) of the outputs that are asked for.

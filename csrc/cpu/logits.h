@@ -207,37 +207,37 @@ void logits_of(const Refs<F>& r, int64_t n, Rows<F> x, const F* inv, const F* po
   }
 }
 
-// K = of(i)(from) of row i, or g K, and the sum of each row [n]; from and tile may be the same.
-template <class F, class Of>
-SFK_INLINE void power_rows(const Refs<F>& r, int64_t n, const F* from, F* tile, const F* g, F* sums, Of of) {
+// K = of(i)(from) of row i, or of kWeighed its entries times g, and K g [n]; from and tile may be the same.
+template <bool kWeighed, class F, class Of>
+SFK_INLINE void power_rows(const Refs<F>& r, int64_t n, const F* from, F* tile, const F* g, F* dots, Of of) {
   for (int64_t i = 0; i < n; ++i, from += r.Mp, tile += r.Mp) {
     const auto power = of(i);
     Vec<F> sum{};
     for (int64_t j = 0; j < r.Mp; j += kLanes<F>) {
-      Vec<F> w = power(load(from + j));
-      if (g) w *= load(g + j);
+      const Vec<F> K = power(load(from + j)), w = K * load(g + j);
       sum += w;
-      store(tile + j, w);
+      store(tile + j, kWeighed ? w : K);
     }
-    if (sums) sums[i] = reduce_add<F>(sum);
+    dots[i] = reduce_add<F>(sum);
   }
 }
 
 // K = e^{ℓ − middle_logit()} from κ, of tokens whose logits are near.  Most lie about the middle, so that K and its
-// logarithms are small numbers, rounded as such.  Columns without a reference get some number of that size, too.
-template <class F>
-void powers_of(const Refs<F>& r, int64_t n, const F* kappa, F* tile, const F* g = nullptr, F* sums = nullptr) {
+// logarithms are small numbers, rounded as such.  Columns without a reference get some number of that size, too; their
+// g is 0.
+template <bool kWeighed, class F>
+void powers_of(const Refs<F>& r, int64_t n, const F* kappa, F* tile, const F* g, F* dots) {
   const BoundedKernel<F> kernel(r, r.middle);
-  power_rows<F>(r, n, kappa, tile, g, sums, [&](int64_t) { return [&](Vec<F> k) { return kernel.power(k); }; });
+  power_rows<kWeighed, F>(r, n, kappa, tile, g, dots,
+                          [&](int64_t) { return [&](Vec<F> k) { return kernel.power(k); }; });
 }
 
 // The same from the tokens.
-template <class F>
-void weights_of(const Refs<F>& r, int64_t n, Rows<F> x, const F* inv, F* tile, const F* g = nullptr, F* sums = nullptr,
-                Ahead* ahead = nullptr) {
+template <bool kWeighed, class F>
+void weights_of(const Refs<F>& r, int64_t n, Rows<F> x, const F* inv, F* tile, const F* g, F* dots, Ahead* ahead) {
   gemm<F>(n, r.Mp, r.D, x.at, x.ld, 1, r.yt, r.Mp, tile, r.Mp, false, ahead);
   const BoundedKernel<F> kernel(r, r.middle);
-  power_rows<F>(r, n, tile, tile, g, sums, [&](int64_t i) {
+  power_rows<kWeighed, F>(r, n, tile, tile, g, dots, [&](int64_t i) {
     return [&kernel, along = kernel.away * inv[i]](Vec<F> product) { return kernel(product, along); };
   });
 }

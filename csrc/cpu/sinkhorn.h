@@ -35,9 +35,8 @@ struct MatrixSource {
   static constexpr bool near() { return false; }
   static constexpr F middle() { return 0; }
   static constexpr F least_power() { return 0; }
-  void weights(int64_t, int64_t, F*) {}
+  void weights(int64_t, int64_t, F*, const F*, F*) {}
   Rows<F> values(int64_t, int64_t, F*) { return {}; }
-  void load_values(int64_t, int64_t, F*) {}
   Ahead values_ahead(int64_t, int64_t) const { return {}; }
   bool wants_f() const { return bool(p.f); }
   void store_f(int64_t row0, int64_t n, const F* f) {
@@ -49,7 +48,8 @@ struct MatrixSource {
   void d_f(int64_t row0, int64_t n, F* df) {
     for (int64_t i = 0; i < n; ++i) df[i] += element<F>(p.d_f, g, lo + row0 + i);
   }
-  void store_dv(int64_t, int64_t, F*) {}
+  Place<F> place_dv(int64_t, F*) { return {nullptr, 0}; }
+  void store_dv(int64_t, int64_t, Place<F>, const F*) {}
   void accept(int64_t row0, int64_t n, const F* dl, const F*) {
     const View& v = p.d_log_kernel;
     for (int64_t i = 0; v && i < n; ++i)

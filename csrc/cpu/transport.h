@@ -56,7 +56,8 @@ struct ColumnState {
   bool lone;              // one row takes part in the head, and it is here: it is pooled with weight 1 exactly
 };
 
-// Source: logits(row0, n, tile); weights(row0, n, tile), e^{ℓ − middle()} >= e^least_power(), where near();
+// Source: logits(row0, n, tile); where near(), weights(row0, n, tile, G, dots): K = e^{ℓ − middle()} >= e^least_power()
+// and K G;
 // values(row0, n, room), where they lie or in the room; values_ahead(row0, n); wants_f(), store_f(row0, n, f).  Rows
 // count from this thread's first one.
 template <class F, class Source>
@@ -146,7 +147,8 @@ class Transport {
   bool merge(const Marginals<F>& marg, F shift, bool pool, bool check, F* c_t, const Team& team);
 
   bool keep_, log_ = false, absorbed_ = false;
-  bool pooled_any_ = true;  // whether state.z holds numbers of this pass
+  bool dots_known_ = false;  // whether u_ holds K G of the block at hand already
+  bool pooled_any_ = true;   // whether state.z holds numbers of this pass
   int64_t block_, cache_rows_, Mp_, Ep_, rows_ = 0, passes_ = 1;
   Buffer<F> m_;       // [rows] row maxima
   Buffer<F> cache_;   // [cache rows][Mp] K of the first rows (log mode: ℓ − m)
@@ -241,9 +243,9 @@ F* Transport<F, Source>::rows_tile(Source& src, int64_t row0, int64_t n, bool fi
   F* tile = cached ? cache_ + row0 * Mp_ : tile_.data();
   if (cached && !first) return tile;
   if (!kLog && !absorbed_ && src.near()) {
-    src.weights(row0, n, tile);
+    src.weights(row0, n, tile, G_, u_);
     fill(m_ + row0, n, src.middle());
-    state.lowest = src.least_power();
+    state.lowest = src.least_power(), dots_known_ = true;
     return tile;
   }
   src.logits(row0, n, tile);
@@ -260,7 +262,8 @@ F* Transport<F, Source>::rows_tile(Source& src, int64_t row0, int64_t n, bool fi
 template <class F, class Source>
 void Transport<F, Source>::scaled_rows(Source& src, int64_t row0, int64_t n, const F* K, F lam, F shift) {
   const F *la_s = la + row0, *m = m_ + row0;
-  row_dots<F>(n, Mp_, K, G_, u_);
+  if (!dots_known_) row_dots<F>(n, Mp_, K, G_, u_);
+  dots_known_ = false;
   for (int64_t i = n; i < pad<F>(n); ++i) u_[i] = 1;
   for (int64_t i = 0; i < n; i += kLanes<F>) {
     const Vec<F> mass = load(la_s + i), top_i = load(m + i), log_dot = vlog<F>(load(u_ + i));

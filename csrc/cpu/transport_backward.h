@@ -38,8 +38,9 @@ struct TransportGradients {
   TransportGradients(int64_t rows, int64_t Mp) : d_la(rows), d_log_b(Mp) {}
 };
 
-// Source: logits, values, values_ahead (as in Transport); d_f(row0, n, out) adds the gradient of f^T; store_dv(row0, n,
-// dv); accept(row0, n, dl, totals) takes the finished dℓ of a block and the sums of its rows; restart() forgets what it
+// Source: logits, weights, values, values_ahead (as in Transport); d_f(row0, n, out) adds the gradient of f^T;
+// place_dv(row0, room) says where the rows of dv go, store_dv(row0, n, place, room) is told that they are there;
+// accept(row0, n, dl, totals) takes the finished dℓ of a block and the sums of its rows; restart() forgets what it
 // accepted; is_result: whether f is one.
 template <class F, class Source>
 class TransportBackward {
@@ -71,9 +72,9 @@ class TransportBackward {
   template <bool kLog>
   void set_columns(const Marginals<F>& marg, int64_t t);
   template <bool kLog>
-  void block_tile(Source& src, int64_t M, int64_t row0, int64_t n, F& lowest);
+  bool block_tile(Source& src, int64_t M, int64_t t, int64_t row0, int64_t n, F& lowest);
   template <bool kLog>
-  void row_factors(const Marginals<F>& marg, int64_t t, int64_t row0, int64_t n);
+  void row_factors(const Marginals<F>& marg, int64_t t, int64_t row0, int64_t n, bool dots_known = false);
   template <bool kLog>
   void row_gradients(Source& src, const Marginals<F>& marg, int64_t t, int64_t row0, int64_t n);
   template <bool kLog>
@@ -125,6 +126,7 @@ class TransportBackward {
   Buffer<F> acc_{block_ * Mp_};                   // [block][Mp] ⟨v, dz⟩; dℓ
   Buffer<F> v_{block_ * Ep_}, dv_{block_ * Ep_};  // [block][Ep] values and their gradients
   Buffer<F> u_{block_ + kLanes<F>};               // [block] a number a row
+  Rows<F> values_;                                // [block][Ep] values, where they lie or in v_
 };
 
 // Log mode: Q^t = exp((ℓ − m + q) − c) times what makes its columns sum to 1.  The larger term is cancelled first, as
@@ -223,9 +225,9 @@ bool TransportBackward<F, Source>::solve(Source& src, const Marginals<F>& marg, 
     fill(partial_.data(), Mp_, F(0));
     for (int64_t row0 = 0; row0 < rows_; row0 += block_) {
       const int64_t n = std::min(block_, rows_ - row0);
-      block_tile<kLog>(src, marg.M, row0, n, shared.lowest);
+      const bool dots_known = block_tile<kLog>(src, marg.M, t, row0, n, shared.lowest);
       if (!kLog && spread - shared.lowest > kBackwardRange<F>) break;
-      if (!kLog) row_factors<kLog>(marg, t, row0, n);
+      if (!kLog) row_factors<kLog>(marg, t, row0, n, dots_known);
       row_gradients<kLog>(src, marg, t, row0, n);
       if (t == 0) finish_block<kLog>(src, marg, row0, n);
     }
@@ -248,21 +250,22 @@ bool TransportBackward<F, Source>::solve(Source& src, const Marginals<F>& marg, 
   return true;
 }
 
-// The block's K as the forward had it, or ℓ − m in log mode.
+// The block's K as the forward had it, or ℓ − m in log mode.  True where it left K G of step t in u_.
 template <class F, class Source>
 template <bool kLog>
-void TransportBackward<F, Source>::block_tile(Source& src, int64_t M, int64_t row0, int64_t n, F& lowest) {
+bool TransportBackward<F, Source>::block_tile(Source& src, int64_t M, int64_t t, int64_t row0, int64_t n, F& lowest) {
   if (!kLog && src.near()) {
-    src.weights(row0, n, tile_);
+    src.weights(row0, n, tile_, basis_r(t), u_);
     fill(m_ + row0, n, src.middle());
     lowest = src.least_power();
-    return;
+    return true;
   }
   src.logits(row0, n, tile_);
   if (kLog)
     shift_rows<F>(n, M, Mp_, tile_, given.la + row0, m_ + row0);
   else
     scale_rows<F>(n, M, Mp_, tile_, given.la + row0, m_ + row0, lowest);
+  return false;
 }
 
 // Log mode: the row factors of every step, and the sums of Q's columns.  c is rounded, and where it is hundreds the
@@ -297,7 +300,8 @@ void TransportBackward<F, Source>::normalise(Source& src, const Marginals<F>& ma
 // f^t of the block, as the row factors of R and Q.
 template <class F, class Source>
 template <bool kLog>
-void TransportBackward<F, Source>::row_factors(const Marginals<F>& marg, int64_t t, int64_t row0, int64_t n) {
+void TransportBackward<F, Source>::row_factors(const Marginals<F>& marg, int64_t t, int64_t row0, int64_t n,
+                                               bool dots_known) {
   const F lam = marg.T ? marg.lam_a : F(0);
   const F* mass = given.la + row0;
   F *lse = lse_ + t * stride_ + row0, *q = row_q(t) + row0, *r = row_r(t) + row0;
@@ -313,7 +317,7 @@ void TransportBackward<F, Source>::row_factors(const Marginals<F>& marg, int64_t
     }
     return;
   }
-  row_dots<F>(n, Mp_, tile_, basis_r(t), u_);
+  if (!dots_known) row_dots<F>(n, Mp_, tile_, basis_r(t), u_);
   for (int64_t i = n; i < pad<F>(n); ++i) u_[i] = 1;
   const F *m = m_ + row0, offset = static_cast<F>(-static_cast<double>(lam) * shift_[t] - cref_[t]);
   for (int64_t i = 0; i < n; i += kLanes<F>) {
@@ -340,16 +344,22 @@ void TransportBackward<F, Source>::row_gradients(Source& src, const Marginals<F>
   }
   row_dots<F>(n, Mp_, Q, dcol_, u_);
   if (last && Ep_) {
-    src.load_values(row0, n, v_);
+    values_ = src.values(row0, n, v_);
+    const Place<F> dv = src.place_dv(row0, dv_);
     Ahead ahead = src.values_ahead(row0, n);
-    gemm<F>(n, Ep_, marg.M, Q, Mp_, 1, dzq_, Ep_, dv_, Ep_, false, &ahead);
+    gemm<F>(n, Ep_, marg.M, Q, Mp_, 1, dzq_, Ep_, dv.at, dv.ld, false, &ahead);
     for (int64_t i = 0; i < n; ++i) {
+      const F* const v = values_[i];
+      F *const row = dv.at + i * dv.ld, scale = kLog ? F(1) : q[i];
       Vec<F> dot{};
-      for (int64_t e = 0; e < Ep_; e += kLanes<F>) dot += load(v_ + i * Ep_ + e) * load(dv_ + i * Ep_ + e);
+      for (int64_t e = 0; e < Ep_; e += kLanes<F>) {
+        const Vec<F> d = load(row + e);
+        dot += load(v + e) * d;
+        store(row + e, d * scale);
+      }
       if (!lone_) u_[i] += reduce_add<F>(dot);
-      for (int64_t e = 0; !kLog && e < Ep_; ++e) dv_[i * Ep_ + e] *= q[i];
     }
-    src.store_dv(row0, n, dv_);
+    src.store_dv(row0, n, dv, dv_);
   }
   for (int64_t i = 0; i < n; ++i) df[i] = kLog ? u_[i] : u_[i] * q[i];
   if (last) src.d_f(row0, n, df);

@@ -54,9 +54,9 @@ void TransportBackward<F, Source>::finish_block(Source& src, const Marginals<F>&
   if (lone_) {
     fill(acc_.data(), n * Mp_, F(0));
   } else if (Ep_) {
-    if (last != 0) src.load_values(row0, n, v_);
+    if (last != 0) values_ = src.values(row0, n, v_);
     Ahead ahead = src.values_ahead(row0, n);
-    gemm<F>(n, Mp_, E_, v_, Ep_, 1, dzt_, Mp_, acc_, Mp_, false, &ahead);
+    gemm<F>(n, Mp_, E_, values_.at, values_.ld, 1, dzt_, Mp_, acc_, Mp_, false, &ahead);
     settle_rows<kLog>(marg, row0, n);
   }
   if (!kLog) {

@@ -253,11 +253,17 @@ struct Place {
   int64_t ld;
 };
 
-// Rows row0.. of v, if whole vectors of F can be written there, else room [..][ld], of which `store_rows` makes them.
+// Rows row0.. of v, if whole vectors of F can be written there, else room [..][ld], of which `store_placed` makes them.
 template <class F>
 Place<F> place_of(const View& v, int64_t b, int64_t h, int64_t row0, F* room, int64_t ld) {
-  if (v.dtype != kDtype<F> || v.stride[3] != 1 || v.size[3] != ld) return {room, ld};
+  if (!v || v.dtype != kDtype<F> || v.stride[3] != 1 || v.size[3] != ld) return {room, ld};
   return {static_cast<F*>(v.data) + b * v.stride[0] + h * v.stride[1] + row0 * v.stride[2], v.stride[2]};
+}
+
+// After rows row0..row0+n of v were written to `rows`, the place that they were given.
+template <class F>
+void store_placed(const View& v, int64_t b, int64_t h, int64_t row0, int64_t n, Place<F> rows, const F* room) {
+  if (v && rows.at == room) store_rows<F>(v, b, h, row0, n, room, rows.ld, nullptr);
 }
 
 // 1/‖x_i‖ of n rows [n][width] (a multiple of the vector width), 0 where ‖x‖ <= 1e-12.

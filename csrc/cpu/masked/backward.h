@@ -176,10 +176,8 @@ class MaskedBackwardWorker {
     const F* nothing = nullptr;
     const BlockQueries<F>& q = it_.queries;
     logit_grads<F>(it_.refs, it_.n, q.kappa, q.pos, y_rows_, nothing, sums.refs_grads);
-    for (int64_t k = 0; k < it_.n * Mp_; ++k) y_rows_[k] *= it_.refs.inv_eps;
-    F* d_x = p_.d_query ? d_x_.data() : nullptr;
-    kernel_grads<F>(it_.refs, it_.n, q.x, q.inv, q.kappa, y_rows_, d_x, sums.refs_grads);
-    if (d_x) store_rows<F>(p_.d_query, it_.b, it_.h, it_.row0, it_.n, d_x, it_.refs.Dp, nothing);
+    token_grads<F>(it_.refs, it_.b, it_.h, it_.row0, it_.n, q.x, q.inv, q.kappa, y_rows_, p_.d_query, d_x_,
+                   sums.refs_grads);
   }
 
   // d_g = dg of step t, which follows log C^t: adds to d_c_ what that gets, to dlog b and to dλ_b.

@@ -117,11 +117,9 @@ class MaskedSums {
     kernel_tile<F>(refs_, at.n, keys.source.x, keys.source.inv, kappa_);
     finish_logits(keys, at);
     logit_grads<F>(refs_, at.n, kappa_, keys.source.pos, dl_, totals_, refs_grads);
-    for (int64_t k = 0; k < at.n * refs_.Mp; ++k) dl_[k] *= refs_.inv_eps;
-    kernel_grads<F>(refs_, at.n, keys.source.x, keys.source.inv, kappa_, dl_, p_.d_key ? d_x_.data() : nullptr,
-                    refs_grads);
+    const KeySource<F>& tokens = keys.source;
+    token_grads<F>(refs_, b, h, at.s0, at.n, tokens.x, tokens.inv, kappa_, dl_, p_.d_key, d_x_, refs_grads);
     const F* ones = nullptr;
-    if (p_.d_key) store_rows<F>(p_.d_key, b, h, at.s0, at.n, d_x_.data(), refs_.Dp, ones);
     if (p_.d_value) store_rows<F>(p_.d_value, b, h, at.s0, at.n, d_value + at.s0 * pad<F>(p_.E), pad<F>(p_.E), ones);
     const View& to = p_.d_log_a;
     if (!to) return;
