@@ -69,8 +69,7 @@ def measure(args: argparse.Namespace) -> tuple[list[tuple[Any, ...]], dict[str, 
         model, rows, moment = teacher, [], "original"
     else:
         texts = [[text for _, text in rows] for rows in (train, test)]
-        model, rows = transferring.transferred(teacher, args, setting, *texts, collate, MEASURED)
-        moment = transferring.last_moment(args)
+        model, rows, moment = transferring.transferred(teacher, args, setting, *texts, collate, MEASURED)
     rows += [(*setting.values(), moment, *pair) for pair in learned(model, args, train, test, collate)]
     return rows, {**conditions, "seconds_since_last_start": round(time.perf_counter() - start)}
 

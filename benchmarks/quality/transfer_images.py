@@ -72,11 +72,10 @@ def converted(teacher: nn.Module, args: argparse.Namespace, tasks: Sequence[pict
     known, new = pictures.sources(args.images)
     train = pictures.crops(pictures.drawn(known, args.samples, TRAIN), args.size)
     held_out = pictures.crops(pictures.drawn(new, args.measured, TEST), args.size)
-    model, rows = transferring.transferred(
+    model, rows, moment = transferring.transferred(
         teacher, args, setting, train, held_out, pictures.collate, args.measured, key_relaxation=args.key_relaxation
     )
-    last = transferring.last_moment(args)
-    return rows + [(*setting.values(), last, *pair) for pair in pictures.probes(model, tasks)]
+    return rows + [(*setting.values(), moment, *pair) for pair in pictures.probes(model, tasks)]
 
 
 def measure(args: argparse.Namespace) -> tuple[list[tuple[Any, ...]], dict[str, Any]]:

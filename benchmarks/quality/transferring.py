@@ -49,8 +49,8 @@ def setting_of(args: argparse.Namespace, names: Sequence[str]) -> dict[str, Any]
 def transferred(
     teacher: nn.Module, args: argparse.Namespace, setting: Setting, train: Any, held_out: Any, collate: Any,
     measured: int, **own: Any,
-) -> tuple[nn.Module, list[Row]]:  # fmt: skip
-    """A conversion of the teacher, resumed where it was begun, and what its report says.
+) -> tuple[nn.Module, list[Row], str]:  # fmt: skip
+    """A conversion of the teacher, resumed where it was begun, what its report says, and the moment it is of.
 
     Args:
         measured: held-out samples that errors are measured on.
@@ -67,7 +67,7 @@ def transferred(
     told = {"resume": folder.exists(), "recording": args.recording}
     model, report = transfer_attention(teacher, train, held_out, collate, folder, how, **told, **own)
     print(report)
-    return model, [(*setting.values(), *row) for row in rows_of(report)]
+    return model, [(*setting.values(), *row) for row in rows_of(report)], report.returned
 
 
 def rows_of(report: Any) -> list[Row]:
@@ -76,11 +76,6 @@ def rows_of(report: Any) -> list[Row]:
     for moment, errors in report.layers.items():
         rows += [(moment, f"error of {e.layer}, head {e.head}", e.error) for e in errors]
     return rows + [("curve", f"{i} layers, with {s.layer}", s.error) for i, s in enumerate(report.curve, 1)]
-
-
-def last_moment(args: argparse.Namespace) -> str:
-    """When a converted model is done."""
-    return "tuned" if args.tune_steps else "matched"
 
 
 def run(

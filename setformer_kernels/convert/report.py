@@ -19,19 +19,23 @@ PLACED, MATCHED, HYBRID, TUNED = "placed", "matched", "hybrid", "tuned"
 class TransferReport:
     """By the moment ("placed", "matched", "hybrid", "tuned"): errors by layer and head, on the teacher's inputs, and
     what the outputs have in common with the teacher's (`output_agreement`); the curve of hybrids, where it was asked
-    for; the layers that were converted in the end."""
+    for; the layers that were converted in the end; the moment whose model was returned, the last one unless stage 2
+    made it worse."""
 
     replacement: ReplacementReport
     layers: dict[str, list[HeadError]] = field(default_factory=dict)
     outputs: dict[str, dict[str, float]] = field(default_factory=dict)
     curve: list[Converted] = field(default_factory=list)
     converted: list[str] = field(default_factory=list)
+    returned: str = PLACED
 
     def __str__(self) -> str:
         parts = [_table(["outputs", *_keys(self.outputs)], [
             [moment, *(f"{values.get(name, float('nan')):.4f}" for name in _keys(self.outputs))]
             for moment, values in self.outputs.items()
         ])]  # fmt: skip
+        if self.outputs and self.returned != list(self.outputs)[-1]:
+            parts.append(f"Stage 2 made it worse, and was undone: the model is that of {self.returned!r}.")
         if self.layers:
             moments = list(self.layers)
             rows = [

@@ -38,7 +38,8 @@ class Transfer:
 
     Args:
         match: stage 1, every layer on the teacher's inputs.
-        tune: stage 2, the whole model end to end; steps=0 leaves it out.
+        tune: stage 2, the whole model end to end; steps=0 leaves it out.  Where it ends with a larger error on the
+            held-out samples than it began with, as by too large a learning rate, it is undone.
         projections: stage 1 also learns the projections of queries and keys, not only what SeT attention has of its
             own.
         own_rate: the learning rate of what SeT attention has of its own, as a multiple of the projections', in stage 1.
@@ -163,6 +164,7 @@ class _Run:
         if layers:
             self.report.layers[moment] = attention_errors(self.teacher, student, layers, batches)
         self.report.outputs[moment] = output_agreement(self.teacher, student, batches, self.how.pooling)
+        self.report.returned = moment
         self.write(picture=False)  # which takes a second
         self.progress(f"{moment}: " + ", ".join(f"{k} {v:.4f}" for k, v in self.report.outputs[moment].items()))
 
@@ -198,6 +200,7 @@ class _Run:
 
     def tune(self, student: nn.Module) -> nn.Module:
         """Stage 2; a layer's error on the teacher's inputs says nothing any more, as all weights may have changed."""
+        before, moment = {name: x.cpu().clone() for name, x in student.state_dict().items()}, self.report.returned
         adapters = Adapters(student, self.how.lora_rank) if self.how.lora_rank else None
         new = new_parameters(self.teacher, student)
         names = [name for name, _ in student.named_parameters()]
@@ -208,4 +211,9 @@ class _Run:
         self.fit("tune", matching, names, self.how.tune)
         student = student if adapters is None else adapters.merge()
         self.measure(TUNED, student, [])
+        errors = self.report.outputs
+        if not errors[TUNED]["error"] <= errors[moment]["error"]:  # NaN, too
+            student.load_state_dict(before)
+            self.report.returned = moment
+            self.progress(f"stage 2 made it worse and was undone: the model is that of {moment!r}")
         return student

@@ -38,7 +38,8 @@ def test_rows_of_a_transfer(paths: list[str], tmp_path: Path) -> None:
     for references in ("4", "8"):
         found = {(row["moment"], row["name"]): float(row["value"]) for row in rows if row["references"] == references}
         assert len(found) == sum(row["references"] == references for row in rows)
-        assert found["tuned", "probe_accuracy, seed 2"] > 0.9
+        returned = "tuned" if found["tuned", "error"] <= found["matched", "error"] else "matched"
+        assert found[returned, "probe_accuracy, seed 2"] > 0.9
         assert found["matched", "cosine"] != found["placed", "cosine"] != found["tuned", "cosine"]
         assert sum(moment == "curve" for moment, _ in found) == 2
         assert sum(name.startswith("error of") for _, name in found) == 2 * 2 * 4

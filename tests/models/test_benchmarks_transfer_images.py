@@ -45,7 +45,8 @@ def test_rows_of_a_transfer_on_images(folders: list[str], tmp_path: Path) -> Non
         own = [row for row in rows if row["key_relaxation"] == relaxation]
         found = {(row["moment"], row["name"]): float(row["value"]) for row in own}
         assert len(found) == len(own)
-        assert found["tuned", "probe_accuracy of images, seed 2"] > 0.9
+        returned = "tuned" if found["tuned", "error"] <= found["matched", "error"] else "matched"
+        assert found[returned, "probe_accuracy of images, seed 2"] > 0.9
         assert found["matched", "cosine"] != found["placed", "cosine"] != found["tuned", "cosine"]
         assert sum(name.startswith("error of") for _, name in found) == 2 * 2 * 4
     assert {row["moment"] for row in rows if row["references"] == ""} == {"original", "random"}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -318,6 +319,21 @@ def test_a_run_that_was_cut_resumes_to_the_same_weights(tmp_path: Path) -> None:
         torch.testing.assert_close(again.state_dict()[name], value, rtol=0, atol=0, msg=name)
     with pytest.raises(ValueError, match="holds the checkpoints of a run: resume it"):
         transfer_attention(*run, tmp_path / "cut", how(8, 8), **OWN)
+
+
+@pytest.mark.parametrize("rank", [0, 4])
+def test_a_second_stage_that_makes_it_worse_is_undone(rank: int, tmp_path: Path) -> None:
+    if rank:
+        pytest.importorskip("peft")
+    run, said = (bert(), texts(20), texts(8), stack), []
+    wild = replace(how(4, 6, lora_rank=rank), tune=Schedule(6, 3.0, batch_size=8, cpu=True))
+    model, report = transfer_attention(*run, tmp_path / "wild", wild, progress=said.append, **OWN)
+    matched, _ = transfer_attention(*run, tmp_path / "matched", how(4, 0), **OWN)
+    assert not report.outputs["tuned"]["error"] <= report.outputs["matched"]["error"]
+    assert report.returned == "matched"
+    assert "undone" in said[-1]
+    assert "the model is that of 'matched'" in (tmp_path / "wild" / "report.md").read_text()
+    torch.testing.assert_close(model.state_dict(), matched.state_dict(), rtol=0, atol=0)
 
 
 def test_adapters_are_merged(tmp_path: Path) -> None:
