@@ -72,9 +72,11 @@ def calls(draw: Any, dtypes: list[torch.dtype]) -> tuple[dict[str, Any], torch.d
     if draw(st.booleans()):
         call |= draw(query_masks(b, h, length, s, wide, g))
         call["num_iters"] = draw(st.integers(0, 3))
-    mask = draw(st.sampled_from(["none", "bool", "float"]))
+    mask = draw(st.sampled_from(["none", "bool", "padding", "float"]))
     if mask == "bool":
         call["key_mask"] = draw(strided((b, s), torch.float32, g)) > 0
+    if mask == "padding":
+        call["key_mask"] = torch.arange(s) < torch.randint(s + 1, (b, 1), generator=g)
     if mask == "float":
         call["key_mask"] = draw(strided((b, s), wide, g))
     if draw(st.booleans()):
