@@ -276,7 +276,10 @@ def transport_keys_backward_kernel(
         column = load_columns(state, bh * iterations + iterations - 1, sizes)  # here: too many to hold through it
         p, r, lse, first = plan_terms(kappa, l, mass, head, column, rule, sizes)
         weights = pooling_weights(first, column.second, live, use)
-        if cut.FRUGAL:  # dv leaves before ⟨v, dz⟩ comes
+        if cut.FRUGAL:  # dv leaves before ⟨v, dz⟩ comes; where the keys lie is not held through the exponentials
+            rows = again(rows)
+            live, _ = key_mass(masses, rows, end, uniform)
+            inside = rows < end
             if d_value is not None:
                 store_values(d_values, rows, inside, weights, d_z, d_z_t, block, d_blocks, sizes, cut)
             v_dz = key_value_products(values, rows, live, d_z, d_z_t, sizes, cut)

@@ -61,7 +61,7 @@ def rounded(x, dtype: tl.constexpr):
 
 @triton.jit
 def operand(x, dtype: tl.constexpr):
-    """x rounded, to be read from memory for products alone: there, or Triton takes it to each product's layout first, in
+    """x rounded, to be an operand of products alone: where it is, or Triton takes it to each product's layout first, in
     float32, which is twice the registers and four times the reads of shared memory."""
     return x if x.dtype == dtype else again(rounded(x, dtype))
 
