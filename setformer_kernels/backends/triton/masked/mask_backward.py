@@ -32,7 +32,7 @@ def shares_mask(number, H, mask_head, B, G):
 
 
 @triton.jit
-def tile_at(program, blocks, splits, ROWS: tl.constexpr, KEYS: tl.constexpr):
+def mask_tile(program, blocks, splits, ROWS: tl.constexpr, KEYS: tl.constexpr):
     """(mask head, first query, first key) of a program's tile."""
     return program // blocks, program % blocks // splits * ROWS, program % splits * KEYS
 
@@ -73,7 +73,7 @@ def masked_mask_backward_kernel(
     LOGS: tl.constexpr = way.LOGS
     CAUSAL: tl.constexpr = way.CAUSAL
     UNIT: tl.constexpr = way.UNIT
-    mask_head, row, column = tile_at(tl.program_id(0), blocks, splits, ROWS, KEYS)
+    mask_head, row, column = mask_tile(tl.program_id(0), blocks, splits, ROWS, KEYS)
     rows, columns = row + tl.arange(0, ROWS), column + tl.arange(0, KEYS)
     # Products of float32 want all registers: there no address that depends on the head is carried to the next one.
     SHORT: tl.constexpr = not LOGS and keys.exp.dtype.element_ty == tl.float32
@@ -119,7 +119,7 @@ def masked_mask_backward_kernel(
                     True, not MORE, LOGS, UNIT, sizes, cut,
                 )  # fmt: skip
         # Where the tile lies is found anew: held through the loop since the mask was read, it spills.
-        mask_head, row, column = tile_at(again(tl.program_id(0)), blocks, splits, ROWS, KEYS)
+        mask_head, row, column = mask_tile(again(tl.program_id(0)), blocks, splits, ROWS, KEYS)
         rows, columns = row + again(tl.arange(0, ROWS)), column + again(tl.arange(0, KEYS))
         out = mask_of(d_mask, mask_head // G, mask_head % G, stride_gb, stride_gh, stride_gl, stride_gs)
         place, inside = mask_at(out, rows, columns), (rows < L)[:, None] & (columns < S)[None, :]
