@@ -241,13 +241,11 @@ def transport_keys_backward_kernel(
     d_keys = rows_of(d_key, b, h, stride_dkb, stride_dkh, stride_dkn, S, cut.STEP) if d_key is not None else None
     d_values = rows_of(d_value, b, h, stride_dvb, stride_dvh, stride_dvn, S, cut.STEP) if d_value is not None else None
     d_masses = rows_of(d_log_a, b, h, stride_dab, stride_dah, stride_dan, S, 1) if d_log_a is not None else None
-    head = head_of(references, h, sizes, cut)
-    factor = gradient_factor(references.parameters, h, rule.DOT)
+    head, factor = head_of(references, h, sizes, cut), gradient_factor(references.parameters, h, rule.DOT)
     y_own = load_references(head.y, block * cut.DEPTH, MP, sizes.DP, cut.DEPTH)
     d_z = state.d_z + bh * MP * sizes.EP
     d_z_t = load_references_t(d_z, 0, MP, sizes.EP, cut.VDEPTH)
-    use = tl.load(state.use_values + bh)
-    newest = tl.zeros([MP], tl.float32)
+    use, newest = tl.load(state.use_values + bh), tl.zeros([MP], tl.float32)
     if state.first_d_g is not None:
         found = count_of(state.first_splits)
         if cut.FRUGAL:
@@ -276,7 +274,10 @@ def transport_keys_backward_kernel(
         column = load_columns(state, bh * iterations + iterations - 1, sizes)  # here: too many to hold through it
         p, r, lse, first = plan_terms(kappa, l, mass, head, column, rule, sizes)
         weights = pooling_weights(first, column.second, live, use)
-        if cut.FRUGAL:  # dv leaves before ⟨v, dz⟩ comes
+        if cut.FRUGAL:  # dv leaves before ⟨v, dz⟩ comes; where the keys lie is not held through the exponentials
+            rows = again(rows)
+            live, _ = key_mass(masses, rows, end, uniform)
+            inside = rows < end
             if d_value is not None:
                 store_values(d_values, rows, inside, weights, d_z, d_z_t, block, d_blocks, sizes, cut)
             v_dz = key_value_products(values, rows, live, d_z, d_z_t, sizes, cut)
@@ -302,8 +303,7 @@ def transport_keys_backward_kernel(
             sums, d_l, total, kappa, cosine, inverse, x, y_own, factor, head.beta, d_keys, rows, inside, live, d, True,
             places, parts, state.d_c is None, rule.DOT, sizes, cut,
         )  # fmt: skip
-    slot = bh * (first_slot + splits) + first_slot + split
-    d_lambda_b = 0.0
+    slot, d_lambda_b = bh * (first_slot + splits) + first_slot + split, 0.0
     if rule.UPDATE_ROWS:
         if (block == 0) & (split == 0):  # what a head counts once
             others, d_lambda_b = _totals(state, newest, bh, iterations, sizes, cut)

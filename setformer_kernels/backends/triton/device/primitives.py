@@ -39,21 +39,31 @@ def tokens_by(a, b, PRECISION: tl.constexpr, ACROSS: tl.constexpr):
 
 @triton.jit
 def again(x):
-    """x, 32 bits an element, as something the compiler knows nothing of: what is computed from it is computed anew,
-    instead of being held in registers since the first time.  For NVIDIA's GPUs."""
+    """x as something the compiler knows nothing of: what is computed from it is computed anew, instead of being held
+    in registers since the first time."""
+    PACK: tl.constexpr = 32 // x.dtype.primitive_bitwidth
     if _INTERPRETED:
         return x
+    elif tl.target_info.is_hip():
+        return tl.inline_asm_elementwise("v_mov_b32 $0, $1", "=v,v", [x], dtype=x.dtype, is_pure=False, pack=PACK)
     else:
-        return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], dtype=x.dtype, is_pure=False, pack=1)
+        return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], dtype=x.dtype, is_pure=False, pack=PACK)
 
 
 @triton.jit
 def rounded(x, dtype: tl.constexpr):
     """x [float32] to the nearest number of a token dtype."""
-    if _INTERPRETED and dtype == tl.bfloat16:  # the interpreter (Triton 3.6 to 3.9) truncates instead
+    if _INTERPRETED and dtype == tl.bfloat16 and x.dtype != dtype:  # the interpreter (Triton 3.6 to 3.9) truncates
         bits = x.to(tl.uint32, bitcast=True)
         x = ((bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000).to(tl.float32, bitcast=True)
     return x.to(dtype)
+
+
+@triton.jit
+def operand(x, dtype: tl.constexpr):
+    """x rounded, to be an operand of products alone: where it is, or Triton takes it to each product's layout first, in
+    float32, which is twice the registers and four times the reads of shared memory."""
+    return x if x.dtype == dtype else again(rounded(x, dtype))
 
 
 @triton.jit

@@ -21,7 +21,7 @@ from .terms import (
     column_terms,
     forces,
     load_do,
-    load_numbers,
+    load_factors,
     load_potentials,
     load_sums,
     log_row_sum,
@@ -63,11 +63,11 @@ def add_step(
     ROWS: tl.constexpr = top.shape[0]
     v = x if FIRST else load_potentials(work, head, at, iterations, t, start, L, ROWS, LOGS, sizes)
     p, u = plan_terms_of(x, tile, v, top, head.lam_a, FIRST, LOGS, UNIT, cut)
-    c, d_c = load_sums(work, back, at, iterations, t, start, L, ROWS, LOGS, sizes)
+    c, d_c = load_sums(tile, work, back, at, iterations, t, start, L, ROWS, LOGS, sizes)
     d_f = forces(tile, u, c, d_c, LOGS, cut)
     d_tile += column_terms(tile, u, c, d_c, LOGS, cut)
     if LAST:
-        y = load_numbers(back.weights, at, 1, 1, start, L, ROWS, sizes)
+        y = load_factors(tile, back.weights, at, 1, 1, start, L, ROWS, LOGS, sizes)
         a = pooled(tile, u, c, y, LOGS, cut)
         d_f += a * products
         d_tile += value_terms(tile, u, c, y, products, LOGS, cut)
@@ -120,6 +120,13 @@ def add_block(
     )  # fmt: skip
 
 
+@triton.jit
+def block_of(program, blocks, first_head, H):
+    """(head of those at hand, b, h, block of keys) of a program; divided in 32 bits, as 64 take a function's call."""
+    number = first_head + program // blocks
+    return (program // blocks).to(tl.int64), number // H, number % H, program % blocks
+
+
 @kernel
 def masked_keys_backward_kernel(
     value, stride_vb, stride_vh, stride_vn,  # [B, H, S, E], strides in units of cut.STEP
@@ -138,10 +145,7 @@ def masked_keys_backward_kernel(
     LOGS: tl.constexpr = way.LOGS
     CAUSAL: tl.constexpr = way.CAUSAL
     UNIT: tl.constexpr = way.UNIT
-    at = (tl.program_id(0) // blocks).to(tl.int64)
-    block = tl.program_id(0) % blocks
-    number = at + first_head
-    b, h = number // H, number % H
+    at, b, h, block = block_of(tl.program_id(0), blocks, first_head, H)
     columns = block * KEYS + tl.arange(0, KEYS)
     values = rows_of(value, b, h, stride_vb, stride_vh, stride_vn, S, cut.STEP)
     gradients = rows_of(d_o, b, h, stride_ob, stride_oh, stride_on, L, cut.STEP)

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from ..device.head import head_of
-from ..device.primitives import INF, finite_or_zero
+from ..device.primitives import INF, again, finite_or_zero
 from ..device.rows import load_rows, rows_of
 from ..host.launch import kernel
 from .masses import log_masses, mask_at, mask_of, some
@@ -14,7 +14,7 @@ from .terms import (
     belongs,
     forces,
     load_do,
-    load_numbers,
+    load_factors,
     load_potentials,
     load_sums,
     plan_terms_of,
@@ -32,6 +32,12 @@ def shares_mask(number, H, mask_head, B, G):
 
 
 @triton.jit
+def mask_tile(program, blocks, splits, ROWS: tl.constexpr, KEYS: tl.constexpr):
+    """(mask head, first query, first key) of a program's tile."""
+    return program // blocks, program % blocks // splits * ROWS, program % splits * KEYS
+
+
+@triton.jit
 def step_forces(
     x, tile, products, work, back, head, at, iterations, t, start, top, L,
     LAST: tl.constexpr, FIRST: tl.constexpr, LOGS: tl.constexpr, UNIT: tl.constexpr, sizes, cut,
@@ -40,10 +46,10 @@ def step_forces(
     ROWS: tl.constexpr = top.shape[0]
     v = x if FIRST else load_potentials(work, head, at, iterations, t, start, L, ROWS, LOGS, sizes)
     p, u = plan_terms_of(x, tile, v, top, head.lam_a, FIRST, LOGS, UNIT, cut)
-    c, d_c = load_sums(work, back, at, iterations, t, start, L, ROWS, LOGS, sizes)
+    c, d_c = load_sums(tile, work, back, at, iterations, t, start, L, ROWS, LOGS, sizes)
     d_f = forces(tile, u, c, d_c, LOGS, cut)
     if LAST:
-        y = load_numbers(back.weights, at, 1, 1, start, L, ROWS, sizes)
+        y = load_factors(tile, back.weights, at, 1, 1, start, L, ROWS, LOGS, sizes)
         d_f += pooled(tile, u, c, y, LOGS, cut) * products
     return d_f
 
@@ -67,20 +73,21 @@ def masked_mask_backward_kernel(
     LOGS: tl.constexpr = way.LOGS
     CAUSAL: tl.constexpr = way.CAUSAL
     UNIT: tl.constexpr = way.UNIT
-    mask_head = (tl.program_id(0) // blocks).to(tl.int64)
-    row, column = tl.program_id(0) % blocks // splits * ROWS, tl.program_id(0) % splits * KEYS
+    mask_head, row, column = mask_tile(tl.program_id(0), blocks, splits, ROWS, KEYS)
     rows, columns = row + tl.arange(0, ROWS), column + tl.arange(0, KEYS)
-    mb, mh = mask_head // G, mask_head % G
-    given = mask_of(mask, mb, mh, stride_mb, stride_mh, stride_ml, stride_ms)
+    # Products of float32 want all registers: there no address that depends on the head is carried to the next one.
+    SHORT: tl.constexpr = not LOGS and keys.exp.dtype.element_ty == tl.float32
+    given = mask_of(mask, mask_head // G, mask_head % G, stride_mb, stride_mh, stride_ml, stride_ms)
     zero = tl.zeros([KEYS], tl.float32)
     x = log_masses(given, zero, rows, columns, L, S, CAUSAL)
     if some(x):
         total = tl.zeros([ROWS, KEYS], tl.float32)
         # What is invariant in the loop stays there: held through it, it spills.
         for n in tl.range(0, chunks, disable_licm=True):
-            at = mask_head * 0 + n
-            number = at + first_head
+            # In 32 bits, as a division of 64 is a function with registers of its own.
+            number = again(first_head + n) if SHORT else first_head + n
             b, h = number // H, number % H
+            at = (number - first_head).to(tl.int64)
             mine = shares_mask(number, H, mask_head, B, G)
             if mine & belongs(work, at, row, L, BLOCK, LOGS):
                 values = rows_of(value, b, h, stride_vb, stride_vh, stride_vn, S, cut.STEP)
@@ -111,6 +118,9 @@ def masked_mask_backward_kernel(
                     work, back, head, at, iterations, iterations, row, top, L,
                     True, not MORE, LOGS, UNIT, sizes, cut,
                 )  # fmt: skip
-        out = mask_of(d_mask, mb, mh, stride_gb, stride_gh, stride_gl, stride_gs)
+        # Where the tile lies is found anew: held through the loop since the mask was read, it spills.
+        mask_head, row, column = mask_tile(again(tl.program_id(0)), blocks, splits, ROWS, KEYS)
+        rows, columns = row + again(tl.arange(0, ROWS)), column + again(tl.arange(0, KEYS))
+        out = mask_of(d_mask, mask_head // G, mask_head % G, stride_gb, stride_gh, stride_gl, stride_gs)
         place, inside = mask_at(out, rows, columns), (rows < L)[:, None] & (columns < S)[None, :]
         tl.store(place, tl.load(place, mask=inside, other=0.0) + total, mask=inside)

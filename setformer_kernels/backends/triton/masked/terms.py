@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from ..device.primitives import dot, finite_or_zero, rounded
+from ..device.primitives import dot, finite_or_zero, operand, rounded
 from ..device.rows import load_rows
 from .walks import LEAST_ROW, masses, potentials, row_sums, step_at
 
@@ -40,15 +40,22 @@ def load_numbers(x, at, iterations, t, first, L, ROWS: tl.constexpr, sizes):
 
 
 @triton.jit
+def load_factors(tile, x, at, iterations, t, first, L, ROWS: tl.constexpr, LOGS: tl.constexpr, sizes):
+    """The same of numbers that enter nothing but products with a tile."""
+    numbers = load_numbers(x, at, iterations, t, first, L, ROWS, sizes)
+    return numbers if LOGS else operand(numbers, tile.dtype)
+
+
+@triton.jit
 def load_potentials(work, head, at, iterations, t, first, L, ROWS: tl.constexpr, LOGS: tl.constexpr, sizes):
     """V^{t−1} [BL, MP] of a block of queries, t ≥ 2."""
     return potentials(load_numbers(work.sums, at, iterations, t - 1, first, L, ROWS, sizes), head, LOGS, sizes)
 
 
 @triton.jit
-def load_sums(work, back, at, iterations, t, first, L, ROWS: tl.constexpr, LOGS: tl.constexpr, sizes):
+def load_sums(tile, work, back, at, iterations, t, first, L, ROWS: tl.constexpr, LOGS: tl.constexpr, sizes):
     """(log2 C^t in logs, where alone it is needed, dC^t) [BL, MP] of a block of queries."""
-    d_c = load_numbers(back.d_sums, at, iterations, t, first, L, ROWS, sizes)
+    d_c = load_factors(tile, back.d_sums, at, iterations, t, first, L, ROWS, LOGS, sizes)
     c = load_numbers(work.sums, at, iterations, t, first, L, ROWS, sizes) if LOGS else d_c
     return c, d_c
 
