@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -133,6 +134,13 @@ def _batches(data: Dataset, collate: Collate, how: Transfer) -> list[dict[str, T
     return list(DataLoader(rows, how.match.batch_size, collate_fn=collate))  # type: ignore[arg-type]
 
 
+def _on_host(state: dict[str, Any]) -> dict[str, Any]:
+    """A copy that takes nothing of the device; what is no tensor is a module's own (`get_extra_state`)."""
+    return {
+        name: x.detach().to("cpu", copy=True) if isinstance(x, Tensor) else deepcopy(x) for name, x in state.items()
+    }
+
+
 @dataclass
 class _Run:
     """What the stages of a transfer share."""
@@ -200,7 +208,7 @@ class _Run:
 
     def tune(self, student: nn.Module) -> nn.Module:
         """Stage 2; a layer's error on the teacher's inputs says nothing any more, as all weights may have changed."""
-        before, moment = {name: x.cpu().clone() for name, x in student.state_dict().items()}, self.report.returned
+        before, moment = _on_host(student.state_dict()), self.report.returned
         adapters = Adapters(student, self.how.lora_rank) if self.how.lora_rank else None
         new = new_parameters(self.teacher, student)
         names = [name for name, _ in student.named_parameters()]
