@@ -74,6 +74,7 @@ def test_layouts_are_the_hosts_own() -> None:
     alone = replace(call, backward=False)
     fits, forward, not_ = model_resident.layouts((call, alone, replace(call, L=100_000)), H200)
     assert (fits.cluster, forward.cluster, not_.cluster) == (8, 8, 0)
+    assert fits.warps == 8  # rows of logits without padding leave room for the tokens of so many
     assert max(fits.shared, forward.shared) <= 227 * 1024
     assert forward.narrow_warps == 16  # of a block that has a processor to itself
     assert 0 < model_resident.forward_seconds(alone, forward, H200) <= 30e-6

@@ -19,7 +19,7 @@ SFK_DEVICE void each_dropped(const AttentionParams& p, const Head& head, float* 
 #pragma unroll 1
       for (int c = j; c < j + 2; ++c) {
         const uint64_t n = static_cast<uint64_t>(((head.b * p.H + head.h) * p.L + first + i) * p.M + c);
-        if (philox(seed, n) < threshold) visit(tile[i * head.stride + c]);
+        if (philox(seed, n) < threshold) visit(tile[head.place(i, c)]);
       }
 }
 
@@ -38,7 +38,7 @@ template <class T>
 struct ReadProduct {
   SFK_DEVICE static void run(float (&acc)[kNarrow / 8][4], const Head& head, bool in_registers, const Chunk& w,
                              const float* tile, const T* z, int ld, int tiles) {
-    const auto weight = [&](int i, int j) { return tile[i * head.stride + j]; };
+    const auto weight = [&](int i, int j) { return tile[head.place(i, j)]; };
     if (!in_registers) return weights_product<T>(acc, weight, z, ld, head.Mp, tiles);
     chunk_product<T>(acc, w, head.Mp / 8, z, ld, tiles);
   }
@@ -47,7 +47,7 @@ template <>
 struct ReadProduct<float> {
   SFK_DEVICE static void run(float (&acc)[kNarrow / 8][4], const Head& head, bool, const Chunk&, const float* tile,
                              const float* z, int ld, int tiles) {
-    weights_product<float>(acc, [&](int i, int j) { return tile[i * head.stride + j]; }, z, ld, head.Mp, tiles);
+    weights_product<float>(acc, [&](int i, int j) { return tile[head.place(i, j)]; }, z, ld, head.Mp, tiles);
   }
 };
 

@@ -54,14 +54,15 @@ struct QueryTile {
   // W^q of a chunk, rounded, beside what will become of dS.
   SFK_DEVICE void store_read(const Chunk& w, int first, int tiles) const {
     const int g = lane_index() / 4, t = lane_index() % 4;
-    const Weights<T> to = {weights, head.stride, head.Mp, true};
+    const Weights<T> to = {weights, head, head.Mp, true};
+    const int turn = head.turn_anew(g);
     sync_warp();  // two numbers go where another lane had one
 #pragma unroll
     for (int n = 0; n < kColumns / 8; ++n) {
       if (n >= tiles) continue;
 #pragma unroll
       for (int r = 0; r < 2; ++r)
-        to.store(g + r * 8, first + n * 8 + 2 * t, fmaxf(w[n][2 * r], 0.0f) * factor(r),
+        to.store(g + r * 8, first + n * 8 + 2 * t, turn, fmaxf(w[n][2 * r], 0.0f) * factor(r),
                  fmaxf(w[n][2 * r + 1], 0.0f) * factor(r));
     }
   }
@@ -73,7 +74,7 @@ struct QueryTile {
     sync_block();
     add_products<T>(shared.d_z, shared.values_length, head.Mp, shared.v_length, [&](auto& acc, int j0, int e0, int n) {
       const auto weight = [&](int j, int i) {
-        return fmaxf(shared.tile[i * head.stride + j0 + j], 0.0f) * shared.inverse[i];
+        return fmaxf(shared.tile[head.place(i, j0 + j)], 0.0f) * shared.inverse[i];
       };
       weights_product<T>(acc, weight, all_d_o + e0, shared.v_length, step, n);
     });
@@ -125,12 +126,12 @@ SFK_DEVICE void read_backward(const AttentionParams& p, const Head& head, const 
     const int tokens[2] = {g < count ? row + g : -1, g + 8 < count ? row + g + 8 : -1};
     const auto logits = [&](int first, int tiles, Chunk& dl) { rows.to_logits(first, tiles, dl); };
     const float total[2] = {0, 0};
-    const Weights<T> mine = {tile, head.stride, head.Mp, false};
+    const Weights<T> mine = {tile, head, head.Mp, false};
     gradient_tile(head, shared, x, rows.d_o, mine, positions, tokens, total, logits, sums, along);
     if (p.d_query.data)
       store_token_gradients(Rows<T>(p.d_query, head.b, head.h), head, shared, x, mine, row, count, along);
     sync_block();
-    const Weights<T> all = {shared.tile, head.stride, head.Mp, false}, read = {shared.tile, head.stride, head.Mp, true};
+    const Weights<T> all = {shared.tile, head, head.Mp, false}, read = {shared.tile, head, head.Mp, true};
     if constexpr (sizeof(T) == 2) add_weighted(shared.d_z, shared.values_length, read, d_o0, shared.v_length, step);
     if (p.d_references.data) add_weighted(shared.d_y, shared.sums_length, all, x0, yl, step);
   });
@@ -232,7 +233,7 @@ SFK_DEVICE void keys_backward(const AttentionParams& p, const Head& head, const 
 // The same in the log domain, where a kernel has registers for a call.
 template <class T, int kKnown, bool kPlain>
 SFK_APART HyperSums keys_backward_in_logs(const Launch<BackwardShared<T>>& p, int b, int h, bool lone, HyperSums sums) {
-  keys_backward<T, true>(p, Head(p, b, h, Form{kKnown, kPlain}), KeyShare(p.S), p.shared, lone, sums);
+  keys_backward<T, true>(p, Head(p, b, h, Form{kKnown, kPlain, true}), KeyShare(p.S), p.shared, lone, sums);
   return sums;
 }
 
@@ -269,7 +270,7 @@ SFK_DEVICE void attend_backward(const Launch<BackwardShared<T>>& p, const Head& 
 template <class T, int kKnown, bool kPlain>
 SFK_KERNEL(kThreads, 1)
 attention_backward_kernel(const SFK_GIVEN Launch<BackwardShared<T>> p) {
-  constexpr Form form = {kKnown, kPlain};
+  constexpr Form form = {kKnown, kPlain, true};
   const Problems mine(p);
   HyperSums sums;
   start_parameters(p, Head(p, mine.first, fresh(mine.h), form), p.shared);

@@ -43,7 +43,7 @@ SFK_DEVICE float potential(float log_mass, float lam, float log_sum) {
   return log_sum == kNone ? kNone : log_mass - lam * log_sum;
 }
 
-// What `visit(column j, share k)` makes of every column, each by `sharing` warps: share k takes rows k, k + sharing, ..
+// What `visit(column j, share k)` makes of every column, each by `sharing` warps, which share the rows.
 template <class Visit>
 SFK_DEVICE void each_column(int M, Visit visit) {
   const Strips strips(M, block_warps());

@@ -29,8 +29,12 @@ struct BackwardShared : HeadShared<T> {
   Place<float> zdz, dg, d_log_b, part, parts;  // [Mp] [Mp] [Mp] [sharing,Mp] [2,Mp]
   Place<float> sums;                           // [8] of the block, read by the others
 
+  // Of a row of logits: what the kernel that takes so many references knows of them, see Form.
+  static int stride_of(int64_t M) {
+    return sizeof(T) == 2 && padded(M) == kUsual ? kUsual : LogitRows::padded_stride(M);
+  }
   static int64_t queries_numbers(const AttentionParams& p, int warps) {
-    return int64_t{warps} * kTile * ResidentParams::row_stride(p.M) + int64_t{padded(p.M)} * (padded(p.E) + 8);
+    return int64_t{warps} * kTile * stride_of(p.M) + int64_t{padded(p.M)} * (padded(p.E) + 8);
   }
   static int64_t staged_numbers(const AttentionParams& p, int warps, int buffers) {
     const int64_t rows = int64_t{warps} * kTile, keys = rows * kBuffers<T> * row_length<T>(p.D);
@@ -39,13 +43,14 @@ struct BackwardShared : HeadShared<T> {
   }
   BackwardShared() = default;
   BackwardShared(Arena& arena, const AttentionParams& p, const BlockShape& block)
-      : HeadShared<T>(arena, p, block, queries_numbers(p, block.warps), staged_numbers(p, block.warps, block.buffers)),
+      : HeadShared<T>(arena, p, block, stride_of(p.M), queries_numbers(p, block.warps),
+                      staged_numbers(p, block.warps, block.buffers)),
         buffers(block.buffers),
         sums_length(padded(p.D) + 8),
         values_length(padded(p.E) + 8) {
     const int warps = block.warps, rows_ = block.rows;
     const int Mp = padded(p.M), steps = static_cast<int>(p.T > 1 ? p.T : 1), P = static_cast<int>(p.P);
-    tile = this->l, d_z.at = this->l.at + warps * kTile * ResidentParams::row_stride(p.M);
+    tile = this->l, d_z.at = this->l.at + warps * kTile * stride_of(p.M);
     zd = arena.take<T>(Mp * this->v_length);
     d_y = arena.take(Mp * sums_length);
     scale = arena.take(warps * kTile), factor = arena.take(warps * kTile);
@@ -223,6 +228,7 @@ SFK_DEVICE void gradient_tile(const Head& head, const BackwardShared<T>& shared,
     to_logits(first, tiles, dl);
     if (head.P) add_places(head, shared, positions, token, places, dl, first, tiles, sums);
     rows_product<T>(product, x, shared.y + first * yl, yl, yl - kShift<T>, tiles);
+    const int turn = tile.rows.turn_anew(g);
 #pragma unroll
     for (int n = 0; n < kColumns / 8; ++n) {
       if (n >= tiles) continue;
@@ -239,7 +245,7 @@ SFK_DEVICE void gradient_tile(const Head& head, const BackwardShared<T>& shared,
       }
 #pragma unroll
       for (int r = 0; r < 2; ++r)
-        tile.store(g + r * 8, first + n * 8 + 2 * t, product[n][2 * r], product[n][2 * r + 1]);
+        tile.store(g + r * 8, first + n * 8 + 2 * t, turn, product[n][2 * r], product[n][2 * r + 1]);
     }
   }
   along[0] = over_columns(along[0]), along[1] = over_columns(along[1]);

@@ -12,38 +12,40 @@ struct ResidentParams : AttentionParams {
   int32_t problems = 1;  // batch elements that a cluster takes one after another, all of one head
   int32_t groups = 1;    // clusters of a head: ⌈B/problems⌉
 
-  // Numbers of a row of logits: 8 more than a multiple of 32, so that rows share no banks.
-  SFK_BOTH static constexpr int row_stride(int64_t M) { return (padded(M) + 23) / 32 * 32 + 8; }
   ResidentParams() = default;
   explicit ResidentParams(const AttentionParams& p)
       : AttentionParams(p),
         references(static_cast<int32_t>(p.M)),
         padded_references(padded(p.M)),
-        stride(row_stride(p.M)),
+        stride(LogitRows::padded_stride(p.M)),
         coordinates(p.ref_pos.data ? static_cast<int32_t>(p.P) : 0) {}
 };
 
-// What a kernel was compiled for: so many references, padded (0: any), and problems without positions and dropout.
+// What a kernel was compiled for: so many references, padded (0: any), problems without positions and dropout, and,
+// where it knows the references, rows of logits without padding.
 struct Form {
   int known;
-  bool plain;
+  bool plain, swizzled = false;
 };
 
 // The head's constants.
-struct Head {
+struct Head : LogitRows {
   int b, h;
-  int M, Mp, stride, P;
+  int M, Mp, P;
   bool rbf, dropped;
   float beta, inv_eps, inv_eps_low, lam_a, lam_b, tau2;  // 1/ε = inv_eps + inv_eps_low
   // What dβ and dε count κ(ĉ − 1) and κ from: where all dℓ sum to 0 from orthogonal vectors, whose values take most of
   // the weight off the rounding errors of dℓ.
   float middle_slope, middle;
   SFK_DEVICE Head(const ResidentParams& p, int b_, int h_, const Form& form)
-      : b(b_),
+      : LogitRows{!form.known     ? p.stride
+                  : form.swizzled ? form.known
+                                  : padded_stride(form.known),
+                  form.known && form.swizzled},
+        b(b_),
         h(h_),
         M(p.references),
         Mp(form.known ? form.known : p.padded_references),
-        stride(form.known ? ResidentParams::row_stride(form.known) : p.stride),
         P(form.plain ? 0 : p.coordinates),
         rbf(p.kernel == KernelKind::rbf),
         dropped(!form.plain && p.dropout_p > 0) {
@@ -160,24 +162,25 @@ SFK_DEVICE void exp_chunk(Chunk& l, int tiles, const float (&top)[2], float (&su
 
 // Between a lane's registers and its places of a tile [16,stride].
 SFK_DEVICE void store_chunk(const Head& head, const Chunk& l, int first, int tiles, float* out) {
-  const int g = lane_index() / 4, t = lane_index() % 4;
+  const int g = lane_index() / 4, turn = head.turn_anew(g), low = head.turned(lane_index() % 4 * 2, turn & 4);
 #pragma unroll
   for (int n = 0; n < kColumns / 8; ++n) {
     if (n >= tiles) continue;
 #pragma unroll
     for (int r = 0; r < 2; ++r)
-      *reinterpret_cast<Vec2*>(out + (g + r * 8) * head.stride + first + n * 8 + 2 * t) = {l[n][2 * r],
-                                                                                           l[n][2 * r + 1]};
+      *reinterpret_cast<Vec2*>(out + (g + r * 8) * head.stride + first + head.turned(n * 8, turn & 24) + low) = {
+          l[n][2 * r], l[n][2 * r + 1]};
   }
 }
 SFK_DEVICE void load_chunk(const Head& head, Chunk& l, int first, int tiles, const float* from) {
-  const int g = lane_index() / 4, t = lane_index() % 4;
+  const int g = lane_index() / 4, turn = head.turn_anew(g), low = head.turned(lane_index() % 4 * 2, turn & 4);
 #pragma unroll
   for (int n = 0; n < kColumns / 8; ++n) {
     if (n >= tiles) continue;
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      const Vec2 x = *reinterpret_cast<const Vec2*>(from + (g + r * 8) * head.stride + first + n * 8 + 2 * t);
+      const Vec2 x = *reinterpret_cast<const Vec2*>(from + (g + r * 8) * head.stride + first +
+                                                    head.turned(n * 8, turn & 24) + low);
       l[n][2 * r] = x.x, l[n][2 * r + 1] = x.y;
     }
   }

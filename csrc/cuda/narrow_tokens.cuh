@@ -9,11 +9,11 @@
 namespace sfk {
 namespace {
 
-constexpr int kNarrowThreads = 2 * kThreads;              // the most of a block
-constexpr int kDepth = 64;                                // the most numbers of a token's key
-constexpr int kDepthRow = kDepth + 8;                     // and of a row of ŷ, of z: eight rows in all banks
-constexpr int kRow = ResidentParams::row_stride(kUsual);  // of K
-constexpr int kSteps = kUsual / kTile;                    // of a product over references, or over kDepth
+constexpr int kNarrowThreads = 2 * kThreads;            // the most of a block
+constexpr int kDepth = 64;                              // the most numbers of a token's key
+constexpr int kDepthRow = kDepth + 8;                   // and of a row of ŷ, of z: eight rows in all banks
+constexpr int kRow = LogitRows::padded_stride(kUsual);  // of K
+constexpr int kSteps = kUsual / kTile;                  // of a product over references, or over kDepth
 // The range of K in units of e, and what weights of queries are multiplied by, as a power of 2: float16 has no
 // exponents to lose.  In float32 a mass or a G that vanishes beside the largest, e^−87 of it, is then still nothing
 // beside their products with the least K: e^{−87 + 60}.

@@ -36,10 +36,11 @@ struct HeadShared {
   Place<float> inverse, scratch, lowest;  // [warps,16] [warps] [1]
 
   HeadShared() = default;
-  HeadShared(Arena& arena, const AttentionParams& p, const BlockShape& block, int64_t least, int64_t tokens_)
+  HeadShared(Arena& arena, const AttentionParams& p, const BlockShape& block, int stride, int64_t least,
+             int64_t tokens_)
       : rows(block.rows), y_length(row_length<T>(p.D)), v_length(row_length<T>(p.E)) {
     const int Mp = padded(p.M), warps = block.warps;
-    const int64_t logits = static_cast<int64_t>(rows) * ResidentParams::row_stride(p.M);
+    const int64_t logits = static_cast<int64_t>(rows) * stride;
     l = arena.take(logits > least ? logits : least);
     y = arena.take<T>(Mp * y_length), staged = arena.take<T>(tokens_);
     log_a = arena.take(rows), top = arena.take(rows);
@@ -65,8 +66,8 @@ struct AttentionShared : HeadShared<T> {
   }
   AttentionShared() = default;
   AttentionShared(Arena& arena, const AttentionParams& p, const BlockShape& block)
-      : HeadShared<T>(arena, p, block, int64_t{block.warps} * kTile * ResidentParams::row_stride(p.M),
-                      staged_numbers(p, block.warps)) {
+      : HeadShared<T>(arena, p, block, LogitRows::padded_stride(p.M),
+                      int64_t{block.warps} * kTile * LogitRows::padded_stride(p.M), staged_numbers(p, block.warps)) {
     const int warps = block.warps, rows_ = block.rows;
     const int M = static_cast<int>(p.M), Mp = padded(M), sharing = Strips(M, warps).sharing;
     const int pooled = Mp * this->v_length,
@@ -166,7 +167,7 @@ SFK_DEVICE void load_keys(const AttentionParams& p, const Head& head, const KeyS
   lowest = -block_max(-lowest, shared.scratch);
 #pragma unroll 1
   for (int i = warp_index(); !scaled && i < shared.rows; i += block_warps())
-    for (int j = lane_index(); j < head.Mp; j += kWarp) shared.l[i * head.stride + j] -= finite_or_zero(shared.top[i]);
+    for (int j = lane_index(); j < head.Mp; j += kWarp) shared.l[head.place(i, j)] -= finite_or_zero(shared.top[i]);
   if (thread_index() == 0) *shared.lowest = lowest;
 }
 

@@ -255,35 +255,54 @@ SFK_DEVICE int half_place(int Mp, int j, bool low) {
   return 2 * first + (j - first) + (low ? width : 0);
 }
 
-// Weights of tokens and references, rounded to T for products, in the place of floats [.,stride]: of 16 bits two
-// matrices have room there, each chunk of both where that chunk's floats were.
+// Rows of logits in shared memory, of which eight lie in different banks: by 8 more numbers than a multiple of 32, or,
+// of kUsual numbers exactly, by an order of each row's pieces of 16 bytes.
+struct LogitRows {
+  int stride;
+  bool swizzled;
+
+  static SFK_BOTH constexpr int padded_stride(int64_t M) { return (padded(M) + 23) / 32 * 32 + 8; }
+  // Pieces of eight rows: 0, 2, 4, 6, 1, 3, 5, 7.  So the halves of four neighbouring rows that lanes read as pairs of
+  // floats share no bank either.
+  SFK_DEVICE static int turn(int i) { return (i & 3) * 8 + (i & 4); }
+  SFK_DEVICE int turned(int j, int turn) const { return swizzled ? j ^ turn : j; }
+  SFK_DEVICE int place(int i, int j) const { return i * stride + turned(j, turn(i)); }
+  // turn(i) made anew: of a tile a lane has many places, and no registers to hold them from one tile to the next.
+  SFK_DEVICE int turn_anew(int i) const { return swizzled ? turn(fresh(i)) : 0; }
+};
+
+// Weights of tokens and references, rounded to T for products, in the place of logits: of 16 bits two matrices have
+// room there, each chunk of both where that chunk's floats were.
 template <class T>
 struct Weights {
-  float* rows;  // of the first token
-  int stride, Mp;
+  float* first;  // of the first token's row, which is a multiple of 8
+  LogitRows rows;
+  int Mp;
   bool second;  // of the two: in the places of low parts
 
-  SFK_DEVICE T* at(int i, int j) const {
-    return reinterpret_cast<T*>(rows + i * stride) + (sizeof(T) == 2 ? half_place(Mp, j, second) : j);
+  SFK_DEVICE T* at(int i, int j, int turn) const {
+    T* row = reinterpret_cast<T*>(first + i * rows.stride);
+    return row + rows.turned(sizeof(T) == 2 ? half_place(Mp, j, second) : j, 2 * turn);
   }
   // Of a row, two references side by side.
-  SFK_DEVICE void store(int i, int j, float x, float y) const {
+  SFK_DEVICE void store(int i, int j, int turn, float x, float y) const {
     if constexpr (sizeof(T) == 2)
-      *reinterpret_cast<uint32_t*>(at(i, j)) = pack<T>(x, y);
+      *reinterpret_cast<uint32_t*>(at(i, j, turn)) = pack<T>(x, y);
     else
-      *reinterpret_cast<Vec2*>(at(i, j)) = {x, y};
+      *reinterpret_cast<Vec2*>(at(i, j, turn)) = {x, y};
   }
   // acc += W B of 16 tokens and 8·tiles columns of rows B [Mp,.].
   SFK_DEVICE void times(float (&acc)[kNarrow / 8][4], const T* b, int ld, int tiles) const {
     if constexpr (sizeof(T) == 2) {
+      const int turn = rows.turn_anew(lane_index());
 #pragma unroll 1
       for (int k = 0; k < Mp; k += kTile) {
         uint32_t a[4];
-        load_matrices(a, at(lane_index() % 16, k) + lane_index() / 16 * 8);
+        load_matrices(a, at(lane_index() % 16, k + lane_index() / 16 * 8, turn));
         columns_product<T>(acc, a, b + k * ld, ld, tiles);
       }
     } else {
-      weights_product<T>(acc, [&](int i, int j) { return *at(i, j); }, b, ld, Mp, tiles);
+      weights_product<T>(acc, [&](int i, int j) { return *at(i, j, 0); }, b, ld, Mp, tiles);
     }
   }
   // acc += Wᵀ B of 16 references from j0 on and 8·tiles columns of rows B [depth,.].
@@ -291,15 +310,15 @@ struct Weights {
                                    int tiles) const {
     if constexpr (sizeof(T) == 2) {
       const int lane = lane_index();
-      const T* from = at(lane / 16 * 8 + lane % 8, j0) + lane / 8 % 2 * 8;
+      const T* from = at(lane / 16 * 8 + lane % 8, j0 + lane / 8 % 2 * 8, rows.turn_anew(lane));
 #pragma unroll 1
       for (int k = 0; k < depth; k += kTile) {
         uint32_t a[4];
-        load_matrices_transposed(a, from + k * 2 * stride);
+        load_matrices_transposed(a, from + k * 2 * rows.stride);
         columns_product<T>(acc, a, b + k * ld, ld, tiles);
       }
     } else {
-      weights_product<T>(acc, [&](int j, int i) { return *at(i, j0 + j); }, b, ld, depth, tiles);
+      weights_product<T>(acc, [&](int j, int i) { return *at(i, j0 + j, 0); }, b, ld, depth, tiles);
     }
   }
 };

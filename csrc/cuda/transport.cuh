@@ -59,10 +59,10 @@ SFK_DEVICE void log_rows(const Head& head, int rows, const float* l, const float
 #pragma unroll 1
   for (int i = warp_index() * 4 + lane_index() / 8; i < rows; i += block_warps() * 4) {
     float peak = kNone, total = 0;
-    for (int j = lane_index() % 8; j < head.M; j += 8) peak = fmaxf(peak, l[i * head.stride + j] + g[j]);
+    for (int j = lane_index() % 8; j < head.M; j += 8) peak = fmaxf(peak, l[head.place(i, j)] + g[j]);
     peak = octet(peak, [](float a, float b) { return fmaxf(a, b); });
     for (int j = lane_index() % 8; j < head.M; j += 8)
-      total += exp_approx(l[i * head.stride + j] + g[j] - finite_or_zero(peak));
+      total += exp_approx(l[head.place(i, j)] + g[j] - finite_or_zero(peak));
     total = octet(total, [](float a, float b) { return a + b; });
     const float m = top[i];
     const float f = update ? potential(log_a[i] + m * (1 - lam), lam, LogSum{peak, total}.value()) : log_a[i] + m;
@@ -78,7 +78,7 @@ SFK_DEVICE void scaled_columns(const Head& head, int rows, const float* l, float
   const int sharing = Strips(head.M, block_warps()).sharing;
   each_column(head.M, [&](int j, int share) {
     float total = 0;
-    for (int i = share; i < rows; i += sharing) total = fmaf(l[i * head.stride + j], weight[i], total);
+    for (int i = share; i < rows; i += sharing) total = fmaf(l[head.place(i, j)], weight[i], total);
     sums.part_peak[share * head.M + j] = ref, sums.part_total[share * head.M + j] = total;
   });
   merge_parts(sums, head.M);
@@ -217,7 +217,7 @@ template <>
 struct PlanProduct<float> {
   SFK_DEVICE static void run(float (&acc)[kNarrow / 8][4], const Head& head, const float* plan, int j0, const float* v,
                              int ld, int depth, int tiles) {
-    weights_product<float>(acc, [&](int j, int s) { return plan[s * head.stride + j0 + j]; }, v, ld, depth, tiles);
+    weights_product<float>(acc, [&](int j, int s) { return plan[head.place(s, j0 + j)]; }, v, ld, depth, tiles);
   }
 };
 

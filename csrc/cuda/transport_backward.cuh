@@ -42,7 +42,7 @@ struct KeyPass {
   SFK_DEVICE float row_maximum(int i, int t) const {
     if (head.Mp > kColumns) return shared.row_top[t * shared.rows + i];
     float x[2] = {kNone, kNone};
-    for (int j = lane_index() % 4; j < head.M; j += 4) x[0] = fmaxf(x[0], shared.l[i * head.stride + j] + col_r(t)[j]);
+    for (int j = lane_index() % 4; j < head.M; j += 4) x[0] = fmaxf(x[0], shared.l[head.place(i, j)] + col_r(t)[j]);
     row_maxima(x);
     return finite_or_zero(x[0]);
   }
@@ -101,7 +101,7 @@ SFK_DEVICE void KeyPass<T, kLog>::pool_rows() {
         for (int e = 0; e < 4; ++e) {
           const int i = row + g + e / 2 * 8, j = first + n * 8 + 2 * t + e % 2;
           const float q = kLog ? row_q(last)[i] : 1.0f;
-          sum[e / 2] += sent(shared.l[i * head.stride + j], q, col_q(last)[j]) * product[n][e];
+          sum[e / 2] += sent(shared.l[head.place(i, j)], q, col_q(last)[j]) * product[n][e];
         }
       }
     }
@@ -128,18 +128,19 @@ SFK_DEVICE void KeyPass<T, kLog>::step_rows(int t) {
     float lse, q, total = 0, df = 0, top = 0;
     if (kLog) {
       top = kNone;
-      for (int j = lane_index() % 8; j < head.M; j += 8) top = fmaxf(top, l[j] + G[j]);
+      for (int j = lane_index() % 8; j < head.M; j += 8) top = fmaxf(top, l[head.turned(j, head.turn(i))] + G[j]);
       top = octet(top, [](float a, float b) { return fmaxf(a, b); });
-      for (int j = lane_index() % 8; j < head.M; j += 8) total += exp_approx(l[j] + G[j] - finite_or_zero(top));
+      for (int j = lane_index() % 8; j < head.M; j += 8)
+        total += exp_approx(l[head.turned(j, head.turn(i))] + G[j] - finite_or_zero(top));
       total = octet(total, add);
       lse = LogSum{top, total}.value();
       q = p.T ? (mass == kNone ? kNone : potential(mass + m * (1 - lam), lam, lse)) : mass + m;
       lse += m;
-      for (int j = lane_index() % 8; j < head.M; j += 8) df += sent(l[j], q, Q[j]) * d[j];
+      for (int j = lane_index() % 8; j < head.M; j += 8) df += sent(l[head.turned(j, head.turn(i))], q, Q[j]) * d[j];
     } else {
 #pragma unroll 1
       for (int j = lane_index() % 8 * 4; j < head.Mp; j += 32) {
-        const Vec4 x = *reinterpret_cast<const Vec4*>(l + j);
+        const Vec4 x = *reinterpret_cast<const Vec4*>(l + head.turned(j, head.turn(i)));
         total = dot(x, *reinterpret_cast<const Vec4*>(G + j), total);
         df = dot(x, *reinterpret_cast<const Vec4*>(d + j), df);
       }
@@ -171,9 +172,14 @@ SFK_DEVICE void KeyPass<T, kLog>::sum_columns(int t) {
   const float *r = row_r(t), *G = col_r(t);
   each_column(head.Mp, [&](int j, int share) {
     float total = 0;
-    for (int i = share; i < shared.rows; i += sharing) {
-      const float l = shared.l[i * head.stride + j];
-      total = fmaf(kLog ? exp_approx((l + G[j]) - row_top(t)[i]) : l, r[i], total);
+#pragma unroll 1
+    for (int i = share * 8; i < shared.rows; i += sharing * 8) {
+      const float* l = shared.l + i * head.stride;
+#pragma unroll
+      for (int k = 0; k < 8; ++k) {  // of eight rows the places of a column are constants
+        const float x = l[head.place(k, j)];
+        total = fmaf(kLog ? exp_approx((x + G[j]) - row_top(t)[i + k]) : x, r[i + k], total);
+      }
     }
     shared.part[share * head.Mp + j] = total;
   });
@@ -216,7 +222,8 @@ SFK_DEVICE void KeyPass<T, kLog>::to_logits(int row, int first, int tiles, Chunk
       for (int e = 0; e < 4; ++e) visit(dl[n][e], e / 2, column + n * 8 + e % 2);
     }
   };
-  const auto logit = [&](int r, int j) { return shared.l[i[r] * head.stride + j]; };
+  const int turn = head.turn_anew(lane_index() / 4);
+  const auto logit = [&](int r, int j) { return shared.l[i[r] * head.stride + head.turned(j, turn)]; };
   if (head.M == 1 && p.T) {  // R = 1, and every Q term is its own row sum: exactly 0 where λ_a = 1
     each([&](float& d, int r, int j) { d = j == 0 ? (1 - head.lam_a) * shared.d_log_a[i[r]] : 0.0f; });
     return;
@@ -282,7 +289,7 @@ SFK_DEVICE void KeyPass<T, kLog>::store_values(const Rows<T>& to, int row, int c
     } else {
       const auto weight = [&](int i, int j) {
         if (lone) return shared.log_a[row + i] == kNone || j >= head.M ? 0.0f : 1.0f;
-        return sent(shared.l[(row + i) * head.stride + j], row_q(last)[row + i], col_q(last)[j]);
+        return sent(shared.l[head.place(row + i, j)], row_q(last)[row + i], col_q(last)[j]);
       };
       weights_product<T>(acc, weight, shared.zd + e0, ld, head.Mp, tiles);
     }
@@ -299,7 +306,7 @@ SFK_DEVICE void KeyPass<T, kLog>::finish() const {
   const Pairs<T> pairs = {shared, &key, &value, keys.first, keys.count, shared.log_a};
   pairs.each(0, step, shared.rows, [&](int row0, T* x, const T* w) {
     const int row = row0 + warp_index() * kTile, count = keys.count - row;
-    const Weights<T> tile = {shared.l + row * head.stride, head.stride, head.Mp, false};
+    const Weights<T> tile = {shared.l + row * head.stride, head, head.Mp, false};
     if (row < shared.rows) {
       if (p.d_value.data) store_values(Rows<T>(p.d_value, head.b, head.h), row, count);
       T* mine = x + warp_index() * kTile * shared.y_length;
@@ -320,7 +327,7 @@ SFK_DEVICE void KeyPass<T, kLog>::finish() const {
     }
     sync_block();
     const int left = shared.rows - row0;
-    const Weights<T> weights = {shared.l + row0 * head.stride, head.stride, head.Mp, false};
+    const Weights<T> weights = {shared.l + row0 * head.stride, head, head.Mp, false};
     if (p.d_references.data)
       add_weighted(shared.d_y, shared.sums_length, weights, x, shared.y_length, left < step ? left : step);
   });
