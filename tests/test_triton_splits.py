@@ -72,11 +72,13 @@ def test_two_parts_of_a_weight_hold_twice_the_digits_of_its_dtype(dtype: torch.d
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="on the interpreter, whose tile is another")
-@pytest.mark.parametrize("num_iters", [0, 1, 3])
-def test_a_frugal_pass_over_the_keys_leaves_the_same_bits(num_iters: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("num_iters", "width"), [(0, 16), (1, 16), (3, 16), (1, 80), (3, 80)])
+def test_a_frugal_pass_over_the_keys_leaves_the_same_bits(
+    num_iters: int, width: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """dv before the products with v, the keys read anew, dg^1 through memory: in another order, the same numbers."""
     generator = torch.Generator().manual_seed(0)
-    shapes = ((1, 2, 100, 16), (1, 2, 100, 16), (2, 8, 16))
+    shapes = ((1, 2, 100, width), (1, 2, 100, 16), (2, 8, width))
     key, value, references = (torch.randn(shape, generator=generator) for shape in shapes)
 
     def gradients() -> list[torch.Tensor]:

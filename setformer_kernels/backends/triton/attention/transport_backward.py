@@ -262,7 +262,8 @@ def transport_keys_backward_kernel(
     if cut.FRUGAL:  # what lies beyond a loop that may not run at all is held through it, not made anew from the thread
         last = tl.maximum(end, split * stretch + 1)
         tl.assume(split * stretch < last)
-    ANEW: tl.constexpr = cut.FRUGAL and state.first_d_g is not None  # also where things are that no iteration changes
+    ANEW: tl.constexpr = cut.FRUGAL and rule.UPDATE_ROWS  # also where things are that no iteration changes
+    LATE: tl.constexpr = cut.FRUGAL and state.first_d_g is not None  # and what is needed only after earlier iterations
     for start in tl.range(split * stretch, last, cut.ROWS, disable_licm=ANEW):
         rows = start + tl.arange(0, cut.ROWS)
         inside = rows < end
@@ -294,10 +295,16 @@ def transport_keys_backward_kernel(
         if d_log_a is not None:
             if block == 0:
                 tl.store(row_starts(d_masses, rows), sent, mask=inside)
+        if LATE:
+            y_own = tl.load(head.y + again(j)[:, None] * sizes.DP + d[None, :])
         if ANEW:
             tl.debug_barrier()  # or the keys are read before the iterations, and held through them
         if d_blocks > 1 or cut.FRUGAL:
             x = load_rows(keys, again(rows) if cut.FRUGAL else rows, live, d, sizes.D)
+        if LATE:
+            if d_key is not None:
+                same = again(h.to(tl.int32)).to(tl.int64)
+                d_keys = rows_of(d_key, b, same, stride_dkb, stride_dkh, stride_dkn, S, cut.STEP)
         total = (1.0 - head.lam_a) * sent if rule.UPDATE_ROWS else sent  # Σ_j R = 1
         sums = leave_tile(
             sums, d_l, total, kappa, cosine, inverse, x, y_own, factor, head.beta, d_keys, rows, inside, live, d, True,
@@ -311,7 +318,8 @@ def transport_keys_backward_kernel(
     if parts.log_b is not None:
         if block == 0:
             tl.store(parts.log_b + slot * MP + j, d_g_0)
-    store_tile_sums(parts, slot, sums, d, tl.sum(relaxed) * LN2, d_lambda_b, True, block == 0, sizes)
+    columns = again(d) if LATE else d
+    store_tile_sums(parts, slot, sums, columns, tl.sum(relaxed) * LN2, d_lambda_b, True, block == 0, sizes)
 
 
 class KeyGradients(NamedTuple):
