@@ -140,6 +140,23 @@ class LogitTerms(NamedTuple):
 
 
 @triton.jit
+def _newest(state, bh, iterations, sizes, cut):
+    """dg^1 [MP] from its parts, 0 where there are none."""
+    MP: tl.constexpr = sizes.MP
+    j = tl.arange(0, MP)
+    newest = tl.zeros([MP], tl.float32)
+    if state.first_d_g is not None:
+        found = count_of(state.first_splits)
+        if cut.FRUGAL:
+            tl.assume(found > 0)
+        newest = sum_slots(state.first_d_g, bh, 0, 1, found, found, MP, j, j < MP)
+        if cut.FRUGAL:  # every program of the head writes the same, and reads what it wrote
+            tl.store(state.d_g + bh * iterations * MP + j, newest)
+            tl.debug_barrier()
+    return newest
+
+
+@triton.jit
 def _merged_or_newest(state, newest, at, t, sizes, cut):
     """dg^t [MP]; dg^1 is where it was last left in parts, merged by every program for itself (`newest`)."""
     j = tl.arange(0, sizes.MP)
@@ -245,15 +262,7 @@ def transport_keys_backward_kernel(
     y_own = load_references(head.y, block * cut.DEPTH, MP, sizes.DP, cut.DEPTH)
     d_z = state.d_z + bh * MP * sizes.EP
     d_z_t = load_references_t(d_z, 0, MP, sizes.EP, cut.VDEPTH)
-    use, newest = tl.load(state.use_values + bh), tl.zeros([MP], tl.float32)
-    if state.first_d_g is not None:
-        found = count_of(state.first_splits)
-        if cut.FRUGAL:
-            tl.assume(found > 0)
-        newest = sum_slots(state.first_d_g, bh, 0, 1, found, found, MP, j, j < MP)  # dg^1
-        if cut.FRUGAL:  # every program of the head writes the same, and reads what it wrote
-            tl.store(state.d_g + bh * iterations * MP + j, newest)
-            tl.debug_barrier()
+    use, newest = tl.load(state.use_values + bh), _newest(state, bh, iterations, sizes, cut)
     center = relaxation_center(head, state, rule.DOT)
     relaxed, d_g_0 = tl.zeros([cut.ROWS], tl.float32), tl.zeros([MP], tl.float32)
     sums = no_sums(sizes, cut)
