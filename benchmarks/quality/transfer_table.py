@@ -33,7 +33,7 @@ def rendered(columns: Sequence[str], found: Values) -> list[str]:
     lines = _head([*columns, "", *AGREEMENT])
     for (*run, moment), values in found.items():
         if AGREEMENT[0] in values:
-            lines.append(_line([*run, MOMENTS[moment], *(f"{values[name]:.3f}" for name in AGREEMENT)]))
+            lines.append(_line([*run, MOMENTS.get(moment, moment), *(f"{values[name]:.3f}" for name in AGREEMENT)]))
     tasks = sorted({name.partition(SEED)[0] for values in found.values() for name in values if SEED in name})
     lines += ["", *_head([*columns, "", *tasks])]
     for (*run, moment), values in found.items():
