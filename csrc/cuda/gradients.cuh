@@ -29,9 +29,9 @@ struct BackwardShared : HeadShared<T> {
   Place<float> zdz, dg, d_log_b, part, parts;  // [Mp] [Mp] [Mp] [sharing,Mp] [2,Mp]
   Place<float> sums;                           // [8] of the block, read by the others
 
-  // Of a row of logits: what the kernel that takes so many references knows of them, see Form.
+  // Of a row of logits, see Form.
   static int stride_of(int64_t M) {
-    return sizeof(T) == 2 && padded(M) == kUsual ? kUsual : LogitRows::padded_stride(M);
+    return known_references<T>(M) ? known_references<T>(M) : LogitRows::padded_stride(M);
   }
   static int64_t queries_numbers(const AttentionParams& p, int warps) {
     return int64_t{warps} * kTile * stride_of(p.M) + int64_t{padded(p.M)} * (padded(p.E) + 8);

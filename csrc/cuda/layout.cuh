@@ -73,11 +73,10 @@ inline Layout with_warps(const Device& device, const AttentionParams& p, bool ba
   return best;
 }
 
-// The number of references, padded, that a kernel is compiled for; 0 where there is only the one that takes any.
-template <class T>
-constexpr int kCompiled = std::is_same<T, float>::value ? 0 : kUsual;
-// The same for the kernel that takes a problem.
-inline int known(const AttentionParams& p) { return p.key.dtype != Dtype::f32 && padded(p.M) == kUsual ? kUsual : 0; }
+// known_references of the kernel that takes a problem.
+inline int known(const AttentionParams& p) {
+  return with_dtype(p, [&](auto of) { return known_references<decltype(of)>(p.M); });
+}
 
 // call(T{}, known, plain) with the constants of the kernel that takes a problem: see Form.
 template <class Call>

@@ -21,6 +21,14 @@ template <class T>
 constexpr int kShift = 16 / sizeof(T);
 
 SFK_BOTH constexpr int padded(int64_t n) { return static_cast<int>((n + kTile - 1) / kTile) * kTile; }
+// The number of references, padded, that a kernel of T is compiled for; 0 where there is only the one that takes any.
+template <class T>
+constexpr int kCompiled = sizeof(T) == 2 ? kUsual : 0;
+// The same for the kernel that takes M of them.
+template <class T>
+constexpr int known_references(int64_t M) {
+  return padded(M) == kCompiled<T> ? kCompiled<T> : 0;
+}
 // Numbers of a row of `depth` in shared memory.
 template <class T>
 SFK_BOTH int row_length(int64_t depth) {

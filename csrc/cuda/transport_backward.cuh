@@ -125,22 +125,23 @@ SFK_DEVICE void KeyPass<T, kLog>::step_rows(int t) {
   for (int i = warp_index() * 4 + lane_index() / 8; i < shared.rows; i += block_warps() * 4) {
     const float *l = shared.l + i * head.stride, mass = shared.log_a[i];
     const float m = shared.top[i];
+    const int turn = head.turn(i);
     float lse, q, total = 0, df = 0, top = 0;
     if (kLog) {
       top = kNone;
-      for (int j = lane_index() % 8; j < head.M; j += 8) top = fmaxf(top, l[head.turned(j, head.turn(i))] + G[j]);
+      for (int j = lane_index() % 8; j < head.M; j += 8) top = fmaxf(top, l[head.turned(j, turn)] + G[j]);
       top = octet(top, [](float a, float b) { return fmaxf(a, b); });
       for (int j = lane_index() % 8; j < head.M; j += 8)
-        total += exp_approx(l[head.turned(j, head.turn(i))] + G[j] - finite_or_zero(top));
+        total += exp_approx(l[head.turned(j, turn)] + G[j] - finite_or_zero(top));
       total = octet(total, add);
       lse = LogSum{top, total}.value();
       q = p.T ? (mass == kNone ? kNone : potential(mass + m * (1 - lam), lam, lse)) : mass + m;
       lse += m;
-      for (int j = lane_index() % 8; j < head.M; j += 8) df += sent(l[head.turned(j, head.turn(i))], q, Q[j]) * d[j];
+      for (int j = lane_index() % 8; j < head.M; j += 8) df += sent(l[head.turned(j, turn)], q, Q[j]) * d[j];
     } else {
 #pragma unroll 1
       for (int j = lane_index() % 8 * 4; j < head.Mp; j += 32) {
-        const Vec4 x = *reinterpret_cast<const Vec4*>(l + head.turned(j, head.turn(i)));
+        const Vec4 x = *reinterpret_cast<const Vec4*>(l + head.turned(j, turn));
         total = dot(x, *reinterpret_cast<const Vec4*>(G + j), total);
         df = dot(x, *reinterpret_cast<const Vec4*>(d + j), df);
       }
