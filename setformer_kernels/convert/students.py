@@ -90,6 +90,13 @@ def new_parameters(teacher: nn.Module, student: nn.Module) -> list[str]:
     return [name for name, _ in student.named_parameters() if name not in had]
 
 
+def parameters_of(student: nn.Module, layers: Sequence[str] | None) -> list[str]:
+    """The names of the layers' parameters; of all where layers is None."""
+    if layers is None:
+        return [name for name, _ in student.named_parameters()]
+    return [f"{layer}.{name}" for layer in layers for name, _ in student.get_submodule(layer).named_parameters()]
+
+
 def query_key_parameters(student: nn.Module, layers: Sequence[str]) -> list[str]:
     """The names of what makes the layers' queries and keys.
 

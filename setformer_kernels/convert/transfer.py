@@ -26,6 +26,7 @@ from .students import (
     layers_of,
     make_student,
     new_parameters,
+    parameters_of,
     place_references,
     query_key_parameters,
 )
@@ -39,12 +40,13 @@ class Transfer:
 
     Args:
         match: stage 1, every layer on the teacher's inputs.
-        tune: stage 2, the whole model end to end; steps=0 leaves it out.  Where it ends with a larger error on the
+        tune: stage 2, the converted layers end to end; steps=0 leaves it out.  Where it ends with a larger error on the
             held-out samples than it began with, as by too large a learning rate, it is undone.
         projections: stage 1 also learns the projections of queries and keys, not only what SeT attention has of its
             own.
         own_rate: the learning rate of what SeT attention has of its own, as a multiple of the projections', in stage 1.
-        lora_rank: stage 2 learns corrections of this rank (peft) instead of all weights; 0: all weights.
+        tune_all: stage 2 learns all weights of the model, not only those of the converted layers.
+        lora_rank: stage 2 learns corrections of this rank (peft) instead of the weights themselves; 0: the weights.
         pooling, hidden: of stage 2 and its measurements, as `OutputMatching` takes them.
         max_error: leaves the layers softmax that cost most, so that the relative error of the output after stage 1 is
             at most this; None converts all.
@@ -58,6 +60,7 @@ class Transfer:
     tune: Schedule = field(default_factory=lambda: Schedule(200, 1e-4))
     projections: bool = True
     own_rate: float = 5.0
+    tune_all: bool = False
     lora_rank: int = 0
     pooling: str = "mean"
     hidden: bool = False
@@ -207,11 +210,12 @@ class _Run:
         return student
 
     def tune(self, student: nn.Module) -> nn.Module:
-        """Stage 2; a layer's error on the teacher's inputs says nothing any more, as all weights may have changed."""
+        """Stage 2; a layer's error on the teacher's inputs says nothing any more, as its inputs are others."""
         before, moment = _on_host(student.state_dict()), self.report.returned
-        adapters = Adapters(student, self.how.lora_rank) if self.how.lora_rank else None
+        within = None if self.how.tune_all else self.report.converted
+        adapters = Adapters(student, self.how.lora_rank, within) if self.how.lora_rank else None
         new = new_parameters(self.teacher, student)
-        names = [name for name, _ in student.named_parameters()]
+        names = parameters_of(student, within)
         if adapters is not None:
             own = [name for name in new if "lora_" not in name and "base_layer" not in name]
             names = own + adapters.names

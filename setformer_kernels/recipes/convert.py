@@ -46,9 +46,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=int, default=300, help="of stage 1: every layer on the teacher's inputs")
     parser.add_argument("--learning-rate", type=float, default=3e-3, help="of stage 1")
     parser.add_argument("--no-projections", action="store_true", help="leave those of queries and keys as they are")
-    parser.add_argument("--tune-steps", type=int, default=200, help="of stage 2: the whole model; 0: no stage 2")
+    parser.add_argument("--tune-steps", type=int, default=200, help="of stage 2: layers end to end; 0: no stage 2")
     parser.add_argument("--tune-learning-rate", type=float, default=1e-4, help="of stage 2")
-    parser.add_argument("--lora-rank", type=int, default=0, help="of adapters (peft) in stage 2; 0: all weights")
+    parser.add_argument("--tune-all", action="store_true", help="stage 2 learns all weights, not only those layers'")
+    parser.add_argument("--lora-rank", type=int, default=0, help="of adapters (peft) in stage 2; 0: weights learn")
     parser.add_argument(
         "--pooling", choices=["mean", "first"], default="mean", help="of hidden states that are compared"
     )
@@ -115,8 +116,8 @@ def transfer_of(args: argparse.Namespace) -> Transfer:
     match = Schedule(args.steps, args.learning_rate, **shared)
     return Transfer(
         match, Schedule(args.tune_steps, args.tune_learning_rate, **shared),
-        projections=not args.no_projections, lora_rank=args.lora_rank, pooling=args.pooling, hidden=args.hidden,
-        max_error=args.max_error, curve=args.curve,
+        projections=not args.no_projections, tune_all=args.tune_all, lora_rank=args.lora_rank, pooling=args.pooling,
+        hidden=args.hidden, max_error=args.max_error, curve=args.curve,
     )  # fmt: skip
 
 

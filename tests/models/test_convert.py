@@ -336,17 +336,34 @@ def test_a_second_stage_that_makes_it_worse_is_undone(rank: int, tmp_path: Path)
     torch.testing.assert_close(model.state_dict(), matched.state_dict(), rtol=0, atol=0)
 
 
-def test_adapters_are_merged(tmp_path: Path) -> None:
+@pytest.mark.parametrize("tune_all", [False, True])
+def test_adapters_are_merged(tune_all: bool, tmp_path: Path) -> None:
     pytest.importorskip("peft")
     teacher = bert()
     model, report = transfer_attention(
-        teacher, texts(20), texts(16), stack, tmp_path, how(4, 12, lora_rank=4), **OWN
+        teacher, texts(20), texts(16), stack, tmp_path, how(4, 12, lora_rank=4, tune_all=tune_all), **OWN
     )  # fmt: skip
     assert report.outputs["tuned"]["error"] < report.outputs["matched"]["error"]
     student, _ = make_student(teacher, **OWN)
     assert {name for name, _ in model.named_parameters()} == {name for name, _ in student.named_parameters()}
-    changed = model.encoder.layer[0].output.dense.weight - teacher.encoder.layer[0].output.dense.weight
-    assert torch.linalg.matrix_rank(changed.detach(), rtol=1e-3) == 4
+    for name, rank in ("attention.self.value", 4), ("output.dense", 4 * tune_all):
+        new, old = (m.encoder.layer[0].get_submodule(name).weight for m in (model, teacher))
+        assert torch.linalg.matrix_rank((new - old).detach(), rtol=1e-3) == rank
+
+
+@pytest.mark.parametrize("tune_all", [False, True])
+def test_the_second_stage_changes_the_converted_layers_alone(tune_all: bool, tmp_path: Path) -> None:
+    """Sensitive weights elsewhere, as a vision transformer's embedding of patches, are what makes it diverge."""
+    teacher, run = bert(), (texts(20), texts(8), stack)
+    one = {"skip": lambda name, _: "layer.1" in name, **OWN}
+    start, _ = transfer_attention(teacher, *run, tmp_path / "start", how(0, 0), **one)
+    model, report = transfer_attention(teacher, *run, tmp_path / "run", how(0, 4, tune_all=tune_all), **one)
+    (layer,) = report.converted
+    old = dict(start.named_parameters())
+    changed = {name for name, p in model.named_parameters() if not torch.equal(p, old[name])}
+    inside = {name for name in old if name.startswith(f"{layer}.") and not name.endswith("key.bias")}
+    assert inside <= changed
+    assert (changed - inside <= {f"{layer}.key.bias"}) != tune_all
 
 
 def test_what_bad_input_gets(tmp_path: Path) -> None:
