@@ -31,7 +31,7 @@ def add_options(found: argparse.ArgumentParser, name: str) -> None:
     found.add_argument("--steps", type=int, default=300, help="of stage 1")
     found.add_argument("--tune-steps", type=int, default=200, help="of stage 2")
     found.add_argument("--learning-rate", type=float, default=3e-3)
-    found.add_argument("--tune-learning-rate", type=float, default=1e-4)
+    found.add_argument("--tune-learning-rate", type=float, default=2e-3)
     found.add_argument("--batch-size", type=int, default=32)
     found.add_argument("--curve", action="store_true", help="the error of 1, 2, ... converted layers too")
     found.add_argument("--work", type=Path, default=ROOT / "build" / name, help="folder of checkpoints")

@@ -23,6 +23,7 @@ Collate = Callable[[list[Any]], dict[str, Tensor]]
 # as many heads: the last third of its outputs.
 QUERY_KEY = re.compile(r"(^|\.)(q|k|query|key|q_proj|k_proj|q_lin|k_lin|query_proj|key_proj)(_weight|\.weight|\.bias)$")
 FUSED = re.compile(r"(^|\.)((qkv|Wqkv|qkv_proj|c_attn)\.(weight|bias)|in_proj_(weight|bias))$")
+FROM_ZERO = 0.03  # about what torch draws the weights of 400 inputs with
 
 
 def make_student(
@@ -95,6 +96,12 @@ def parameters_of(student: nn.Module, layers: Sequence[str] | None) -> list[str]
     if layers is None:
         return [name for name, _ in student.named_parameters()]
     return [f"{layer}.{name}" for layer in layers for name, _ in student.get_submodule(layer).named_parameters()]
+
+
+@torch.no_grad()
+def scale_of(parameter: Tensor) -> float:
+    """√(mean of squares); FROM_ZERO for what is 0."""
+    return float(parameter.float().square().mean().sqrt()) or FROM_ZERO
 
 
 def query_key_parameters(student: nn.Module, layers: Sequence[str]) -> list[str]:

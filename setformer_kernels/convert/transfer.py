@@ -29,6 +29,7 @@ from .students import (
     parameters_of,
     place_references,
     query_key_parameters,
+    scale_of,
 )
 
 Progress = Callable[[str], None]
@@ -40,8 +41,10 @@ class Transfer:
 
     Args:
         match: stage 1, every layer on the teacher's inputs.
-        tune: stage 2, the converted layers end to end; steps=0 leaves it out.  Where it ends with a larger error on the
-            held-out samples than it began with, as by too large a learning rate, it is undone.
+        tune: stage 2, the converted layers end to end; steps=0 leaves it out.  Its learning rate is a share of every
+            tensor's root mean square, of what starts at 0 of FROM_ZERO: in one absolute step the small weights of a
+            deep model would change too much, the large ones of a shallow one too little.  Where it ends with a larger
+            error on the held-out samples than it began with, as by too large a learning rate, it is undone.
         projections: stage 1 also learns the projections of queries and keys, not only what SeT attention has of its
             own.
         own_rate: the learning rate of what SeT attention has of its own, as a multiple of the projections', in stage 1.
@@ -57,7 +60,7 @@ class Transfer:
     """
 
     match: Schedule = field(default_factory=lambda: Schedule(300, 3e-3))
-    tune: Schedule = field(default_factory=lambda: Schedule(200, 1e-4))
+    tune: Schedule = field(default_factory=lambda: Schedule(200, 2e-3))
     projections: bool = True
     own_rate: float = 5.0
     tune_all: bool = False
@@ -220,7 +223,8 @@ class _Run:
             own = [name for name in new if "lora_" not in name and "base_layer" not in name]
             names = own + adapters.names
         matching = OutputMatching(self.teacher, student, self.how.pooling, self.how.hidden)
-        self.fit("tune", matching, names, self.how.tune)
+        rates = {name: scale_of(student.get_parameter(name)) for name in names}
+        self.fit("tune", matching, names, self.how.tune, rates)
         student = student if adapters is None else adapters.merge()
         self.measure(TUNED, student, [])
         errors = self.report.outputs

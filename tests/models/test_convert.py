@@ -321,6 +321,22 @@ def test_a_run_that_was_cut_resumes_to_the_same_weights(tmp_path: Path) -> None:
         transfer_attention(*run, tmp_path / "cut", how(8, 8), **OWN)
 
 
+@pytest.mark.parametrize("factor", [0.1, 10.0])
+def test_the_second_stage_steps_by_a_share_of_each_weights_size(factor: float, tmp_path: Path) -> None:
+    """Of two steps on one batch the first has a learning rate of 0, the second moves every number by all of it."""
+    teacher = bert()
+    with torch.no_grad():
+        for layer in teacher.encoder.layer:
+            layer.attention.self.value.weight *= factor
+    run = (teacher, texts(8), texts(8), stack)
+    start, report = transfer_attention(*run, tmp_path / "start", how(0, 0), **OWN)
+    one = replace(how(0, 2), tune=Schedule(2, 1e-2, batch_size=8, cpu=True))
+    model, _ = transfer_attention(*run, tmp_path / "run", one, **OWN)
+    old = start.get_submodule(report.converted[0]).value.weight
+    step = (model.get_submodule(report.converted[0]).value.weight - old).abs().median() / old.square().mean().sqrt()
+    assert float(step.detach()) == pytest.approx(1e-2, rel=0.05)
+
+
 @pytest.mark.parametrize("rank", [0, 4])
 def test_a_second_stage_that_makes_it_worse_is_undone(rank: int, tmp_path: Path) -> None:
     if rank:
