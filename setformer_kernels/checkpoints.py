@@ -25,8 +25,11 @@ class MarkComplete(TrainerCallback):
 def last_complete(output: Path) -> Path | None:
     """The checkpoint of the most steps in output that has its marker."""
     there = [path for path in output.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()]
-    complete = [path for path in there if (path / COMPLETE).is_file()]
-    return max(complete, key=lambda path: int(path.name.removeprefix("checkpoint-")), default=None)
+    return max((path for path in there if (path / COMPLETE).is_file()), key=steps_of, default=None)
+
+
+def steps_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("checkpoint-"))
 
 
 def discard_incomplete(output: Path) -> None:

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import nn
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.utils import SAFE_WEIGHTS_NAME
 
-from ..checkpoints import MarkComplete, discard_incomplete, last_complete
+from ..checkpoints import MarkComplete, discard_incomplete, last_complete, steps_of
 from .matching import LayerMatching, OutputMatching
 from .students import learning
 
@@ -73,6 +77,8 @@ def fit(
     if checkpoint is not None and not resume:
         raise ValueError(f"output {output} holds the checkpoints of a run: resume it, or name another folder")
     discard_incomplete(output)
+    if checkpoint is not None and steps_of(checkpoint) >= schedule.steps:  # where Trainer would make a step more
+        return _finished(matching, names, checkpoint)
     with learning(matching, [f"student.{name}" for name in names], matching.learns_values):
         arguments = _arguments(output, schedule)
         groups = _groups(matching.student, names, schedule.learning_rate, rates or {})
@@ -82,6 +88,16 @@ def fit(
         )  # fmt: skip
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         return trainer.state.log_history
+
+
+def _finished(
+    matching: LayerMatching | OutputMatching, names: Sequence[str], checkpoint: Path
+) -> list[dict[str, Any]]:  # fmt: skip
+    """Takes up the weights of a run that came to its end; what it logged."""
+    with learning(matching, [f"student.{name}" for name in names]):
+        matching.load_state_dict(load_file(checkpoint / SAFE_WEIGHTS_NAME))
+    history: list[dict[str, Any]] = json.loads((checkpoint / TRAINER_STATE_NAME).read_text())["log_history"]
+    return history
 
 
 def _groups(student: nn.Module, names: Sequence[str], rate: float, rates: Mapping[str, float]) -> list[dict[str, Any]]:

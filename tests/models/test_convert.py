@@ -317,6 +317,8 @@ def test_a_run_that_was_cut_resumes_to_the_same_weights(tmp_path: Path) -> None:
     again, _ = transfer_attention(*run, tmp_path / "cut", how(8, 8), resume=True, **OWN)
     for name, value in whole.state_dict().items():
         torch.testing.assert_close(again.state_dict()[name], value, rtol=0, atol=0, msg=name)
+    assert (tmp_path / "cut" / "match" / "checkpoint-8").is_dir()
+    assert not (tmp_path / "cut" / "match" / "checkpoint-9").exists()  # of a stage that was at its end
     with pytest.raises(ValueError, match="holds the checkpoints of a run: resume it"):
         transfer_attention(*run, tmp_path / "cut", how(8, 8), **OWN)
 
