@@ -20,10 +20,21 @@ Rated = Sequence[tuple[float, str]]
 Collate = Callable[[Sequence[str]], dict[str, Tensor]]
 
 
-def read_snippets(path: Path) -> list[tuple[float, str]]:
-    """(rating, text) of each line, in an order drawn once."""
-    lines = [line.split("\t", 2) for line in path.read_text(encoding="utf-8", errors="replace").splitlines()]
-    rows = [(float(line[1]), line[2].strip()) for line in lines if len(line) == 3]
+def read_snippets(paths: Sequence[Path], documents: bool = False) -> list[tuple[float, str]]:
+    """(rating, text) of each line, in an order drawn once.
+
+    Args:
+        documents: of all lines of a document instead, in their order, with the mean of their ratings: those of a file
+            that are numbered alike before the underscore.
+    """
+    found: dict[tuple[Path, str], list[tuple[float, str]]] = {}
+    for path in paths:
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+            number, *rest = line.split("\t", 2)
+            if len(rest) == 2:
+                document = number.split("_")[0] if documents else f"{len(found)}"
+                found.setdefault((path, document), []).append((float(rest[0]), rest[1].strip()))
+    rows = [(sum(rating for rating, _ in x) / len(x), " ".join(text for _, text in x)) for x in found.values()]
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0)).tolist()
     return [rows[i] for i in order]
 

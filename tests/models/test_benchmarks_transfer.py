@@ -11,7 +11,7 @@ import torch
 from transformers import BertConfig, BertModel
 
 from benchmarks.cpu import converted, converted_decoding
-from benchmarks.quality import transfer
+from benchmarks.quality import sentiment, transfer
 from setformer_kernels.recipes.wordpiece import train_tokenizer
 
 GOOD, BAD = "a good and happy film", "a sad and dull one"
@@ -59,6 +59,15 @@ def test_seeds_are_runs_of_their_own_and_the_task_is_learned(paths: list[str], t
     assert value["0", "placed", "error"] != value["1", "placed", "error"]
     for seed in range(3):
         assert value["0", "matched", f"fine_tuned_accuracy, seed {seed}"] > 0.9
+
+
+def test_a_documents_snippets_are_one_text(tmp_path: Path) -> None:
+    first, second = tmp_path / "first.txt", tmp_path / "second.txt"
+    first.write_text("1_1\t1\tone\n1_2\t2\ttwo\nno columns\n2_1\t-1\tthree\n")
+    second.write_text("1_1\t-2\tfour\n")
+    files = [first, second]
+    assert sorted(sentiment.read_snippets(files, documents=True)) == [(-2, "four"), (-1, "three"), (1.5, "one two")]
+    assert sorted(sentiment.read_snippets(files)) == [(-2, "four"), (-1, "three"), (1, "one"), (2, "two")]
 
 
 def test_rows_of_speed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
