@@ -126,8 +126,8 @@ class MaskedBackwardWorker {
 
   // ⟨do_i, v_s⟩ of a tile to a_.
   void value_products(const KeyTile& at) {
-    const auto values = it_.keys.values(at);
-    gemm<F>(at.n, kQueries, p_.E, values.rows, values.stride, 1, d_o_lanes_, kQueries, a_, kQueries, false);
+    const Rows<F> v = it_.keys.values(at);
+    gemm<F>(at.n, kQueries, p_.E, v.at, v.ld, 1, d_o_lanes_, kQueries, a_, kQueries, false);
   }
   void add_d_value(const KeyTile& at, const F* weights) {
     gemm<F>(at.n, Ep_, kQueries, weights, kQueries, 1, d_o_, Ep_, sums.d_value + at.s0 * Ep_, Ep_, true);

@@ -48,8 +48,8 @@ class MaskedWorker {
 
   // o += A v of a tile.
   void add_values(const KeyTile& at) {
-    const auto values = it_.keys.values(at);
-    gemm<F>(p_.E, kQueries, at.n, values.rows, 1, values.stride, it_.tile, kQueries, out_, kQueries, true);
+    const Rows<F> v = it_.keys.values(at);
+    gemm<F>(p_.E, kQueries, at.n, v.at, 1, v.ld, it_.tile, kQueries, out_, kQueries, true);
   }
 
   // A = Σ_j e^{ℓ − m + f − log C} W^q.

@@ -52,19 +52,13 @@ class MaskedKeys {
     return logs_;
   }
   // v of a tile by rows of E numbers; zeros where the key takes no part.  As it lies in memory where that will do.
-  struct Values {
-    const F* rows;
-    int64_t stride;
-  };
-  Values values(const KeyTile& t) {
+  Rows<F> values(const KeyTile& t) {
     const View& v = p_.value;
-    const Dtype own = sizeof(F) == 8 ? Dtype::f64 : Dtype::f32;
-    if (weights.all && v.dtype == own && v.stride[3] == 1) {
+    if (weights.all && v.dtype == kDtype<F> && v.stride[3] == 1) {
       const int64_t at = source.b * v.stride[0] + source.h * v.stride[1] + t.s0 * v.stride[2];
       return {static_cast<const F*>(v.data) + at, v.stride[2]};
     }
-    const Rows<F> rows = source.values(t.s0, t.n, values_);
-    return {rows.at, rows.ld};
+    return source.values(t.s0, t.n, values_);
   }
   bool takes_part(int64_t s) const { return la_[s] != -kInf<F>; }
 
