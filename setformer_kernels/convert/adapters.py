@@ -9,6 +9,21 @@ from typing import Any
 from torch import nn
 
 
+def adapted(model: nn.Module, layers: Sequence[str] | None = None) -> list[str]:
+    """The names of what gets adapters.
+
+    Raises:
+        ValueError: nothing does.
+    """
+    within = None if layers is None else tuple(f"{layer}." for layer in layers)
+    linear = [name for name, module in model.named_modules() if type(module) is nn.Linear]
+    found = linear if within is None else [name for name in linear if name.startswith(within)]
+    if not found:
+        where = "model has" if not linear else "converted layers have"
+        raise ValueError(f"lora_rank must be 0{', or tune_all' if linear else ''}: the {where} no nn.Linear")
+    return found
+
+
 class Adapters:
     """Adapters of a rank in every nn.Linear of a model's layers (None: of the model), in place, but those that are an
     output projection's plain weights in nn.MultiheadAttention."""
@@ -21,15 +36,7 @@ class Adapters:
             raise ModuleNotFoundError(
                 f"adapters need {missing.name}: pip install peft, or train the weights themselves (lora_rank=0)"
             ) from missing
-        targets = [
-            name
-            for name, module in model.named_modules()
-            if type(module) is nn.Linear and (layers is None or name.startswith(tuple(f"{x}." for x in layers)))
-        ]
-        if not targets:
-            where = "model has" if layers is None else "converted layers have"
-            raise ValueError(f"lora_rank must be 0: the {where} no nn.Linear")
-        exactly = "|".join(map(re.escape, targets))  # peft takes a name in a list for the end of one, too
+        exactly = "|".join(map(re.escape, adapted(model, layers)))  # peft takes a listed name for the end of others
         config = LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules=exactly)
         self.around: Any = LoraModel(model, config, "default")
         self.names = [name for name, _ in model.named_parameters() if "lora_" in name]

@@ -13,7 +13,7 @@ from accelerate import PartialState
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from .adapters import Adapters
+from .adapters import Adapters, adapted
 from .fitting import Schedule, fit
 from .hybrid import conversion_curve, within
 from .matching import LayerMatching, OutputMatching
@@ -42,7 +42,7 @@ class Transfer:
     Args:
         match: stage 1, every layer on the teacher's inputs.
         tune: stage 2, the converted layers end to end; steps=0 leaves it out.  Its learning rate is a share of every
-            tensor's root mean square, of what starts at 0 of FROM_ZERO: in one absolute step the small weights of a
+            tensor's root mean square (`students.scale_of`): in one absolute step the small weights of a
             deep model would change too much, the large ones of a shallow one too little.  Where it ends with a larger
             error on the held-out samples than it began with, as by too large a learning rate, it is undone.
         projections: stage 1 also learns the projections of queries and keys, not only what SeT attention has of its
@@ -103,8 +103,8 @@ def transfer_attention(
             unless they are there from an earlier run, whatever its student was; then no step runs the teacher.
 
     Raises:
-        ValueError: nothing can be replaced, the data have fewer tokens than a layer has references, or output holds
-            another run.
+        ValueError: nothing can be replaced or adapted, the data have fewer tokens than a layer has references, or
+            output holds another run.
     """
     how = Transfer() if how is None else how
     processes = PartialState(cpu=how.match.cpu)
@@ -112,6 +112,8 @@ def transfer_attention(
     student, replaced = make_student(teacher.to(processes.device), skip=skip, **own)
     layers, report = layers_of(student, replaced), TransferReport(replaced)
     report.converted = list(layers)
+    if how.lora_rank and how.tune.steps:
+        adapted(student, None if how.tune_all else report.converted)  # or raises, before anything has learned
     batches = _batches(held_out, collate, how)
     kept = None
     if recording is not None:

@@ -47,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--learning-rate", type=float, default=3e-3, help="of stage 1")
     parser.add_argument("--no-projections", action="store_true", help="leave those of queries and keys as they are")
     parser.add_argument("--tune-steps", type=int, default=200, help="of stage 2: layers end to end; 0: no stage 2")
-    parser.add_argument("--tune-learning-rate", type=float, default=2e-3, help="of stage 2, of a weight's size")
+    parser.add_argument("--tune-learning-rate", type=float, default=2e-3, help="of stage 2: a share of a tensor's size")
     parser.add_argument("--tune-all", action="store_true", help="stage 2 learns all weights, not only those layers'")
     parser.add_argument("--lora-rank", type=int, default=0, help="of adapters (peft) in stage 2; 0: weights learn")
     parser.add_argument(

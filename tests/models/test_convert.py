@@ -29,6 +29,7 @@ from setformer_kernels.convert import (
     place_references,
     transfer_attention,
 )
+from setformer_kernels.convert.adapters import adapted
 from setformer_kernels.convert.fitting import fit
 from setformer_kernels.convert.hybrid import Converted, within
 from setformer_kernels.convert.layers import recorded, taught
@@ -382,6 +383,20 @@ def test_the_second_stage_changes_the_converted_layers_alone(tune_all: bool, tmp
     inside = {name for name in old if name.startswith(f"{layer}.") and not name.endswith("key.bias")}
     assert inside <= changed
     assert (changed - inside <= {f"{layer}.key.bias"}) != tune_all
+
+
+def test_adapters_without_a_place_are_refused_before_anything_learns(tmp_path: Path) -> None:
+    """The projections of nn.MultiheadAttention are plain weights."""
+    pytest.importorskip("peft")
+    teacher = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True).eval()
+    rows = [torch.randn(12, 16) for _ in range(8)]
+    run = (teacher, rows, rows, lambda rows: {"src": torch.stack(rows)})
+    with pytest.raises(ValueError, match=r"lora_rank must be 0, or tune_all: the converted layers have no nn.Linear"):
+        transfer_attention(*run, tmp_path / "layers", how(2, 2, lora_rank=2), **OWN)
+    assert not (tmp_path / "layers").exists()
+    with pytest.raises(ValueError, match=r"lora_rank must be 0: the model has no nn.Linear"):
+        adapted(nn.ReLU())
+    transfer_attention(*run, tmp_path / "all", how(2, 2, lora_rank=2, tune_all=True), **OWN)
 
 
 def test_what_bad_input_gets(tmp_path: Path) -> None:
