@@ -112,18 +112,33 @@ def devices(shim: ModuleType) -> Iterator[ModuleType]:
     shim.set_devices([(*H100, (0, 0, 0), False)])
 
 
-def test_clusters_are_as_large_as_the_driver_lets_run_at_once(devices: ModuleType) -> None:
-    facts = (1, 16, 2048, 2048, 64, 64, 64, 0, 3), cuda.DTYPE_CODES[torch.bfloat16], False
-    assert devices.layout(*facts)[0] == 4  # 15 clusters of 8 at a time: 16 heads would take two turns
-    devices.set_devices([(*H100, (60, 30, 16), True)])  # what the driver says of an H100
-    assert devices.layout(*facts)[0] == 4
-    assert devices.cuda_devices()[0][-1] == (132, 60, 27, 15)
-    devices.set_devices([(*H100, (60, 30, 17), True)])
-    assert devices.layout(*facts)[0] == 8
-    devices.set_devices([(*H100, (60, 30, 0), True)])  # part of a device: none at all
-    assert devices.layout(*facts)[0] == 4
-    devices.set_devices([(*H100, (60, 30, 15), False)])  # nobody is asked for a context
+def cluster_of(heads: int, devices: ModuleType) -> int:
+    """Blocks of a cluster that runs the forward of so many heads of 2048 bfloat16 tokens."""
+    sizes = 1, heads, 2048, 2048, 64, 64, 64, 0, 3
+    return devices.layout(sizes, cuda.DTYPE_CODES[torch.bfloat16], False)[0]
+
+
+# Clusters of 2, 4 and 8 that the driver tells -> blocks of a cluster for 14, 15, 16 and 17 heads.
+TOLD = {
+    (66, 30, 15): (8, 8, 4, 4),  # measured on an H200: these run in one turn, and one more waits for another
+    (60, 30, 16): (8, 8, 8, 4),
+    (60, 30, 17): (8, 8, 8, 8),
+    (60, 30, 14): (8, 4, 4, 4),
+    (60, 30, 0): (4, 4, 4, 4),  # part of a device: none of 8 at all
+}
+
+
+@pytest.mark.parametrize("told", TOLD, ids=str)
+def test_clusters_are_as_large_as_the_driver_lets_run_at_once(told: tuple[int, int, int], devices: ModuleType) -> None:
+    devices.set_devices([(*H100, told, True)])
+    assert devices.cuda_devices()[0][-1] == (132, *(count for count in told if count))
+    assert tuple(cluster_of(heads, devices) for heads in (14, 15, 16, 17)) == TOLD[told]
+
+
+def test_where_no_driver_is_asked_some_processors_are_taken_to_be_left_over(devices: ModuleType) -> None:
+    devices.set_devices([(*H100, (60, 28, 14), False)])  # nobody is asked for a context
     assert devices.cuda_devices()[0][-1] == (132, 66, 30, 15)
+    assert [cluster_of(heads, devices) for heads in (15, 16)] == [8, 4]
 
 
 def test_a_device_without_a_context_gets_none(devices: ModuleType) -> None:
