@@ -21,6 +21,7 @@ from benchmarks.common import entry_point
 from benchmarks.common.results import OK as MEASURED
 from benchmarks.common.results import Row
 from benchmarks.gpu.cases import GpuPlan, Inputs, inputs, plan_of, problems, set_attention
+from benchmarks.gpu.device import Cpu, Gpu
 from benchmarks.gpu.journal import Journal, Log, written
 from benchmarks.gpu.process import child, last_line, module
 from benchmarks.gpu.rows import blank, first_line
@@ -38,8 +39,9 @@ def reasons(plan: GpuPlan, backend: str) -> list[str]:
     return list(dict.fromkeys(r for p in asked for r in dispatch.NATIVE[backend].unsupported_reasons(p)))
 
 
-def chip(extension: Any) -> dict[str, object]:
+def chip(extension: Any, device: Gpu | Cpu) -> dict[str, object]:
     """What the CUDA C++ backend lays problems out for: the driver's word on the first device."""
+    device.synchronize()  # makes a context: without one the driver is not asked, and counts of clusters are estimates
     *_, shared, largest, at_once = extension.cuda_devices()[0]
     clusters = {str(2**i): count for i, count in enumerate(at_once)}
     return {"shared_bytes": shared, "largest_cluster": largest, "clusters_at_once": clusters}
@@ -105,7 +107,7 @@ def main(argv: list[str] | None = None) -> int:
     log = Log(journal, f"canary {arguments.backend}")
     try:
         if arguments.backend == "cuda":
-            journal.write(chip=chip(_extension.MODULE))
+            journal.write(chip=chip(_extension.MODULE, Cpu() if arguments.dry_run else Gpu()))
         for T in (3, 1):
             log.row(checked(plan, arguments.backend, T))
     except AssertionError as error:
