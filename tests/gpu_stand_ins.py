@@ -19,7 +19,7 @@ from benchmarks.common import entry_point, implementations
 from benchmarks.common import measure as common
 from benchmarks.common.cases import Entry
 from benchmarks.compiled import aot
-from benchmarks.gpu import build, canary, measure, plugin, steps, table, tests, warm
+from benchmarks.gpu import build, canary, measure, plugin, sanitizer, steps, table, tests, warm
 from benchmarks.gpu import profile as profiling
 from benchmarks.gpu.cases import Call, GpuCase, Inputs, dry_plan
 from benchmarks.gpu.journal import Journal, Log
@@ -102,6 +102,7 @@ class World(System):
     processes: list[Running] = field(default_factory=list)
     device: StandInDevice = field(default_factory=StandInDevice)
     met: list[str] = field(default_factory=list)
+    most_at_once: int = 0
 
     def now(self) -> float:
         return self.time
@@ -124,6 +125,7 @@ class World(System):
         except Death as death:
             status = death.status
         self.processes.append(Running(self, took, status))
+        self.most_at_once = max(self.most_at_once, sum(not one.ended for one in self.processes))
         return self.processes[-1]
 
     def meet(self, place: str) -> None:
@@ -306,7 +308,7 @@ def install(world: World, patch: pytest.MonkeyPatch) -> None:
     variants = [SimpleNamespace(name=name, key=name, launch=name) for name in BINARIES]
     patch.setattr(aot, "variants", lambda launches, family: variants)
     patch.setattr(aot, "compiled_here", lambda variant: world.meet(f"warm {variant.name}"))
-    for module in (warm, steps, tests):
+    for module in (warm, steps, tests, sanitizer):
         patch.setattr(module, "shares", lambda: 2)
     patch.setattr(implementations, "forget_graphs", lambda: None)
     patch.setattr(table, "draw", lambda rows, stamp, path: path.write_bytes(b""))

@@ -221,13 +221,24 @@ def test_a_worker_whose_time_is_over_begins_no_case(rehearsal: Rehearsal) -> Non
     assert not [record for record in rehearsal.journal.read() if "begin" in record]
 
 
-def test_the_cuda_kernels_are_watched_first_and_a_tool_at_a_time(rehearsal: Rehearsal) -> None:
+CHECKS = ["memcheck", "racecheck", "synccheck", "initcheck"]
+
+
+def test_the_cuda_kernels_are_watched_first(rehearsal: Rehearsal) -> None:
     rehearsal.run(only=("canary", "sanitizer"))
     watched = [c for c in rehearsal.world.commands if c[0].endswith("compute-sanitizer")]
     order = [(c[c.index("--backend") + 1], c[c.index("--tool") + 1]) for c in watched]
-    tools = ["memcheck", "racecheck", "synccheck", "initcheck"]
-    assert order == [(backend, tool) for backend in BACKENDS for tool in tools]
+    assert order == [(backend, check) for backend in BACKENDS for check in CHECKS]
     assert all(("--dtype" in c) == ("triton" in c) for c in watched), "Triton's kernels in one dtype"
+    assert all(("--kernel-name" in c) == ("initcheck" not in c) for c in watched), "who wrote what ours read is watched"
+
+
+def test_tools_watch_side_by_side_and_one_that_hangs_takes_no_other_its_time(rehearsal: Rehearsal) -> None:
+    done = rehearsal.run({"racecheck cuda": "hang"}, only=("canary", "sanitizer"))
+    said = dict(note.split(": ", 1) for note in done["sanitizer"].summary.split("; "))
+    assert said["cuda racecheck"].startswith("out of time at ")
+    assert {said[f"cuda {check}"] for check in CHECKS if check != "racecheck"} == {"========= ERROR SUMMARY: 0 errors"}
+    assert rehearsal.world.most_at_once == 2, "as many as there are cores"
 
 
 def test_without_tools_the_steps_say_so(rehearsal: Rehearsal) -> None:

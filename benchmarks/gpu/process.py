@@ -85,19 +85,67 @@ def last_line(output: str) -> str:
     return lines[-1][:300] if lines else "no output"
 
 
+@dataclass
+class Child:
+    """A command that runs once."""
+
+    command: Sequence[str]
+    log: Path
+    variables: Mapping[str, str] = field(default_factory=dict)
+    process: Process | None = None
+    status: int | None = None  # its exit status; None: stopped, its time was out
+
+    def start(self, system: System) -> None:
+        self.log.unlink(missing_ok=True)
+        self.process = system.start(self.command, self.log, self.variables)
+
+    def over(self) -> bool:
+        """Whether it has ended by itself."""
+        if self.process is not None and self.status is None:
+            self.status = self.process.poll()
+        return self.status is not None
+
+    def end(self) -> None:
+        if self.process is not None:
+            self.process.end()
+
+    def output(self) -> str:
+        return self.log.read_text(errors="replace") if self.log.exists() else ""
+
+
 def child(
     system: System, command: Sequence[str], seconds: float, log: Path, **variables: str
 ) -> tuple[int | None, str]:
     """A command's exit status (None: stopped, its time was out) and output, which also goes to `log`."""
-    log.unlink(missing_ok=True)
-    process = system.start(command, log, variables)
+    one = Child(command, log, variables)
+    one.start(system)
     deadline = system.now() + seconds
     try:
-        while (status := process.poll()) is None and system.now() < deadline:
+        while not one.over() and system.now() < deadline:
             system.sleep(POLL_S)
     finally:
-        process.end()
-    return status, log.read_text(errors="replace") if log.exists() else ""
+        one.end()
+    return one.status, one.output()
+
+
+def children(system: System, all_of: Sequence[Child], seconds: float, at_once: int) -> None:
+    """Runs commands in their order, so many side by side; those that the time does not reach have no process."""
+    deadline = system.now() + seconds
+    waiting, running = list(all_of), list[Child]()
+    try:
+        while True:
+            for one in [one for one in running if one.over()]:
+                one.end()
+                running.remove(one)
+            while waiting and len(running) < at_once and deadline - system.now() >= LEAST_S:
+                running.append(waiting.pop(0))
+                running[-1].start(system)
+            if not running or system.now() >= deadline:
+                return
+            system.sleep(POLL_S)
+    finally:
+        for one in running:
+            one.end()
 
 
 @dataclass
