@@ -58,6 +58,18 @@ def test_small_masked_problems_within_the_error_budget(
     measured(small(ALL_CASES[f"masked_{name}"]), dtype).check(name)
 
 
+@pytest.mark.parametrize(("rows", "keys"), [(16, 32), (32, 16)])
+@pytest.mark.parametrize("name", ["causal", "tensors", "small_epsilon", "float"])
+@pytest.mark.parametrize("backend", ["triton"])
+def test_tiles_of_more_keys_than_queries_and_of_fewer(
+    backend: str, name: str, rows: int, keys: int, small_tiles: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from setformer_kernels.backends.triton.host import tiles
+
+    monkeypatch.setattr(tiles, "INTERPRETER", tiles.Tile(rows, 16, 4, 1, keys=keys))
+    measured(small(ALL_CASES[f"masked_{name}"]), torch.float32).check(name)
+
+
 @pytest.mark.parametrize(
     ("name", "dtype"),
     [("far_positions", torch.float32), ("far_positions", torch.bfloat16), ("small_epsilon", torch.float32)],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -89,3 +90,24 @@ def test_a_frugal_pass_over_the_keys_leaves_the_same_bits(
     expected = gradients()
     monkeypatch.setattr(tiles, "INTERPRETER", tiles.INTERPRETER._replace(frugal=True))
     assert all(torch.equal(found, e) for found, e in zip(gradients(), expected, strict=True))
+
+
+def test_a_wide_problem_is_cut_as_a_medium_one_where_it_has_no_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert [tiles.size_of(64), tiles.size_of(65), tiles.size_of(128, 128), tiles.size_of(129, 16)] == [
+        "small", "medium", "medium", "large",
+    ]  # fmt: skip
+    assert [tiles.size_of(128, m) for m in (16, 64, 65)] == ["wide", "wide", "medium"]
+    medium, own = tiles.shipped("sm_90", ("columns_backward", "medium", "half")), Tile(16, 64, 4, 1)
+    assert tiles.tile("columns_backward", "sm_90", 128, 2, 64) == medium
+    monkeypatch.setitem(tiles.OVERRIDES["sm_90"], ("gradient", "wide", "half"), own)  # what the kind is like
+    assert tiles.tile("columns_backward", "sm_90", 128, 2, 64) == own
+    assert tiles.tile("columns_backward", "sm_90", 128, 2) == medium
+
+
+@pytest.mark.parametrize("family", tiles.OVERRIDES)
+def test_blocks_of_queries_in_range_hold_whole_tiles_of_the_backward_passes(family: str) -> None:
+    """`Work.out_of_range` is told for each block of the forward's rows."""
+    for size, width in itertools.product(("small", "wide", "medium", "large"), ("half", "single")):
+        block = tiles.shipped(family, ("masked", size, width)).rows
+        for kind in ("masked_backward", "masked_keys_backward", "masked_far_backward", "masked_far_keys_backward"):
+            assert block % tiles.shipped(family, (kind, size, width)).rows == 0, (kind, size, width)

@@ -34,7 +34,7 @@ from setformer_kernels.backends.triton.host import launch, tiles
 from setformer_kernels.backends.triton.host.tiles import Tile
 
 DTYPES = {"half": torch.bfloat16, "single": torch.float32}
-WIDTHS = {"small": 64, "medium": 128}  # M = D = E
+WIDTHS = {"small": (64, 64), "wide": (128, 64), "medium": (128, 128)}  # D = E, M
 SAMPLES = 9
 
 
@@ -47,6 +47,7 @@ class Work(NamedTuple):
     rows: tuple[int, ...]
     warps: tuple[int, ...] = (4, 8)
     stages: tuple[int, ...] = (1, 2, 3)
+    keys: tuple[int, ...] = (0,)
 
 
 WORKS = (
@@ -58,8 +59,9 @@ WORKS = (
     Work("keys_backward", "attention", True, (16, 32, 64, 128)),
     Work("chunk", "causal", False, (16, 32, 64), stages=(1, 2)),
     Work("chunk_backward", "causal", True, (16, 32), stages=(1, 2)),
-    Work("masked", "masked", False, (16, 32, 64), stages=(1, 2)),
-    Work("masked_backward", "masked", True, (16, 32), stages=(1, 2)),
+    Work("masked", "masked", False, (16, 32, 64), stages=(1, 2), keys=(32, 64)),
+    Work("masked_backward", "masked", True, (16, 32), stages=(1,), keys=(16, 32, 64)),
+    Work("masked_keys_backward", "masked", True, (16, 32), stages=(1,), keys=(16, 32, 64)),
 )
 LENGTHS = {"attention": ((1, 16384), (8, 1024)), "causal": ((1, 8192),), "masked": ((1, 2048),)}  # B, L
 
@@ -88,10 +90,11 @@ def trials(kinds: tuple[str, ...], sizes: tuple[str, ...], halves: tuple[str, ..
         if work.kind not in kinds:
             continue
         own = tiles.shipped(family, (work.kind, size, half))
-        depths = sorted({own.depth, WIDTHS[size]} if half == "half" else {own.depth})
+        depths = sorted({own.depth, WIDTHS[size][0]} if half == "half" else {own.depth})
         yield Trial(work, size, half, None)
-        for rows, depth, warps, stages in itertools.product(work.rows, depths, work.warps, work.stages):
-            if (tile := own._replace(rows=rows, depth=depth, warps=warps, stages=stages)) != own:
+        for numbers in itertools.product(work.rows, depths, work.warps, work.stages, work.keys):
+            tile = own._replace(**dict(zip(("rows", "depth", "warps", "stages", "keys"), numbers, strict=True)))
+            if tile != own:
                 yield Trial(work, size, half, tile)
 
 
@@ -109,9 +112,9 @@ def changed(trial: Trial, family: str) -> Iterator[None]:
 
 def call_of(trial: Trial, device: str, B: int, L: int) -> Call:
     """The forward, or forward and backward, that the trial times."""
-    work, width = trial.work, WIDTHS[trial.size]
+    work, (D, M) = trial.work, WIDTHS[trial.size]
     mode, causal = BOTH if work.backward else FORWARD, work.op != "attention"
-    case = GpuCase("tune", L, mode, B=B, D=width, M=width, dtype=DTYPES[trial.half], causal=causal)
+    case = GpuCase("tune", L, mode, B=B, D=D, M=M, dtype=DTYPES[trial.half], causal=causal)
     run = functools.partial(set_attention, T=iterations(work.op), backend="triton", causal=causal)
     return timed_call(run, inputs(case, device), mode, 4)
 
@@ -126,8 +129,8 @@ def timed(call: Call) -> list[float]:
 @functools.cache
 def judged(op: str, size: str, half: str) -> Callable[[], None]:
     """What raises an AssertionError where the output or a gradient of a call is beyond the error budget."""
-    width, dtype, causal = WIDTHS[size], DTYPES[half], op != "attention"
-    x = inputs(GpuCase("tune", 600, BOTH, H=2, D=width, M=width, dtype=dtype, causal=causal), "cuda")
+    (D, M), dtype, causal = WIDTHS[size], DTYPES[half], op != "attention"
+    x = inputs(GpuCase("tune", 600, BOTH, H=2, D=D, M=M, dtype=dtype, causal=causal), "cuda")
     leaves = dict(zip(("query", "key", "value", "references"), x[:4], strict=True))
 
     def run(by: str, **given: Tensor) -> Tensor:

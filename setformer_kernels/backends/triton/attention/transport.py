@@ -57,7 +57,8 @@ def walk_keys(
     # Where nothing is rescaled, sums over tokens can wait until after the loop: as long as registers last.
     DEFER: tl.constexpr = NARROW and MP <= 64
     tile = tl.zeros([cut.ROWS, MP], tl.float32) if DEFER else total
-    for first in range(start, end, cut.ROWS):
+    # Beside sums of many references what is invariant in the loop stays there: held through it, it spills.
+    for first in tl.range(start, end, cut.ROWS, disable_licm=POOL and MP > 64):
         rows = first + tl.arange(0, cut.ROWS)
         live, mass = key_mass(masses, rows, end, uniform)
         l, kappa, cosine, inverse, first_columns = token_logits(keys, rows, live, places, head, DOT, sizes, cut)
@@ -80,9 +81,9 @@ def walk_keys(
         if POOL:
             v = load_rows(values, rows, live, e, sizes.E)
             high = leading(weights, v.dtype)
-            sums += dot(tl.trans(rounded(high, v.dtype)), v, cut.PRECISION)
             if v.dtype != tl.float32:  # the backward subtracts ⟨dz, z⟩ from ⟨dz, v⟩: z needs all of its weights
                 sums += dot(tl.trans(rounded(weights - high, v.dtype)), v, cut.PRECISION)
+            sums += dot(tl.trans(rounded(high, v.dtype)), v, cut.PRECISION)
     if NARROW:
         total = column_sum(tile) if DEFER else total
         peak = tl.zeros_like(g)
@@ -194,7 +195,7 @@ def transport_finish_kernel(
     tl.store(z + (bh * M + row)[:, None] * sizes.E + e[None, :], mean, mask=inside)
 
 
-FINISH = Tile(rows=8, depth=64, warps=4, stages=1)  # 8 references: 64 columns of them are 16 bytes a thread
+FINISH = Tile(rows=2, depth=64, warps=2, stages=1)  # many programs: each waits for its splits, a few at a time
 
 
 def transport(
@@ -239,7 +240,7 @@ def column_sums(
     across = warps_across(sizes.MP, known, key.element_size())
     kinds = ("column", "pooling") if known == "always" and not across else ("across", "across")
     widest = max(sizes.MP, sizes.DP, sizes.EP)
-    t, pooling = (tile(kind, device.family, widest, key.element_size()) for kind in kinds)
+    t, pooling = (tile(kind, device.family, widest, key.element_size(), sizes.MP) for kind in kinds)
     whole = Split(max(s, 1), 1)  # segments of a packed batch are not split
     splits = [whole if packed else split_tokens(s, own, b * h, device.multiprocessors) for own in (t, pooling)]
     new = x.references.new_empty

@@ -272,7 +272,9 @@ def transport_keys_backward_kernel(
         last = tl.maximum(end, split * stretch + 1)
         tl.assume(split * stretch < last)
     ANEW: tl.constexpr = cut.FRUGAL and rule.UPDATE_ROWS  # also where things are that no iteration changes
-    LATE: tl.constexpr = cut.FRUGAL and state.first_d_g is not None  # and what is needed only after earlier iterations
+    # And what is needed only after earlier iterations; but not the columns of dŷ, whose order the compiler must know,
+    # or they leave in single words (13 µs a program on an H200).
+    LATE: tl.constexpr = cut.FRUGAL and state.first_d_g is not None
     for start in tl.range(split * stretch, last, cut.ROWS, disable_licm=ANEW):
         rows = start + tl.arange(0, cut.ROWS)
         inside = rows < end
@@ -327,8 +329,7 @@ def transport_keys_backward_kernel(
     if parts.log_b is not None:
         if block == 0:
             tl.store(parts.log_b + slot * MP + j, d_g_0)
-    columns = again(d) if LATE else d
-    store_tile_sums(parts, slot, sums, columns, tl.sum(relaxed) * LN2, d_lambda_b, True, block == 0, sizes)
+    store_tile_sums(parts, slot, sums, d, tl.sum(relaxed) * LN2, d_lambda_b, True, block == 0, sizes)
 
 
 class KeyGradients(NamedTuple):

@@ -20,6 +20,7 @@ class Tile(NamedTuple):
     across: bool = False  # whether warps share the references, not the tokens, see `primitives.tokens_by`
     frugal: bool = False  # whether tiles are computed anew, and rows read anew, rather than held in registers
     resident: int = 4  # programs that a multiprocessor's registers and shared memory hold at a time
+    keys: int = 0  # per step of the kernels under a mask, whose rows are queries; 0: as many as rows
 
 
 MAX_REFERENCES = 256  # a row of logits stays in one tile, so that the row update needs no second pass
@@ -41,7 +42,8 @@ def power_of_two(n: int) -> int:
 # "column" kernels hold [M] or [M, depth] sums (transport), "gradient" kernels hold [M, depth] sums beside two tiles.
 # "pooling" is the last pass of the column kernels, which sums values beside the column sums.
 # "across" and "gradient_log" are those in the log domain or with warps across the references: peaks beside every sum.
-# Sizes: "small" M, D, E ≤ 64; "medium" ≤ 128; "large" beyond.  "half" and "single" are the token's bytes.
+# Sizes: "small" M, D, E ≤ 64; "medium" ≤ 128; "large" beyond.  "wide", of medium size with M ≤ 64, is cut as "medium"
+# where the tables say nothing of its own.  "half" and "single" are the token's bytes.
 DEFAULT: dict[tuple[str, str, str], Tile] = {
     # [rows, M] float32 logits are the largest tile a thread holds: rows · M / (32 · warps) registers each.
     ("row", "small", "half"): Tile(64, 64, 4, 2),
@@ -74,7 +76,9 @@ DEFAULT: dict[tuple[str, str, str], Tile] = {
     ("linearised", "medium", "single"): Tile(16, 32, 8, 1, across=True, resident=2),
     ("linearised", "large", "single"): Tile(16, 16, 8, 1, across=True, resident=1),
     # "chunk": the causal kernels hold several [rows, M] tiles at once and no sums across a loop.
-    ("chunk", "small", "half"): Tile(32, 64, 8, 1),
+    # Eight warps take 3.6 times as long over the sums of chunks (H200), and nothing less anywhere.
+    ("chunk", "small", "half"): Tile(32, 64, 4, 1),
+    ("step", "small", "half"): Tile(32, 64, 8, 1),
     ("chunk", "medium", "half"): Tile(32, 32, 8, 1),
     ("chunk", "large", "half"): Tile(16, 32, 8, 1),
     ("chunk", "small", "single"): Tile(16, 32, 8, 1),
@@ -94,12 +98,22 @@ DEFAULT: dict[tuple[str, str, str], Tile] = {
     ("masked", "small", "single"): Tile(16, 32, 4, 1),
     ("masked", "medium", "single"): Tile(16, 32, 8, 1),
     ("masked", "large", "single"): Tile(16, 16, 8, 1),
-    ("masked_backward", "small", "half"): Tile(16, 64, 8, 1),
-    ("masked_backward", "medium", "half"): Tile(16, 64, 8, 1),
+    ("masked_backward", "small", "half"): Tile(16, 64, 4, 1, keys=32),
+    ("masked_backward", "medium", "half"): Tile(16, 64, 8, 1, keys=64),
     ("masked_backward", "large", "half"): Tile(16, 64, 8, 1),
     ("masked_backward", "small", "single"): Tile(16, 32, 8, 1),
     ("masked_backward", "medium", "single"): Tile(16, 32, 8, 1),
     ("masked_backward", "large", "single"): Tile(16, 16, 8, 1),
+    # The keys' programs have `keys` of them, for all queries.  With squares of 16 and eight warps, most of which then
+    # hold what others hold, the two took 2.7 times as long (H200).  Far: with factors of float32, whatever the tokens.
+    ("masked_keys_backward", "small", "half"): Tile(16, 64, 4, 1, keys=32),
+    ("masked_keys_backward", "wide", "half"): Tile(16, 64, 4, 1, keys=32),
+    ("masked_keys_backward", "medium", "half"): Tile(16, 64, 8, 1, keys=32),
+    ("masked_far_backward", "small", "half"): Tile(16, 64, 8, 1, keys=32),
+    ("masked_far_backward", "medium", "half"): Tile(16, 64, 8, 1),
+    ("masked_far_keys_backward", "small", "half"): Tile(16, 64, 8, 1),
+    ("masked_far_keys_backward", "wide", "half"): Tile(16, 64, 8, 1),
+    ("masked_far_keys_backward", "medium", "half"): Tile(16, 64, 8, 1),
     # "masked_logs": tiles of 16 queries and `rows` keys, with M numbers for each pair; the backward holds more of them.
     ("masked_logs", "small", "half"): Tile(4, 64, 8, 1),
     ("masked_logs", "medium", "half"): Tile(2, 64, 8, 1),
@@ -135,9 +149,14 @@ LIKE = {
     "read_backward": "gradient",
     "keys_backward": "gradient",
     "columns_backward": "gradient",
+    "step": "chunk",
     "gradient_log": "gradient",
     "masked_tokens": "gradient_log",
     "masked_keys": "gradient",
+    "masked_keys_backward": "masked_backward",
+    "masked_far_backward": "masked_backward",
+    "masked_far_keys_backward": "masked_keys_backward",
+    "masked_logs_keys_backward": "masked_logs_backward",
 }
 # With 227 KiB of shared memory, 128 head dims stay in one product: nothing of the references is loaded twice.
 # Asynchronous products (wgmma): of 16 bits in the forward pass, 1.8 times as fast with them at 16384 tokens (H100), of
@@ -151,11 +170,13 @@ HOPPER: dict[tuple[str, str, str], Tile] = {
     ("column", "small", "half"): Tile(64, 64, 4, 3, wgmma=True),
     ("pooling", "small", "half"): Tile(64, 64, 4, 3, wgmma=True, resident=2),
     ("row", "medium", "half"): Tile(64, 128, 4, 2, wgmma=True),
-    # wgmma wants 128 rows of eight warps; values in two products with their weights leave half the columns at a time.
-    ("column", "medium", "half"): Tile(128, 32, 8, 2, wgmma=True, resident=2),
+    # Four warps of 64 rows: eight of 128 take 1.6 and 1.9 times as long (H200, M = 64 and 128).
+    ("column", "medium", "half"): Tile(64, 128, 4, 2, wgmma=True),
+    ("column", "wide", "half"): Tile(64, 128, 4, 2, wgmma=True),
     # 128 rows beside the values' sums are 255 registers, and 120 bytes more with Triton 3.9; values in two products
     # form the weights half as often as in four.
-    ("pooling", "medium", "half"): Tile(32, 64, 8, 2, wgmma=True, resident=2),
+    ("pooling", "medium", "half"): Tile(128, 64, 8, 2, wgmma=True, resident=1),
+    ("pooling", "wide", "half"): Tile(64, 128, 4, 2, wgmma=True, resident=2),
     # Half the head dims at a time: without wgmma the operands are registers too.
     ("across", "small", "half"): Tile(32, 32, 4, 2),
     # Backward, warps hold rows of their own: sums over a row stay in a warp, and a step has many rows for its dozen
@@ -168,6 +189,11 @@ HOPPER: dict[tuple[str, str, str], Tile] = {
     # or the keys read again before the iterations, up to 64 bytes spill.
     ("keys_backward", "small", "half"): Tile(64, 64, 4, 1, frugal=True, resident=2),
     ("columns_backward", "medium", "half"): Tile(64, 128, 8, 1, wgmma=True, resident=1),
+    # All head dims at once: in two programs of 64 each the plan is made twice.
+    ("read_backward", "medium", "half"): Tile(16, 128, 8, 1, across=True, resident=1),
+    ("read_backward", "wide", "half"): Tile(32, 128, 8, 1, across=True, resident=1),
+    ("keys_backward", "medium", "half"): Tile(32, 128, 8, 1, across=True, frugal=True, resident=1),
+    ("keys_backward", "wide", "half"): Tile(32, 128, 8, 1, across=True, resident=1),
     # What is left, logits that are not known to lie close together: of four warps and 16 rows two blocks share a
     # multiprocessor without spilling.
     ("gradient", "small", "half"): Tile(16, 64, 4, 1, across=True, resident=2),
@@ -177,7 +203,9 @@ HOPPER: dict[tuple[str, str, str], Tile] = {
     ("chunk_backward", "medium", "half"): Tile(16, 128, 8, 1),
 }
 # 64 rows would go to tcgen05, whose results live in tensor memory: by the model the exponentials are then taken twice.
-BLACKWELL = {key: t for key, t in HOPPER.items() if key[2] == "single" or key[1] != "small"} | {
+BLACKWELL = {key: t for key, t in HOPPER.items() if key[2] == "single" or key[1] in ("medium", "large")} | {
+    # Hopper's, and four warps of any, spill beside tcgen05.
+    ("pooling", "medium", "half"): Tile(32, 64, 8, 2, wgmma=True, resident=2),
     ("row", "small", "half"): Tile(32, 64, 4, 2),
     ("row", "medium", "half"): Tile(32, 64, 4, 2),
     ("column", "small", "half"): Tile(32, 64, 4, 2),
@@ -190,6 +218,8 @@ BLACKWELL = {key: t for key, t in HOPPER.items() if key[2] == "single" or key[1]
     # Four warps hold twice as much of a chunk each, and spill up to 64 bytes where gates are differentiated.
     ("chunk_backward", "small", "half"): Tile(32, 64, 8, 1),
     ("chunk_backward", "medium", "half"): DEFAULT["chunk_backward", "medium", "half"],
+    ("masked_keys_backward", "wide", "half"): Tile(16, 64, 8, 1, keys=32),
+    ("masked_keys_backward", "medium", "half"): Tile(16, 64, 8, 1),
 }
 # Without wgmma the operands are registers too: half the head dims at a time keep them within 255.
 AMPERE: dict[tuple[str, str, str], Tile] = {
@@ -220,15 +250,29 @@ INTERPRETER = Tile(
 )  # a step costs the same at any size: few steps, yet several at the lengths tested
 
 
-def tile(kind: str, family: str, widest: int, itemsize: int) -> Tile:
-    """The tile of a kind of kernel on a device family; `widest` is max(M, D, E)."""
+def size_of(widest: int, references: int | None = None) -> str:
+    """The size of a problem; `widest` is max(M, D, E), of which M is `references` where that makes a difference."""
+    if widest > 128:
+        return "large"
+    return "small" if widest <= 64 else "medium" if references is None or references > 64 else "wide"
+
+
+def tile(kind: str, family: str, widest: int, itemsize: int, references: int | None = None) -> Tile:
+    """The tile of a kind of kernel on a device family; see `size_of`."""
     if family == "interpreter":
         return INTERPRETER
-    size = "small" if widest <= 64 else "medium" if widest <= 128 else "large"
-    return shipped(family, (kind, size, "half" if itemsize == 2 else "single"))
+    return shipped(family, (kind, size_of(widest, references), "half" if itemsize == 2 else "single"))
 
 
 def shipped(family: str, key: tuple[str, str, str]) -> Tile:
-    """The tile of a row (kind, size, bytes): the family's own, that of all, or that of the kind it is like."""
-    own = OVERRIDES[family].get(key) or DEFAULT.get(key)
-    return own or shipped(family, (LIKE[key[0]], *key[1:]))
+    """The tile of a row (kind, size, bytes): the family's own, that of all, or that of what kind or size is like."""
+    kind, size, width = key
+    for like in (kind, *_likes(kind)):
+        if own := OVERRIDES[family].get((like, size, width)) or DEFAULT.get((like, size, width)):
+            return own
+    return shipped(family, (kind, "medium", width))  # of "wide" alone is there nothing
+
+
+def _likes(kind: str) -> list[str]:
+    """The kinds that a kind is like, the nearest first."""
+    return [LIKE[kind], *_likes(LIKE[kind])] if kind in LIKE else []

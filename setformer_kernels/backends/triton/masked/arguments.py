@@ -87,7 +87,9 @@ class Arguments(NamedTuple):
     def tile(self, kind: str) -> Tile:
         """The tile of a kind of kernel."""
         sizes, key = self.sizes, self.x.key
-        return tile(kind, device_of(key).family, max(sizes.MP, sizes.DP, sizes.EP), key.element_size())
+        if kind in ("masked_backward", "masked_keys_backward") and factor_dtype(self.x).itemsize > key.element_size():
+            kind = kind.replace("masked", "masked_far")
+        return tile(kind, device_of(key).family, max(sizes.MP, sizes.DP, sizes.EP), key.element_size(), sizes.MP)
 
     def constants(self, t: Tile, *tokens: Tensor | None) -> dict[str, Any]:
         """The compile-time arguments of kernels that read such tokens."""
@@ -101,8 +103,9 @@ class Arguments(NamedTuple):
         for logs in (False,) if self.always else (False, True):
             t = self.tile(kind.replace("masked", "masked_logs") if logs else kind)
             rows = LOG_QUERIES if logs else t.rows
-            way = _way(rows, t.rows, block, more, logs, self.causal, unit)
-            found.append(Walk(rows, t.rows, t, {"way": way.compiled} | self.constants(t, *tokens)))
+            keys = t.keys or t.rows
+            way = _way(rows, keys, block, more, logs, self.causal, unit)
+            found.append(Walk(rows, keys, t, {"way": way.compiled} | self.constants(t, *tokens)))
         return found
 
 

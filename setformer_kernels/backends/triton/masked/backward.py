@@ -98,7 +98,7 @@ def keys_backward(call: Arguments, state: State, first_head: int, d_o: Tensor, d
     room = d_value if d_value is None or call.always else torch.empty_like(d_value, dtype=torch.float32)
     tokens = (*strided(x.value, step), *call.mask.strided, *strided(d_o, step), *strided(room))
     groups = (call.prepared, *state)
-    for way in call.ways("masked_backward", x.value, d_o):
+    for way in call.ways("masked_keys_backward", x.value, d_o):
         n = pieces(s, way.keys)
         args = (*tokens, *groups, h, l, s, n, first_head, steps)
         launch(masked_keys_backward_kernel, state.keys.weight.shape[0] * n, args, way.constants, way.tile)
