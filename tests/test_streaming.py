@@ -285,6 +285,15 @@ def test_pieces_and_every_gradient_within_the_error_budget(name: str, dtype: tor
         measure.beside(function, inputs, dtype, cotangent, native).check(f"{name} {function.__name__}")
 
 
+def test_gates_of_draws_that_cancel_within_the_error_budget(native: str) -> None:
+    """A gate's gradient sums over all earlier keys, where what the state's means and its log C leave there cancel."""
+    torch.manual_seed(3)
+    inputs = drawn(PIECES["fast"])
+    torch.randn(B, H, PIECES["fast"].L, PIECES["fast"].E, dtype=torch.float64)
+    cotangent = torch.randn(B, H, PIECES["fast"].M, PIECES["fast"].E + 1, dtype=torch.float64)
+    measure.beside(piece_state, inputs, torch.bfloat16, cotangent, native).check("cancelling")
+
+
 BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "iterations": ({"num_iters": 2}, ValueError, "num_iters must be 0 or 1 in set_causal, got 2"),
     "state_shape": (

@@ -272,9 +272,7 @@ def transport_keys_backward_kernel(
         last = tl.maximum(end, split * stretch + 1)
         tl.assume(split * stretch < last)
     ANEW: tl.constexpr = cut.FRUGAL and rule.UPDATE_ROWS  # also where things are that no iteration changes
-    # And what is needed only after earlier iterations; but not the columns of dŷ, whose order the compiler must know,
-    # or they leave in single words (13 µs a program on an H200).
-    LATE: tl.constexpr = cut.FRUGAL and state.first_d_g is not None
+    LATE: tl.constexpr = cut.FRUGAL and state.first_d_g is not None  # and what is needed only after earlier iterations
     for start in tl.range(split * stretch, last, cut.ROWS, disable_licm=ANEW):
         rows = start + tl.arange(0, cut.ROWS)
         inside = rows < end
@@ -329,6 +327,7 @@ def transport_keys_backward_kernel(
     if parts.log_b is not None:
         if block == 0:
             tl.store(parts.log_b + slot * MP + j, d_g_0)
+    # Not the columns anew: the compiler must know their order, or dŷ leaves in single words (13 µs a program, H200).
     store_tile_sums(parts, slot, sums, d, tl.sum(relaxed) * LN2, d_lambda_b, True, block == 0, sizes)
 
 

@@ -198,8 +198,12 @@ def causal_keys_backward_kernel(
         e = first + tl.arange(0, cut.VDEPTH)
         do = load_rows(gradients, rows, asked, e, sizes.E)
         v = load_rows(values, rows, known.live, e, sizes.E)
-        later = rounded(tl.load(state_at(work.later_o, at, e, sizes)), token)
+        exact = tl.load(state_at(work.later_o, at, e, sizes))
+        later = rounded(exact, token)
         from_later += tokens_by(v, tl.trans(later), cut.PRECISION, cut.ACROSS)
+        if work.crossing is not None and token != tl.float32:  # gates sum over all keys, where ⟨G, v⟩ and η cancel
+            rest = rounded(exact - later.to(tl.float32), token)
+            from_later += tokens_by(v, tl.trans(rest), cut.PRECISION, cut.ACROSS)
         if d_value is not None:
             dv = dot(to_values, do, cut.PRECISION) + dot(carried_operand, later, cut.PRECISION)
             store_rows(d_values, rows, asked, e, sizes.E, dv)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from typing import NamedTuple
 
@@ -250,6 +251,7 @@ INTERPRETER = Tile(
 )  # a step costs the same at any size: few steps, yet several at the lengths tested
 
 
+@functools.cache
 def size_of(widest: int, references: int | None = None) -> str:
     """The size of a problem; `widest` is max(M, D, E), of which M is `references` where that makes a difference."""
     if widest > 128:
@@ -264,15 +266,21 @@ def tile(kind: str, family: str, widest: int, itemsize: int, references: int | N
     return shipped(family, (kind, size_of(widest, references), "half" if itemsize == 2 else "single"))
 
 
+def _likes(kind: str) -> tuple[str, ...]:
+    return (kind, *_likes(LIKE[kind])) if kind in LIKE else (kind,)
+
+
+# A kind, and those that it is like, the nearest first.
+LIKES = {kind: _likes(kind) for kind in (*LIKE, *LIKE.values())}
+
+
 def shipped(family: str, key: tuple[str, str, str]) -> Tile:
     """The tile of a row (kind, size, bytes): the family's own, that of all, or that of what kind or size is like."""
     kind, size, width = key
-    for like in (kind, *_likes(kind)):
-        if own := OVERRIDES[family].get((like, size, width)) or DEFAULT.get((like, size, width)):
-            return own
-    return shipped(family, (kind, "medium", width))  # of "wide" alone is there nothing
-
-
-def _likes(kind: str) -> list[str]:
-    """The kinds that a kind is like, the nearest first."""
-    return [LIKE[kind], *_likes(LIKE[kind])] if kind in LIKE else []
+    own = OVERRIDES[family]
+    for step in (size, "medium"):  # "wide" alone may be nowhere
+        for like in LIKES.get(kind, (kind,)):
+            found = own.get((like, step, width)) or DEFAULT.get((like, step, width))
+            if found:
+                return found
+    raise KeyError(key)
