@@ -31,10 +31,10 @@ from .chunk import chunk_log_weights, chunk_of, gate_sums, place
 from .segments import Ends, Pack
 
 WORKSPACE_SHARE = 0.23  # of the bytes of q, k, v and o: what a part may take, so that all workspaces stay within 1/4
-# With as many tokens of all heads, the share of 64 dims in 16 bits fills a device with chunks.  With fewer, launches
-# and walks over chunks leave it idle: a part may take the bytes of the backward pass at B1 H8 L4096, M = D = E = 64.
-# Forward and backward at H16 L16384 take 4260 µs in 0.23 of the tokens' bytes, 3000 in 0.5 and 2680 in 1.0 (H200).
-FEW_TOKENS, FEW_BYTES = 32 * 16384, 96 << 20
+# With as many tokens of all heads, the share of 64 dims in 16 bits fills a device with chunks, if not well: forward and
+# backward at H16 L16384 take 4260 µs in it, 3000 in 0.5 of the tokens' bytes, 2680 in 1.0 (H200).  With fewer, launches
+# take longer than what they launch: a part may take as many bytes as the backward pass at B1 H8 L4096, M = D = E = 64.
+FEW_TOKENS, FEW_BYTES = 32 * 4096, 96 << 20
 # Tokens whose sums `scan` adds up apart, counted from the first of a call: pieces of a sequence that are multiples of
 # it have the bits of one call, and so has a call of any number of heads, on any number of multiprocessors.
 BUNDLE = 192
