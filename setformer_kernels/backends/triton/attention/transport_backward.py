@@ -327,7 +327,7 @@ def transport_keys_backward_kernel(
     if parts.log_b is not None:
         if block == 0:
             tl.store(parts.log_b + slot * MP + j, d_g_0)
-    # Not the columns anew: the compiler must know their order, or dŷ leaves in single words (13 µs a program, H200).
+    # Not the columns anew: the compiler must know their order, or dŷ leaves in single words.
     store_tile_sums(parts, slot, sums, d, tl.sum(relaxed) * LN2, d_lambda_b, True, block == 0, sizes)
 
 

@@ -77,7 +77,7 @@ DEFAULT: dict[tuple[str, str, str], Tile] = {
     ("linearised", "medium", "single"): Tile(16, 32, 8, 1, across=True, resident=2),
     ("linearised", "large", "single"): Tile(16, 16, 8, 1, across=True, resident=1),
     # "chunk": the causal kernels hold several [rows, M] tiles at once and no sums across a loop.
-    # Eight warps take 3.6 times as long over the sums of chunks (H200), and nothing less anywhere.
+    # Eight warps take 3.6 times as long over the sums of chunks, and over nothing less (forward, H200).
     ("chunk", "small", "half"): Tile(32, 64, 4, 1),
     ("step", "small", "half"): Tile(32, 64, 8, 1),
     ("chunk", "medium", "half"): Tile(32, 32, 8, 1),
@@ -91,8 +91,8 @@ DEFAULT: dict[tuple[str, str, str], Tile] = {
     ("chunk_backward", "small", "single"): Tile(16, 32, 4, 1),
     ("chunk_backward", "medium", "single"): Tile(16, 32, 8, 1),
     ("chunk_backward", "large", "single"): Tile(16, 16, 8, 1),
-    # "masked" walk tiles of as many keys as queries beside [queries, M] sums and [queries, E] outputs: operands that
-    # many products share stay in registers, so tiles are small.  "masked_backward" hold [keys, M] and [keys, E] sums.
+    # "masked" walk tiles of `keys` beside [queries, M] sums and [queries, E] outputs: operands that many products share
+    # stay in registers, so tiles are small.  "masked_keys_backward" hold [keys, M] and [keys, E] sums.
     ("masked", "small", "half"): Tile(32, 64, 4, 1),
     ("masked", "medium", "half"): Tile(32, 64, 8, 1),
     ("masked", "large", "half"): Tile(16, 64, 8, 1),
@@ -171,11 +171,11 @@ HOPPER: dict[tuple[str, str, str], Tile] = {
     ("column", "small", "half"): Tile(64, 64, 4, 3, wgmma=True),
     ("pooling", "small", "half"): Tile(64, 64, 4, 3, wgmma=True, resident=2),
     ("row", "medium", "half"): Tile(64, 128, 4, 2, wgmma=True),
-    # Four warps of 64 rows: eight of 128 take 1.6 and 1.9 times as long (H200, M = 64 and 128).
+    # Four warps of 64 rows: eight of 128, 32 dims at a time, take 1.6 and 1.9 times as long (H200, M = 64 and 128).
     ("column", "medium", "half"): Tile(64, 128, 4, 2, wgmma=True),
     ("column", "wide", "half"): Tile(64, 128, 4, 2, wgmma=True),
-    # 128 rows beside the values' sums are 255 registers, and 120 bytes more with Triton 3.9; values in two products
-    # form the weights half as often as in four.
+    # 128 rows beside the values' sums are 255 registers, and 40 bytes more with Triton 3.9.0; 32 rows of four warps,
+    # which spill nothing there, take 1.9 times as long (H200, before the loop kept what is invariant in it).
     ("pooling", "medium", "half"): Tile(128, 64, 8, 2, wgmma=True, resident=1),
     ("pooling", "wide", "half"): Tile(64, 128, 4, 2, wgmma=True, resident=2),
     # Half the head dims at a time: without wgmma the operands are registers too.
@@ -278,9 +278,9 @@ def shipped(family: str, key: tuple[str, str, str]) -> Tile:
     """The tile of a row (kind, size, bytes): the family's own, that of all, or that of what kind or size is like."""
     kind, size, width = key
     own = OVERRIDES[family]
-    for step in (size, "medium"):  # "wide" alone may be nowhere
+    for near in ("wide", "medium") if size == "wide" else (size,):
         for like in LIKES.get(kind, (kind,)):
-            found = own.get((like, step, width)) or DEFAULT.get((like, step, width))
+            found = own.get((like, near, width)) or DEFAULT.get((like, near, width))
             if found:
                 return found
     raise KeyError(key)
