@@ -106,6 +106,26 @@ def test_what_compiles_to_asynchronous_products_loses_none_of_their_descriptors(
     assert ", 0 faults" in done.stdout
 
 
+SPILLS = """
+from benchmarks.compiled import resources
+from benchmarks.compiled.workloads import Call
+
+sizes = ((64, 64), (128, 64), (128, 128))
+passes = ((False, 3), (True, 3), (True, 1))
+calls = [Call("attention", *backward, D=d, E=d, M=m) for backward in passes for d, m in sizes]
+rows = list(resources.build(resources.jobs(calls, "sm_90"), 2))
+assert len(rows) > 30, len(rows)
+assert not any(row.faults() for row in rows), [row.faults() for row in rows]
+"""
+
+
+@pytest.mark.slow
+def test_what_attention_compiles_to_spills_nothing_up_to_128() -> None:
+    """Whatever Triton is there."""
+    done = compiling("-c", SPILLS)
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.parametrize(
     ("line", "narrow"),
     [

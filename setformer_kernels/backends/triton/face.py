@@ -6,7 +6,6 @@ TRITON_INTERPRET=1 the kernels run on CPU tensors, in Python, to be tested witho
 
 from __future__ import annotations
 
-import importlib.metadata
 import importlib.util
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -16,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ...problem import NO_STREAM, Operands, Options, Problem, Sinkhorn, Stream, beyond, is_plain
-from .host.tiles import INTERPRETED, MAX_HEAD_DIM, MAX_REFERENCES
+from .host.tiles import INTERPRETED, MAX_HEAD_DIM, MAX_REFERENCES, RELEASE
 
 NAME = "triton"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -36,13 +35,10 @@ def _trouble() -> str:
     """What is wrong with the installed Triton, without importing it; empty when nothing is."""
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
-    try:
-        version = importlib.metadata.version("triton")
-    except importlib.metadata.PackageNotFoundError:  # under another name, as in builds of torch for AMD
+    if not RELEASE or RELEASE >= OLDEST:
         return ""
-    wanted = ".".join(map(str, OLDEST))
-    enough = tuple(int(part) for part in version.split("+")[0].split(".")[:2]) >= OLDEST
-    return "" if enough else f"needs triton >= {wanted}, found {version}"
+    wanted, found = (".".join(map(str, release)) for release in (OLDEST, RELEASE))
+    return f"needs triton >= {wanted}, found {found}"
 
 
 # What keeps the whole backend away, found once: `unsupported_reasons` is traced by torch.compile.
