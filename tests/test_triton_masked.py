@@ -14,7 +14,7 @@ from torch import Tensor
 import setformer_kernels.functional as SF
 from setformer_kernels.dispatch import NATIVE
 from setformer_kernels.problem import Problem
-from setformer_kernels.testing import ALL_CASES, Case, measure
+from setformer_kernels.testing import ALL_CASES, Case, assert_typically_within_budget, measure
 from setformer_kernels.testing.cases import make
 
 pytest.importorskip("triton")
@@ -89,6 +89,19 @@ def test_logits_far_apart_under_a_mask_within_the_error_budget(
 
     monkeypatch.setattr(tiles, "INTERPRETER", tiles.Tile(64, 64, 4, 1))
     measured(replace(ALL_CASES[f"masked_{name}"], B=1), dtype).check(name)
+
+
+@pytest.mark.parametrize("backend", ["triton"])
+def test_the_scale_of_positions_far_apart_under_a_mask_within_the_error_budget(
+    backend: str, small_tiles: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its gradient cancels unless the weights of a column sum to 1, whatever the size of their logits."""
+    from setformer_kernels.backends.triton.host import tiles
+
+    monkeypatch.setattr(tiles, "INTERPRETER", tiles.Tile(64, 64, 4, 1))
+    case = ALL_CASES["masked_far_positions"]
+    found = measure.small_gradients(case, torch.float32, "triton", draw=1, draws=1)
+    assert_typically_within_budget(*found, case.name)
 
 
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float16], ids=str)

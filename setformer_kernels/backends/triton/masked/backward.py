@@ -62,7 +62,8 @@ def new_state(call: Arguments, first_head: int, heads: int, of_mask: bool) -> St
     x, sizes, (_, l, s), steps = call.x, call.sizes, call.lengths, max(call.opt.num_iters, 1)
     new, mp = x.references.new_empty, sizes.MP
     keys = form_keys(call, seen_keys(call), first_head, heads)
-    work = Work(flags(call, heads), new((heads, steps, l, mp)), new((heads, l)), new((heads, l)))
+    divisors = None if call.always else new((heads, steps, l, mp))
+    work = Work(flags(call, heads), new((heads, steps, l, mp)), divisors, new((heads, l)), new((heads, l)))
     sums(call, keys, first_head, work, None)
     slots = sum(pieces(l, way.rows) for way in call.ways("masked_backward"))
     back = Back(

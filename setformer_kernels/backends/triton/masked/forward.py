@@ -53,6 +53,7 @@ class Work(NamedTuple):
 
     out_of_range: Tensor | None  # [heads, blocks] int32, whether the log domain has them; None where none can be
     sums: Tensor | None  # [heads, T, L, MP] C^t, in logs log2 C^t, for the backward pass
+    divisors: Tensor | None  # [heads, T, L, MP] N^t of logs, see `walks.settled`; N^t of products is C^t
     tops: Tensor | None  # [heads, L] the largest log2 mass of each query; −∞ where it sees nothing
     totals: Tensor | None  # [heads, L] Σ_s of the masses of the first iteration, which count from that
 
@@ -75,7 +76,7 @@ def _first_tile(c, peak, total, top, x, tile, LOGS: tl.constexpr, cut):
 def first_walk(
     keys, given, at, rows, end, L, S, KEYS: tl.constexpr, LOGS: tl.constexpr, CAUSAL: tl.constexpr, sizes, cut
 ):
-    """(C^1 [BL, MP], each query's largest log mass, the sum of masses relative to it [BL], whether products hold)."""
+    """(C^1 and N [BL, MP], each query's largest log mass, the sum of masses from there [BL], whether products hold)."""
     BL: tl.constexpr = rows.shape[0]
     top, total = tl.full([BL], -INF, tl.float32), tl.zeros([BL], tl.float32)
     c, peak = tl.zeros([BL, sizes.MP], tl.float32), tl.full([BL, sizes.MP], -INF, tl.float32)
@@ -90,8 +91,8 @@ def first_walk(
             if some(x):
                 tile = key_tile(keys, at + start, S - start, KEYS, LOGS, sizes)
                 c, peak, total, top = _first_tile(c, peak, total, top, x, tile, LOGS, cut)
-    c, fits = settled(c, peak, top > -INF, LOGS, sizes)
-    return c, top, total, fits
+    c, n, fits = settled(c, peak, top > -INF, LOGS, sizes)
+    return c, n, top, total, fits
 
 
 @triton.jit
@@ -107,7 +108,7 @@ def later_walk(
     keys, given, at, rows, end, top, seen, v, lam, L, S,
     KEYS: tl.constexpr, LOGS: tl.constexpr, CAUSAL: tl.constexpr, UNIT: tl.constexpr, sizes, cut,
 ):  # fmt: skip
-    """(C^t [BL, MP] of t ≥ 2 from V^{t−1}, whether products hold)."""
+    """(C^t and N [BL, MP] of t ≥ 2 from V^{t−1}, whether products hold)."""
     BL: tl.constexpr = rows.shape[0]
     least = tl.full([BL], INF, tl.float32)
     c, peak = tl.zeros([BL, sizes.MP], tl.float32), tl.full([BL, sizes.MP], -INF, tl.float32)
@@ -122,8 +123,8 @@ def later_walk(
             if some(x):
                 tile = key_tile(keys, at + start, S - start, KEYS, LOGS, sizes)
                 c, peak, least = _later_tile(c, peak, least, top, x, v, lam, tile, LOGS, UNIT, cut)
-    c, fits = settled(c, peak, seen, LOGS, sizes)
-    return c, fits & (tl.min(least, 0) >= LEAST_ROW)
+    c, n, fits = settled(c, peak, seen, LOGS, sizes)
+    return c, n, fits & (tl.min(least, 0) >= LEAST_ROW)
 
 
 @triton.jit
@@ -143,7 +144,7 @@ def read_walk(
     keys, given, values, at, rows, end, top, v, lam, c, y, L, S,
     KEYS: tl.constexpr, MORE: tl.constexpr, LOGS: tl.constexpr, CAUSAL: tl.constexpr, UNIT: tl.constexpr, sizes, cut,
 ):  # fmt: skip
-    """o [BL, EP] from V^{T−1}, C^T and W/C (in logs W)."""
+    """o [BL, EP] from V^{T−1}, C^T and W/N."""
     o = tl.zeros([rows.shape[0], sizes.EP], tl.float32)
     e = tl.arange(0, sizes.EP)
     for start in range(0, end, KEYS):
@@ -205,17 +206,20 @@ def masked_kernel(
         given = mask_of(mask, b, h, stride_mb, stride_mh, stride_ml, stride_ms) if mask is not None else None
         head = head_of(references, h, sizes, cut)
         keys_at = at * S
-        c, top, total, fits = first_walk(keys, given, keys_at, rows, end, L, S, KEYS, LOGS, CAUSAL, sizes, cut)
+        c, divisor, top, total, fits = first_walk(keys, given, keys_at, rows, end, L, S, KEYS, LOGS, CAUSAL, sizes, cut)
         seen = top > -INF
         v = c
         for t in range(1, iterations + 1):
             if work.sums is not None:
                 out = step_at(work.sums, at, iterations, t, block * ROWS, L, ROWS, sizes)
                 tl.store(out, c, mask=(rows < L)[:, None])
+                if LOGS:
+                    out = step_at(work.divisors, at, iterations, t, block * ROWS, L, ROWS, sizes)
+                    tl.store(out, divisor, mask=(rows < L)[:, None])
             if MORE:
                 if t < iterations:
                     v = potentials(c, head, LOGS, sizes)
-                    c, held = later_walk(
+                    c, divisor, held = later_walk(
                         keys, given, keys_at, rows, end, finite_or_zero(top), seen, v, head.lam_a, L, S,
                         KEYS, LOGS, CAUSAL, UNIT, sizes, cut,
                     )  # fmt: skip
@@ -231,7 +235,7 @@ def masked_kernel(
                 queries, places, rows, seen, c, head, dropout, number, L, threshold, rule.UPDATE_ROWS, LOGS, rule,
                 sizes, cut,
             )  # fmt: skip
-            y = w * normaliser[:, None] if LOGS else w * normaliser[:, None] / c
+            y = w * normaliser[:, None] / divisor
             o = read_walk(
                 keys, given, values, keys_at, rows, end, top, v, head.lam_a, c, y, L, S,
                 KEYS, MORE, LOGS, CAUSAL, UNIT, sizes, cut,
@@ -257,7 +261,7 @@ def masked(x: Operands, mask: Tensor | None, opt: Options, causal: bool) -> Tens
     output = rows_like(x.query, x.value.shape[-1])
     call = arguments(x, mask, opt, causal)
     keys = form_keys(call, seen_keys(call), 0, call.heads)
-    sums(call, keys, 0, Work(flags(call, call.heads), None, None, None), output.rows)
+    sums(call, keys, 0, Work(flags(call, call.heads), None, None, None, None), output.rows)
     return output.delivered()
 
 

@@ -24,6 +24,7 @@ from .terms import (
     belongs,
     column_weights,
     forces,
+    load_divisors,
     load_do,
     load_numbers,
     plan_terms_of,
@@ -38,8 +39,8 @@ class Step(NamedTuple):
     """An iteration as the walks over the keys need it."""
 
     c: Any  # [BL, MP] C^t, in logs log2 C^t
-    d_c: Any  # [BL, MP] dC, in logs d log C
-    y: Any  # [BL, MP] W/C, in logs W
+    d_c: Any  # [BL, MP] (d log C)/N
+    y: Any  # [BL, MP] W/N
     v: Any  # [BL, MP] V^{t−1}
 
 
@@ -58,7 +59,7 @@ def tile_at_keys(keys, given, values, at, rows, start, L, S, KEYS, FIRST, LOGS, 
 def pooled_means(
     keys, given, values, do, at, rows, end, top, step, lam, L, S, KEYS, FIRST, LOGS, CAUSAL, UNIT, sizes, cut
 ):
-    """D [BL, MP]."""
+    """D [BL, MP] times N."""
     d = tl.zeros([rows.shape[0], sizes.MP], tl.float32)
     for start in range(0, end, KEYS):
         x, tile, value = tile_at_keys(keys, given, values, at, rows, start, L, S, KEYS, FIRST, LOGS, CAUSAL, sizes)
@@ -68,7 +69,7 @@ def pooled_means(
             d += tl.sum(column_weights(tile, u, step.c) * products[:, :, None], 1)
         else:
             d += dot(rounded(u * products, tile.dtype), tile, cut.PRECISION)
-    return d if LOGS else d / step.c
+    return d
 
 
 @triton.jit
@@ -135,6 +136,7 @@ def masked_queries_backward_kernel(
         seen = top > -INF
         do = load_do(gradients, rows, seen, sizes)
         c = load_numbers(work.sums, at, iterations, iterations, first, L, ROWS, sizes)
+        n = load_divisors(work, c, at, iterations, iterations, first, L, ROWS, LOGS, sizes)
         v = c
         if MORE:
             before = load_numbers(work.sums, at, iterations, iterations - 1, first, L, ROWS, sizes)
@@ -143,6 +145,7 @@ def masked_queries_backward_kernel(
             keys, given, values, do, keys_at, rows, end, top, Step(c, c, c, v), head.lam_a, L, S,
             KEYS, not MORE, LOGS, CAUSAL, UNIT, sizes, cut,
         )  # fmt: skip
+        d = d / n
         l, kappa, cosine, inverse, x = token_logits(queries, rows, seen, places, head, rule.DOT, sizes, cut)
         u = l + tl.load(head.log_b + j)[None, :]
         if rule.UPDATE_ROWS:
@@ -151,11 +154,10 @@ def masked_queries_backward_kernel(
         w, d_s = read_gradient(w, d, dropout, number, L, rows, threshold, sizes)
         d_s = tl.where(seen[:, None], d_s, 0.0)
         w = tl.where(seen[:, None], w, 0.0)
-        tl.store(step_at(back.weights, at, 1, 1, first, L, ROWS, sizes), w if LOGS else w / c, mask=inside)
+        tl.store(step_at(back.weights, at, 1, 1, first, L, ROWS, sizes), w / n, mask=inside)
         tl.store(step_at(back.d_logits, at, 1, 1, first, L, ROWS, sizes), d_s, mask=inside)
         d_c = -w * d - head.lam_b * d_s if rule.UPDATE_ROWS else -w * d
-        of_last = d_c if LOGS else d_c / c
-        tl.store(step_at(back.d_sums, at, iterations, iterations, first, L, ROWS, sizes), of_last, mask=inside)
+        tl.store(step_at(back.d_sums, at, iterations, iterations, first, L, ROWS, sizes), d_c / n, mask=inside)
         d_g = tl.sum(d_s, 0)
         relaxed = tl.sum(d_s * spread(c, seen, LOGS, sizes), 1)
         excess = tl.zeros([ROWS], tl.float32)
@@ -165,7 +167,8 @@ def masked_queries_backward_kernel(
                 before = load_numbers(work.sums, at, iterations, t - 1, first, L, ROWS, sizes)
                 v = potentials(before, head, LOGS, sizes)
                 c = load_numbers(work.sums, at, iterations, t, first, L, ROWS, sizes)
-                step = Step(c, d_c, w, v) if LOGS else Step(c, d_c / c, w / c, v)
+                n = load_divisors(work, c, at, iterations, t, first, L, ROWS, LOGS, sizes)
+                step = Step(c, d_c / n, w / n, v)
                 if t == iterations:
                     d_v, of_step = potential_walk(
                         keys, given, values, do, keys_at, rows, end, top, step, head.lam_a, L, S,
@@ -177,7 +180,7 @@ def masked_queries_backward_kernel(
                         KEYS, False, LOGS, CAUSAL, UNIT, sizes, cut,
                     )  # fmt: skip
                 d_c = -head.lam_b * d_v
-                of_before = d_c if LOGS else d_c / before
+                of_before = d_c / load_divisors(work, before, at, iterations, t - 1, first, L, ROWS, LOGS, sizes)
                 tl.store(step_at(back.d_sums, at, iterations, t - 1, first, L, ROWS, sizes), of_before, mask=inside)
                 d_g += tl.sum(d_v, 0)
                 excess += of_step

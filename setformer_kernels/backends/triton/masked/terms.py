@@ -7,8 +7,9 @@ With X_is = ⟨do_i, v_s⟩, W the weights with which the queries read, and dC =
 
 An operand of a product is read right before it: all those of a tile at once are more than a thread can hold.
 
-In logs Q = e^{ℓ + f − log C}, whose columns sum to 1, and R = e^{ℓ + g − log P}, whose rows do, stand for the products:
-df = Σ_j Q (X W + d log C), dℓ += Q (X W + d log C) − λ_a R df, d log V = −λ_a Σ_s R df.
+In logs Q = e^{ℓ + f − log C} / N, whose columns sum to 1, and R = e^{ℓ + g − log P}, whose rows do, stand for the
+products: df = Σ_j Q (X W + d log C), dℓ += Q (X W + d log C) − λ_a R df, d log V = −λ_a Σ_s R df.  What Q multiplies
+holds its divisor N (`walks.settled`), as by products it holds C.
 """
 
 from typing import Any, NamedTuple
@@ -24,8 +25,8 @@ from .walks import LEAST_ROW, masses, potentials, row_sums, step_at
 class Back(NamedTuple):
     """What the blocks of queries leave beside `Work`, float32."""
 
-    weights: Any  # [heads, L, MP] W/C after dropout, in logs W
-    d_sums: Any  # [heads, T, L, MP] dC^t, in logs d log C^t
+    weights: Any  # [heads, L, MP] W/N after dropout
+    d_sums: Any  # [heads, T, L, MP] (d log C^t)/N^t, by products dC^t
     d_logits: Any  # [heads, L, MP] dS, the gradient of the queries' logits
     log_b: Any  # [heads, slots, MP] parts of Σ_i d log V^t
     relaxation: Any  # [heads, slots] parts of Σ_ij d log V^t log2 C^t
@@ -47,6 +48,12 @@ def load_factors(tile, x, at, iterations, t, first, L, ROWS: tl.constexpr, LOGS:
 
 
 @triton.jit
+def load_divisors(work, c, at, iterations, t, first, L, ROWS: tl.constexpr, LOGS: tl.constexpr, sizes):
+    """N^t [BL, MP] of a block of queries; c: C^t by products."""
+    return load_numbers(work.divisors, at, iterations, t, first, L, ROWS, sizes) if LOGS else c
+
+
+@triton.jit
 def load_potentials(work, head, at, iterations, t, first, L, ROWS: tl.constexpr, LOGS: tl.constexpr, sizes):
     """V^{t−1} [BL, MP] of a block of queries, t ≥ 2."""
     return potentials(load_numbers(work.sums, at, iterations, t - 1, first, L, ROWS, sizes), head, LOGS, sizes)
@@ -54,7 +61,7 @@ def load_potentials(work, head, at, iterations, t, first, L, ROWS: tl.constexpr,
 
 @triton.jit
 def load_sums(tile, work, back, at, iterations, t, first, L, ROWS: tl.constexpr, LOGS: tl.constexpr, sizes):
-    """(log2 C^t in logs, where alone it is needed, dC^t) [BL, MP] of a block of queries."""
+    """(log2 C^t in logs, where alone it is needed, (d log C^t)/N^t) [BL, MP] of a block of queries."""
     d_c = load_factors(tile, back.d_sums, at, iterations, t, first, L, ROWS, LOGS, sizes)
     c = load_numbers(work.sums, at, iterations, t, first, L, ROWS, sizes) if LOGS else d_c
     return c, d_c
@@ -79,7 +86,7 @@ def plan_terms_of(x, tile, v, top, lam, FIRST: tl.constexpr, LOGS: tl.constexpr,
 
 @triton.jit
 def column_weights(tile, u, c):
-    """Q [BL, BS, MP] in logs."""
+    """Q N [BL, BS, MP] in logs."""
     return tl.exp2((tile[None, :, :] + u[:, :, None]) - c[:, None, :])
 
 

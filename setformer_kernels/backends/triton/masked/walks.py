@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from ..device.primitives import INF, dot, finite_or_zero, log_sum, rounded
+from ..device.primitives import INF, dot, finite_or_zero, rounded
 
 # Where row sums (of V ≤ 1) and column sums stay above these, what underflows adds less to any sum than rounding:
 # 2^−126 of a factor, times 1/LEAST_ROW and 1/LEAST_COLUMN, is below 2^−23.
@@ -95,16 +95,23 @@ def add_columns(c, peak, tile, u, LOGS: tl.constexpr, cut):
 
 @triton.jit
 def settled(c, peak, seen, LOGS: tl.constexpr, sizes):
-    """(the column sums, in logs their logarithms, whether products hold); 1 (0) where they do not, for queries that
-    see nothing and for padding."""
+    """(C, in logs log2 C; N; whether products hold).  C is 1 where they do not, for blind queries and for padding.
+
+    N divides what sums to 1 over the keys: U Ex, and in logs Q = 2^(log2 U + ℓ − m − log2 C).  By products it is C, in
+    logs what rounding has left of C: log2 C of thousands is off by up to 2^−13, and Σ_s Q by as much.
+    """
     there = seen[:, None] & (tl.arange(0, sizes.MP) < sizes.M)[None, :]
     if LOGS:
-        held = there
-        c = log_sum(peak, c)
+        held = there & (c > 0)
+        peak, total = tl.where(held, peak, 0.0), tl.where(held, c, 1.0)
+        c = peak + tl.log2(total)
+        divisor = total * tl.exp2(peak - c)
     else:
         held = there & (c >= LEAST_COLUMN) & (c <= MOST_COLUMN)
+        c = tl.where(held, c, 1.0)
+        divisor = c
     fits = tl.max(tl.max((there & ~held).to(tl.int32), 1), 0) == 0
-    return tl.where(held, c, 0.0 if LOGS else 1.0), fits
+    return c, divisor, fits
 
 
 @triton.jit
@@ -128,7 +135,7 @@ def log_columns(c, LOGS: tl.constexpr):
 
 @triton.jit
 def pooled(tile, u, c, y, LOGS: tl.constexpr, cut):
-    """A = Σ_j U Ex (W/C)_j [BL, BS]; y: W/C by products, W in logs."""
+    """A = Σ_j U Ex (W/C)_j [BL, BS]; y: W/N."""
     if LOGS:
         q = tl.exp2((tile[None, :, :] + u[:, :, None]) - c[:, None, :])
         a = tl.sum(q * y[:, None, :], 2)
