@@ -309,11 +309,12 @@ def _options(dtype: torch.dtype) -> Iterator[Call]:
 
 
 def _masked(dtype: torch.dtype) -> Iterator[Call]:
-    """Masks of every query: both kinds of walks at one size, the longer one at a larger size in half precision."""
+    """Masks of every query: both kinds of walks at one size, the longer one at larger sizes in half precision."""
     base = Call("masked", dtype=dtype, mask="float")
     yield from _both(replace(base, T=1, mask="causal"))
     yield from _both(replace(base, rich=True))
     if dtype == torch.bfloat16:
+        yield from _both(replace(base, D=128, E=128))
         yield from _both(replace(base, D=128, E=128, M=128))
 
 

@@ -24,21 +24,31 @@ def adapted(model: nn.Module, layers: Sequence[str] | None = None) -> list[str]:
     return found
 
 
+def lora_classes() -> tuple[Any, Any]:
+    """peft's LoraConfig and LoraModel.
+
+    Raises:
+        ModuleNotFoundError: peft, or what it needs, is not there.
+    """
+    try:
+        from peft import LoraConfig
+        from peft.tuners.lora import LoraModel
+    except ModuleNotFoundError as missing:
+        raise ModuleNotFoundError(
+            f"adapters need {missing.name}: pip install peft, or train the weights themselves (lora_rank=0)"
+        ) from missing
+    return LoraConfig, LoraModel
+
+
 class Adapters:
     """Adapters of a rank in every nn.Linear of a model's layers (None: of the model), in place, but those that are an
     output projection's plain weights in nn.MultiheadAttention."""
 
     def __init__(self, model: nn.Module, rank: int, layers: Sequence[str] | None = None) -> None:
-        try:
-            from peft import LoraConfig
-            from peft.tuners.lora import LoraModel
-        except ModuleNotFoundError as missing:
-            raise ModuleNotFoundError(
-                f"adapters need {missing.name}: pip install peft, or train the weights themselves (lora_rank=0)"
-            ) from missing
+        new_config, new_model = lora_classes()
         exactly = "|".join(map(re.escape, adapted(model, layers)))  # peft takes a listed name for the end of others
-        config = LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules=exactly)
-        self.around: Any = LoraModel(model, config, "default")
+        config = new_config(r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules=exactly)
+        self.around: Any = new_model(model, config, "default")
         self.names = [name for name, _ in model.named_parameters() if "lora_" in name]
 
     def merge(self) -> nn.Module:

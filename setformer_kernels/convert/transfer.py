@@ -13,7 +13,7 @@ from accelerate import PartialState
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from .adapters import Adapters, adapted
+from .adapters import Adapters, adapted, lora_classes
 from .fitting import Schedule, fit
 from .hybrid import conversion_curve, within
 from .matching import LayerMatching, OutputMatching
@@ -105,6 +105,7 @@ def transfer_attention(
     Raises:
         ValueError: nothing can be replaced or adapted, the data have fewer tokens than a layer has references, or
             output holds another run.
+        ModuleNotFoundError: how.lora_rank, and peft is not there.
     """
     how = Transfer() if how is None else how
     processes = PartialState(cpu=how.match.cpu)
@@ -112,8 +113,9 @@ def transfer_attention(
     student, replaced = make_student(teacher.to(processes.device), skip=skip, **own)
     layers, report = layers_of(student, replaced), TransferReport(replaced)
     report.converted = list(layers)
-    if how.lora_rank and how.tune.steps:
-        adapted(student, None if how.tune_all else report.converted)  # or raises, before anything has learned
+    if how.lora_rank and how.tune.steps:  # or raises, before anything has learned
+        lora_classes()
+        adapted(student, None if how.tune_all else report.converted)
     batches = _batches(held_out, collate, how)
     kept = None
     if recording is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import shutil
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -383,6 +384,15 @@ def test_the_second_stage_changes_the_converted_layers_alone(tune_all: bool, tmp
     inside = {name for name in old if name.startswith(f"{layer}.") and not name.endswith("key.bias")}
     assert inside <= changed
     assert (changed - inside <= {f"{layer}.key.bias"}) != tune_all
+
+
+def test_a_missing_peft_is_told_before_anything_learns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "peft", None)
+    run = (bert(), texts(20), texts(8), stack)
+    with pytest.raises(ModuleNotFoundError, match=r"adapters need peft: pip install peft, or train the weights"):
+        transfer_attention(*run, tmp_path / "run", how(2, 2, lora_rank=2), **OWN)
+    assert not (tmp_path / "run").exists()
+    transfer_attention(*run, tmp_path / "first", how(1, 0, lora_rank=2), **OWN)
 
 
 def test_adapters_without_a_place_are_refused_before_anything_learns(tmp_path: Path) -> None:

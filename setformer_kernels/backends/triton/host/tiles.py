@@ -107,6 +107,7 @@ DEFAULT: dict[tuple[str, str, str], Tile] = {
     # "masked" walk tiles of `keys` beside [queries, M] sums and [queries, E] outputs: operands that many products share
     # stay in registers, so tiles are small.  "masked_keys_backward" hold [keys, M] and [keys, E] sums.
     ("masked", "small", "half"): Tile(32, 64, 4, 1),
+    ("masked", "wide", "half"): Tile(32, 64, 4, 1),  # of eight warps the sums spill up to 430 bytes
     ("masked", "medium", "half"): Tile(32, 64, 8, 1),
     ("masked", "large", "half"): Tile(16, 64, 8, 1),
     ("masked", "small", "single"): Tile(16, 32, 4, 1),
@@ -124,6 +125,7 @@ DEFAULT: dict[tuple[str, str, str], Tile] = {
     ("masked_keys_backward", "wide", "half"): Tile(16, 64, 4, 1, keys=32),
     ("masked_keys_backward", "medium", "half"): Tile(16, 64, 8, 1, keys=32),
     ("masked_far_backward", "small", "half"): Tile(16, 64, 8, 1, keys=32),
+    ("masked_far_backward", "wide", "half"): Tile(16, 64, 8, 1, keys=32),
     ("masked_far_backward", "medium", "half"): Tile(16, 64, 8, 1),
     ("masked_far_keys_backward", "small", "half"): Tile(16, 64, 8, 1),
     ("masked_far_keys_backward", "wide", "half"): Tile(16, 64, 8, 1),
