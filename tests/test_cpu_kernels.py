@@ -83,6 +83,15 @@ def test_every_instruction_set_keeps_small_gradients_in_the_budget(name: str, dt
     assert_typically_within_budget(*measure.small_gradients(ALL_CASES[name], dtype, "cpu"), name)
 
 
+@pytest.mark.parametrize("name", ["causal_t1", "causal_tensors", "causal_float_mask"])
+def test_the_scale_of_causal_positions_far_apart_keeps_the_budget(name: str, isa: str) -> None:
+    """One key holds a column then: ⟨G, v⟩ and h cancel, and what rounding leaves meets logits of thousands."""
+    case = dataclasses.replace(ALL_CASES[name], P=2, position_spread=30.0)
+    found = measure.small_gradients(case, torch.float32, "cpu", draw=1)
+    assert_typically_within_budget(*found, name)
+    assert_within_budget(*found.only(lambda name, _: name == "position_scale"), name)
+
+
 @pytest.mark.parametrize("num_threads", [2, 3, 7])
 @pytest.mark.parametrize("name", ["length_1000", "small_epsilon_wide", "unbalanced", "causal_t1", "one_key", "no_key"])
 def test_heads_are_shared_among_threads(name: str, num_threads: int, threads: None) -> None:

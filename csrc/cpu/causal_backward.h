@@ -6,6 +6,7 @@
 // came before: d log γ_s = Σ_j ρ_sj (⟨G_j, z_{s-1,j}⟩ + h_j), ρ_sj the part of C_sj that it leaves of C_{s-1,j}.  It is
 // also a sum of dω over later keys, but one that nearly cancels.
 #pragma once
+#include "anchors.h"
 #include "causal.h"
 #include "chunk_backward.h"
 #include "gradients.h"
@@ -31,6 +32,7 @@ class CausalBackwardWorker {
         carried_(p.M, Mp_, p.E, Ep_),
         gates_(p, rows_),
         la_(p.S),
+        anchors_(p.M, p.S, Ep_),
         log_decay_(p.S),
         top_(p.S * Mp_),
         sum_(p.S * Mp_),
@@ -51,11 +53,12 @@ class CausalBackwardWorker {
         totals_(rows_),
         g_(Mp_),
         dp_(Mp_),
+        from_anchor_(Mp_),
         d_log_b_(Mp_),
         G_(Mp_ * Ep_),
         mask_(Mp_),
         h_(Mp_),
-        owed_(Mp_),
+        factors_(Mp_),
         top0_(Mp_),
         sum0_(Mp_) {
     // A state that came in, or a gradient of the one that went out, takes a share of what the dω sum to.
@@ -74,6 +77,8 @@ class CausalBackwardWorker {
     load_masses<F>(p_, b, h, la_);
     fill(d_log_b_.data(), Mp_, F(0));
     carried_.load_state(p_.initial, b, h);
+    far_ = !refs_.near();
+    anchors_.start(far_);
     for (int64_t row0 = 0; row0 < p_.S; row0 += rows_) forward_block(b, h, row0, std::min(rows_, p_.S - row0));
     begin_reverse(b, h);
     for (int64_t row0 = (p_.S - 1) / rows_ * rows_; p_.S && row0 >= 0; row0 -= rows_)
@@ -109,7 +114,7 @@ class CausalBackwardWorker {
     if (near) forward_chunk(b, h, row0, n);
     for (int64_t i = 0; !near && i < n; ++i) {
       if (p_.d_log_decay && i % kSpan == 0) keep_means((row0 + i) / kSpan);
-      forward_step(b, h, row0, i);
+      far_ ? forward_step<true>(b, h, row0, i) : forward_step<false>(b, h, row0, i);
     }
     if (row0 + n < p_.S || p_.d_final)
       near ? chunk_.add_to(carried_, n, v_, 0) : carried_.add(n, tile_, gates_.fading(), v_, gates_.sum);
@@ -117,12 +122,15 @@ class CausalBackwardWorker {
     token_grads<F>(refs_, b, h, row0, n, x, inv, kappa_, ds_, p_.d_query, d_x_, grads_);
   }
 
+  template <bool kFar>
   void forward_step(int64_t b, int64_t h, int64_t row0, int64_t i) {
     const int64_t s = row0 + i;
     F* ds = ds_ + i * Mp_;
     la_[s] == -kInf<F> ? scan_.stay() : scan_.advance(tile_ + i * Mp_, gates_.log[i]);
     std::copy(scan_.top.data(), scan_.top + Mp_, top_ + s * Mp_);
     std::copy(scan_.sum.data(), scan_.sum + Mp_, sum_ + s * Mp_);
+    if (kFar && la_[s] != -kInf<F>) anchors_.advance(s, tile_ + i * Mp_, scan_.top, v_ + i * Ep_);
+    if (kFar) anchors_.keep(s);
     if (!scan_.seen) {
       for (F* p : {weight_ + s * Mp_, d_log_c_ + s * Mp_, ds}) fill(p, Mp_, F(0));
       return;
@@ -130,17 +138,22 @@ class CausalBackwardWorker {
     scan_.log_sums(log_c_);
     causal_read<F>(refs_, p_.T, log_c_, ds, g_);
     fill(dp_.data(), Mp_, F(0));
+    fill(from_anchor_.data(), Mp_, F(0));
     for (int64_t j = 0; j < p_.M; ++j) {
-      Vec<F> acc{};
+      Vec<F> acc{}, beyond{};
+      const F *a = anchors_[j], inverse = 1 / scan_.sum[j];
       for (int64_t e = 0; e < Ep_; e += kLanes<F>) {
         F* at = scan_.n + j * Ep_ + e;
         const Vec<F> n = load(at) * scan_.scale[j] + load(v_ + i * Ep_ + e) * scan_.weight[j];
+        const Vec<F> d_o = load(d_o_ + i * Ep_ + e);
         store(at, n);
-        acc += n * load(d_o_ + i * Ep_ + e);
+        acc += n * d_o;
+        if (kFar) beyond += (n * inverse - load(a + e)) * d_o;
       }
       dp_[j] = reduce_add<F>(acc) / scan_.sum[j];
+      from_anchor_[j] = reduce_add<F>(beyond);
     }
-    query_gradient(b, h, s, ds, dp_);
+    query_gradient(b, h, s, ds, dp_, kFar ? from_anchor_.data() : nullptr);
   }
 
   // `forward_step` of all queries of a chunk.
@@ -163,8 +176,9 @@ class CausalBackwardWorker {
     }
   }
 
-  // From W of query s, in place, and ⟨dO_s, z_j⟩ to dS; keeps W (dropped) and d log C.
-  void query_gradient(int64_t b, int64_t h, int64_t s, F* ds, F* dp) {
+  // From W of query s, in place, and ⟨dO_s, z_j⟩ to dS; keeps W (dropped) and d log C, with ⟨dO_s, z_j⟩ from anchors
+  // where that is given.
+  void query_gradient(int64_t b, int64_t h, int64_t s, F* ds, F* dp, const F* from_anchor = nullptr) {
     F *w = weight_ + s * Mp_, *d_log_c = d_log_c_ + s * Mp_;
     std::copy(ds, ds + Mp_, w);
     fill(mask_.data(), Mp_, F(1));
@@ -181,7 +195,7 @@ class CausalBackwardWorker {
     for (int64_t j = 0; j < Mp_; j += kLanes<F>) {
       const Vec<F> weight = load(w + j), d = load(dp + j), grad = weight * (d - mean);
       store(ds + j, grad);
-      store(d_log_c + j, -weight * d - grad * lam);
+      store(d_log_c + j, -weight * (from_anchor ? load(from_anchor + j) * load(mask_ + j) : d) - grad * lam);
       store(d_log_b_ + j, load(d_log_b_ + j) + grad);
       store(w + j, weight * load(mask_ + j));
     }
@@ -217,12 +231,15 @@ class CausalBackwardWorker {
   }
 
   // The gradient of the gate of token i of a block, from G and h at it.
+  template <bool kFar>
   F gate_gradient(int64_t i) const {
     const F *rho = rho_ + i % kSpan * Mp_, *z = before_ + i % kSpan * p_.M * Ep_;
     double sum = 0;
     for (int64_t j = 0; j < p_.M; ++j, z += Ep_) {
       Vec<F> acc{};
-      for (int64_t e = 0; e < Ep_; e += kLanes<F>) acc += load(G_ + j * Ep_ + e) * load(z + e);
+      const F* a = anchors_[j];
+      for (int64_t e = 0; e < Ep_; e += kLanes<F>)
+        acc += load(G_ + j * Ep_ + e) * (kFar ? load(z + e) - load(a + e) : load(z + e));
       sum += rho[j] * (reduce_add<F>(acc) + h_[j]);
     }
     return static_cast<F>(sum);
@@ -232,7 +249,8 @@ class CausalBackwardWorker {
   void begin_reverse(int64_t b, int64_t h) {
     fill(G_.data(), Mp_ * Ep_, F(0));
     fill(h_.data(), Mp_, 0.0);
-    fill(owed_.data(), Mp_, 1.0);
+    factors_.reset();
+    anchors_.start(far_);
     Buffer<F> row(2 * p_.E + 3);
     for (int64_t j = 0; p_.d_final && j < p_.M; ++j) {
       load_row_of<F>(p_.d_final, b, h, j, row);
@@ -242,9 +260,15 @@ class CausalBackwardWorker {
     }
   }
 
+  // h as chunks and states have it.
+  void leave_anchors() {
+    for (int64_t j = 0; j < p_.M; ++j) h_[j] += anchors_.leave(j, G_ + j * Ep_, source_);
+  }
+
   // The gradient of the initial state, from G and h of the first token.
   void end_reverse(int64_t b, int64_t h) {
     Buffer<F> row(2 * p_.E + 3);
+    leave_anchors();
     carried_.load_state(p_.initial, b, h);
     scan_.begin(carried_);
     for (int64_t j = 0; j < p_.M; ++j) {
@@ -263,15 +287,11 @@ class CausalBackwardWorker {
     return std::exp(top[j] - next_top[j] + log_decay) * sum[j] / next_sum[j];
   }
 
-  // `ratio_of` a token whose next one follows in memory.  Each makes up for what the rounding of those before it lost:
-  // the product of all leads from the last token to the first.
+  // `ratio_of` a token whose next one follows in memory: the product of all leads from the last token to the first.
   F next_ratio(int64_t j, const F* top, const F* sum, F log_decay, double gate) {
     const F moved = top[j] - top[Mp_ + j];
     const double fade = moved == 0 ? gate : std::exp(static_cast<double>(moved) + log_decay);
-    const double exact = fade * sum[j] / sum[Mp_ + j] * owed_[j];
-    const F ratio = static_cast<F>(exact);
-    owed_[j] = ratio > 0 ? exact / ratio : 1;
-    return ratio;
+    return factors_.next(j, fade * sum[j] / sum[Mp_ + j]);
   }
 
   void reverse_block(int64_t b, int64_t h, int64_t row0, int64_t n) {
@@ -285,7 +305,7 @@ class CausalBackwardWorker {
     if (near_[row0 / rows_]) reverse_chunk(b, h, row0, n);
     for (int64_t i = n - 1; !near_[row0 / rows_] && i >= 0; --i) {
       if (p_.d_log_decay && (i == n - 1 || (i + 1) % kSpan == 0)) means_before(row0, i / kSpan * kSpan, i + 1);
-      reverse_step(b, h, row0, i);
+      far_ ? reverse_step<true>(b, h, row0, i) : reverse_step<false>(b, h, row0, i);
     }
     if (p_.d_value) store_rows<F>(p_.d_value, b, h, row0, n, dv_.data(), Ep_, static_cast<const F*>(nullptr));
     logit_grads<F>(refs_, n, kappa_, source_.pos, ds_, totals_, grads_);
@@ -296,6 +316,7 @@ class CausalBackwardWorker {
   void reverse_chunk(int64_t b, int64_t h, int64_t row0, int64_t n) {
     const int64_t first = row0 * Mp_, last = (row0 + n - 1) * Mp_;
     const bool later = row0 + n < p_.S;
+    leave_anchors();
     for (int64_t j = 0; j < p_.M; ++j) {
       const double fade = later ? std::exp(static_cast<double>(top_[last + j] - top_[last + Mp_ + j])) : 1;
       scale_after(j, top_[last + j] == -kInf<F> ? 0 : fade / sum_[last + j + (later ? Mp_ : 0)]);
@@ -305,16 +326,15 @@ class CausalBackwardWorker {
     for (int64_t i = n - 1; i >= 0; --i) key_gradient(b, h, row0, i, chunk_grads_.p + i * Mp_);
   }
 
-  // Column j of G and h times a factor, whose rounding the next one makes up for.
+  // Column j of G and h times a factor.
   void scale_after(int64_t j, double exact) {
-    const double owed = exact * owed_[j];
-    const F factor = static_cast<F>(owed);
-    owed_[j] = factor > 0 ? owed / factor : 1;
+    const F factor = factors_.next(j, exact);
     h_[j] *= factor;
     for (int64_t e = j * Ep_; e < (j + 1) * Ep_; e += kLanes<F>) store(G_ + e, load(G_ + e) * factor);
   }
 
   // Brings G and h to token s; leaves dℓ_s in ds_ and dv_s in dv_.
+  template <bool kFar>
   void reverse_step(int64_t b, int64_t h, int64_t row0, int64_t i) {
     const int64_t s = row0 + i;
     const F *top = top_ + s * Mp_, *sum = sum_ + s * Mp_, *w = weight_ + s * Mp_, *omega = tile_ + i * Mp_;
@@ -324,15 +344,22 @@ class CausalBackwardWorker {
     const double gate = later && log_decay_[s + 1] != 0 ? std::exp(static_cast<double>(log_decay_[s + 1])) : 1;
     for (int64_t j = 0; j < p_.M; ++j) {
       // γ C_sj/C_{s+1,j} and e^{ω_sj}/C_sj; sums start at the first key, and none comes before it.
-      const F ratio = top[j] == -kInf<F> ? F(0) : later ? next_ratio(j, top, sum, log_decay_[s + 1], gate) : F(1);
+      F ratio = top[j] == -kInf<F> ? F(0) : later ? next_ratio(j, top, sum, log_decay_[s + 1], gate) : F(1);
       const F p = present ? std::exp(omega[j] - top[j]) / sum[j] : F(0);
-      h_[j] = h_[j] * ratio + d_log_c_[s * Mp_ + j];
+      h_[j] *= ratio;
+      if (kFar && anchors_.moves(s, j)) {
+        for (int64_t e = j * Ep_; e < (j + 1) * Ep_; e += kLanes<F>) store(G_ + e, load(G_ + e) * ratio);
+        h_[j] += anchors_.move(s, j, G_ + j * Ep_, source_);
+        ratio = 1;
+      }
+      h_[j] += d_log_c_[s * Mp_ + j];
+      const F* a = anchors_[j];
       Vec<F> acc{};
       for (int64_t e = 0; e < Ep_; e += kLanes<F>) {
         F* at = G_ + j * Ep_ + e;
         const Vec<F> next = load(at) * ratio + load(d_o_ + i * Ep_ + e) * w[j];
         store(at, next);
-        acc += next * load(v_ + i * Ep_ + e);
+        acc += next * (kFar ? load(v_ + i * Ep_ + e) - load(a + e) : load(v_ + i * Ep_ + e));
         store(dv + e, load(dv + e) + next * p);
       }
       dp_[j] = present ? static_cast<F>(p * (reduce_add<F>(acc) + h_[j])) : F(0);
@@ -362,7 +389,8 @@ class CausalBackwardWorker {
           df;
     if (p_.d_log_decay) {
       const View& v = p_.d_log_decay;
-      static_cast<F*>(v.data)[b * v.stride[0] + h * v.stride[1] + s * v.stride[2]] = gate_gradient(i);
+      static_cast<F*>(v.data)[b * v.stride[0] + h * v.stride[1] + s * v.stride[2]] =
+          far_ ? gate_gradient<true>(i) : gate_gradient<false>(i);
     }
   }
 
@@ -378,10 +406,14 @@ class CausalBackwardWorker {
   Carried<F> carried_;
   BlockGates<F> gates_;
   // Column maxima and sums, W^q (dropped) and d log C of every token of one head: what the reverse scan needs.
-  Buffer<F> la_, log_decay_, top_, sum_, weight_, log_c_, d_log_c_, kappa_, tile_, ds_, v_, d_o_, dv_, d_x_, lse_,
-      scale_, row_top_, row_sum_, totals_, g_, dp_, d_log_b_, G_;
+  Buffer<F> la_;
+  bool far_ = false;  // whether keys may lie too far apart for ⟨G, v⟩ and h to cancel
+  Anchors<F> anchors_;
+  Buffer<F> log_decay_, top_, sum_, weight_, log_c_, d_log_c_, kappa_, tile_, ds_, v_, d_o_, dv_, d_x_, lse_, scale_,
+      row_top_, row_sum_, totals_, g_, dp_, from_anchor_, d_log_b_, G_;
   Buffer<F> mask_;
-  Buffer<double> h_, owed_;  // h: a long sum that cancels against ⟨G, v⟩
+  Buffer<double> h_;  // a long sum that cancels against ⟨G, v⟩
+  Factors<F> factors_;
   // Before the first token; z where spans begin [spans][M][Ep], before the tokens of a span, and their ρ.
   Buffer<F> top0_, sum0_, starts_, before_, rho_;
 };

@@ -34,6 +34,25 @@ class Gate {
   double log_ = 0, product_ = 1;
 };
 
+// Factors of columns, rounded; what that loses is made up for by the column's next one.
+template <class F>
+class Factors {
+ public:
+  explicit Factors(int64_t columns) : columns_(columns), owed_(columns) {}
+  void reset() { std::fill(owed_.data(), owed_.data() + columns_, 1.0); }
+  // Below the normal numbers digits would be lost, and the next factor is also that of what is added in between.
+  F next(int64_t j, double factor) {
+    const double exact = factor * owed_[j];
+    const F rounded = exact < std::numeric_limits<F>::min() ? F(0) : static_cast<F>(exact);
+    owed_[j] = rounded > 0 ? exact / rounded : 1;
+    return rounded;
+  }
+
+ private:
+  int64_t columns_;
+  Buffer<double> owed_;
+};
+
 // Running column sums of e^ω and e^ω v, scaled by e^{-top_j}; ω_sj = ℓ_sj + f̂_s + log a_s.
 template <class F>
 struct Scan {
