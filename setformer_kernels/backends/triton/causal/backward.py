@@ -88,7 +88,7 @@ def causal_backward(
         new((heads, gates.chunks, t.rows)) if gated else None,
     )  # fmt: skip
     bundle = math.ceil((sizes.EP + 4) / arguments.bundle)  # numbers of one, shared by its chunks
-    numbers = sizes.MP * (max(sizes.DP, sizes.EP) + sizes.EP + 3 * t.rows + sizes.PP + 8 + bundle)
+    numbers = sizes.MP * (max(sizes.DP, sizes.EP) + sizes.EP + 3 * t.rows + sizes.PP + 8 + 2 * arguments.exact + bundle)
     work = list(
         parts(x, t.rows, length, numbers, 0)
     )  # stretches of more heads would take another scan for the states between

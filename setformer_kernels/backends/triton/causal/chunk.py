@@ -9,6 +9,9 @@ decided on the device, the pairs are formed one key at a time from differences o
 
 Log gates sum to Γ_i from the chunk's first key on, and a ratio is 2^{ω_sj − log C_ij + Γ_i − Γ_s}.  As long as Γ is
 small it goes into ω: ω_sj − Γ_s, and all C of the chunk are 2^{−Γ_i} of what they are.  Else it stays beside it.
+
+log C of thousands is off by up to 2^−13, and sums of ratios by as much from 1: so for tokens of float32 each log C has
+a `rest`, C/2^{log C}, which divides ratios.  For others the rest is the number 1.
 """
 
 from typing import Any, NamedTuple
@@ -33,9 +36,11 @@ class Chunk(NamedTuple):
     to_end: Any  # [BC] what ω fades by until the chunk's end
     omega: Any  # [BC, MP]
     before: Any  # [MP]
+    before_rest: Any  # [MP] what rounding has left of 2^before
     ref: Any  # [MP]
     narrow: Any  # whether products of factors are exact
     log_c: Any  # [BC, MP]
+    rest: Any  # [BC, MP] what rounding has left of C
     count: Any  # keys of the chunk
 
 
@@ -137,32 +142,40 @@ def gate_sums(gates, number, chunk, length, ROWS: tl.constexpr):
 
 
 @triton.jit
-def prefix_log_sums(omega, gamma, fine, ref, before, narrow, count):
-    """log C [BC, MP]; −∞ before the first key."""
-    log_c = omega
-    if narrow:
-        total = tl.cumsum(tl.exp2(omega - ref[None, :]), 0) + tl.exp2(before - ref)[None, :]
-        log_c = log_sum(ref[None, :], total)
-    else:
-        log_c = _prefix_key_by_key(omega, gamma, fine, before, count)
-    return log_c
+def log_and_rest(peak, total):
+    """(log2 of total·2^peak, −∞ where the total is 0; what its rounding has left of that, 1 where the total is 0)."""
+    held = total > 0
+    log = peak + tl.log2(tl.where(held, total, 1.0))
+    return tl.where(held, log, -INF), tl.where(held, total * tl.exp2(peak - log), 1.0)
 
 
 @triton.jit
-def _prefix_key_by_key(omega, gamma, fine, before, count):
-    """log C [BC, MP] of the first `count` rows without units."""
-    i = tl.arange(0, omega.shape[0])
+def prefix_log_sums(omega, gamma, fine, ref, before, before_rest, narrow, count, EXACT: tl.constexpr):
+    """(log C [BC, MP], −∞ before the first key; its rest)."""
     log_c = omega
-    so_far = before
-    last, last_fine = 0.0, 0.0
-    for s in range(count):
-        key, here, here_fine = row_of(omega, s, -INF), at_key(gamma, s), at_key(fine, s)
-        so_far += (here - last) + (here_fine - last_fine)
-        last, last_fine = here, here_fine
-        peak = finite_or_zero(tl.maximum(so_far, key))
-        so_far = log_sum(peak, tl.exp2(so_far - peak) + tl.exp2(key - peak))
-        log_c = tl.where((i == s)[:, None], so_far[None, :], log_c)
-    return log_c
+    rest = omega if EXACT else 1.0
+    if narrow:
+        total = tl.cumsum(tl.exp2(omega - ref[None, :]), 0) + (tl.exp2(before - ref) * before_rest)[None, :]
+        if EXACT:
+            log_c, rest = log_and_rest(ref[None, :], total)
+        else:
+            log_c = log_sum(ref[None, :], total)
+    else:
+        i = tl.arange(0, omega.shape[0])
+        so_far, left = before, before_rest
+        last, last_fine = 0.0, 0.0
+        for s in range(count):
+            key, here, here_fine = row_of(omega, s, -INF), at_key(gamma, s), at_key(fine, s)
+            so_far += (here - last) + (here_fine - last_fine)
+            last, last_fine = here, here_fine
+            peak = finite_or_zero(tl.maximum(so_far, key))
+            if EXACT:
+                so_far, left = log_and_rest(peak, tl.exp2(so_far - peak) * left + tl.exp2(key - peak))
+                rest = tl.where((i == s)[:, None], left[None, :], rest)
+            else:
+                so_far = log_sum(peak, tl.exp2(so_far - peak) + tl.exp2(key - peak))
+            log_c = tl.where((i == s)[:, None], so_far[None, :], log_c)
+    return log_c, rest
 
 
 @triton.jit
@@ -183,16 +196,23 @@ def chunk_weights(w, chunk, FACTOR: tl.constexpr, PRECISION: tl.constexpr):
     carried = w
     a = tl.zeros([BC, BC], tl.float32)
     if chunk.narrow:
-        scaled = tl.where(seen, w * tl.exp2(chunk.ref[None, :] - safe), 0.0)
-        carried = scaled * tl.exp2(chunk.before - chunk.ref)[None, :]
+        scaled = tl.where(seen, w * tl.exp2(chunk.ref[None, :] - safe) / chunk.rest, 0.0)
+        carried = scaled * (tl.exp2(chunk.before - chunk.ref) * chunk.before_rest)[None, :]
         e = tl.exp2(chunk.omega - chunk.ref[None, :])
         a = lower(dot(rounded(scaled, FACTOR), tl.trans(rounded(e, FACTOR)), PRECISION))
     else:
-        carried = w * tl.exp2(chunk.before[None, :] + chunk.gamma[:, None] - safe)
+        carried = w * before_ratio(chunk, safe)
         i = tl.arange(0, BC)
         for s in range(chunk.count):
             a = tl.where((i == s)[None, :], tl.sum(w * _ratio(chunk, safe, s), 1)[:, None], a)
     return a, carried
+
+
+@triton.jit
+def before_ratio(chunk, log_c):
+    """C⁰/C [BC, MP] of what came before the chunk; log_c: finite, where that is not 0."""
+    ratio = tl.exp2(chunk.before[None, :] + chunk.gamma[:, None] - log_c)
+    return ratio * (chunk.before_rest / chunk.rest)
 
 
 @triton.jit
@@ -204,13 +224,16 @@ def chunk_log_weights(keys, masses, places, head, log_b, rows, uniform, rule, si
 
 
 @triton.jit
-def chunk_keys(keys, masses, places, head, log_c, at, bh, number, slot, length, scalars, rule, sizes, cut):
+def chunk_keys(keys, masses, places, head, log_c, rests, at, bh, number, slot, length, scalars, rule, sizes, cut):
     """(the rows of chunk `number` of head bh [BC], which of them are tokens, log b [MP], what its keys weigh).
 
     slot, length: where its gates are, and how many the head has.
     """
     j = tl.arange(0, sizes.MP)
     before, log_b = tl.load(log_c + at * sizes.MP + j), tl.load(head.log_b + j)
+    before_rest = 1.0
+    if rests is not None:
+        before_rest = tl.load(rests + at * sizes.MP + j)
     first = number * cut.ROWS
     rows, count = first + tl.arange(0, cut.ROWS), tl.minimum(keys.count - first, cut.ROWS)
     live, omega = chunk_log_weights(keys, masses, places, head, log_b, rows, scalars.uniform, rule, sizes, cut)
@@ -224,8 +247,9 @@ def chunk_keys(keys, masses, places, head, log_c, at, bh, number, slot, length, 
         omega = tl.where(narrow, tilted, omega)
         gamma, fine = tl.where(narrow, 0.0, gamma), tl.where(narrow, 0.0, fine)
         to_end = tl.where(narrow, whole, to_end)
-    so_far = prefix_log_sums(omega, gamma, fine, ref, before, narrow, count)
-    return rows, rows < keys.count, log_b, Chunk(live, gamma, fine, to_end, omega, before, ref, narrow, so_far, count)
+    so_far, rest = prefix_log_sums(omega, gamma, fine, ref, before, before_rest, narrow, count, rests is not None)
+    known = Chunk(live, gamma, fine, to_end, omega, before, before_rest, ref, narrow, so_far, rest, count)
+    return rows, rows < keys.count, log_b, known
 
 
 @triton.jit
@@ -244,11 +268,11 @@ def pooled_products(d, from_means, chunk, FACTOR: tl.constexpr, GAINED: tl.const
         inside = fine_product(d, rounded(e, FACTOR), cut.PRECISION, cut.ACROSS)
         if GAINED:
             more = inside - tl.cumsum(e, 0) * from_means
-            gained = tl.where(seen, tl.exp2(chunk.ref[None, :] - safe) * more, 0.0)
-        inside += tl.exp2(chunk.before - chunk.ref)[None, :] * from_means
-        products = tl.where(seen, tl.exp2(chunk.ref[None, :] - safe) * inside, 0.0)
+            gained = tl.where(seen, tl.exp2(chunk.ref[None, :] - safe) / chunk.rest * more, 0.0)
+        inside += (tl.exp2(chunk.before - chunk.ref) * chunk.before_rest)[None, :] * from_means
+        products = tl.where(seen, tl.exp2(chunk.ref[None, :] - safe) / chunk.rest * inside, 0.0)
     else:
-        products = tl.exp2(chunk.before[None, :] + chunk.gamma[:, None] - safe) * from_means
+        products = before_ratio(chunk, safe) * from_means
         for s in range(chunk.count):
             ratio = _ratio(chunk, safe, s)
             products += column_of(d, s)[:, None] * ratio
@@ -265,7 +289,7 @@ def _ratio(chunk, log_c, s):
     reached = tl.arange(0, chunk.omega.shape[0]) >= s
     fade = (chunk.gamma - at_key(chunk.gamma, s)) + (chunk.fine - at_key(chunk.fine, s))
     weight = row_of(chunk.omega, s, -INF)[None, :] + fade[:, None]
-    return tl.exp2(tl.where(reached[:, None], weight - log_c, -INF))
+    return tl.exp2(tl.where(reached[:, None], weight - log_c, -INF)) / chunk.rest
 
 
 @triton.jit
@@ -277,7 +301,7 @@ def key_gradient(w, d_log_c, d, chunk, FACTOR: tl.constexpr, cut):
     d_omega = chunk.omega
     if chunk.narrow:
         e = tl.exp2(chunk.omega - chunk.ref[None, :])
-        fade = tl.where(seen, tl.exp2(chunk.ref[None, :] - safe), 0.0)
+        fade = tl.where(seen, tl.exp2(chunk.ref[None, :] - safe) / chunk.rest, 0.0)
         scaled = rounded(w * fade, FACTOR)
         a = lower(dot(scaled, tl.trans(rounded(e, FACTOR)), cut.PRECISION))
         later = tl.cumsum(d_log_c * fade, 0, reverse=True)
@@ -307,7 +331,7 @@ def crossings(w, d_log_c, d, chunk, crossing, FACTOR: tl.constexpr, PRECISION: t
     pairs = d
     if chunk.narrow:
         e = tl.trans(rounded(tl.exp2(chunk.omega - chunk.ref[None, :]), FACTOR))
-        fade = tl.where(seen, tl.exp2(chunk.ref[None, :] - safe), 0.0)
+        fade = tl.where(seen, tl.exp2(chunk.ref[None, :] - safe) / chunk.rest, 0.0)
         pairs = d * dot(rounded(w * fade, FACTOR), e, PRECISION)
         pairs = lower(pairs + dot(rounded(d_log_c * fade, FACTOR), e, PRECISION))
     else:

@@ -70,7 +70,7 @@ def causal_kernel(
     places = places_of(key_position, references, b, h, stride_pb, stride_ph, stride_pn, sizes) if sizes.P > 0 else None
     head = head_of(references, h, sizes, cut)
     rows, asked, log_b, known = chunk_keys(
-        keys, masses, places, head, states.log_c, at, number, chunk, slot, L, scalars, rule, sizes, cut
+        keys, masses, places, head, states.log_c, states.rest, at, number, chunk, slot, L, scalars, rule, sizes, cut
     )
     l, kappa, cosine, inverse, first_columns = token_logits(queries, rows, asked, asking, head, rule.DOT, sizes, cut)
     w = query_weights(l, log_b, known.log_c, head.lam_b, rule.UPDATE_ROWS)
@@ -115,7 +115,7 @@ def causal(
     x, gates = with_unit_rows(x), gates_of(stream, length, t.rows, False, pack)
     arguments = chunk_arguments(x, prepare(x, opt), opt, t, output.rows, gates, pack, ends)
     bundle = (sizes.EP + 4) / arguments.bundle  # numbers of one, shared by its chunks
-    numbers = math.ceil(sizes.MP * (sizes.EP + 3 + bundle))
+    numbers = math.ceil(sizes.MP * (sizes.EP + 3 + arguments.exact + bundle))
     for stretches in parts(x, t.rows, length, numbers, heads_at_once(sizes, arguments.multiprocessors)):
         passed = _heads(stretches, arguments)
         if with_state and pack is None:

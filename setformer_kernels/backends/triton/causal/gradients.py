@@ -21,6 +21,7 @@ from ..device.softmax import read_gradient
 from ..host.groups import Dropout
 from ..host.launch import kernel
 from .chunk import (
+    before_ratio,
     chunk_keys,
     chunk_of,
     crossings,
@@ -75,7 +76,9 @@ class Work(NamedTuple):
     """The workspaces of a part, a slot for each of its chunks."""
 
     log_c: Tensor  # [heads, chunks, MP] as in States
+    rest: Tensor | None
     log_end: Tensor | None
+    rest_end: Tensor | None
     kept: Tensor | None
     means: Tensor  # [heads, chunks, MP, EP]
     weights: Tensor  # [heads, chunks, BC, MP] W
@@ -121,7 +124,7 @@ def causal_queries_backward_kernel(
     places = places_of(key_position, references, b, h, stride_pb, stride_ph, stride_pn, sizes) if sizes.P > 0 else None
     head = head_of(references, h, sizes, cut)
     rows, asked, log_b, known = chunk_keys(
-        keys, masses, places, head, work.log_c, at, number, chunk, slot, L, scalars, rule, sizes, cut
+        keys, masses, places, head, work.log_c, work.rest, at, number, chunk, slot, L, scalars, rule, sizes, cut
     )
     j = tl.arange(0, sizes.MP)
     d = pair_products(gradients, values, rows, asked, known, scalars.seed, sizes, cut)
@@ -140,7 +143,7 @@ def causal_queries_backward_kernel(
     tl.store(tile_at(work.d_sums, at, cut.ROWS, sizes), d_c)
     tl.store(tile_at(work.d_logits, at, cut.ROWS, sizes), d_s)
     tl.store(tile_at(work.weights, at, cut.ROWS, sizes), w)  # last, as w is held anyway: first of all it spills
-    fade = tl.exp2(known.before[None, :] + known.gamma[:, None] - finite_or_zero(known.log_c))
+    fade = before_ratio(known, finite_or_zero(known.log_c))
     tl.store(work.own_c + at * sizes.MP + j, tl.sum(d_c * fade, 0))
     if work.incoming is not None:
         incoming = -w * gained if GAINED else w * from_means + d_c
@@ -184,7 +187,7 @@ def causal_keys_backward_kernel(
     places = places_of(position, references, b, h, stride_pb, stride_ph, stride_pn, sizes) if sizes.P > 0 else None
     head = head_of(references, h, sizes, cut)
     rows, asked, log_b, known = chunk_keys(
-        keys, masses, places, head, work.log_c, at, number, chunk, slot, L, scalars, rule, sizes, cut
+        keys, masses, places, head, work.log_c, work.rest, at, number, chunk, slot, L, scalars, rule, sizes, cut
     )
     j = tl.arange(0, sizes.MP)
     d = pair_products(gradients, values, rows, asked, known, scalars.seed, sizes, cut)
@@ -192,6 +195,8 @@ def causal_keys_backward_kernel(
     a, d_omega = key_gradient(w, d_c, d, known, FACTOR, cut)
     end = tl.load(work.log_end + at * sizes.MP + j)
     carried = tl.exp2(known.omega + known.to_end[:, None] - finite_or_zero(end)[None, :])
+    if work.rest_end is not None:
+        carried /= tl.load(work.rest_end + at * sizes.MP + j)[None, :]
     from_later = tl.zeros_like(known.omega) + tl.load(work.later_c + at * sizes.MP + j)[None, :]
     to_values, carried_operand = tl.trans(rounded(a, token)), rounded(carried, token)
     for first in tl.static_range(0, sizes.EP, cut.VDEPTH):
@@ -242,7 +247,7 @@ def causal_gates_backward_kernel(
     places = places_of(position, references, b, h, stride_pb, stride_ph, stride_pn, sizes) if sizes.P > 0 else None
     head = head_of(references, h, sizes, cut)
     rows, asked, log_b, known = chunk_keys(
-        keys, masses, places, head, work.log_c, at, number, chunk, slot, L, scalars, rule, sizes, cut
+        keys, masses, places, head, work.log_c, work.rest, at, number, chunk, slot, L, scalars, rule, sizes, cut
     )
     d = pair_products(gradients, values, rows, asked, known, scalars.seed, sizes, cut)
     w, d_c = (tl.load(tile_at(work.weights, at, cut.ROWS, sizes)), tl.load(tile_at(work.d_sums, at, cut.ROWS, sizes)))

@@ -17,6 +17,7 @@ import functools
 import math
 from typing import NamedTuple
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -26,6 +27,7 @@ from ..host.groups import Sizes
 from ..host.launch import kernel, launch
 from ..host.tiles import Tile
 from .carried import begun, fading, power_of_two, store_state, with_bundle
+from .chunk import log_and_rest
 from .segments import causal_segments_kernel
 from .state import Arguments, Part, States, sums_of
 
@@ -47,8 +49,12 @@ class Bundles(NamedTuple):
 
 
 @triton.jit
-def _log(c, k):
-    return tl.where(c > 0, k + tl.log2(tl.where(c > 0, c, 1.0)), -INF)
+def _store_log(logs, rests, at, c, k):
+    """log2 of c·2^k, and where there is room for it what rounding has left of that."""
+    log, rest = log_and_rest(k, c)
+    tl.store(logs + at, log)
+    if rests is not None:
+        tl.store(rests + at, rest)
 
 
 @triton.jit
@@ -75,7 +81,7 @@ def _walk(
                 held += s_n * since
             n = held * of_s[:, None] + a_n * of_a[:, None]
             tl.store(states.z + numbers, n * tl.where(c > 0, 1.0 / tl.where(c > 0, c, 1.0), 0.0)[:, None])
-            tl.store(states.log_c + at, _log(c, top))
+            _store_log(states.log_c, states.rest, at, c, top)
         if decay is not None:
             turns, fade = fading(tl.load(decay + 2 * (gate + step)))
             a_n, a_c, a_k = a_n + a_n * fade, a_c + a_c * fade, a_k + turns
@@ -93,7 +99,7 @@ def _walk(
             c = held_c * of_s + a_c * of_a
             if states.kept is not None:
                 tl.store(states.kept + at, kept * power_of_two(before_k - top) / tl.where(c > 0, c, 1.0))
-                tl.store(states.log_end + at, _log(c, top))
+                _store_log(states.log_end, states.rest_end, at, c, top)
     return a_n, a_c, a_k
 
 
@@ -246,7 +252,8 @@ def scan(part: Part, arguments: Arguments, passed: Tensor, z: Tensor, backward: 
     )
     log_c, *ends = z.new_empty((3 if backward else 1, *z.shape[:3])).unbind()
     log_end, kept = ends if backward else (None, None)
-    sums, states = sums_of(part, arguments, z), States(log_c, log_end, kept, z)
+    rest, rest_end = (torch.empty_like(t) if t is not None and arguments.exact else None for t in (log_c, log_end))
+    sums, states = sums_of(part, arguments, z), States(log_c, rest, log_end, rest_end, kept, z)
     at, constants = (part.first_head, part.first_chunk, gates.chunks, part.chunks), way.constants
     whole = constants | {"M": sizes.M, "E": sizes.E}
     begins = (gates.decay, gates.initial, passed, *at, part.stretch, passed.shape[1])

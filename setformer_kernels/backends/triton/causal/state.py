@@ -77,7 +77,9 @@ class States(NamedTuple):
     """What comes before the chunks of a part."""
 
     log_c: Tensor  # [heads, chunks, MP] log2 C before each chunk
-    log_end: Tensor | None  # [heads, chunks, MP] and after it
+    rest: Tensor | None  # [heads, chunks, MP] what its rounding has left of C; None but for tokens of float32
+    log_end: Tensor | None  # [heads, chunks, MP] log2 C after each chunk
+    rest_end: Tensor | None  # [heads, chunks, MP] likewise
     kept: Tensor | None  # [heads, chunks, MP] which part of the latter the former is, after it faded
     z: Tensor  # [heads, chunks, MP, EP] means before each chunk
 
@@ -154,6 +156,11 @@ class Arguments(NamedTuple):
     multiprocessors: int
     pack: Pack | None = None
     ends: Ends | None = None  # of the pack's segments
+
+    @property
+    def exact(self) -> bool:
+        """Whether logarithms have rests."""
+        return self.tokens[0].element_size() == 4
 
     def counts(self, part: Part) -> tuple[int, ...]:
         """H, L (of a packed batch, rows of all chunks), and which chunks of which heads."""
