@@ -2,8 +2,8 @@
 //
 // There one key often holds a whole column: z_ij is its value, and h_j cancels ⟨G_j, v⟩ but for their rounding, which
 // logits of thousands magnify.  From the value a_j of the key that last was the column's largest,
-//   dω_sj = p_sj (⟨G_j, v_s − a_j⟩ + h'_j),   h'_j = h_j + ⟨G_j, a_j⟩,   (d log C_ij)' = −W_ij ⟨dO_i, z_ij − a_j⟩ − λ_b
-//   dS_ij
+//   dω_sj = p_sj (⟨G_j, v_s − a_j⟩ + h'_j),   h'_j = h_j + ⟨G_j, a_j⟩
+//   (d log C_ij)' = −W_ij ⟨dO_i, z_ij − a_j⟩ − λ_b dS_ij
 // have differences that are 0 there.
 #pragma once
 #include "attention.h"

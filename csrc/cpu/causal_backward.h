@@ -138,7 +138,7 @@ class CausalBackwardWorker {
     scan_.log_sums(log_c_);
     causal_read<F>(refs_, p_.T, log_c_, ds, g_);
     fill(dp_.data(), Mp_, F(0));
-    fill(from_anchor_.data(), Mp_, F(0));
+    if (kFar) fill(from_anchor_.data(), Mp_, F(0));
     for (int64_t j = 0; j < p_.M; ++j) {
       Vec<F> acc{}, beyond{};
       const F *a = anchors_[j], inverse = 1 / scan_.sum[j];
@@ -151,7 +151,7 @@ class CausalBackwardWorker {
         if (kFar) beyond += (n * inverse - load(a + e)) * d_o;
       }
       dp_[j] = reduce_add<F>(acc) / scan_.sum[j];
-      from_anchor_[j] = reduce_add<F>(beyond);
+      if (kFar) from_anchor_[j] = reduce_add<F>(beyond);
     }
     query_gradient(b, h, s, ds, dp_, kFar ? from_anchor_.data() : nullptr);
   }

@@ -21,7 +21,7 @@ import triton.language as tl
 
 from ..device.logits import token_logits
 from ..device.plan import row_update
-from ..device.primitives import INF, SPAN, dot, finite_or_zero, log_sum, rounded, tokens_by
+from ..device.primitives import INF, SPAN, dot, finite_or_zero, log_and_rest, log_sum, rounded, tokens_by
 from ..device.rows import key_mass
 
 FAINT = tl.constexpr(23.0)  # 16 in base 2: sums of gates up to which log weights keep their digits with them
@@ -139,14 +139,6 @@ def gate_sums(gates, number, chunk, length, ROWS: tl.constexpr):
         gamma, fine = tl.load(at), tl.load(at + 1)
         whole = tl.load(last)
         return gamma, fine, whole, (whole - gamma) + (tl.load(last + 1) - fine)
-
-
-@triton.jit
-def log_and_rest(peak, total):
-    """(log2 of total·2^peak, −∞ where the total is 0; what its rounding has left of that, 1 where the total is 0)."""
-    held = total > 0
-    log = peak + tl.log2(tl.where(held, total, 1.0))
-    return tl.where(held, log, -INF), tl.where(held, total * tl.exp2(peak - log), 1.0)
 
 
 @triton.jit

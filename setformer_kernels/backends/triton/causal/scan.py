@@ -22,12 +22,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..device.primitives import INF, finite_or_zero
+from ..device.primitives import INF, finite_or_zero, log_and_rest
 from ..host.groups import Sizes
 from ..host.launch import kernel, launch
 from ..host.tiles import Tile
 from .carried import begun, fading, power_of_two, store_state, with_bundle
-from .chunk import log_and_rest
 from .segments import causal_segments_kernel
 from .state import Arguments, Part, States, sums_of
 

@@ -125,6 +125,14 @@ def log_sum(peak, total):
 
 
 @triton.jit
+def log_and_rest(peak, total):
+    """(log2 of total·2^peak, −∞ where the total is 0; what its rounding has left of that, 1 where the total is 0)."""
+    held = total > 0
+    log = peak + tl.log2(tl.where(held, total, 1.0))
+    return tl.where(held, log, -INF), tl.where(held, total * tl.exp2(peak - log), 1.0)
+
+
+@triton.jit
 def potential(log_mass, relaxation, log_total):
     """log mass − λ·log total; −∞ where nothing can be sent."""
     reached = log_total > -INF

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from ..device.primitives import INF, dot, finite_or_zero, rounded
+from ..device.primitives import INF, dot, finite_or_zero, log_and_rest, rounded
 
 # Where row sums (of V ≤ 1) and column sums stay above these, what underflows adds less to any sum than rounding:
 # 2^−126 of a factor, times 1/LEAST_ROW and 1/LEAST_COLUMN, is below 2^−23.
@@ -103,9 +103,7 @@ def settled(c, peak, seen, LOGS: tl.constexpr, sizes):
     there = seen[:, None] & (tl.arange(0, sizes.MP) < sizes.M)[None, :]
     if LOGS:
         held = there & (c > 0)
-        peak, total = tl.where(held, peak, 0.0), tl.where(held, c, 1.0)
-        c = peak + tl.log2(total)
-        divisor = total * tl.exp2(peak - c)
+        c, divisor = log_and_rest(tl.where(held, peak, 0.0), tl.where(held, c, 1.0))
     else:
         held = there & (c >= LEAST_COLUMN) & (c <= MOST_COLUMN)
         c = tl.where(held, c, 1.0)
