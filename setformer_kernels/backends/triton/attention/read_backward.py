@@ -19,7 +19,7 @@ from ..device.logits import token_logits
 from ..device.places import places_of
 from ..device.primitives import dot, rounded, tokens_by
 from ..device.rows import few_keys, load_rows, rows_of, segment_of
-from ..device.softmax import below_top, dropout_constants, numerators, read_gradient
+from ..device.softmax import below_top, dropout_constants, keep_mask, numerators, read_gradient
 from ..host.groups import Dropout, Segments, cut_of, rule_of, sizes_of
 from ..host.launch import Split, device_of, kernel, launch
 from ..host.rows import stride_step, strided, unit_rows
@@ -104,7 +104,8 @@ def read_backward_kernel(
         g = dual_potential(head, pooled, bh, iterations, rule.UPDATE_ROWS, sizes)
         w = numerators(l, kappa, g, below_top(g, head.scale), head.scale, rule.RANGE)
         d_o_z, do = output_products(gradients, rows, live, pooled.z, bh, z_t, use, operand, sizes, cut)
-        kept, d_s = read_gradient(w, d_o_z, stream, counter, L, rows, threshold, sizes)
+        keep = keep_mask(stream, counter, L, rows, threshold, sizes)
+        kept, d_s = read_gradient(w, d_o_z, keep, stream, sizes)
         if e_blocks > 1:
             do = load_rows(gradients, rows, live, e, sizes.E)
         if part_z is not None:

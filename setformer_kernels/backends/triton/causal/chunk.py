@@ -21,7 +21,7 @@ import triton.language as tl
 
 from ..device.logits import token_logits
 from ..device.plan import row_update
-from ..device.primitives import INF, SPAN, dot, finite_or_zero, log_and_rest, log_sum, rounded, tokens_by
+from ..device.primitives import INF, SPAN, again, dot, finite_or_zero, log_and_rest, log_sum, rounded, tokens_by
 from ..device.rows import key_mass
 
 FAINT = tl.constexpr(23.0)  # 16 in base 2: sums of gates up to which log weights keep their digits with them
@@ -203,7 +203,7 @@ def chunk_weights(w, chunk, FACTOR: tl.constexpr, PRECISION: tl.constexpr):
 @triton.jit
 def before_ratio(chunk, log_c):
     """C⁰/C [BC, MP] of what came before the chunk; log_c: finite, where that is not 0."""
-    ratio = tl.exp2(chunk.before[None, :] + chunk.gamma[:, None] - log_c)
+    ratio = tl.exp2(again(chunk.before)[None, :] + chunk.gamma[:, None] - log_c)
     return ratio * (chunk.before_rest / chunk.rest)
 
 
@@ -285,7 +285,7 @@ def _ratio(chunk, log_c, s):
 
 
 @triton.jit
-def key_gradient(w, d_log_c, d, chunk, FACTOR: tl.constexpr, cut):
+def key_gradient(weights, d_sums, d, chunk, FACTOR: tl.constexpr, cut):
     """(A [BC, BC], Σ_{i≥s} e^{ω_sj}/C_ij (W_ij ⟨do_i, v_s⟩ + d log C_ij) [BC, MP]) of the chunk's own queries."""
     seen = chunk.log_c > -INF
     safe = finite_or_zero(chunk.log_c)
@@ -294,14 +294,15 @@ def key_gradient(w, d_log_c, d, chunk, FACTOR: tl.constexpr, cut):
     if chunk.narrow:
         e = tl.exp2(chunk.omega - chunk.ref[None, :])
         fade = tl.where(seen, tl.exp2(chunk.ref[None, :] - safe) / chunk.rest, 0.0)
-        scaled = rounded(w * fade, FACTOR)
+        scaled = rounded(tl.load(weights) * fade, FACTOR)
         a = lower(dot(scaled, tl.trans(rounded(e, FACTOR)), cut.PRECISION))
-        later = tl.cumsum(d_log_c * fade, 0, reverse=True)
+        later = tl.cumsum(tl.load(d_sums) * fade, 0, reverse=True)
         d_omega = e * (fine_product(tl.trans(d), scaled, cut.PRECISION, cut.ACROSS) + later)
     else:
         i = tl.arange(0, d.shape[0])
         a = tl.zeros_like(d)
         d_omega = tl.zeros_like(chunk.omega)
+        w, d_log_c = tl.load(weights), tl.load(d_sums)
         for s in range(chunk.count):
             ratio = _ratio(chunk, safe, s)
             a = tl.where((i == s)[None, :], tl.sum(w * ratio, 1)[:, None], a)
@@ -311,7 +312,7 @@ def key_gradient(w, d_log_c, d, chunk, FACTOR: tl.constexpr, cut):
 
 
 @triton.jit
-def crossings(w, d_log_c, d, chunk, crossing, FACTOR: tl.constexpr, PRECISION: tl.constexpr):
+def crossings(weights, d_sums, d, chunk, crossing, FACTOR: tl.constexpr, PRECISION: tl.constexpr):
     """What passes each key r of the chunk [BC]: from its earlier keys to its own later queries, and to later chunks.
 
     Σ_{i≥r>s} Σ_j e^{ω_sj}/C_ij (W_ij ⟨do_i, v_s⟩ + d log C_ij) + Σ_{s<r} from_keys_s, as sums over the pairs that
@@ -324,10 +325,11 @@ def crossings(w, d_log_c, d, chunk, crossing, FACTOR: tl.constexpr, PRECISION: t
     if chunk.narrow:
         e = tl.trans(rounded(tl.exp2(chunk.omega - chunk.ref[None, :]), FACTOR))
         fade = tl.where(seen, tl.exp2(chunk.ref[None, :] - safe) / chunk.rest, 0.0)
-        pairs = d * dot(rounded(w * fade, FACTOR), e, PRECISION)
-        pairs = lower(pairs + dot(rounded(d_log_c * fade, FACTOR), e, PRECISION))
+        pairs = d * dot(rounded(tl.load(weights) * fade, FACTOR), e, PRECISION)
+        pairs = lower(pairs + dot(rounded(tl.load(d_sums) * fade, FACTOR), e, PRECISION))
     else:
         pairs = tl.zeros_like(d)
+        w, d_log_c = tl.load(weights), tl.load(d_sums)
         for s in range(chunk.count):
             column = tl.sum((column_of(d, s)[:, None] * w + d_log_c) * _ratio(chunk, safe, s), 1)
             pairs = tl.where((i == s)[None, :], column[:, None], pairs)

@@ -15,9 +15,9 @@ from ..device.gradients import sum_at
 from ..device.head import head_of
 from ..device.logits import token_logits
 from ..device.places import places_of
-from ..device.primitives import INF, LN2, dot, finite_or_zero, rounded, tokens_by
+from ..device.primitives import INF, LN2, again, dot, finite_or_zero, rounded, tokens_by
 from ..device.rows import load_rows, rows_of, store_rows
-from ..device.softmax import read_gradient
+from ..device.softmax import keep_mask, read_gradient
 from ..host.groups import Dropout
 from ..host.launch import kernel
 from .chunk import (
@@ -132,13 +132,14 @@ def causal_queries_backward_kernel(
     # Without λ_b dS beside it, what a query gets from earlier chunks is −w(p − ⟨do_i, z⁰⟩) alone.
     GAINED: tl.constexpr = work.incoming is not None and not rule.UPDATE_ROWS
     p, gained = pooled_products(d, from_means, known, FACTOR, GAINED, cut)
-    l, kappa, cosine, inverse, first_columns = token_logits(queries, rows, asked, asking, head, rule.DOT, sizes, cut)
-    w = query_weights(l, log_b, known.log_c, head.lam_b, rule.UPDATE_ROWS)
     stream = scalars
     if scalars.lengths is not None:  # a segment of a packed batch has a seed of its own
         if scalars.seed is not None:
             stream = Dropout(scalars.seed + slot, scalars.keep_scale)
-    w, d_s = read_gradient(w, p, stream, number.to(tl.int64), length, rows, threshold, sizes)
+    keep = keep_mask(stream, number.to(tl.int64), length, rows, threshold, sizes)  # early: held as bits, it takes less
+    l, kappa, cosine, inverse, first_columns = token_logits(queries, rows, asked, asking, head, rule.DOT, sizes, cut)
+    w = query_weights(l, log_b, known.log_c, head.lam_b, rule.UPDATE_ROWS)
+    w, d_s = read_gradient(w, p, keep, scalars, sizes)
     d_c = -w * p - head.lam_b * d_s if rule.UPDATE_ROWS else -w * p
     tl.store(tile_at(work.d_sums, at, cut.ROWS, sizes), d_c)
     tl.store(tile_at(work.d_logits, at, cut.ROWS, sizes), d_s)
@@ -151,7 +152,7 @@ def causal_queries_backward_kernel(
     faded = tl.trans(rounded(w * fade, token))
     for first in tl.static_range(0, sizes.EP, cut.VDEPTH):
         e = first + tl.arange(0, cut.VDEPTH)
-        do = load_rows(gradients, rows, asked, e, sizes.E)
+        do = load_rows(gradients, again(rows), asked, e, sizes.E)
         tl.store(state_at(work.later_o, at, e, sizes), dot(faded, do, cut.PRECISION))
     if work.sums is not None:
         d_lam = tl.sum(d_s * finite_or_zero(known.log_c)) * LN2 if rule.UPDATE_ROWS else 0.0
@@ -191,7 +192,7 @@ def causal_keys_backward_kernel(
     )
     j = tl.arange(0, sizes.MP)
     d = pair_products(gradients, values, rows, asked, known, scalars.seed, sizes, cut)
-    w, d_c = (tl.load(tile_at(work.weights, at, cut.ROWS, sizes)), tl.load(tile_at(work.d_sums, at, cut.ROWS, sizes)))
+    w, d_c = tile_at(work.weights, at, cut.ROWS, sizes), tile_at(work.d_sums, at, cut.ROWS, sizes)
     a, d_omega = key_gradient(w, d_c, d, known, FACTOR, cut)
     end = tl.load(work.log_end + at * sizes.MP + j)
     carried = tl.exp2(known.omega + known.to_end[:, None] - finite_or_zero(end)[None, :])
@@ -250,6 +251,6 @@ def causal_gates_backward_kernel(
         keys, masses, places, head, work.log_c, work.rest, at, number, chunk, slot, L, scalars, rule, sizes, cut
     )
     d = pair_products(gradients, values, rows, asked, known, scalars.seed, sizes, cut)
-    w, d_c = (tl.load(tile_at(work.weights, at, cut.ROWS, sizes)), tl.load(tile_at(work.d_sums, at, cut.ROWS, sizes)))
+    w, d_c = tile_at(work.weights, at, cut.ROWS, sizes), tile_at(work.d_sums, at, cut.ROWS, sizes)
     crossing = work.crossing + at * cut.ROWS + tl.arange(0, cut.ROWS)
     tl.store(crossing, crossings(w, d_c, d, known, crossing, FACTOR, cut.PRECISION))

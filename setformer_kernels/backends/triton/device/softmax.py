@@ -12,14 +12,17 @@ def dropout_constants(p: float) -> tuple[int, float]:
 
 
 @triton.jit
-def keep_mask(seed, head, length, rows, threshold, sizes):
-    """Which entries of W^q survive dropout: [BN, MP], word 0 of Philox4x32-10 at n = (head·L + i)·M + j."""
-    n = (head * length + rows.to(tl.int64))[:, None] * sizes.M + tl.arange(0, sizes.MP)[None, :]
-    low = (n & 0xFFFFFFFF).to(tl.uint32)
-    high = (n >> 32).to(tl.uint32)
-    zero = low * 0
-    word, _, _, _ = tl.philox(tl.load(seed), low, high, zero, zero)
-    return word.to(tl.uint32, bitcast=True) >= threshold.to(tl.uint32)
+def keep_mask(dropout, head, length, rows, threshold, sizes):
+    """Which entries of W^q survive dropout: [BN, MP], word 0 of Philox4x32-10 at n = (head·L + i)·M + j; True: all of them."""
+    if dropout.seed is None:
+        return True
+    else:
+        n = (head * length + rows.to(tl.int64))[:, None] * sizes.M + tl.arange(0, sizes.MP)[None, :]
+        low = (n & 0xFFFFFFFF).to(tl.uint32)
+        high = (n >> 32).to(tl.uint32)
+        zero = low * 0
+        word, _, _, _ = tl.philox(tl.load(dropout.seed), low, high, zero, zero)
+        return word.to(tl.uint32, bitcast=True) >= threshold.to(tl.uint32)
 
 
 @triton.jit
@@ -43,17 +46,16 @@ def kept_weights(w, dropout, head, length, rows, threshold, sizes):
     """(the numerators that survive dropout [BN, MP], what normalises them [BN])."""
     normaliser = 1.0 / tl.sum(w, 1)
     if dropout.seed is not None:
-        w = tl.where(keep_mask(dropout.seed, head, length, rows, threshold, sizes), w, 0.0)
+        w = tl.where(keep_mask(dropout, head, length, rows, threshold, sizes), w, 0.0)
         normaliser *= dropout.keep_scale
     return w, normaliser
 
 
 @triton.jit
-def read_gradient(w, d_o_z, dropout, head, length, rows, threshold, sizes):
-    """(W^q after dropout, dS) [BN, MP] from the softmax's numerators w and ⟨do_i, z_j⟩."""
+def read_gradient(w, d_o_z, keep, dropout, sizes):
+    """(W^q after dropout, dS) [BN, MP] from the softmax's numerators w and ⟨do_i, z_j⟩; keep: `keep_mask`."""
     normaliser = 1.0 / tl.sum(w, 1)
     if dropout.seed is not None:
-        keep = keep_mask(dropout.seed, head, length, rows, threshold, sizes)
         kept = tl.where(keep, w * (normaliser * dropout.keep_scale)[:, None], 0.0)
         d_p = tl.where(keep, d_o_z * dropout.keep_scale, 0.0)
     else:

@@ -17,7 +17,7 @@ from ..device.logits import token_logits
 from ..device.places import places_of
 from ..device.primitives import INF, dot, rounded
 from ..device.rows import load_rows, rows_of
-from ..device.softmax import read_gradient
+from ..device.softmax import keep_mask, read_gradient
 from ..host.launch import kernel
 from .masses import last_key, log_masses, mask_of
 from .terms import (
@@ -151,7 +151,8 @@ def masked_queries_backward_kernel(
         if rule.UPDATE_ROWS:
             u -= head.lam_b * log_columns(c, LOGS)
         w = tl.exp2(u - tl.max(u, 1)[:, None])
-        w, d_s = read_gradient(w, d, dropout, number, L, rows, threshold, sizes)
+        keep = keep_mask(dropout, number, L, rows, threshold, sizes)
+        w, d_s = read_gradient(w, d, keep, dropout, sizes)
         d_s = tl.where(seen[:, None], d_s, 0.0)
         w = tl.where(seen[:, None], w, 0.0)
         tl.store(step_at(back.weights, at, 1, 1, first, L, ROWS, sizes), w / n, mask=inside)
