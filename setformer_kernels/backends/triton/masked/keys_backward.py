@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from ..device.head import head_of
-from ..device.primitives import INF, dot, rounded
+from ..device.primitives import INF, again, dot, rounded
 from ..device.rows import load_rows, row_starts, rows_of
 from ..host.launch import kernel
 from .masses import first_query, log_masses, mask_of, some
@@ -151,7 +151,6 @@ def masked_keys_backward_kernel(
     gradients = rows_of(d_o, b, h, stride_ob, stride_oh, stride_on, L, cut.STEP)
     given = mask_of(mask, b, h, stride_mb, stride_mh, stride_ml, stride_ms) if mask is not None else None
     head = head_of(references, h, sizes, cut)
-    j, e, inside = tl.arange(0, sizes.MP), tl.arange(0, sizes.EP), columns < S
     zero = tl.zeros([KEYS], tl.float32)
     sums = KeySums(tl.zeros([KEYS, sizes.MP], tl.float32), tl.zeros([KEYS, sizes.EP], tl.float32), zero, zero, zero)
     for start in range(first_query(block * KEYS, L, S, CAUSAL) // ROWS * ROWS, L, ROWS):
@@ -163,6 +162,10 @@ def masked_keys_backward_kernel(
                     sums, x, values, keys, block * KEYS, gradients, work, back, head, at, iterations, start, rows, L, S,
                     KEYS, MORE, LOGS, UNIT, sizes, cut,
                 )  # fmt: skip
+    # Where the sums go is found anew: held through the loop, it spills (D 128, float masks, Triton 3.6 and 3.9).
+    at, b, h, block = block_of(again(tl.program_id(0)), blocks, first_head, H)
+    columns = block * KEYS + again(tl.arange(0, KEYS))
+    j, e, inside = tl.arange(0, sizes.MP), tl.arange(0, sizes.EP), columns < S
     logits = sums.tile
     if not LOGS:
         logits *= key_tile(keys, at * S + block * KEYS, S - block * KEYS, KEYS, LOGS, sizes).to(tl.float32)

@@ -15,7 +15,7 @@ import triton.language as tl
 from ..device.head import head_of
 from ..device.logits import token_logits
 from ..device.places import places_of
-from ..device.primitives import INF, dot, rounded
+from ..device.primitives import INF, again, dot, rounded
 from ..device.rows import load_rows, rows_of
 from ..device.softmax import keep_mask, read_gradient
 from ..host.launch import kernel
@@ -186,6 +186,10 @@ def masked_queries_backward_kernel(
                 d_g += tl.sum(d_v, 0)
                 excess += of_step
                 relaxed += tl.sum(d_v * spread(before, seen, LOGS, sizes), 1)
+        # Where the sums go is found anew: held through the iterations, it spills (positions, float masks, Triton 3.9).
+        at, j = (again(tl.program_id(0)) // blocks).to(tl.int64), again(j)
+        block = again(tl.program_id(0)) % blocks
+        rows = block * ROWS + tl.arange(0, ROWS)
         if back.excess is not None:
             if MORE and not LOGS:  # what the first iteration adds, as the products with dC will see it
                 operand: tl.constexpr = keys.exp.dtype.element_ty
