@@ -21,7 +21,7 @@ from ..device.linearised import add_rows, empty_parts, finish_linearised, gram_w
 from ..device.logits import token_logits
 from ..device.places import farthest, places_of
 from ..device.plan import potentials_narrow
-from ..device.primitives import INF, LN2, LOG2E, distance, merged_log_sum, potential
+from ..device.primitives import INF, LN2, LOG2E, again, distance, merged_log_sum, potential
 from ..device.rows import key_mass, rows_of
 from ..host.groups import cut_of, rule_of, sizes_of
 from ..host.launch import device_of, kernel, launch, split_tokens
@@ -64,7 +64,9 @@ def linearised_kernel(
         if block == 0:
             tl.store(s + bh * S + rows, own_s * LN2, mask=rows < end)
             tl.store(f + bh * S + rows, own_f * LN2, mask=rows < end)
-    store_linearised(parts, bh * splits + split, block, sums, MP, WIDTH)
+    # The program anew: held through the loop, it spills (Triton 3.6).
+    place = again(tl.program_id(0))
+    store_linearised(parts, (place // blocks).to(tl.int64), place % blocks, sums, MP, WIDTH)
 
 
 def linearised(x: Operands, opt: Options, g: Tensor, running: Tensor | None) -> tuple[Tensor, ...]:
@@ -120,7 +122,7 @@ def columns_kernel(
         peak, total, none = walk_keys(
             keys, keys, masses, places, head, dual, e, start, end, uniform, False, True, False, rule.DOT, sizes, cut
         )
-    out = (bh * splits + split) * MP + j
+    out = again(tl.program_id(0)).to(tl.int64) * MP + j  # as in `linearised_kernel`
     tl.store(sums.peak + out, peak)
     tl.store(sums.total + out, total)
 

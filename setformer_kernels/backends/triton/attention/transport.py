@@ -24,7 +24,18 @@ from ..device.head import head_of, head_parameters
 from ..device.logits import token_logits
 from ..device.places import farthest, places_of
 from ..device.plan import log_domain_weights, narrow_weights, potentials_narrow, range_known
-from ..device.primitives import INF, LN2, column_sum, dot, finite_or_zero, leading, log_sum, merged_log_sum, rounded
+from ..device.primitives import (
+    INF,
+    LN2,
+    again,
+    column_sum,
+    dot,
+    finite_or_zero,
+    leading,
+    log_sum,
+    merged_log_sum,
+    rounded,
+)
 from ..device.rows import key_mass, load_rows, rows_of, segment_of, uniform_mass
 from ..host.groups import Segments, Sizes, cut_of, rule_of, sizes_of
 from ..host.launch import Split, device_of, kernel, launch, split_tokens
@@ -146,8 +157,10 @@ def transport_kernel(
             keys, values, masses, places, head, g, e, start, end, uniform,
             False, rule.UPDATE_ROWS, LAST, rule.DOT, sizes, cut,
         )  # fmt: skip
-    out = (bh * splits + split) * MP + j
-    if block == 0:
+    # Which program this is, anew: held through the walk, it spills (products as κ, Triton 3.9).
+    place = again(tl.program_id(0))
+    out = (place // v_blocks).to(tl.int64) * MP + j
+    if place % v_blocks == 0:
         tl.store(after.peak + out, peak)
         tl.store(after.total + out, total)
     if LAST:

@@ -22,7 +22,7 @@ from ..host.launch import Split, kernel, launch
 from ..host.tiles import Tile
 from .primitives import INF, LN2, LOG2E, column_sum, dot, finite_or_zero, potential
 
-LINEARISED_FINISH = Tile(rows=16, depth=64, warps=4, stages=1)  # of 256 columns 16 rows of A are 32 numbers a thread
+LINEARISED_FINISH = Tile(rows=16, depth=64, warps=8, stages=1)  # of 256 columns 16 rows of A are 16 numbers a thread
 
 
 class Parts(NamedTuple):

@@ -39,7 +39,7 @@ from .whitening import landmark_cosines, whitening, whitening_backward
 
 EXTRA = 16  # numbers behind dW and dŵ in a partial sum: dβ of up to 16 blocks of landmarks
 SUM_TILE = Tile(rows=16, depth=256, warps=4, stages=1)  # partial sums are read once: rows · depth loads in flight
-LANDMARK_TILE = Tile(rows=16, depth=16, warps=4, stages=1)  # [16, 256] sums are 32 registers a thread
+LANDMARK_TILE = Tile(rows=16, depth=16, warps=8, stages=1)  # one program a head; on four warps it spills (Triton 3.6)
 
 
 @kernel

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..device.head import head_parameters, plain_parameters
 from ..device.logits import kernel_value
-from ..device.primitives import dot, rounded
+from ..device.primitives import again, dot, rounded
 from ..device.rows import rows_of, store_rows
 from ..host.launch import kernel, launch
 from ..host.rows import rows_like, stride_step, strided, unit_rows
@@ -54,6 +54,9 @@ def features_kernel(
             value = kernel_value(product, inverse, log2_beta, False)
         kappa = rounded(value, y.dtype.element_ty)
         out += dot(kappa, tl.load(whitening + r[:, None] * cut.RP + j[None, :]), cut.PRECISION)
+    # Where the tile goes is found anew: held through the loop, it spills (D 128, sm_80, Triton 3.6).
+    rows = again(rows)
+    live = rows < N
     outputs = rows_of(psi, b, h, stride_pb, stride_ph, stride_pn, N, cut.STEP)
     store_rows(outputs, rows, live, j, cut.R, out * length[:, None])
 

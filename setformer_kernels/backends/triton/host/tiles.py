@@ -107,7 +107,8 @@ DEFAULT: dict[tuple[str, str, str], Tile] = {
     # "masked" walk tiles of `keys` beside [queries, M] sums and [queries, E] outputs: operands that many products share
     # stay in registers, so tiles are small.  "masked_keys_backward" hold [keys, M] and [keys, E] sums.
     ("masked", "small", "half"): Tile(32, 64, 4, 1),
-    ("masked", "wide", "half"): Tile(32, 64, 4, 1),  # of eight warps the sums spill up to 430 bytes
+    # Of eight warps the sums spill up to 430 bytes; with half the dims at a time a third block spills 56 (Triton 3.9).
+    ("masked", "wide", "half"): Tile(32, 128, 4, 1),
     ("masked", "medium", "half"): Tile(32, 64, 8, 1),
     ("masked", "large", "half"): Tile(16, 64, 8, 1),
     ("masked", "small", "single"): Tile(16, 32, 4, 1),
@@ -226,6 +227,10 @@ HOPPER_LATER: dict[tuple[str, str, str], Tile] = {
     ("read_backward", "wide", "half"): Tile(32, 128, 8, 1, wgmma=True, across=True, resident=1),
     ("keys_backward", "small", "half"): Tile(64, 64, 4, 1, wgmma=True, frugal=True, resident=2),
     ("keys_backward", "medium", "half"): Tile(16, 128, 8, 1, across=True, frugal=True, resident=1),
+    ("chunk_backward", "small", "half"): Tile(32, 64, 4, 1, wgmma=True),
+}
+AMPERE_LATER: dict[tuple[str, str, str], Tile] = {
+    ("row", "medium", "half"): Tile(64, 64, 4, 2),
 }
 # 64 rows would go to tcgen05, whose results live in tensor memory: by the model the exponentials are then taken twice.
 BLACKWELL = {key: t for key, t in HOPPER.items() if key[2] == "single" or key[1] in ("medium", "large")} | {
@@ -240,6 +245,8 @@ BLACKWELL = {key: t for key, t in HOPPER.items() if key[2] == "single" or key[1]
     ("gradient_log", "small", "half"): Tile(16, 64, 8, 2, across=True, resident=2),
     # Of four warps two blocks share a multiprocessor; eight with positions spill 88 bytes.
     ("masked_tokens", "small", "half"): Tile(16, 32, 4, 2, across=True, resident=2),
+    # Half the head dims at a time take 1.3 times the cycles of its loops by the model, and spill 16 bytes of Triton 3.6.
+    ("chunk", "medium", "half"): Tile(32, 64, 8, 1),
     # Four warps hold twice as much of a chunk each, and spill up to 64 bytes where gates are differentiated.
     ("chunk_backward", "small", "half"): Tile(32, 64, 8, 1),
     ("chunk_backward", "medium", "half"): DEFAULT["chunk_backward", "medium", "half"],
@@ -264,7 +271,7 @@ AMD = {key: t._replace(warps=max(1, t.warps // 2)) for key, t in (DEFAULT | AMPE
 AMD["masked", "small", "half"] = Tile(32, 64, 2, 1)
 AMD["chunk_backward", "small", "half"] = DEFAULT["chunk_backward", "small", "half"]  # gfx90a spills on fewer wavefronts
 OVERRIDES: dict[str, dict[tuple[str, str, str], Tile]] = {
-    "sm_80": AMPERE,
+    "sm_80": AMPERE | (AMPERE_LATER if RELEASE >= (3, 8) else {}),
     "sm_90": HOPPER | (HOPPER_LATER if RELEASE >= (3, 8) else {}),
     "sm_100": BLACKWELL,
     "amd": AMD,

@@ -187,7 +187,7 @@ def masked_queries_backward_kernel(
                 excess += of_step
                 relaxed += tl.sum(d_v * spread(before, seen, LOGS, sizes), 1)
         # Where the sums go is found anew: held through the iterations, it spills (positions, float masks, Triton 3.9).
-        at, j = (again(tl.program_id(0)) // blocks).to(tl.int64), again(j)
+        at, j = (again(tl.program_id(0)) // blocks).to(tl.int64), tl.arange(0, sizes.MP)
         block = again(tl.program_id(0)) % blocks
         rows = block * ROWS + tl.arange(0, ROWS)
         if back.excess is not None:
