@@ -75,8 +75,6 @@ def masked_mask_backward_kernel(
     UNIT: tl.constexpr = way.UNIT
     mask_head, row, column = mask_tile(tl.program_id(0), blocks, splits, ROWS, KEYS)
     rows, columns = row + tl.arange(0, ROWS), column + tl.arange(0, KEYS)
-    # Products of float32, and of many references, want all registers: there no address is carried from head to head.
-    SHORT: tl.constexpr = not LOGS and (keys.exp.dtype.element_ty == tl.float32 or sizes.MP > 64)
     given = mask_of(mask, mask_head // G, mask_head % G, stride_mb, stride_mh, stride_ml, stride_ms)
     zero = tl.zeros([KEYS], tl.float32)
     x = log_masses(given, zero, rows, columns, L, S, CAUSAL)
@@ -86,8 +84,10 @@ def masked_mask_backward_kernel(
         for n in tl.range(0, chunks, disable_licm=True):
             # In 32 bits, as a division of 64 is a function with registers of its own.
             number = first_head + n
-            if SHORT:
-                number, rows, columns = again(number), again(rows), again(columns)
+            if not LOGS:  # products want all registers: no address is carried from head to head
+                number, rows = again(number), again(rows)
+                if sizes.MP > 64:
+                    columns = again(columns)
             b, h = number // H, number % H
             at = (number - first_head).to(tl.int64)
             mine = shares_mask(number, H, mask_head, B, G)
