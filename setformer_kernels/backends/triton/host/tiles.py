@@ -245,7 +245,7 @@ BLACKWELL = {key: t for key, t in HOPPER.items() if key[2] == "single" or key[1]
     ("gradient_log", "small", "half"): Tile(16, 64, 8, 2, across=True, resident=2),
     # Of four warps two blocks share a multiprocessor; eight with positions spill 88 bytes.
     ("masked_tokens", "small", "half"): Tile(16, 32, 4, 2, across=True, resident=2),
-    # Half the head dims at a time take 1.3 times the cycles of its loops by the model, and spill 16 bytes of Triton 3.6.
+    # Half the head dims at a time take 1.3 times the cycles by the model, and spill 16 bytes under Triton 3.6.
     ("chunk", "medium", "half"): Tile(32, 64, 8, 1),
     # Four warps hold twice as much of a chunk each, and spill up to 64 bytes where gates are differentiated.
     ("chunk_backward", "small", "half"): Tile(32, 64, 8, 1),
