@@ -320,9 +320,7 @@ def transport_keys_backward_kernel(
             sums, d_l, total, kappa, cosine, inverse, x, y_own, factor, head.beta, d_keys, rows, inside, live, d, True,
             places, parts, state.d_c is None, rule.DOT, sizes, cut,
         )  # fmt: skip
-    if (
-        not cut.FRUGAL
-    ):  # which program this is, anew: held through the loop, it spills (logits of any range, Triton 3.6)
+    if not cut.FRUGAL:  # the program anew: held through the loop, it spills (logits of any range, Triton 3.6)
         place = again(tl.program_id(0))
         bh, split, block = (place // (d_blocks * splits)).to(tl.int64), place // d_blocks % splits, place % d_blocks
     slot, d_lambda_b = bh * (first_slot + splits) + first_slot + split, 0.0

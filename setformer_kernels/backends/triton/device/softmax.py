@@ -13,7 +13,10 @@ def dropout_constants(p: float) -> tuple[int, float]:
 
 @triton.jit
 def keep_mask(dropout, head, length, rows, threshold, sizes):
-    """Which entries of W^q survive dropout, if there is any: [BN, MP], word 0 of Philox4x32-10 at n = (head·L + i)·M + j."""
+    """Which entries of W^q survive dropout, if there is any [BN, MP]: word 0 of Philox4x32-10.
+
+    It is drawn at n = (head·L + i)·M + j.
+    """
     if dropout.seed is None:
         return True
     else:
