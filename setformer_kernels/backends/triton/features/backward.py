@@ -39,7 +39,7 @@ from .whitening import landmark_cosines, whitening, whitening_backward
 
 EXTRA = 16  # numbers behind dW and dŵ in a partial sum: dβ of up to 16 blocks of landmarks
 SUM_TILE = Tile(rows=16, depth=256, warps=4, stages=1)  # partial sums are read once: rows · depth loads in flight
-LANDMARK_TILE = Tile(rows=16, depth=16, warps=8, stages=1)  # one program a head; on four warps it spills (Triton 3.6)
+LANDMARK_TILE = Tile(rows=16, depth=16, warps=4, stages=1)  # [16, 256] sums are 32 registers a thread
 
 
 @kernel
@@ -243,7 +243,10 @@ def features_backward(
     tensors = (landmarks_, *landmarks_.stride()[:2], *strided(d_landmarks), d_bandwidth)
     args = (*tensors, prepared.inverse_norm, prepared.parameters, d_a, sums)
     device = device_of(x)
-    t = INTERPRETER if device.family == "interpreter" else LANDMARK_TILE
+    # ptxas spills 8 bytes for one more block: up to 64 dims on four warps (Triton 3.6), beyond on eight (3.9).
+    t = LANDMARK_TILE if dp > 64 else LANDMARK_TILE._replace(warps=8)
+    if device.family == "interpreter":
+        t = INTERPRETER
     constants = {
         "R": r, "RP": rp, "D": d, "DP": dp, "SIZE": sums.shape[1], "BLOCKS": blocks, "PRECISION": device.precision,
         "ROWS": min(t.rows, rp), "COLUMNS": min(t.depth, rp), "CENTER": center,
