@@ -122,7 +122,7 @@ def columns_kernel(
         peak, total, none = walk_keys(
             keys, keys, masses, places, head, dual, e, start, end, uniform, False, True, False, rule.DOT, sizes, cut
         )
-    out = again(tl.program_id(0)).to(tl.int64) * MP + j  # as in `linearised_kernel`
+    out = (bh * splits + split) * MP + j
     tl.store(sums.peak + out, peak)
     tl.store(sums.total + out, total)
 

@@ -213,8 +213,8 @@ def causal_keys_backward_kernel(
         if d_value is not None:
             dv = dot(to_values, do, cut.PRECISION) + dot(carried_operand, later, cut.PRECISION)
             store_rows(d_values, rows, asked, e, sizes.E, dv)
-    # The slot anew: where W lies is not held for this, which spills (M 128, Triton 3.9).
-    at = again(tl.program_id(0)).to(tl.int64)
+    if sizes.MP > 64:  # the slot anew: where W lies is not held for this, which spills (Triton 3.9)
+        at = again(tl.program_id(0)).to(tl.int64)
     tl.store(tile_at(work.d_logits, at, cut.ROWS, sizes), d_omega + carried * from_later)
     if work.crossing is not None:
         tl.store(work.crossing + at * cut.ROWS + tl.arange(0, cut.ROWS), tl.sum(carried * from_later, 1))

@@ -196,6 +196,7 @@ HOPPER: dict[tuple[str, str, str], Tile] = {
     ("pooling", "wide", "half"): Tile(64, 128, 4, 2, wgmma=True, resident=2),
     # Half the head dims at a time: without wgmma the operands are registers too.
     ("across", "small", "half"): Tile(32, 32, 4, 2),
+    ("across", "large", "half"): Tile(32, 32, 8, 1, wgmma=True),  # without, 16 bytes spill under Triton 3.6 and 3.9
     # Backward, warps hold rows of their own: sums over a row stay in a warp, and a step has many rows for its dozen
     # barriers.  16 rows, with references shared among warps, took 1.9, 2.3 and 2.7 times as long on an H100, and
     # 1.7 times in the one pass of medium size that holds no sums of [M, depth].
@@ -229,6 +230,7 @@ HOPPER_LATER: dict[tuple[str, str, str], Tile] = {
     ("keys_backward", "medium", "half"): Tile(16, 128, 8, 1, across=True, frugal=True, resident=1),
     ("chunk_backward", "small", "half"): Tile(32, 64, 4, 1, wgmma=True),
 }
+# Likewise: 16 bytes.
 AMPERE_LATER: dict[tuple[str, str, str], Tile] = {
     ("row", "medium", "half"): Tile(64, 64, 4, 2),
 }
@@ -247,6 +249,7 @@ BLACKWELL = {key: t for key, t in HOPPER.items() if key[2] == "single" or key[1]
     ("masked_tokens", "small", "half"): Tile(16, 32, 4, 2, across=True, resident=2),
     # Half the head dims at a time take 1.3 times the cycles by the model, and spill 16 bytes under Triton 3.6.
     ("chunk", "medium", "half"): Tile(32, 64, 8, 1),
+    ("step", "medium", "half"): DEFAULT["chunk", "medium", "half"],
     # Four warps hold twice as much of a chunk each, and spill up to 64 bytes where gates are differentiated.
     ("chunk_backward", "small", "half"): Tile(32, 64, 8, 1),
     ("chunk_backward", "medium", "half"): DEFAULT["chunk_backward", "medium", "half"],
