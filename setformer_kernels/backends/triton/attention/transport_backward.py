@@ -229,6 +229,14 @@ def _totals(state, newest, bh, iterations, sizes, cut):
     return total, tl.sum(products)
 
 
+@triton.jit
+def _place(program, splits, blocks):
+    """(b·H + h, which of the head's splits, which block of columns) of a program."""
+    block = program % blocks
+    split = program // blocks % splits
+    return (program // (blocks * splits)).to(tl.int64), split, block
+
+
 @kernel
 def transport_keys_backward_kernel(
     key, stride_kb, stride_kh, stride_kn,  # [B, H, S, D], strides in units of cut.STEP
@@ -245,9 +253,7 @@ def transport_keys_backward_kernel(
     """All of dℓ over `stretch` keys of one head; DEPTH columns of dk and dŷ, and every d_blocks-th VDEPTH of dv."""
     MP: tl.constexpr = sizes.MP
     d_blocks: tl.constexpr = sizes.DP // cut.DEPTH
-    block = tl.program_id(0) % d_blocks
-    split = tl.program_id(0) // d_blocks % splits
-    bh = (tl.program_id(0) // (d_blocks * splits)).to(tl.int64)
+    bh, split, block = _place(tl.program_id(0), splits, d_blocks)
     b, h = bh // H, bh % H
     uniform = uniform_mass(state, b, state.uniform)
     b, S = segment_of(state, b, S)
@@ -321,8 +327,7 @@ def transport_keys_backward_kernel(
             places, parts, state.d_c is None, rule.DOT, sizes, cut,
         )  # fmt: skip
     if not cut.FRUGAL:  # the program anew: held through the loop, it spills (logits of any range, Triton 3.6)
-        place = again(tl.program_id(0))
-        bh, split, block = (place // (d_blocks * splits)).to(tl.int64), place // d_blocks % splits, place % d_blocks
+        bh, split, block = _place(again(tl.program_id(0)), splits, d_blocks)
     slot, d_lambda_b = bh * (first_slot + splits) + first_slot + split, 0.0
     if rule.UPDATE_ROWS:
         if (block == 0) & (split == 0):  # what a head counts once

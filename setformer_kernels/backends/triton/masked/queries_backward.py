@@ -98,6 +98,13 @@ def spread(c, seen, LOGS: tl.constexpr, sizes):
     return tl.where(real & seen[:, None], logs - tl.max(tl.where(real, logs, -INF), 1)[:, None], 0.0)
 
 
+@triton.jit
+def _place(program, blocks, ROWS: tl.constexpr):
+    """(head of those at hand, block of queries, rows [BL]) of a program."""
+    block = program % blocks
+    return (program // blocks).to(tl.int64), block, block * ROWS + tl.arange(0, ROWS)
+
+
 @kernel
 def masked_queries_backward_kernel(
     query, stride_qb, stride_qh, stride_qn,  # [B, H, L, D], strides in units of cut.STEP
@@ -117,12 +124,10 @@ def masked_queries_backward_kernel(
     LOGS: tl.constexpr = way.LOGS
     CAUSAL: tl.constexpr = way.CAUSAL
     UNIT: tl.constexpr = way.UNIT
-    at = (tl.program_id(0) // blocks).to(tl.int64)
-    block = tl.program_id(0) % blocks
+    at, block, rows = _place(tl.program_id(0), blocks, ROWS)
     number = at + first_head
     b, h = number // H, number % H
     first = block * ROWS
-    rows = first + tl.arange(0, ROWS)
     if belongs(work, at, first, L, BLOCK, LOGS):
         queries = rows_of(query, b, h, stride_qb, stride_qh, stride_qn, L, cut.STEP)
         values = rows_of(value, b, h, stride_vb, stride_vh, stride_vn, S, cut.STEP)
@@ -153,8 +158,7 @@ def masked_queries_backward_kernel(
         w = tl.exp2(u - tl.max(u, 1)[:, None])
         keep = keep_mask(dropout, number, L, rows, threshold, sizes)
         w, d_s = read_gradient(w, d, keep, dropout, sizes)
-        d_s = tl.where(seen[:, None], d_s, 0.0)
-        w = tl.where(seen[:, None], w, 0.0)
+        d_s, w = tl.where(seen[:, None], d_s, 0.0), tl.where(seen[:, None], w, 0.0)
         tl.store(step_at(back.weights, at, 1, 1, first, L, ROWS, sizes), w / n, mask=inside)
         tl.store(step_at(back.d_logits, at, 1, 1, first, L, ROWS, sizes), d_s, mask=inside)
         d_c = -w * d - head.lam_b * d_s if rule.UPDATE_ROWS else -w * d
@@ -186,10 +190,8 @@ def masked_queries_backward_kernel(
                 d_g += tl.sum(d_v, 0)
                 excess += of_step
                 relaxed += tl.sum(d_v * spread(before, seen, LOGS, sizes), 1)
-        # Where the sums go is found anew: held through the iterations, it spills (positions, float masks, Triton 3.9).
-        at, j = (again(tl.program_id(0)) // blocks).to(tl.int64), tl.arange(0, sizes.MP)
-        block = again(tl.program_id(0)) % blocks
-        rows = block * ROWS + tl.arange(0, ROWS)
+        if sizes.P > 0:  # where the sums go, anew: held through the iterations, it spills (Triton 3.9)
+            at, block, rows = _place(again(tl.program_id(0)), blocks, ROWS)
         if back.excess is not None:
             if MORE and not LOGS:  # what the first iteration adds, as the products with dC will see it
                 operand: tl.constexpr = keys.exp.dtype.element_ty
