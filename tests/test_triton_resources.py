@@ -123,7 +123,6 @@ once = (  # what spilled under Triton 3.6.0 or 3.9.0, where
     ("sm_90", "transport_keys_backward", Call("attention", True, kernel="dot")),
     ("sm_90", "transport_keys_backward", Call("packed", True, rich=True)),
     ("sm_90", "linearised_kernel", Call("linearised", rich=True)),
-    ("sm_90", "columns_kernel", Call("iterated", M=256)),
     ("sm_100", "linearised_finish", Call("linearised", M=256)),
     ("sm_80 sm_90", "causal_queries_backward", Call("causal", True, 1, rich=True)),
     ("sm_80", "causal_queries_backward", Call("causal", True, 1, **large)),

@@ -196,7 +196,6 @@ HOPPER: dict[tuple[str, str, str], Tile] = {
     ("pooling", "wide", "half"): Tile(64, 128, 4, 2, wgmma=True, resident=2),
     # Half the head dims at a time: without wgmma the operands are registers too.
     ("across", "small", "half"): Tile(32, 32, 4, 2),
-    ("across", "large", "half"): Tile(32, 32, 8, 1, wgmma=True),  # without, 16 bytes spill under Triton 3.6 and 3.9
     # Backward, warps hold rows of their own: sums over a row stay in a warp, and a step has many rows for its dozen
     # barriers.  16 rows, with references shared among warps, took 1.9, 2.3 and 2.7 times as long on an H100, and
     # 1.7 times in the one pass of medium size that holds no sums of [M, depth].
