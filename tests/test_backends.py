@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -164,7 +165,12 @@ def test_empty_batches_queries_and_keys(B: int, L: int, S: int, causal: bool, na
     assert all(g.isfinite().all() for g in torch.autograd.grad(o.sum(), (q, k, v, y)))
 
 
-def test_positions_far_from_every_reference_keep_the_budget(native: str) -> None:
+# Marginals of any relaxation, T, and whether keys have masses: relaxed, f and c of far positions are large as well.
+RELAXED = {"exact": (1.0, 1.0, 3, False), "relaxed": (0.8, 0.6, 3, False), "masses": (0.6, 0.7, 1, True)}
+
+
+@pytest.mark.parametrize("marginals", RELAXED)
+def test_positions_far_from_every_reference_keep_the_budget(marginals: str, native: str) -> None:
     """ℓ of a row are all −100 to −400: what they share must not cost the digits in which they differ."""
     g, H = torch.Generator().manual_seed(0), 24
 
@@ -175,4 +181,20 @@ def test_positions_far_from_every_reference_keep_the_budget(native: str) -> None
     inputs |= {"references": normal(H, 7, 16), "reference_position": normal(H, 7, 2)}
     inputs |= {"query_position": 100 + normal(32, 2), "key_position": 100 + normal(1, 32, 2)}
     inputs |= {"position_scale": torch.linspace(0.1, 0.2, H, dtype=torch.float64)}
-    assert_within_budget(*measure.beside(SF.set_attention, inputs, torch.float32, normal(1, H, 32, 16), native))
+    cotangent, (key_relaxation, reference_relaxation, num_iters, masses) = normal(1, H, 32, 16), RELAXED[marginals]
+    if masses:
+        inputs |= {"key_mask": normal(1, 32)}
+    relaxed = {"key_relaxation": key_relaxation, "reference_relaxation": reference_relaxation}
+    inputs |= relaxed | {"num_iters": num_iters}
+    assert_within_budget(*measure.beside(SF.set_attention, inputs, torch.float32, cotangent, native))
+
+
+FAR_APART = ((0, 4), (2, 2))  # T, which draw
+
+
+@pytest.mark.parametrize(("num_iters", "draw"), FAR_APART)
+def test_the_scale_of_positions_far_apart_keeps_the_budget(num_iters: int, draw: int, native: str) -> None:
+    """Its gradient cancels unless the plan's columns sum to 1: of relaxed marginals c is as large as the logits."""
+    options = {"num_iters": num_iters, "key_relaxation": 0.6, "reference_relaxation": 0.7}
+    case = replace(ALL_CASES["far_positions"], options=options)
+    assert_typically_within_budget(*measure.small_gradients(case, torch.float32, native, draw=draw, draws=1))

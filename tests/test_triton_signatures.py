@@ -99,6 +99,7 @@ def launches() -> Iterator[Any]:
         for rich in (False, True):
             dtype = torch.float32 if op in ("linearised_costs", "started") else torch.bfloat16
             yield from workloads.launches(Call(op, B=2, L=1024, dtype=dtype, rich=rich), "sm_90")
+    yield from workloads.launches(Call("attention", True, dtype=torch.float32, L=1024, rich=True), "sm_90")
     for backward in (False, True):  # what stays in registers
         yield from workloads.launches(Call("sinkhorn", backward, L=64, dtype=torch.float32), "sm_90")
 

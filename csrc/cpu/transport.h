@@ -19,10 +19,11 @@ template <>
 struct Limits<float> {
   static constexpr float kRange = 80, kColumn = 1e-27f;  // e^-80 = 2e-35 leaves the row dots normal numbers
   static constexpr float kDrift = 40;  // e^{40 - 87} is what an entry that underflows may be of its row
+  static constexpr float kLevel = 32;  // c up to it is rounded to 2e-6
 };
 template <>
 struct Limits<double> {
-  static constexpr double kRange = 600, kColumn = 1e-240, kDrift = 300;
+  static constexpr double kRange = 600, kColumn = 1e-240, kDrift = 300, kLevel = 1e10;
 };
 
 template <class F>
@@ -32,6 +33,14 @@ struct Marginals {
   const F* log_b;            // [Mp]
   const F* start = nullptr;  // [Mp] g⁰, log b if null
 };
+
+// Whether all c lie close enough to 0 for scaled mode where values are pooled.  Far positions under relaxed marginals
+// make f and c hundreds, which the modes round at different places: forward and backward are both in log mode there, or
+// the backward's weights would not have z as their mean.
+template <class F>
+bool near_zero(int64_t M, const F* c) {
+  return std::all_of(c, c + M, [](F x) { return x == -kInf<F> || std::fabs(x) <= Limits<F>::kLevel; });
+}
 
 // f + m of a row, from lse = LSE_j(ℓ − m + g).  Where f itself is a result, g must follow from f as it is rounded.
 template <class F>
@@ -221,6 +230,7 @@ typename Transport<F, Source>::Progress Transport<F, Source>::iterate(Source& sr
     bool ok = merge(marg, shift, pool, !kLog, c_t, team);
     for (int i = 0; !kLog && i < team.size; ++i)
       ok = ok && spread - team.template member<ColumnState<F>>(i).lowest <= range;
+    if (!kLog && Ep_ > 0) ok = ok && near_zero<F>(marg.M, c_t);
     team.sync();
     if (!ok) return {t - 1, false, false};
     if (marg.T == 0) return {0, true, true};

@@ -163,7 +163,7 @@ bool TransportBackward<F, Source>::prepare(const Marginals<F>& marg, F& spread) 
     for (int64_t j = 0; j < Mp_; ++j) cq[j] = c_t[j] == -kInf<F> ? F(0) : std::exp(cref_[t] - c_t[j]);
     shift_[t] = exp_shifted<F>(marg.M, Mp_, g, basis_r(t), spread_t);
     spread = std::max(spread, spread_t);
-    ok = ok && top - low <= kBackwardRange<F> && spread <= kBackwardRange<F>;
+    ok = ok && top - low <= kBackwardRange<F> && spread <= kBackwardRange<F> && near_zero<F>(marg.M, c_t);
   }
   for (int64_t j = 0; j < Mp_; ++j) {
     const F factor = kLog ? F(1) : cq_[(steps_ - 1) * Mp_ + j];

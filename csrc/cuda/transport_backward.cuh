@@ -47,6 +47,17 @@ struct KeyPass {
     return finite_or_zero(x[0]);
   }
 
+  // Whether the columns of Q are divided by the sums that they have here.  Far from every reference f and c are
+  // thousands, rounded to 2^−13: without it columns would be off by that, and what of them should cancel meets squared
+  // distances.
+  SFK_DEVICE bool settles() const { return sizeof(T) == 4 && head.P; }
+
+  template <class Visit>
+  SFK_DEVICE void over_blocks(const float* part, int count, int turn, Visit visit);
+  SFK_DEVICE void settle_rows(int t);
+  SFK_DEVICE void settle_columns(int t);
+  SFK_DEVICE void settle();
+  SFK_DEVICE void settle_values();
   SFK_DEVICE void step_columns(int t);
   SFK_DEVICE void pool_rows();
   SFK_DEVICE void step_rows(int t);
@@ -57,6 +68,70 @@ struct KeyPass {
   SFK_DEVICE void store_values(const Rows<T>& to, int row, int count) const;
   SFK_DEVICE void finish() const;
 };
+
+// visit(j, total) with the sums of [count,Mp] parts of all blocks; turns 0 and 1, as the other blocks read behind.
+template <class T, bool kLog>
+template <class Visit>
+SFK_DEVICE void KeyPass<T, kLog>::over_blocks(const float* part, int count, int turn, Visit visit) {
+  sync_block();
+  float* parts = shared.parts + turn * head.Mp;
+  for (int j = thread_index(); j < head.Mp; j += block_threads()) {
+    float total = 0;
+    for (int k = 0; k < count; ++k) total += part[k * head.Mp + j];
+    parts[j] = total;
+  }
+  sync_cluster();
+  for (int j = thread_index(); j < head.Mp; j += block_threads())
+    visit(j, sum_over_ranks(0, [&](int k) { return map_shared(parts, k)[j]; }));
+}
+
+// f^t, as the row factors of Q: step_rows takes these, as its own may be rounded elsewhere.
+template <class T, bool kLog>
+SFK_DEVICE void KeyPass<T, kLog>::settle_rows(int t) {
+  const float lam = p.T ? head.lam_a : 0.0f;
+  float* q = row_q(t);
+  if (kLog) {
+    log_rows(head, shared.rows, shared.l, col_r(t), shared.log_a, shared.top, q, lam, p.T > 0);
+  } else {
+    const float offset = static_cast<float>(-double{lam} * shared.levels[2 * t] - shared.levels[2 * t + 1]);
+    scaled_rows(head, shared.rows, shared.l, col_r(t), shared.log_a, shared.top, q, lam, shared.scratch);
+    for (int i = thread_index(); i < shared.rows; i += block_threads()) q[i] = exp_approx(q[i] + offset);
+  }
+  sync_block();
+}
+
+// 1/Σ_s Q^t_sj, where step_columns will have dc^t.
+template <class T, bool kLog>
+SFK_DEVICE void KeyPass<T, kLog>::settle_columns(int t) {
+  const int sharing = Strips(head.Mp, block_warps()).sharing;
+  const float *q = row_q(t), *c = col_q(t);
+  settle_rows(t);
+  each_column(head.Mp, [&](int j, int share) {
+    float total = 0;
+#pragma unroll 1
+    for (int i = share; i < shared.rows; i += sharing) total += sent(shared.l[head.place(i, j)], q[i], c[j]);
+    shared.part[share * head.Mp + j] = total;
+  });
+  over_blocks(shared.part, sharing, t % 2, [&](int j, float total) { d_col(t)[j] = total > 0 ? 1 / total : 1.0f; });
+}
+
+// All iterations' columns: by a factor of dc, and those of W^k by one of dz.
+template <class T, bool kLog>
+SFK_DEVICE void KeyPass<T, kLog>::settle() {
+  sync_block();
+#pragma unroll 1
+  for (int t = 0; t < steps; ++t) settle_columns(t);
+  sync_block();
+  for (int k = thread_index(); !lone && k < head.Mp * shared.v_length; k += block_threads())
+    shared.zd[k] = rounded<T>(to_float(shared.zd[k]) * d_col(last)[k / shared.v_length]);
+  for (int k = thread_index(); k < block_warps() * head.Mp; k += block_threads()) shared.columns[k] = 0;
+}
+
+// ⟨z_j, dz_j⟩ from the plan of pool_rows: the forward's z is of one that may be rounded elsewhere.
+template <class T, bool kLog>
+SFK_DEVICE void KeyPass<T, kLog>::settle_values() {
+  over_blocks(shared.columns, block_warps(), steps % 2, [&](int j, float total) { shared.zdz[j] = total; });
+}
 
 // dc^t and the parts of d log b and dλ_b that dg^t gives.
 template <class T, bool kLog>
@@ -72,6 +147,7 @@ SFK_DEVICE void KeyPass<T, kLog>::step_columns(int t) {
       sums.of[kLambdaB] -= shared.dg[j] * (p.d_c.data ? c : c - shared.levels[2 * t + 1]);
     }
     if (t == last && !lone) d -= shared.zdz[j];
+    if (settles()) d *= d_col(t)[j];
     d_col(t)[j] = reached ? (kLog ? d : d * col_q(t)[j]) : 0.0f;
   }
   sync_block();
@@ -81,7 +157,7 @@ SFK_DEVICE void KeyPass<T, kLog>::step_columns(int t) {
 template <class T, bool kLog>
 SFK_DEVICE void KeyPass<T, kLog>::pool_rows() {
   const int g = lane_index() / 4, t = lane_index() % 4, ld = shared.v_length, step = block_warps() * kTile;
-  if (kLog)
+  if (kLog && !settles())
     log_rows(head, shared.rows, shared.l, col_r(last), shared.log_a, shared.top, row_q(last), head.lam_a, p.T > 0);
   const Rows<T> values(p.value, head.b, head.h);
   const Pairs<T> pairs = {shared, nullptr, &values, keys.first, keys.count, shared.log_a};
@@ -101,9 +177,13 @@ SFK_DEVICE void KeyPass<T, kLog>::pool_rows() {
         for (int e = 0; e < 4; ++e) {
           const int i = row + g + e / 2 * 8, j = first + n * 8 + 2 * t + e % 2;
           const float q = kLog ? row_q(last)[i] : 1.0f;
-          sum[e / 2] += sent(shared.l[head.place(i, j)], q, col_q(last)[j]) * product[n][e];
+          product[n][e] *= sent(shared.l[head.place(i, j)], q, col_q(last)[j]);
+          sum[e / 2] += product[n][e];
         }
       }
+      if (settles())
+        add_over_rows(product, first, tiles, shared.columns + warp_index() * head.Mp, 1,
+                      [&](int r, int, float x) { return kLog ? x : x * row_q(last)[row + g + r * 8]; });
     }
     for (int r = 0; r < 2; ++r) {
       const float all = over_columns(sum[r]);
@@ -136,6 +216,7 @@ SFK_DEVICE void KeyPass<T, kLog>::step_rows(int t) {
       total = octet(total, add);
       lse = LogSum{top, total}.value();
       q = p.T ? (mass == kNone ? kNone : potential(mass + m * (1 - lam), lam, lse)) : mass + m;
+      if (settles()) q = row_q(t)[i];
       lse += m;
       for (int j = lane_index() % 8; j < head.M; j += 8) df += sent(l[head.turned(j, turn)], q, Q[j]) * d[j];
     } else {
@@ -154,6 +235,7 @@ SFK_DEVICE void KeyPass<T, kLog>::step_rows(int t) {
     if (kLog) sync_warp();  // all eight have read m: row_top of the last pass lies there
     if (lane_index() % 8) continue;
     if (t == last) df += row_r(t)[i];  // see pool_rows; by the lane that writes there
+    if (!kLog && settles()) q = row_q(t)[i];
     if (!kLog) df *= q;
     if (mass == kNone || lse == kNone) df = 0;
     shared.d_log_a[i] += df;
@@ -184,24 +266,15 @@ SFK_DEVICE void KeyPass<T, kLog>::sum_columns(int t) {
     }
     shared.part[share * head.Mp + j] = total;
   });
-  sync_block();
-  float* parts = shared.parts + t % 2 * head.Mp;  // two, as the other blocks read behind
-  for (int j = thread_index(); j < head.Mp; j += block_threads()) {
-    float total = 0;
-    for (int k = 0; k < sharing; ++k) total += shared.part[k * head.Mp + j];
-    parts[j] = total;
-  }
-  sync_cluster();
-  for (int j = thread_index(); j < head.Mp; j += block_threads()) {
-    const float total = sum_over_ranks(0, [&](int k) { return map_shared(parts, k)[j]; });
-    shared.dg[j] = kLog ? total : total * G[j];
-  }
+  over_blocks(shared.part, sharing, t % 2, [&](int j, float total) { shared.dg[j] = kLog ? total : total * G[j]; });
 }
 
 // All iterations: what the rows and columns of every dℓ need.
 template <class T, bool kLog>
 SFK_DEVICE void KeyPass<T, kLog>::run() {
+  if (settles()) settle();
   pool_rows();
+  if (settles()) settle_values();
 #pragma unroll 1
   for (int t = last; t >= 0; --t) {
     step_columns(t);

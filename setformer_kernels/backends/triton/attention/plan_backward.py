@@ -17,10 +17,10 @@ from torch import Tensor
 
 from ....problem import Operands, Options
 from ..device.gradients import sum_slots
-from ..device.head import head_parameters
+from ..device.head import head_parameters, load_references_t
 from ..device.plan import potentials_narrow, range_known, row_factor, row_update
-from ..device.primitives import INF, LOG2E, finite_or_zero, rounded
-from ..device.rows import few_keys, rows_of, segment_of
+from ..device.primitives import INF, LOG2E, finite_or_zero, rounded, tokens_by
+from ..device.rows import few_keys, load_rows, rows_of, segment_of
 from ..host.groups import Segments, rule_of, sizes_of
 from ..host.launch import kernel, launch
 from ..host.rows import log2_uniform, strided
@@ -225,6 +225,20 @@ def plan_terms(kappa, l, mass, head, column, rule, sizes):
     else:
         p, r, lse, first = _log_domain_terms(l, mass, head.lam_a, column)
     return p, r, lse, first
+
+
+@triton.jit
+def key_value_products(values, rows, live, d_z, first_t, sizes, cut):
+    """⟨v_s, dz_j⟩ [BS, MP]; first_t: the first VDEPTH columns of dz, transposed."""
+    columns = tl.arange(0, cut.VDEPTH)
+    v = load_rows(values, rows, live, columns, sizes.E)
+    product = tokens_by(v, first_t, cut.PRECISION, cut.ACROSS)
+    if sizes.EP > cut.VDEPTH:
+        for start in range(cut.VDEPTH, sizes.EP, cut.VDEPTH):
+            v = load_rows(values, rows, live, start + columns, sizes.E)
+            d_z_t = load_references_t(d_z, start, sizes.MP, sizes.EP, cut.VDEPTH)
+            product += tokens_by(v, d_z_t, cut.PRECISION, cut.ACROSS)
+    return product
 
 
 @triton.jit

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -35,25 +36,13 @@ from .plan_backward import (
     State,
     column_gradient,
     count_of,
+    key_value_products,
     load_columns,
     merged_state,
     plan_terms,
     pooling_weights,
 )
-
-
-@triton.jit
-def key_value_products(values, rows, live, d_z, first_t, sizes, cut):
-    """⟨v_s, dz_j⟩ [BS, MP]; first_t: the first VDEPTH columns of dz, transposed."""
-    columns = tl.arange(0, cut.VDEPTH)
-    v = load_rows(values, rows, live, columns, sizes.E)
-    product = tokens_by(v, first_t, cut.PRECISION, cut.ACROSS)
-    if sizes.EP > cut.VDEPTH:
-        for start in range(cut.VDEPTH, sizes.EP, cut.VDEPTH):
-            v = load_rows(values, rows, live, start + columns, sizes.E)
-            d_z_t = load_references_t(d_z, start, sizes.MP, sizes.EP, cut.VDEPTH)
-            product += tokens_by(v, d_z_t, cut.PRECISION, cut.ACROSS)
-    return product
+from .settled_columns import settle_columns
 
 
 @triton.jit
@@ -351,13 +340,19 @@ class KeyGradients(NamedTuple):
 def _column_passes(
     x: Operands, opt: Options, prepared: References, merged: State, tokens: tuple[Any, ...], step: int, rule: Rule
 ) -> State:
-    """The passes of t = T..2, if there are any: the state, with the parts of dg^1 that the last leaves."""
+    """Columns settled, and the passes of t = T..2, if there are any: the state, with the last's parts of dg^1."""
     heads, iterations, _ = merged.d_g.shape
-    if iterations == 1:
+    # Where logits may be thousands, and products are not coarser.
+    settles = x.key_position is not None and x.key.dtype == torch.float32
+    if iterations == 1 and not settles:
         return merged
     t, sizes = gradient_tile(x, opt, "columns_backward"), sizes_of(x)
     split = gradient_split(x.key, t, merged.first is not None)
     cut = cut_of(t, sizes, device_of(x.key), step, t.across)
+    if settles:
+        settle_columns(x, prepared, merged, tokens, split, rule, cut, t)
+    if iterations == 1:
+        return merged
     sums = [x.references.new_empty((heads, split.programs, sizes.MP)) for _ in range(min(2, iterations - 1))]
     counts = (x.key.shape[1], x.key.shape[2], *split)
     constants = {"rule": rule.compiled, "sizes": sizes.compiled, "cut": cut.compiled}
