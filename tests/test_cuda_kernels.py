@@ -101,8 +101,14 @@ def test_small_gradients_within_the_error_budget(name: str, dtype: torch.dtype, 
     assert_typically_within_budget(*measure.small_gradients(ALL_CASES[name], dtype, backend, draws=1), name)
 
 
-def test_positions_far_from_every_reference_keep_the_budget(backend: str) -> None:
-    test_backends.test_positions_far_from_every_reference_keep_the_budget(backend)
+@pytest.mark.parametrize("marginals", test_backends.RELAXED)
+def test_positions_far_from_every_reference_keep_the_budget(marginals: str, backend: str) -> None:
+    test_backends.test_positions_far_from_every_reference_keep_the_budget(marginals, backend)
+
+
+@pytest.mark.parametrize(("num_iters", "draw"), test_backends.FAR_APART)
+def test_the_scale_of_positions_far_apart_keeps_the_budget(num_iters: int, draw: int, backend: str) -> None:
+    test_backends.test_the_scale_of_positions_far_apart_keeps_the_budget(num_iters, draw, backend)
 
 
 @pytest.mark.parametrize("name", ["plain", "t1", "no_key", "tensors", "far_positions", "length_1000"])
@@ -158,6 +164,27 @@ def test_attention_of_every_layout(
     found = {name: t for name, t in results[0].items() if name in exact}
     assert found.keys() == exact.keys()
     assert_within_budget(found, exact, model, shape)
+
+
+@pytest.mark.parametrize("backend", ["gpu"], indirect=True)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_heads_that_take_the_whole_device_are_what_they_are_alone(dtype: torch.dtype, backend: str) -> None:
+    """As many blocks of 8 as there are processors, more than its clusters hold: in a graph too, and again and again."""
+    *_, processors, _, blocks, at_once = cuda.MODULE.cuda_devices()[0]
+    heads = processors // 8
+    if blocks < 8 or at_once[-1] >= heads:
+        pytest.skip("all clusters of this device run at a time")
+    q, k, v = (torch.randn(1, heads, 4096, 64, dtype=dtype) for _ in range(3))
+    y = torch.randn(heads, 64, 64)
+    call = functools.partial(SF.set_attention, num_iters=3, backend=backend)
+    with torch.no_grad():
+        alone = torch.cat([call(*(t[:, h : h + 1] for t in (q, k, v)), y[h : h + 1]) for h in range(heads)], 1)
+        found = [call(q, k, v, y) for _ in range(20)]
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            found.append(call(q, k, v, y))
+        graph.replay()
+    assert all(torch.equal(o, alone) for o in found)
 
 
 @pytest.mark.parametrize("num_iters", [0, 1, 3])

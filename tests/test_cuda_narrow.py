@@ -76,6 +76,55 @@ def test_within_the_error_budget_in_two_schedules(
     assert_within_budget({"output": found[0]}, *({"output": t["output"]} for t in (exact, model)), shape)
 
 
+# Heads, S, L, M, D, E, processors, KiB of shared memory -> blocks of a head, which find a processor each all at a time.
+CROWDS = {
+    (2, 300, 270, 64, 64, 64, 8, 104): 2,
+    (2, 560, 40, 50, 40, 200, 8, 224): 2,  # more values than are pooled at a time
+    (2, 500, 20, 64, 64, 32, 8, 104): 4,
+    (2, 1000, 20, 64, 64, 32, 16, 144): 8,
+}
+
+
+@pytest.mark.parametrize("masses", [False, True])
+@pytest.mark.parametrize("crowd", CROWDS, ids=str)
+def test_blocks_that_meet_in_device_memory_give_the_bits_of_clusters(
+    crowd: tuple[int, ...], masses: bool, devices: ModuleType, on_shim: ModuleType, poisoned_memory: None
+) -> None:
+    (heads, s, length, m, d, e), device, blocks = crowd[:6], (crowd[6], crowd[7] * 1024), CROWDS[crowd]
+    dtypes = {"references": torch.float32}
+    given = {k: t.to(dtypes.get(k, HALVES[masses])) for k, t in tensors(1, s, length, m, d, e, heads).items()}
+    x = cuda.Operands(**{k: given.get(k) for k in cuda.Operands._fields})
+    if masses:
+        mass = torch.where(torch.rand(1, heads, s) > 0.3, torch.randn(1, heads, s), -torch.inf)
+        x = x._replace(log_a=mass.log_softmax(-1), log_b=torch.randn(heads, m).log_softmax(-1))
+    options, found = Options((1.0, 0.05, 0.9, 0.8, 1.0), "rbf", 3), []
+    room = tuple(heads if size <= blocks else 1 for size in (2, 4, 8))  # for clusters of so many blocks
+    for at_once, schedule in ((room, "any ascending"), ((1, 1, 1), "block descending"), ((1, 1, 1), "any ascending")):
+        on_shim.set_devices([(*device, at_once, True)])
+        on_shim.set_schedule(schedule)
+        found.append(cuda.attention(x, options))
+        assert names(on_shim) == ["attention_narrow" if at_once == room else "attention_narrow_in_grid"]
+    assert all(torch.equal(a, b) for other in found[1:] for a, b in zip(other, found[0], strict=True))
+
+
+# Processors, clusters of 2 at a time, whether heads of two blocks have what their meeting in device memory needs.
+ROOM = {(8, 1): True, (8, 2): False, (8, 0): False, (3, 1): False}
+
+
+@pytest.mark.parametrize("room", ROOM, ids=str)
+def test_blocks_meet_in_device_memory_where_their_clusters_would_take_turns(
+    room: tuple[int, int], devices: ModuleType, on_shim: ModuleType
+) -> None:
+    processors, pairs = room
+    given = {
+        k: t.to(torch.float32 if k == "references" else torch.float16)
+        for k, t in tensors(1, 300, 9, 64, 64, 64, 2).items()
+    }
+    on_shim.set_devices([(processors, 152 * 1024, (pairs, 1, 1), True)])
+    SF.set_attention(**given, backend="cuda")
+    assert names(on_shim) == ["attention_narrow_in_grid" if ROOM[room] else "attention_narrow"]
+
+
 CALLS: dict[str, tuple[str, dict[str, Any]]] = {
     "narrow": ("attention_narrow", {}),
     "wider_in_bfloat16": ("attention_narrow", {"epsilon": 0.03}),

@@ -47,6 +47,8 @@ class Attention(NamedTuple):
     dropout_p: float = 0.0
     pool: bool = False  # without queries, from gradients of z and c
     processors: int = PROCESSORS  # of the device: where it has few, a block takes several problems
+    shared: int = SHARED
+    at_once: tuple[int, int, int] = (0, 0, 0)  # clusters of 2, 4 and 8 that it runs; 0: nobody tells
 
     def operands(self) -> Operands:
         """The tensors, of one head."""
@@ -78,7 +80,7 @@ class Attention(NamedTuple):
         return Operands(**x)  # type: ignore[arg-type]
 
     def results(self) -> list[Tensor]:
-        cuda._C.set_devices([(self.processors, SHARED, (0, 0, 0), False)])
+        cuda._C.set_devices([(self.processors, self.shared, self.at_once, any(self.at_once))])
         try:
             return self.written()
         finally:
@@ -137,6 +139,11 @@ CASES: dict[str, Case] = {
     "narrow passes": Attention(1, 90, 20, 64, 64, 200, BF16),
     "narrow problems": Attention(7, 120, 20, 64, 16, 16, BF16, processors=1),
     "narrow alone": Attention(1, 270, 260, 64, 16, 16, BF16, processors=1),  # 16 warps
+    "narrow in a grid": Attention(2, 300, 40, 64, 16, 64, BF16, processors=8, shared=120 * 1024, at_once=(1, 1, 1)),
+    "narrow in a grid, with masses": Attention(
+        2, 300, 40, 50, 40, 24, F16, masses=True, processors=8, shared=120 * 1024, at_once=(1, 1, 1)
+    ),
+    "narrow passes in a grid": Attention(2, 520, 20, 64, 16, 200, BF16, num_iters=1, processors=8, at_once=(1, 1, 1)),
     "sinkhorn": Solver(2, 20, 37),
     "cluster of sinkhorn": Solver(1, 150, 70),
     "large sinkhorn": Solver(1, 300, 190, num_iters=1),
@@ -146,6 +153,7 @@ CASES: dict[str, Case] = {
     "one column": Solver(1, 40, 1),
     "steps": Attention(1, 400, 400, 16, 16, 16, BF16, processors=1),
     "rich": Attention(1, 260, 40, 20, 16, 16, BF16, masses=True, positions=True),
+    "placed": Attention(1, 260, 40, 20, 16, 16, masses=True, positions=True),
     "dropout": Attention(1, 260, 40, 20, 16, 16, BF16, dropout_p=0.3),
     "pooling": Attention(1, 260, 1, 20, 16, 16, pool=True),
     "one live key": Attention(1, 620, 40, 16, 16, 16, live=1),

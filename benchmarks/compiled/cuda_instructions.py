@@ -28,11 +28,12 @@ from benchmarks.compiled.gpus import SCHEDULERS, Gpu
 ROOT = Path(__file__).resolve().parents[2]
 SOURCE = ROOT / "csrc" / "cuda" / "attention_narrow.cu"
 TABLE = ROOT / "benchmarks" / "results" / "cuda_instructions.csv"
-KERNEL, DTYPE = "attention_narrow_kernel", "BF16"
-BACKWARD = "attention_backward_kernel"
+# Kernels by what stands in their mangled names.
+KERNEL, BACKWARD = "attention_narrow_kernel.*BF16.*ClusterPeers", "attention_backward_kernel.*BF16"
 FUNCTION = re.compile(r"^\s*(?:SFK_\w+|constexpr) (?:.*?[ &*])?(\w+(?:::\w+)?|\w+<.*>::\w+)\(")
 T, E, WARPS, VALUE_ROWS, TILE = 3, 64, 16, 128, 16
-LAUNCH_S, BARRIER_S = 1.5e-6, 1e-6  # from a launch to its first instruction; of a cluster, assumptions
+# From a launch to its first instruction; a barrier of a cluster and of a grid: assumptions.
+LAUNCH_S, BARRIER_S, GRID_BARRIER_S = 1.5e-6, 1e-6, 2e-6
 
 # Called by the kernel, the loop as it is written -> how often it turns for 16 keys and 16 queries, all warps together.
 TURNS = {
@@ -74,7 +75,7 @@ class Row(NamedTuple):
 
 class Work(NamedTuple):
     """What a block has to do: times 16 keys and 16 queries, by so many warps; blocks that share a processor; turns that
-    the device takes with all of them; problems that it solves one after another."""
+    the device takes with all of them; problems that it solves one after another; whether its blocks meet as a grid."""
 
     tiles: float
     warps: int
@@ -83,6 +84,7 @@ class Work(NamedTuple):
     cluster: int
     iterations: int
     problems: int
+    in_grid: bool = False
 
 
 def available() -> bool:
@@ -165,7 +167,7 @@ def lines(cubin: bytes, kernel: str = KERNEL) -> tuple[list[Line], dict[str, int
     here = fresh = False
     for line in text.splitlines():
         if line.startswith(".text"):
-            here, frames = kernel in line and DTYPE in line, []
+            here, frames = re.search(kernel, line) is not None, []
         elif match := re.search(r'//## File "([^"]*)", line (\d+)', line):
             frames = [(match[1], int(match[2]))] if fresh else [*frames, (match[1], int(match[2]))]
             fresh = False
@@ -276,7 +278,8 @@ def seconds(found: Sequence[Row], gpu: Gpu, work: Work) -> float:
             turns = work.problems * (work.iterations if row.loop == ITERATION else 1)
         issue += row.instructions * turns * work.warps * work.blocks / SCHEDULERS
         alone += row.cycles * turns
-    barriers = (work.iterations + 2) * BARRIER_S if work.cluster > 1 else 0.0  # one an iteration, two for z
+    barrier = GRID_BARRIER_S if work.in_grid else BARRIER_S if work.cluster > 1 else 0.0
+    barriers = (work.iterations + 2) * barrier  # one an iteration, two for z
     return LAUNCH_S + work.waves * (barriers + max(issue, alone) / gpu.clock)
 
 

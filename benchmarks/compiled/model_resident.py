@@ -43,7 +43,8 @@ class Work(NamedTuple):
 
 class Layout(NamedTuple):
     """How a launch is laid out: blocks of a cluster, warps, steps of tokens and bytes in shared memory of a block,
-    batch elements a cluster takes, clusters of a head, and warps where the logits lie close together."""
+    batch elements a cluster takes, clusters of a head; of the forward where the logits lie close together: warps, turns
+    that the device takes with all blocks, and whether they meet in device memory, as no clusters."""
 
     cluster: int
     warps: int
@@ -52,6 +53,8 @@ class Layout(NamedTuple):
     problems: int
     groups: int
     narrow_warps: int
+    narrow_turns: int
+    narrow_in_grid: int
 
 
 def resident(call: Call, groups: int | None = None) -> Work:
@@ -135,8 +138,9 @@ def forward_seconds(call: Call, layout: Layout, gpu: Gpu) -> float:
         tiles=math.ceil(call.L / layout.cluster / tile) * layout.problems,
         warps=layout.narrow_warps,
         blocks=max(1, min(running, blocks // gpu.multiprocessors)),
-        waves=math.ceil(blocks / (gpu.multiprocessors * running)),
+        waves=layout.narrow_turns,
         cluster=layout.cluster,
+        in_grid=bool(layout.narrow_in_grid),
         iterations=max(call.T, 1),
         problems=layout.problems,
     )

@@ -32,10 +32,15 @@ from benchmarks.compiled import barriers
 KERNELS = ROOT / "csrc" / "cuda"
 TABLE = ROOT / "benchmarks" / "results" / "cuda_barriers.csv"
 BUILD = ROOT / "build" / "mutants"
-DOOR = "device.cuh"  # what the barriers are; every other file has those of the kernels
-CALL = re.compile(r"\b(sync_block|sync_cluster|sync_warp|copies_commit|copies_wait)(?:<(.*?)>)?\(\)")
+DOOR, PEERS = "device.cuh", "peers.cuh"  # what the barriers are; every other file has those of the kernels
+CALL = re.compile(r"\b(sync_block|peers\.sync|sync_cluster|sync_warp|copies_commit|copies_wait)(?:<(.*?)>)?\(\)")
 FUNCTION = re.compile(r"SFK_DEVICE .*?(\w+)\(|(\w+_kernel)\(const")
-WEAKER = {"sync_cluster": "sync_block()", "sync_block": "sync_warp()", "copies_wait": "copies_wait<{} + 1>()"}
+WEAKER = {
+    "sync_cluster": "sync_block()",
+    "peers.sync": "sync_block()",
+    "sync_block": "sync_warp()",
+    "copies_wait": "copies_wait<{} + 1>()",
+}
 # Races are watched in one schedule; schedules go by who goes on first, each in both orders of threads.
 RACES, SCHEDULES = "races", ("any", "warp", "block")
 JUDGES = (RACES, *SCHEDULES)
@@ -103,7 +108,7 @@ def sites(folder: Path = KERNELS) -> list[Site]:
     """Every barrier of the kernels."""
     found: list[Site] = []
     for path in sorted(folder.glob("*.cu*")):
-        if path.name != DOOR:
+        if path.name not in (DOOR, PEERS):
             visited(path, lambda site, call: found.append(site) or call[0])
     return found
 
@@ -136,7 +141,7 @@ def mutated() -> Path:
         to = copy / path.relative_to(ROOT / "csrc")
         if path.parent == KERNELS and path.name == DOOR:
             write(to, path.read_text().replace("#pragma once", "#pragma once" + SWITCH, 1))
-        elif path.parent == KERNELS and path.suffix in (".cu", ".cuh"):
+        elif path.parent == KERNELS and path.suffix in (".cu", ".cuh") and path.name != PEERS:
             write(to, visited(path, switch))
         elif path.is_file():
             write(to, path.read_text())

@@ -21,8 +21,9 @@ B, H, L, S, D, E, M, P = 2, 2, 70, 130, 48, 32, 20, 2  # ragged everywhere: tile
 USUAL = 64
 NARROW, LONG = 16, 4096  # of one head, whose bundles go side by side on the smallest device
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-# B, S and ε: a cluster of several blocks; more heads than blocks run at a time; the log domain.
-USUAL_SIZES = ((1, 600, 0.05), (200, 20, 0.05), (1, 70, 0.001))
+# B, S and ε: a cluster of several blocks; more heads than blocks run at a time; the log domain; heads whose blocks take
+# the whole device, more than its clusters do.
+USUAL_SIZES = ((1, 600, 0.05), (200, 20, 0.05), (1, 70, 0.001), (8, 4096, 0.05))
 
 
 def _leaf(*shape: int, dtype: torch.dtype, device: str) -> Tensor:

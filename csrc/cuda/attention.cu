@@ -19,10 +19,10 @@ bool attention_leaves_idle(const Device& device, const AttentionParams& p) {
   return l.cluster && own_cycles(device, p, l) > spread_cycles(device, p);
 }
 
-void attention(const AttentionParams& p, const Device& device, void* stream) {
+void attention(const AttentionParams& p, const Device& device, void* stream, const Allocate& allocate) {
   if (p.B * p.H == 0) return;
   const Layout l = known_layout(device, p, false);
-  if (attention_narrow(p, l, device, stream)) return;
+  if (attention_narrow(p, l, device, stream, allocate)) return;
   with_form(p, [&](auto of, auto known, auto plain) {
     using T = decltype(of);
     run(attention_kernel<T, known, plain>, "attention", p, l, device, stream, [](auto&) {});

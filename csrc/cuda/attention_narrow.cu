@@ -16,9 +16,12 @@ bool by_16_bytes(const View& v) {
   return all && reinterpret_cast<uintptr_t>(v.data) % 16 == 0;
 }
 
-// The layout of this kernel: where a block has a processor to itself, and tokens enough, twice the warps.
+// The layout of this kernel: where a block has a processor to itself, and tokens enough, twice the warps; no clusters
+// where these would have to wait for one another.
 template <class T>
-Layout narrow_layout(const AttentionParams& p, const Layout& l, const Device& device) {
+Layout narrow_layout(const AttentionParams& p, const Layout& usual, const Device& device) {
+  Layout l = usual;
+  l.in_grid = waits_as_clusters(p, l, device);
   Layout wide = l;
   wide.warps = kNarrowThreads / kWarp, wide.shared = shared_bytes<NarrowShared<T>>(p, wide);
   const int64_t tokens = std::max<int64_t>(KeyShare::each(p.S, l.cluster), KeyShare::each(p.L, l.cluster));
@@ -29,21 +32,26 @@ Layout narrow_layout(const AttentionParams& p, const Layout& l, const Device& de
 }
 
 template <class T>
-bool run_narrow(const AttentionParams& p, const Layout& usual, const Device& device, void* stream) {
+bool run_narrow(const AttentionParams& p, const Layout& usual, const Device& device, void* stream,
+                const Allocate& allocate) {
   const double beta = p.scalars[kBandwidth], epsilon = p.scalars[kEpsilon];
   const Layout l = narrow_layout<T>(p, usual, device);
   if ((1 - std::exp(-2 * beta)) / epsilon > kNarrowRange<T>) return false;
   if (shared_bytes<NarrowShared<T>>(p, l) > static_cast<size_t>(device.shared)) return false;
-  run(attention_narrow_kernel<T>, "attention_narrow", p, l, device, stream, [&](NarrowShared<T>& shared) {
+  const auto kernel = l.in_grid ? attention_narrow_kernel<T, GridPeers> : attention_narrow_kernel<T, ClusterPeers>;
+  const char* name = l.in_grid ? "attention_narrow_in_grid" : "attention_narrow";
+  run(kernel, name, p, l, device, stream, [&](NarrowShared<T>& shared) {
     shared.rate = static_cast<float>(1 / (epsilon * std::log(2.0)));
     shared.beta = static_cast<float>(beta / std::log(2.0));
+    if (l.in_grid) shared.exchange = allocate(p.H * l.groups * l.cluster * shared.left);
   });
   return true;
 }
 
 }  // namespace
 
-bool attention_narrow(const AttentionParams& p, const Layout& l, const Device& device, void* stream) {
+bool attention_narrow(const AttentionParams& p, const Layout& l, const Device& device, void* stream,
+                      const Allocate& allocate) {
   const bool plain =
       p.kernel == KernelKind::rbf && !p.ref_pos && p.dropout_p <= 0 && !p.hyper[kBandwidth] && !p.hyper[kEpsilon];
   const bool usual = known(p) == kUsual && p.D <= kDepth;
@@ -51,7 +59,8 @@ bool attention_narrow(const AttentionParams& p, const Layout& l, const Device& d
   for (const View* v : {&p.key, &p.value, &p.references, &p.z}) aligned = aligned && by_16_bytes(*v);
   if (p.o) aligned = aligned && by_16_bytes(p.query) && by_16_bytes(p.o);
   if (!plain || !usual || !aligned) return false;
-  return p.key.dtype == Dtype::bf16 ? run_narrow<BF16>(p, l, device, stream) : run_narrow<F16>(p, l, device, stream);
+  return p.key.dtype == Dtype::bf16 ? run_narrow<BF16>(p, l, device, stream, allocate)
+                                    : run_narrow<F16>(p, l, device, stream, allocate);
 }
 
 }  // namespace sfk::cuda

@@ -86,21 +86,20 @@ SFK_DEVICE void column_log_sums(const float* l, int stride, int rows, int M, con
   merge_parts(sums, M);
 }
 
-constexpr int kMostRanks = 8;  // blocks of a cluster
+constexpr int kMostRanks = 8;  // blocks of a head
 
-// read(rank) of every block of the cluster, or `none`: all reads of the others' memory are on their way together.
-template <class Read>
-SFK_DEVICE void each_rank(float (&found)[kMostRanks], float none, Read read) {
-  const int ranks = cluster_size();
+// read(rank) of every block of a head, or `none`: all reads of the others' memory are on their way together.
+template <class Number, class Read>
+SFK_DEVICE void each_rank(Number (&found)[kMostRanks], Number none, Read read, int ranks = cluster_size()) {
 #pragma unroll
   for (int r = 0; r < kMostRanks; ++r) found[r] = r < ranks ? read(r) : none;
 }
 
-// start + Σ read(rank) over the blocks of the cluster, in the order of their ranks.
+// start + Σ read(rank) over the blocks of a cluster, in the order of their ranks.
 template <class Read>
 SFK_DEVICE float sum_over_ranks(float start, Read read) {
   float found[kMostRanks];
-  each_rank(found, 0, read);
+  each_rank(found, 0.0f, read);
 #pragma unroll
   for (int r = 0; r < kMostRanks; ++r) start += found[r];
   return start;
@@ -111,7 +110,7 @@ SFK_DEVICE LogSum column_total(const ColumnSums& sums, int j) {
   LogSum sum = {kNone, 0};
   float peak[kMostRanks], total[kMostRanks];
   each_rank(peak, kNone, [&](int r) { return map_shared(sums.peak, r)[j]; });
-  each_rank(total, 0, [&](int r) { return map_shared(sums.total, r)[j]; });
+  each_rank(total, 0.0f, [&](int r) { return map_shared(sums.total, r)[j]; });
 #pragma unroll
   for (int r = 0; r < kMostRanks; ++r) sum.peak = fmaxf(sum.peak, peak[r]);
   const float base = finite_or_zero(sum.peak);

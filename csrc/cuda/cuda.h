@@ -1,5 +1,6 @@
 // What the CUDA kernels offer to the bindings: neither torch nor CUDA in sight.
 #pragma once
+#include <functional>
 #include <string>
 
 #include "../params.h"
@@ -19,6 +20,7 @@ struct Device {
   // would make, as the blocks of a cluster share a part of the chip.  0 where the driver was not asked, for want of a
   // context.
   int at_once[3] = {0, 0, 0};
+  bool together = true;  // can run a grid whose blocks all run at a time
 
   // What the driver told is what runs in one turn (measured: on an H200 66 clusters of 2, 30 of 4, 15 of 8).  Where it
   // was not asked: what the processors would make, 66, 33 and 16 there, less a tenth of the larger ones, whose parts of
@@ -54,7 +56,9 @@ std::string attention_refusal(const Device& device, const AttentionParams& p, bo
 // Whether a backend that spreads every head over the whole device should be faster forward, as this one leaves some of
 // it idle.
 bool attention_leaves_idle(const Device& device, const AttentionParams& p);
-void attention(const AttentionParams& p, const Device& device, void* stream);
+// Memory for so many floats on the device of the call, which the work of its stream may use from then on.
+using Allocate = std::function<float*(int64_t)>;
+void attention(const AttentionParams& p, const Device& device, void* stream, const Allocate& allocate);
 // How many parts the gradients of the parameters come in: groups of batch elements.
 int64_t gradient_parts(const Device& device, const AttentionParams& p);
 void attention_backward(const AttentionParams& p, const Device& device, void* stream);

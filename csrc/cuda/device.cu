@@ -76,6 +76,7 @@ Device limits(int index) {
     d.processors = attribute(cudaDevAttrMultiProcessorCount, index);
     d.shared = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, index);
     d.clusters = attribute(cudaDevAttrClusterLaunch, index) ? kLargestCluster : 1;
+    d.together = attribute(cudaDevAttrCooperativeLaunch, index) != 0;
     d.index = index;
     return d;
   });

@@ -16,6 +16,7 @@
 #define SFK_APART inline
 #define SFK_GIVEN
 #else
+#include <cooperative_groups.h>
 #define SFK_DEVICE __device__ __forceinline__
 #define SFK_BOTH __host__ __device__ __forceinline__
 #define SFK_KERNEL(threads, blocks) __global__ void __launch_bounds__(threads, blocks)
@@ -53,6 +54,10 @@ SFK_DEVICE int cluster_rank() { return shim::cluster_rank(); }
 SFK_DEVICE void* shared_memory() { return shim::shared_memory(); }
 SFK_DEVICE void sync_block() { shim::sync_block(); }
 SFK_DEVICE void sync_cluster() { shim::sync_cluster(); }
+SFK_DEVICE int grid_width() { return shim::grid_width(); }
+SFK_DEVICE int grid_column() { return shim::grid_column(); }
+SFK_DEVICE int grid_row() { return shim::grid_row(); }
+SFK_DEVICE void sync_grid() { shim::sync_grid(); }
 template <class T>
 SFK_DEVICE T shuffle_xor(T x, int mask) {
   return shim::shuffle_xor(x, mask);
@@ -169,6 +174,14 @@ SFK_DEVICE void sync_cluster() {
 #endif
   __syncthreads();
 }
+
+// Where a block is in a grid whose blocks run together.
+SFK_DEVICE int grid_width() { return gridDim.x; }
+SFK_DEVICE int grid_column() { return blockIdx.x; }
+SFK_DEVICE int grid_row() { return blockIdx.y; }
+
+// Every thread of such a grid; what they wrote before is visible to all of them after.
+SFK_DEVICE void sync_grid() { cooperative_groups::this_grid().sync(); }
 
 // The address, in the block `rank` of the cluster, of what p is in this block.
 template <class T>

@@ -30,6 +30,7 @@ struct Grid {
   int64_t blocks;  // of all clusters together
   int threads, cluster;
   size_t shared;
+  bool together = false;  // all blocks run at a time, or the launch fails; no clusters, but rows of so many blocks
 };
 
 #ifndef SFK_SHIM
@@ -59,15 +60,18 @@ void launch(void (*kernel)(Params), const char* name, const Grid& grid, const Pa
 #ifdef SFK_SHIM
   (void)stream;
   runtime::launched(name);
-  shim::run({grid.blocks, grid.threads, grid.cluster, grid.shared}, [&] { kernel(params); });
+  shim::run({grid.blocks, grid.threads, grid.cluster, grid.shared, grid.together}, [&] { kernel(params); });
 #else
-  cudaLaunchAttribute cluster;
-  cluster.id = cudaLaunchAttributeClusterDimension;
-  cluster.val.clusterDim = {static_cast<unsigned>(grid.cluster), 1, 1};
+  cudaLaunchAttribute how;
+  if (grid.together)
+    how.id = cudaLaunchAttributeCooperative, how.val.cooperative = 1;
+  else
+    how.id = cudaLaunchAttributeClusterDimension, how.val.clusterDim = {static_cast<unsigned>(grid.cluster), 1, 1};
   cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(static_cast<unsigned>(grid.blocks)), config.blockDim = dim3(grid.threads);
+  const auto width = static_cast<unsigned>(grid.together ? grid.cluster : grid.blocks);
+  config.gridDim = dim3(width, static_cast<unsigned>(grid.blocks / width)), config.blockDim = dim3(grid.threads);
   config.dynamicSmemBytes = grid.shared, config.stream = static_cast<cudaStream_t>(stream);
-  config.attrs = &cluster, config.numAttrs = grid.cluster > 1 ? 1 : 0;
+  config.attrs = &how, config.numAttrs = grid.together || grid.cluster > 1 ? 1 : 0;
   check(cudaLaunchKernelEx(&config, kernel, params), name);
 #endif
 }

@@ -11,10 +11,12 @@ struct Layout {
   int cluster = 0, warps = kThreads / kWarp, buffers = 1;
   size_t shared = 0;
   int64_t problems = 1, groups = 0;  // see ResidentParams
+  bool in_grid = false;              // the blocks of a head are no cluster: see GridPeers
 };
 
 // Runs the forward by the kernel for logits that lie close together; false where it does not take the problem.
-bool attention_narrow(const AttentionParams& p, const Layout& l, const Device& device, void* stream);
+bool attention_narrow(const AttentionParams& p, const Layout& l, const Device& device, void* stream,
+                      const Allocate& allocate);
 
 namespace {
 
@@ -124,7 +126,7 @@ void run(void (*kernel)(Launch<Shared>), const char* name, const AttentionParams
   Arena arena;
   all.shared = Shared(arena, p, block_of(p, l));
   more(all.shared);
-  const Grid grid = {p.H * l.groups * l.cluster, l.warps * kWarp, l.cluster, arena.used * sizeof(float)};
+  const Grid grid = {p.H * l.groups * l.cluster, l.warps * kWarp, l.cluster, arena.used * sizeof(float), l.in_grid};
   launch(kernel, name, grid, all, device, stream);
 }
 
@@ -143,10 +145,10 @@ struct Cost {
   int launches;
 };
 inline Cost cost_of(const AttentionParams& p) {
-  // 1743 and 2160 are counted (benchmarks/results: cuda_instructions.csv, triton_resources.csv); the general forward's
+  // 1754 and 2160 are counted (benchmarks/results: cuda_instructions.csv, triton_resources.csv); the general forward's
   // 4700 is an estimate from its loops.
   const bool narrow = p.key.dtype != Dtype::f32 && padded(p.M) == kUsual && p.D <= kUsual && p.P == 0;
-  return {narrow ? 1743.0 : 4700.0, 2160, 6};
+  return {narrow ? 1754.0 : 4700.0, 2160, 6};
 }
 
 constexpr double kLaunch = 3500;     // cycles from the end of a launch to the start of the next
@@ -154,15 +156,29 @@ constexpr double kInterval = 4;      // cycles from an instruction of a warp to 
 constexpr double kMostIssued = 3;    // instructions a cycle of a processor that has warps enough
 constexpr double kSpreadIssued = 2;  // the same of Triton's kernels, which leave it 8 warps
 
+// Whether all blocks find a processor at a time that, as clusters, would have to take turns.
+inline bool waits_as_clusters(const AttentionParams& p, const Layout& l, const Device& device) {
+  const int64_t heads = p.H * l.groups;
+  return device.together && l.cluster > 1 && heads * l.cluster <= device.processors &&
+         heads > device.clusters_at_once(l.cluster);
+}
+
+// Turns that the device takes with all blocks of a forward pass.
+inline int64_t turns(const Device& device, const AttentionParams& p, const Layout& l) {
+  if (l.in_grid) return 1;
+  const int64_t blocks = p.H * l.groups * l.cluster;
+  const int64_t at_once = l.cluster > 1 ? device.clusters_at_once(l.cluster) * l.cluster
+                                        : device.processors * blocks_at_once(device, p, l, false);
+  return (blocks + at_once - 1) / at_once;
+}
+
 // Cycles of a forward pass laid out like this, and of one whose every head has the whole device.
 inline double own_cycles(const Device& device, const AttentionParams& p, const Layout& l) {
   const int64_t running = blocks_at_once(device, p, l, false), blocks = p.H * l.groups * l.cluster;
-  const int64_t at_once = l.cluster > 1 ? device.clusters_at_once(l.cluster) * l.cluster : device.processors * running;
   const int64_t here = std::max<int64_t>(1, std::min(running, blocks / device.processors));
   const double tiles = static_cast<double>(padded(p.S) + padded(p.L)) / (2 * kTile) / l.cluster * l.problems;
   const double issued = std::min(kMostIssued, here * l.warps / kInterval);
-  const double waves = static_cast<double>((blocks + at_once - 1) / at_once);
-  return kLaunch + waves * here * tiles * cost_of(p).own / issued;
+  return kLaunch + turns(device, p, l) * here * tiles * cost_of(p).own / issued;
 }
 inline double spread_cycles(const Device& device, const AttentionParams& p) {
   const Cost cost = cost_of(p);

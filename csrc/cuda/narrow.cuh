@@ -56,21 +56,22 @@ SFK_DEVICE void read_narrow(const AttentionParams& p, const NarrowShared<T>& sha
   }
 }
 
-// Every warp of the cluster takes its tiles of queries.
-template <class T>
-SFK_DEVICE void answer_queries(const AttentionParams& p, const NarrowHead& head, const NarrowShared<T>& shared) {
-  load_pooled(p, head, shared);
+// Every warp of the blocks of a head takes its tiles of queries.
+template <class T, class Peers>
+SFK_DEVICE void answer_queries(const AttentionParams& p, const NarrowHead& head, const NarrowShared<T>& shared,
+                               const Peers& peers) {
   const int g = lane_index() / 4, t = lane_index() % 4, L = static_cast<int>(p.L);
-  const int warps = cluster_size() * block_warps(), step = warps * kTile;
-  const int start = (cluster_rank() * block_warps() + warp_index()) * kTile;
+  const int warps = peers.size() * block_warps(), step = warps * kTile;
+  const int start = (peers.rank() * block_warps() + warp_index()) * kTile;
+  const Tokens from(p.query, head.b, head.h, 0, L, nullptr);
+  RawTile x = from.tile(start);
+  load_pooled(p, head, shared);
   const float shift = kLift<T> - shared.rate - largest_of(shared.g);
   sync_block();
-  for (int j = thread_index(); j < kUsual; j += block_threads()) shared.g[j] += shift;
+  for (int j = fresh(thread_index()); j < kUsual; j += block_threads()) shared.g[j] += shift;
   sync_block();
-  const Tokens from(p.query, head.b, head.h, 0, L, nullptr);
   T* to = static_cast<T*>(p.o.data) + head.b * p.o.stride[0] + head.h * p.o.stride[1] + 8 * t;
   const float* add = shared.g + 2 * t;
-  RawTile x = from.tile(start);
 #pragma unroll 1
   for (int row = start; row < L; row += step) {
     Chunk w;
@@ -85,23 +86,25 @@ SFK_DEVICE void answer_queries(const AttentionParams& p, const NarrowHead& head,
   }
 }
 
-template <class T>
+template <class T, class Peers>
 SFK_KERNEL(kNarrowThreads, 1)
 attention_narrow_kernel(const Launch<NarrowShared<T>> p) {
   const NarrowShared<T>& shared = p.shared;
-  const int cluster = static_cast<int>(block_index()) / cluster_size();
-  NarrowHead head = {cluster % p.groups * p.problems, cluster / p.groups, p.references};
+  const Peers peers(shared);
+  const int which = peers.head();
+  NarrowHead head = {which % p.groups * p.problems, which / p.groups, p.references};
   load_unit_references(p, head, shared);
 #pragma unroll 1
   do {
-    const KeyShare keys(p.S);
-    const float log_ref = load_relative_masses(p, head, keys, shared);
+    const KeyShare keys(p.S, peers.rank(), peers.size());
+    const float log_ref = load_relative_masses(p, head, keys, shared, peers);
     form_exponentials(p, head, keys, shared);
-    solve_narrow(p, head, shared, log_ref);
+    ValueRows<T>(p, head, keys, shared).fetch_first();  // they come while the keys are solved for
+    solve_narrow(p, head, shared, peers, log_ref);
     form_narrow_plan(shared);
-    pool_values(p, head, keys, shared);
-    if (p.o.data && p.L) answer_queries(p, head, shared);
-  } while (++head.b % p.problems && head.b < p.B);
+    pool_values(p, head, keys, shared, peers);
+    if (p.o.data && p.L) answer_queries(p, head, shared, peers);
+  } while (Peers::kProblems && ++head.b % p.problems && head.b < p.B);
 }
 
 }  // namespace

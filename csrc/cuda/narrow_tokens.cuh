@@ -4,7 +4,7 @@
 // them in any order that both operands have, so ŷ lies in shared memory in the order that makes them the left operand
 // (`depth_place`), and z in the order that leaves a lane with 16 bytes of o (`width_place`).
 #pragma once
-#include "transport.cuh"
+#include "peers.cuh"
 
 namespace sfk {
 namespace {
@@ -40,6 +40,8 @@ struct NarrowShared {
   Place<float> factor;       // [64] 1/Σ_s K u
   Place<float> sums, total;  // [warps,64] [2,64] of K u
   Place<float> ref;          // [1]
+  float* exchange = nullptr;  // where blocks meet in device memory
+  int left = 0;               // numbers that each leaves there
 
   NarrowShared() = default;
   NarrowShared(Arena& arena, const AttentionParams& p, const BlockShape& block)
@@ -47,7 +49,9 @@ struct NarrowShared {
         v_length((padded(p.E) + kNarrow - 1) / kNarrow * kNarrow + kShift<T>),
         value_rows(block.warps > 8 ? 2 * kValueRows : kValueRows) {
     const int64_t plan = int64_t{rows} * kRow, parts = int64_t{block.warps} * kNarrow * kPartRow;
-    const bool at_once = kUsual / kNarrow * (v_length / kNarrow) <= block.warps;  // see PoolTask
+    const int pieces = kUsual / kNarrow * (v_length / kNarrow);  // see PoolTask
+    const bool at_once = pieces <= block.warps;
+    left = kPartsAt + (at_once ? pieces : block.warps) * kNarrow * kPartRow;
     l = arena.take(plan > parts || !at_once ? plan : parts);
     part = at_once ? l : arena.take(parts);
     y = arena.take<T>(kUsual * kDepthRow), staged = arena.take<T>(2 * value_rows * v_length);

@@ -5,10 +5,10 @@
 namespace sfk {
 namespace {
 
-// The masses of this block's keys over the largest of the cluster, whose log is returned.
-template <class T>
+// The masses of this block's keys over the largest of the head, whose log is returned.
+template <class T, class Peers>
 SFK_DEVICE float load_relative_masses(const AttentionParams& p, const NarrowHead& head, const KeyShare& keys,
-                                      const NarrowShared<T>& shared) {
+                                      const NarrowShared<T>& shared, const Peers& peers) {
   if (!p.log_a.data) {
     for (int i = thread_index(); i < shared.rows; i += block_threads()) shared.mass[i] = i < keys.count ? 1.0f : 0.0f;
     sync_block();
@@ -20,10 +20,10 @@ SFK_DEVICE float load_relative_masses(const AttentionParams& p, const NarrowHead
     shared.mass[i] = mass, largest = fmaxf(largest, mass);
   }
   largest = block_max(largest, shared.sums);
-  if (thread_index() == 0) *shared.ref = largest;
-  sync_cluster();
+  if (thread_index() == 0) *peers.own(shared.ref, kLargestAt) = largest;
+  peers.sync();
   float found[kMostRanks];
-  each_rank(found, kNone, [&](int r) { return *map_shared(shared.ref, r); });
+  each_rank(found, kNone, [&](int r) { return *peers.of(r, shared.ref, kLargestAt); }, peers.size());
 #pragma unroll
   for (int r = 0; r < kMostRanks; ++r) largest = fmaxf(largest, found[r]);
   largest = finite_or_zero(largest);
@@ -109,18 +109,18 @@ SFK_DEVICE void sum_columns(const NarrowShared<T>& shared, float top, Power powe
 }
 
 // All iterations; leaves c, g^T, u and the factors of the plan's columns.
-template <class T>
+template <class T, class Peers>
 SFK_DEVICE void solve_narrow(const AttentionParams& p, const NarrowHead& head, const NarrowShared<T>& shared,
-                             float log_ref) {
+                             const Peers& peers, float log_ref) {
   const int iterations = static_cast<int>(p.T);
   const auto relaxation = [&](Hyper which) {
     return p.hyper[which].data ? read(p.hyper[which], head.h) : static_cast<float>(p.scalars[which]);
   };
   const float lam_a = iterations ? relaxation(kLambdaA) : 0.0f, lam_b = relaxation(kLambdaB);
-  for (int j = thread_index(); j < kUsual; j += block_threads()) shared.g[j] = shared.log_b[j];
+  for (int j = fresh(thread_index()); j < kUsual; j += block_threads()) shared.g[j] = shared.log_b[j];
 #pragma unroll 1
   for (int t = 0; t < (iterations ? iterations : 1); ++t) {
-    float* total = shared.total + t % 2 * kUsual;  // two, as the other blocks read behind
+    const int turn = t % 2 * kUsual;  // two, as the other blocks read behind
     sync_block();
     const float top = largest_of(shared.g);
     if (lam_a == 1)
@@ -132,16 +132,19 @@ SFK_DEVICE void solve_narrow(const AttentionParams& p, const NarrowHead& head, c
       float sum = 0;
 #pragma unroll 1
       for (int w = 0; w < block_warps(); ++w) sum += shared.sums[w * kUsual + j];
-      total[j] = sum;
+      peers.own(shared.total, kTotalAt)[turn + j] = sum;
     }
-    sync_cluster();
+    peers.sync();
     const double shift = double{log_ref} - double{lam_a} * top / kLog2e;
     for (int j = thread_index(); j < kUsual; j += block_threads()) {
-      const float sum = sum_over_ranks(0, [&](int r) { return map_shared(total, r)[j]; });
+      float sum = 0, found[kMostRanks];
+      each_rank(found, 0.0f, [&](int r) { return peers.of(r, shared.total, kTotalAt)[turn + j]; }, peers.size());
+#pragma unroll
+      for (int r = 0; r < kMostRanks; ++r) sum += found[r];
       const bool reached = j < head.M && sum > 0;
       const float c = reached ? static_cast<float>(double{logf(sum)} + shift) : kNone;
       shared.factor[j] = reached ? 1 / sum : 0.0f;
-      if (cluster_rank() == 0 && j < head.M) *at(p.c, head.b, head.h, t, j) = c;
+      if (peers.rank() == 0 && j < head.M) *at(p.c, head.b, head.h, t, j) = c;
       if (iterations) shared.g[j] = reached ? shared.log_b[j] - lam_b * (c * kLog2e) : kNone;
     }
   }
@@ -199,6 +202,7 @@ struct ValueRows {
     }
     copies_commit();
   }
+  SFK_DEVICE void fetch_first() const { fetch(0, 0), fetch(shared.value_rows, 1); }
 };
 
 // What a warp pools at a time: 32 references and 32 columns of the values, of every `sharing`th 16 keys where warps
@@ -215,7 +219,7 @@ struct PoolTask {
   SFK_DEVICE int column(int of) const { return of % across * kNarrow; }
 };
 
-// Its part of Σ_s W_sj v_s.
+// Its part of Σ_s W_sj v_s; the first values are on their way.
 template <class T>
 SFK_DEVICE void pool_piece(const NarrowShared<T>& shared, const ValueRows<T>& values, const PoolTask& task) {
   const int lane = lane_index(), ld = shared.v_length;
@@ -223,10 +227,8 @@ SFK_DEVICE void pool_piece(const NarrowShared<T>& shared, const ValueRows<T>& va
   const int value = lane % 16 * ld + task.column(task.piece) + lane / 16 * 8;
   float acc[2][kNarrow / 8][4] = {};
   int buffer = 0;
-  values.fetch(0, 0);
 #pragma unroll 1
   for (int first = 0; first < shared.rows; first += shared.value_rows, buffer ^= 1) {
-    values.fetch(first + shared.value_rows, buffer ^ 1);
     copies_wait<1>();
     sync_block();
     const int left = shared.rows - first, depth = left < shared.value_rows ? left : shared.value_rows;
@@ -244,6 +246,7 @@ SFK_DEVICE void pool_piece(const NarrowShared<T>& shared, const ValueRows<T>& va
       }
     }
     sync_block();
+    values.fetch(first + 2 * shared.value_rows, buffer);
   }
   float* part = shared.part + (warp_index() * kNarrow + lane / 4) * kPartRow + lane % 4 * 2;
 #pragma unroll
@@ -256,36 +259,52 @@ SFK_DEVICE void pool_piece(const NarrowShared<T>& shared, const ValueRows<T>& va
 
 SFK_DEVICE Vec4 sum_of(const Vec4& a, const Vec4& b) { return {a.x + b.x, a.y + b.y, a.z + b.z, a.w + b.w}; }
 
-// z_j = Σ_s W^k_sj v_s, summed over the warps and blocks that share the keys, in the order of their ranks.
-template <class T>
+// use(row, e): four numbers of the parts of z, of thread `first` of so many; a row is one of 32 of a piece.
+template <class Use>
+SFK_DEVICE void each_of_parts(const PoolTask& task, int first, int threads, Use use) {
+#pragma unroll 1
+  for (int k = first; k < task.pieces * kNarrow * 8; k += threads) use(k / 8, k % 8 * 4);
+}
+
+// z_j = Σ_s W^k_sj v_s, summed over the warps that share the keys, then over the blocks in the order of their ranks.
+template <class T, class Peers>
 SFK_DEVICE void pool_values(const AttentionParams& p, const NarrowHead& head, const KeyShare& keys,
-                            const NarrowShared<T>& shared) {
+                            const NarrowShared<T>& shared, const Peers& peers) {
   const ValueRows<T> values(p, head, keys, shared);
-  const int width = shared.v_length - kShift<T>, all = kUsual / kNarrow * (width / kNarrow), ranks = cluster_size();
+  const int width = shared.v_length - kShift<T>, all = kUsual / kNarrow * (width / kNarrow), ranks = peers.size();
 #pragma unroll 1
   for (int done = 0; done < all; done += block_warps()) {
     const PoolTask task(width, done);
-    pool_piece(shared, values, task);
-    sync_cluster();
-#pragma unroll 1
-    for (int k = cluster_rank() * block_threads() + thread_index(); k < task.pieces * kNarrow * 8;
-         k += ranks * block_threads()) {
-      const int which = k / (kNarrow * 8), row = k / 8 % kNarrow, e = k % 8 * 4;
-      Vec4 sum = {};
-#pragma unroll 1
-      for (int s = 0; s < task.sharing; ++s) {
-        float* part = shared.part + ((which + s * task.pieces) * kNarrow + row) * kPartRow + e;
-        Vec4 found[kMostRanks] = {};
-#pragma unroll
-        for (int r = 0; r < kMostRanks; ++r)
-          if (r < ranks) found[r] = *reinterpret_cast<const Vec4*>(map_shared(part, r));
-#pragma unroll
-        for (int r = 0; r < kMostRanks; ++r) sum = sum_of(sum, found[r]);
-      }
-      const int j = task.reference(done + which) + row, column = task.column(done + which) + e;
+    const auto store = [&](int row, int e, const Vec4& sum) {
+      const int piece = done + row / kNarrow, j = task.reference(piece) + row % kNarrow,
+                column = task.column(piece) + e;
       if (j < head.M && column < p.E) *reinterpret_cast<Vec4*>(at(p.z, head.b, head.h, j, column)) = sum;
-    }
-    sync_cluster();
+    };
+    if (done > 0) values.fetch_first();
+    pool_piece(shared, values, task);
+    sync_block();
+    each_of_parts(task, thread_index(), block_threads(), [&](int row, int e) {
+      const int place = row * kPartRow + e;
+      Vec4 sum = {};
+#pragma unroll 4
+      for (int s = 0; s < task.sharing; ++s)
+        sum = sum_of(sum, *reinterpret_cast<const Vec4*>(shared.part + s * task.pieces * kNarrow * kPartRow + place));
+      if (ranks == 1) return store(row, e, sum);
+      *reinterpret_cast<Vec4*>(peers.own(shared.part, kPartsAt) + place) = sum;
+    });
+    peers.sync();
+    if (ranks == 1) continue;
+    each_of_parts(task, peers.rank() * block_threads() + thread_index(), ranks * block_threads(), [&](int row, int e) {
+      Vec4 sum = {}, found[kMostRanks];
+      const auto part = [&](int r) {
+        return *reinterpret_cast<const Vec4*>(peers.of(r, shared.part, kPartsAt) + row * kPartRow + e);
+      };
+      each_rank(found, Vec4{}, part, ranks);
+#pragma unroll
+      for (int r = 0; r < kMostRanks; ++r) sum = sum_of(sum, found[r]);
+      store(row, e, sum);
+    });
+    peers.sync();
   }
 }
 

@@ -87,8 +87,8 @@ struct KeyShare {
   int count;
   // In 32 bits, as all lengths here are: a division of 64 costs a hundred instructions.
   SFK_BOTH static int each(int64_t S, int ranks) { return (static_cast<int>(S) + ranks - 1) / ranks; }
-  SFK_DEVICE explicit KeyShare(int64_t S) {
-    const int all = static_cast<int>(S), share = each(S, cluster_size()), start = cluster_rank() * share;
+  SFK_DEVICE explicit KeyShare(int64_t S, int rank = cluster_rank(), int ranks = cluster_size()) {
+    const int all = static_cast<int>(S), share = each(S, ranks), start = rank * share;
     first = start < all ? start : all;
     count = start + share < all ? share : all - static_cast<int>(first);
   }

@@ -107,7 +107,7 @@ SFK_DEVICE float iterate(const Head& head, const AttentionShared<T>& shared, con
 // The smallest ℓ − m of the cluster; once every block has written its own.
 SFK_DEVICE float cluster_lowest(float* lowest) {
   float found[kMostRanks], least = 0;
-  each_rank(found, 0, [&](int r) { return *map_shared(lowest, r); });
+  each_rank(found, 0.0f, [&](int r) { return *map_shared(lowest, r); });
 #pragma unroll
   for (int r = 0; r < kMostRanks; ++r) least = fminf(least, found[r]);
   return least;

@@ -25,15 +25,22 @@ void sinkhorn(const py::tuple& t, const py::tuple& scalars, int64_t T, double to
             [&](const cuda::Device& d) { backward ? cuda::sinkhorn_backward(p, d, on) : cuda::sinkhorn(p, d, on); });
 }
 
-// seed: where the device keeps it, 0 for none.
+// seed: where the device keeps it, 0 for none; allocate(n): a tensor of n floats on the device.
 void attention(const py::tuple& x, const py::tuple& scalars, bool dot, int64_t T, double dropout_p, uintptr_t seed,
-               const py::object& o, const py::object& z, const py::object& c, int device, uintptr_t stream) {
+               const py::object& o, const py::object& z, const py::object& c, int device, uintptr_t stream,
+               const py::function& allocate) {
   AttentionParams p = attention_params(x, scalars, dot, T, dropout_p, 0, 1);
   p.seed_at = reinterpret_cast<const int64_t*>(seed);
   p.o = view(o, "o", {p.B, p.H, p.L, p.E}, p.key.dtype);
   if (p.o) need(p.query, "query");
   state(p, z, c, true);
-  on_device(device, [&](const cuda::Device& d) { cuda::attention(p, d, reinterpret_cast<void*>(stream)); });
+  py::object memory;  // until the launch: what is freed then is used again after it, in the order of the stream
+  const auto taken = [&](int64_t numbers) {
+    const py::gil_scoped_acquire python;
+    memory = allocate(numbers);
+    return reinterpret_cast<float*>(memory.attr("data_ptr")().cast<uintptr_t>());
+  };
+  on_device(device, [&](const cuda::Device& d) { cuda::attention(p, d, reinterpret_cast<void*>(stream), taken); });
 }
 
 void attention_backward(const py::tuple& x, const py::tuple& scalars, bool dot, int64_t T, double dropout_p,

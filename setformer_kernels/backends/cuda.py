@@ -88,7 +88,7 @@ def _run(x: Operands, opt: Options, o: Tensor | None) -> tuple[Tensor, Tensor]:
     m = x.references.shape[1]
     z = x.key.new_empty((b, h, m, e), dtype=torch.float32)
     c = x.key.new_empty((b, h, max(opt.num_iters, 1), m), dtype=torch.float32)
-    _C.cuda_attention(*_common(x, opt), *views((o, z, c)), *_where(x.key))
+    _C.cuda_attention(*_common(x, opt), *views((o, z, c)), *_where(x.key), z.new_empty)
     return z, c
 
 

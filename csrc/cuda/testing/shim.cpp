@@ -72,7 +72,7 @@ struct Fiber {
   bool runnable() const { return !done && (!at || at->past != seen); }
 };
 
-struct Cluster {
+struct Cluster {  // or the grid, where its blocks run together
   Grid grid;
   const std::function<void()>* kernel = nullptr;
   std::vector<Block> blocks;
@@ -212,12 +212,13 @@ void start(Fiber& f, Block& block, int thread) {
 }
 
 void start(Cluster& c, int64_t first_block) {
-  c.blocks = std::vector<Block>(c.grid.cluster);
-  c.fibers = std::vector<Fiber>(static_cast<size_t>(c.grid.cluster) * c.grid.threads);
+  const int blocks = c.grid.together ? static_cast<int>(c.grid.blocks) : c.grid.cluster;
+  c.blocks = std::vector<Block>(blocks);
+  c.fibers = std::vector<Fiber>(static_cast<size_t>(blocks) * c.grid.threads);
   c.left = c.fibers.size();
   c.all.size = static_cast<int>(c.left);
   races::barrier();
-  for (int r = 0; r < c.grid.cluster; ++r) {
+  for (int r = 0; r < blocks; ++r) {
     Block& b = c.blocks[r];
     b.index = first_block + r, b.rank = r, b.all.size = b.left = c.grid.threads;
     b.shared.reset(new unsigned char[c.grid.shared]);
@@ -242,7 +243,7 @@ void set_schedule(const Schedule& s) { schedule = s; }
 void run(const Grid& grid, const std::function<void()>& kernel) {
   if (grid.threads % kLanes || grid.blocks % grid.cluster)
     fail("not whole warps or clusters", grid.threads, grid.cluster);
-  for (int64_t first = 0; first < grid.blocks; first += grid.cluster) {
+  for (int64_t first = 0; first < grid.blocks; first += grid.together ? grid.blocks : grid.cluster) {
     Cluster cluster;
     cluster.grid = grid, cluster.kernel = &kernel, cluster.home.started = true;
     now = &cluster;
@@ -257,17 +258,25 @@ void run(const Grid& grid, const std::function<void()>& kernel) {
 int thread_index() { return self().thread; }
 int block_threads() { return now->grid.threads; }
 int64_t block_index() { return self().block->index; }
-int cluster_size() { return now->grid.cluster; }
-int cluster_rank() { return self().block->rank; }
+int cluster_size() { return now->grid.together ? 1 : now->grid.cluster; }
+int cluster_rank() { return now->grid.together ? 0 : self().block->rank; }
 void* shared_memory() { return self().block->shared.get(); }
 
 void* map_shared(void* p, int rank) {
+  if (rank >= cluster_size()) fail("a block of another cluster: thread, block", self().thread, rank);
   if (now->blocks[rank].left == 0) fail("the memory of a block that has ended: thread, block", self().thread, rank);
   return now->blocks[rank].shared.get() + (static_cast<unsigned char*>(p) - self().block->shared.get());
 }
 
 void sync_block() { wait(self().block->all, 1, races::kOfBlock); }
-void sync_cluster() { wait(now->all, 2, races::kOfCluster); }
+void sync_cluster() { now->grid.together ? sync_block() : wait(now->all, 2, races::kOfCluster); }
+int grid_width() { return now->grid.cluster; }
+int grid_column() { return static_cast<int>(block_index() % grid_width()); }
+int grid_row() { return static_cast<int>(block_index() / grid_width()); }
+void sync_grid() {
+  if (!now->grid.together) fail("a barrier of a grid whose blocks need not run together", self().thread, 0);
+  wait(now->all, 9, races::kOfCluster);
+}
 
 namespace {
 

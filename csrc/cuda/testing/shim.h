@@ -21,6 +21,7 @@ struct Grid {
   int64_t blocks;
   int threads, cluster;
   size_t shared;
+  bool together = false;  // rows of so many blocks, all at a time, and no clusters
 };
 
 // Who goes on where one fiber has to wait: any, or first one of its warp, of its block.
@@ -44,6 +45,10 @@ void* shared_memory();
 void* map_shared(void* p, int rank);
 void sync_block();
 void sync_cluster();
+int grid_width();
+int grid_column();
+int grid_row();
+void sync_grid();
 void sync_warp();
 float shuffle_xor(float x, int mask);
 uint32_t shuffle_xor(uint32_t x, int mask);
