@@ -116,6 +116,7 @@ calls = [Call("attention", *backward, D=d, E=d, M=m) for backward in passes for 
 jobs = resources.jobs(calls, "sm_90")
 
 gates, large = ("log_decay", "initial_state"), {"D": 128, "E": 128}
+placed = {**large, "given": ("position",)}
 once = (  # what spilled under Triton 3.6.0 or 3.9.0, where
     ("sm_90 sm_100", "transport_kernel", Call("attention", kernel="dot")),
     ("sm_80", "read_kernel", Call("attention", M=128)),
@@ -128,12 +129,16 @@ once = (  # what spilled under Triton 3.6.0 or 3.9.0, where
     ("sm_80", "causal_queries_backward", Call("causal", True, 1, **large)),
     ("sm_90", "causal_queries_backward", Call("packed_causal", True, 1, given=gates)),
     ("sm_80 sm_90 sm_100", "causal_gates_backward", Call("packed_causal", True, 1, given=gates)),
-    ("sm_90", "causal_keys_backward", Call("causal", True, 1, M=128)),
+    ("sm_80 sm_90 sm_100", "causal_keys_backward", Call("causal", True, 1, M=128)),
+    ("sm_100", "causal_sums", Call("causal", False, 1, M=128, **large)),
     ("sm_100", "causal_kernel", Call("causal", False, 1, **large)),
     ("sm_80 sm_100", "masked_kernel", Call("masked", mask="float", **large)),
     ("sm_90", "masked_keys_backward", Call("masked", True, mask="float", **large)),
     ("sm_90 sm_100", "masked_queries_backward", Call("masked", True, mask="float", rich=True)),
     ("sm_80", "masked_mask_backward", Call("masked", True, mask="float", M=128, **large)),
+    ("sm_90", "masked_kernel", Call("masked", mask="float", M=128, **placed)),
+    ("sm_100", "masked_keys_backward", Call("masked", True, mask="float", M=128, **placed)),
+    ("sm_100", "masked_mask_backward", Call("masked", True, mask="float", M=128, **placed)),
     ("sm_80", "features_kernel", Call("features", **large)),
     ("sm_90 sm_100", "features_landmarks_backward", Call("features", True, rich=True)),
 )

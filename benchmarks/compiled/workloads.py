@@ -312,10 +312,15 @@ def _masked(dtype: torch.dtype) -> Iterator[Call]:
     """Masks of every query: both kinds of walks at one size, the longer one at larger sizes in half precision."""
     base = Call("masked", dtype=dtype, mask="float")
     yield from _both(replace(base, T=1, mask="causal"))
-    yield from _both(replace(base, rich=True))
+    placed = replace(base, given=("position",))
+    for call in (replace(base, rich=True), placed):
+        yield from _both(call)
     if dtype == torch.bfloat16:
         yield from _both(replace(base, D=128, E=128))
         yield from _both(replace(base, D=128, E=128, M=128))
+        for D, M in ((128, 64), (64, 128), (128, 128)):
+            yield from _both(replace(placed, D=D, E=D, M=M))
+        yield from _both(replace(base, D=128, E=128, M=128, rich=True))
 
 
 def _converged(dtype: torch.dtype) -> Iterator[Call]:
@@ -400,6 +405,10 @@ def every_operand() -> Iterator[Call]:
         yield from _both(replace(base, op="packed_causal", T=1, rich=rich))
     for call in (replace(base, T=1), replace(base, T=0), replace(base, op="causal", T=0), replace(base, kernel="dot")):
         yield from _both(call)
+    settled = replace(base, backward=True, dtype=torch.float32, given=("position",))
+    dot, rich = replace(settled, kernel="dot"), replace(settled, rich=True, given=None)
+    for call in (settled, replace(settled, T=0), dot, rich):
+        yield from (call, replace(call, op="packed"))
     step = replace(base, op="step", T=1)
     for given in ((), STREAM[:1], STREAM[1:], STREAM):
         yield from _both(replace(base, op="causal", T=1, given=given))

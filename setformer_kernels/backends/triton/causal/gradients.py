@@ -194,6 +194,8 @@ def causal_keys_backward_kernel(
     d = pair_products(gradients, values, rows, asked, known, scalars.seed, sizes, cut)
     w, d_c = tile_at(work.weights, at, cut.ROWS, sizes), tile_at(work.d_sums, at, cut.ROWS, sizes)
     a, d_omega = key_gradient(w, d_c, d, known, FACTOR, cut)
+    if sizes.MP > 64:  # the slot anew: where W lies is not held for what follows, which spills (Triton 3.6, 3.9)
+        at = again(tl.program_id(0)).to(tl.int64)
     end = tl.load(work.log_end + at * sizes.MP + j)
     carried = tl.exp2(known.omega + known.to_end[:, None] - finite_or_zero(end)[None, :])
     if work.rest_end is not None:
@@ -213,8 +215,6 @@ def causal_keys_backward_kernel(
         if d_value is not None:
             dv = dot(to_values, do, cut.PRECISION) + dot(carried_operand, later, cut.PRECISION)
             store_rows(d_values, rows, asked, e, sizes.E, dv)
-    if sizes.MP > 64:  # the slot anew: where W lies is not held for this, which spills (Triton 3.9)
-        at = again(tl.program_id(0)).to(tl.int64)
     tl.store(tile_at(work.d_logits, at, cut.ROWS, sizes), d_omega + carried * from_later)
     if work.crossing is not None:
         tl.store(work.crossing + at * cut.ROWS + tl.arange(0, cut.ROWS), tl.sum(carried * from_later, 1))

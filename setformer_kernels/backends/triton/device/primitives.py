@@ -23,12 +23,36 @@ INF = tl.constexpr(float("inf"))
 
 
 @triton.jit
-def dot(a, b, PRECISION: tl.constexpr):
-    """a [I, K] · b [K, J] -> float32 [I, J]; float32 operands as IEEE or tf32x3."""
+def _dot(a, b, PRECISION: tl.constexpr):
     if _INTERPRETED:
         return tl.dot(a.to(tl.float64), b.to(tl.float64), out_dtype=tl.float64).to(tl.float32)
     else:
         return tl.dot(a, b, input_precision=PRECISION)
+
+
+@triton.jit
+def _dot_in_parts(a, b):
+    """The same of float32 or bfloat16, float32 as the sum of two bfloat16: to 2^−17 of each, in half the registers and
+    half the products of tf32x3, and less where one operand is bfloat16."""
+    high_a, high_b = rounded(a, tl.bfloat16), rounded(b, tl.bfloat16)
+    product = tl.zeros([a.shape[0], b.shape[1]], tl.float32)
+    if a.dtype == tl.float32:
+        product += _dot(rounded(a - high_a.to(tl.float32), tl.bfloat16), high_b, "ieee")
+    if b.dtype == tl.float32:
+        product += _dot(high_a, rounded(b - high_b.to(tl.float32), tl.bfloat16), "ieee")
+    return product + _dot(high_a, high_b, "ieee")
+
+
+@triton.jit
+def dot(a, b, PRECISION: tl.constexpr):
+    """a [I, K] · b [K, J] -> float32 [I, J]; float32 operands as IEEE or tf32x3, or bf16x3, where the other operand may
+    be bfloat16."""
+    if PRECISION != "bf16x3":
+        return _dot(a, b, PRECISION)
+    elif a.dtype == tl.float32 or b.dtype == tl.float32:
+        return _dot_in_parts(a, b)
+    else:
+        return _dot(a, b, "ieee")
 
 
 @triton.jit

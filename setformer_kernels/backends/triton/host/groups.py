@@ -56,15 +56,15 @@ class Cut(Group):
     DEPTH: int  # columns of queries, keys and references in one product
     VDEPTH: int  # columns of values and outputs
     STEP: int  # unit of the strides of tokens, see `rows.stride_step`
-    PRECISION: str  # of float32 products
+    PRECISION: str  # of float32 products, see `primitives.dot`
     ACROSS: bool = False  # warps share the references, see `primitives.tokens_by`
 
 
 @dataclass(frozen=True, eq=False)
 class KeysCut(Cut):
-    """That of the keys' backward pass."""
+    """That of the keys' backward pass, and of kernels under a mask whose factors are wider than the tokens."""
 
-    FRUGAL: bool = False  # what is at hand is computed, or read, anew rather than held in registers
+    FRUGAL: bool = False  # see `Tile.frugal`
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,7 +110,7 @@ def cut_of(tile: Tile, sizes: Sizes, device: Device, step: int, across: bool = F
 
 @functools.cache
 def keys_cut_of(tile: Tile, sizes: Sizes, device: Device, step: int) -> KeysCut:
-    """`cut_of`, for the keys' backward pass."""
+    """`cut_of`, for kernels that ask whether they are to be frugal."""
     depths = min(tile.depth, sizes.DP), min(tile.depth, sizes.EP)
     return KeysCut(tile.rows, *depths, step, device.precision, tile.across, tile.frugal)
 

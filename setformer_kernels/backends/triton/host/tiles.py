@@ -32,7 +32,9 @@ class Tile(NamedTuple):
     stages: int  # of the software pipeline
     wgmma: bool = False  # whether products may be Hopper's asynchronous ones, see HOPPER
     across: bool = False  # whether warps share the references, not the tokens, see `primitives.tokens_by`
-    frugal: bool = False  # whether tiles are computed anew, and rows read anew, rather than held in registers
+    # Whether tiles are computed anew, and rows read anew, rather than held in registers; under a mask, whether operands
+    # of as many references are taken in two parts.
+    frugal: bool = False
     resident: int = 4  # programs that a multiprocessor's registers and shared memory hold at a time
     keys: int = 0  # per step of the kernels under a mask, whose rows are queries; 0: as many as rows
 
@@ -121,16 +123,24 @@ DEFAULT: dict[tuple[str, str, str], Tile] = {
     ("masked_backward", "medium", "single"): Tile(16, 32, 8, 1),
     ("masked_backward", "large", "single"): Tile(16, 16, 8, 1),
     # The keys' programs have `keys` of them, for all queries.  With squares of 16 and eight warps, most of which then
-    # hold what others hold, the two took 2.7 times as long (H200).  Far: with factors of float32, whatever the tokens.
+    # hold what others hold, the two took 2.7 times as long (H200).
+    # Far: with factors of float32, beside tokens of 16 bits.  By the model, of four warps, two blocks of them, the keys
+    # take a third of the cycles of eight, and the queries two thirds.  Of 128 references the queries' kernel spills
+    # 8 bytes with 32 keys, and the forward pass up to 80 with 32 queries or 64 keys; beside 128 dims, 40 with 32
+    # queries, 16 of four warps.  Of the mask's tiles, one of 64 keys takes half of what two of 32 do.
     ("masked_keys_backward", "small", "half"): Tile(16, 64, 4, 1, keys=32),
     ("masked_keys_backward", "wide", "half"): Tile(16, 64, 4, 1, keys=32),
     ("masked_keys_backward", "medium", "half"): Tile(16, 64, 8, 1, keys=32),
-    ("masked_far_backward", "small", "half"): Tile(16, 64, 8, 1, keys=32),
-    ("masked_far_backward", "wide", "half"): Tile(16, 64, 8, 1, keys=32),
+    ("masked_far", "wide", "half"): Tile(16, 64, 8, 1, keys=32),
+    ("masked_far", "medium", "half"): Tile(16, 64, 8, 1, frugal=True, keys=32),
+    ("masked_far_backward", "wide", "half"): Tile(16, 64, 4, 1, keys=32),
     ("masked_far_backward", "medium", "half"): Tile(16, 64, 8, 1),
-    ("masked_far_keys_backward", "small", "half"): Tile(16, 64, 8, 1),
-    ("masked_far_keys_backward", "wide", "half"): Tile(16, 64, 8, 1),
-    ("masked_far_keys_backward", "medium", "half"): Tile(16, 64, 8, 1),
+    ("masked_far_mask_backward", "small", "half"): Tile(16, 64, 8, 1, keys=64),
+    ("masked_far_mask_backward", "medium", "half"): Tile(16, 64, 8, 1, frugal=True, keys=64),
+    ("masked_far_keys_backward", "medium", "half"): Tile(16, 64, 8, 1, frugal=True, keys=32),
+    # With positions, 64 columns at a time spill up to 360 bytes beside 128 references.
+    ("masked_far_tokens", "wide", "half"): Tile(16, 64, 8, 1, across=True, resident=2),
+    ("masked_far_tokens", "medium", "half"): Tile(16, 32, 8, 1, across=True, resident=2),
     # "masked_logs": tiles of 16 queries and `rows` keys, with M numbers for each pair; the backward holds more of them.
     ("masked_logs", "small", "half"): Tile(4, 64, 8, 1),
     ("masked_logs", "medium", "half"): Tile(2, 64, 8, 1),
@@ -141,6 +151,8 @@ DEFAULT: dict[tuple[str, str, str], Tile] = {
     ("masked_logs_backward", "small", "half"): Tile(2, 64, 8, 1),
     ("masked_logs_backward", "medium", "half"): Tile(1, 64, 8, 1),
     ("masked_logs_backward", "large", "half"): Tile(1, 32, 8, 1),
+    # One key spills 16 bytes on Ampere.
+    ("masked_logs_mask_backward", "medium", "half"): Tile(2, 64, 8, 1),
     ("masked_logs_backward", "small", "single"): Tile(2, 32, 8, 1),
     ("masked_logs_backward", "medium", "single"): Tile(1, 32, 8, 1),
     ("masked_logs_backward", "large", "single"): Tile(1, 16, 8, 1),
@@ -170,10 +182,15 @@ LIKE = {
     "gradient_log": "gradient",
     "masked_tokens": "gradient_log",
     "masked_keys": "gradient",
+    "masked_far_tokens": "masked_tokens",
     "masked_keys_backward": "masked_backward",
+    "masked_mask_backward": "masked_backward",
+    "masked_far": "masked",
     "masked_far_backward": "masked_backward",
+    "masked_far_mask_backward": "masked_far_backward",
     "masked_far_keys_backward": "masked_keys_backward",
     "masked_logs_keys_backward": "masked_logs_backward",
+    "masked_logs_mask_backward": "masked_logs_backward",
 }
 # With 227 KiB of shared memory, 128 head dims stay in one product: nothing of the references is loaded twice.
 # Asynchronous products (wgmma): of 16 bits in the forward pass, 1.8 times as fast with them at 16384 tokens (H100), of
@@ -228,6 +245,7 @@ HOPPER_LATER: dict[tuple[str, str, str], Tile] = {
     ("keys_backward", "small", "half"): Tile(64, 64, 4, 1, wgmma=True, frugal=True, resident=2),
     ("keys_backward", "medium", "half"): Tile(16, 128, 8, 1, across=True, frugal=True, resident=1),
     ("chunk_backward", "small", "half"): Tile(32, 64, 4, 1, wgmma=True),
+    ("masked_far_keys_backward", "medium", "half"): Tile(16, 64, 8, 1, frugal=True),
 }
 # Likewise: 16 bytes.
 AMPERE_LATER: dict[tuple[str, str, str], Tile] = {
@@ -246,14 +264,19 @@ BLACKWELL = {key: t for key, t in HOPPER.items() if key[2] == "single" or key[1]
     ("gradient_log", "small", "half"): Tile(16, 64, 8, 2, across=True, resident=2),
     # Of four warps two blocks share a multiprocessor; eight with positions spill 88 bytes.
     ("masked_tokens", "small", "half"): Tile(16, 32, 4, 2, across=True, resident=2),
-    # Half the head dims at a time take 1.3 times the cycles by the model, and spill 16 bytes under Triton 3.6.
-    ("chunk", "medium", "half"): Tile(32, 64, 8, 1),
+    # Half the head dims at a time take 1.3 times the cycles by the model, and spill 40 bytes under Triton 3.9.
+    ("chunk", "medium", "half"): Tile(32, 128, 8, 1),
     ("step", "medium", "half"): DEFAULT["chunk", "medium", "half"],
     # Four warps hold twice as much of a chunk each, and spill up to 64 bytes where gates are differentiated.
     ("chunk_backward", "small", "half"): Tile(32, 64, 8, 1),
     ("chunk_backward", "medium", "half"): DEFAULT["chunk_backward", "medium", "half"],
     ("masked_keys_backward", "wide", "half"): Tile(16, 64, 8, 1, keys=32),
     ("masked_keys_backward", "medium", "half"): Tile(16, 64, 8, 1),
+    ("masked_far_keys_backward", "medium", "half"): Tile(16, 64, 8, 1, frugal=True),  # of 32 keys, 24 bytes spill
+}
+# The other way round: 8 bytes of Triton 3.6, where 3.7 and 3.9 spill 56 with this.
+BLACKWELL_EARLIER: dict[tuple[str, str, str], Tile] = {
+    ("chunk_backward", "medium", "half"): Tile(16, 128, 8, 1),
 }
 # Without wgmma the operands are registers too: half the head dims at a time keep them within 255.
 AMPERE: dict[tuple[str, str, str], Tile] = {
@@ -264,6 +287,10 @@ AMPERE: dict[tuple[str, str, str], Tile] = {
     ("gradient", "medium", "single"): Tile(16, 16, 8, 1, across=True, resident=2),
     ("gradient_log", "small", "single"): Tile(16, 16, 8, 1, across=True, resident=2),
     ("masked_tokens", "small", "half"): Tile(16, 64, 8, 2, across=True, resident=2),
+    # Of eight warps and 16 queries 32 bytes spill, as ptxas holds to 128 registers.
+    ("masked_far", "wide", "half"): Tile(32, 128, 4, 1),
+    # Of 32 columns, 8 bytes likewise.
+    ("masked_far_tokens", "medium", "half"): Tile(16, 16, 8, 1, across=True, resident=2),
     # Beside factors in float32, which positions want, 64 head dims at a time spill 8 bytes.
     ("masked", "small", "half"): Tile(32, 32, 4, 1),
     ("chunk", "medium", "single"): Tile(16, 16, 8, 1),
@@ -275,7 +302,7 @@ AMD["chunk_backward", "small", "half"] = DEFAULT["chunk_backward", "small", "hal
 OVERRIDES: dict[str, dict[tuple[str, str, str], Tile]] = {
     "sm_80": AMPERE | (AMPERE_LATER if RELEASE >= (3, 8) else {}),
     "sm_90": HOPPER | (HOPPER_LATER if RELEASE >= (3, 8) else {}),
-    "sm_100": BLACKWELL,
+    "sm_100": BLACKWELL | (BLACKWELL_EARLIER if RELEASE and RELEASE < (3, 7) else {}),
     "amd": AMD,
     "default": AMPERE,
 }

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ....problem import Operands, Options, replaced
 from ..device.softmax import dropout_constants
-from ..host.groups import Dropout, Group, Sizes, cut_of, rule_of, sizes_of
+from ..host.groups import Dropout, Group, Sizes, cut_of, keys_cut_of, rule_of, sizes_of
 from ..host.launch import device_of
 from ..host.rows import stride_step, unit_rows
 from ..host.tiles import Tile, tile
@@ -20,6 +20,8 @@ from ..parameters.prepare import References, prepare
 from .walks import SAFE
 
 LOG_QUERIES = 16  # of a tile of the log domain, whose keys are `rows` of its kind
+# Kinds of kernels that multiply by e^{ℓ−m}: cut otherwise where these factors are wider than the tokens.
+FACTORED = ("masked", "masked_backward", "masked_keys_backward", "masked_mask_backward")
 
 
 class Mask(NamedTuple):
@@ -84,16 +86,24 @@ class Arguments(NamedTuple):
         """B·H."""
         return self.x.key.shape[0] * self.x.key.shape[1]
 
+    @property
+    def far(self) -> bool:
+        """Whether factors are wider than the tokens."""
+        return factor_dtype(self.x).itemsize > self.x.key.element_size()
+
     def tile(self, kind: str) -> Tile:
         """The tile of a kind of kernel."""
         sizes, key = self.sizes, self.x.key
-        if kind in ("masked_backward", "masked_keys_backward") and factor_dtype(self.x).itemsize > key.element_size():
+        if kind in FACTORED and self.far:
             kind = kind.replace("masked", "masked_far")
         return tile(kind, device_of(key).family, max(sizes.MP, sizes.DP, sizes.EP), key.element_size(), sizes.MP)
 
     def constants(self, t: Tile, *tokens: Tensor | None) -> dict[str, Any]:
         """The compile-time arguments of kernels that read such tokens."""
-        cut = cut_of(t, self.sizes, device_of(self.x.key), stride_step(*tokens))
+        device, step = device_of(self.x.key), stride_step(*tokens)
+        cut = cut_of(t, self.sizes, device, step)
+        if self.far:  # tokens of 16 bits are not worth more, and with tf32x3 much spills
+            cut = keys_cut_of(t._replace(across=False), self.sizes, device._replace(precision="bf16x3"), step)
         return {"rule": rule_of(self.opt).compiled, "sizes": self.sizes.compiled, "cut": cut.compiled}
 
     def ways(self, kind: str, *tokens: Tensor | None) -> list[Walk]:
@@ -141,7 +151,8 @@ def factor_dtype(x: Operands) -> torch.dtype:
     """The dtype of e^{ℓ−m} and what multiplies it.
 
     float16 has too few exponents.  Positions may lie far from all references but one: then dℓ is what is left of terms
-    that cancel, and their rounding to bfloat16 is 2 to 10 times the error budget.
+    that cancel, and their rounding to bfloat16 is 2 to 10 times the error budget.  Products take these factors as two
+    bfloat16 each, which is 2^9 times as fine.
     """
     near = x.reference_position is None
     return torch.bfloat16 if near and x.key.dtype == torch.bfloat16 else torch.float32

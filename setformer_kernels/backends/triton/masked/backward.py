@@ -116,7 +116,7 @@ def mask_backward(call: Arguments, state: State, first_head: int, d_o: Tensor, d
     given = mask_argument(call.mask.tensor)
     tokens = (*strided(x.value, step), *given.strided, *strided(d_o, step), d_mask, *strides, *d_mask.stride()[2:])
     groups = (call.prepared, state.keys, state.work, state.back)
-    for way in call.ways("masked_backward", x.value, d_o):
+    for way in call.ways("masked_mask_backward", x.value, d_o):
         splits = pieces(s, way.keys)
         n = pieces(l, way.rows) * splits
         args = (*tokens, *groups, h, l, s, *own, n, splits, first_head, state.keys.weight.shape[0], steps)
@@ -129,7 +129,7 @@ def tokens_backward(
     """Launches the gradients of queries and keys, and fills the slots of the parameters."""
     x, (h, l, s), sizes, device = call.x, call.lengths, call.sizes, device_of(call.x.key)
     assert x.query is not None
-    t = call.tile("masked_tokens")
+    t = call.tile("masked_far_tokens" if sizes.P else "masked_tokens")
     splits = [split_tokens(n, t, call.heads, device.multiprocessors) for n in (l, s)]
     slots = splits[0].programs + splits[1].programs
     parts = new_partials(x, call.prepared, slots, needs[:-1])

@@ -24,7 +24,7 @@ from ....problem import Operands, Options
 from ..device.head import head_of
 from ..device.logits import token_logits
 from ..device.places import places_of
-from ..device.primitives import INF, finite_or_zero, rounded
+from ..device.primitives import INF, again, finite_or_zero, rounded
 from ..device.rows import load_rows, rows_of, store_rows
 from ..device.softmax import kept_weights
 from ..host.launch import kernel, launch
@@ -36,12 +36,14 @@ from .walks import (
     LEAST_ROW,
     Keys,
     add_columns,
+    beside,
     by_values,
     key_tile,
     log_columns,
     masses,
     pooled,
     potentials,
+    queries_of,
     row_sums,
     settled,
     step_at,
@@ -154,7 +156,7 @@ def read_walk(
             keys, given, at, rows, start, top, v, lam, KEYS, MORE, L, S, LOGS, CAUSAL, UNIT, sizes, cut
         )
         a = rounded(pooled(tile, u, c, y, LOGS, cut), tile.dtype)
-        o += by_values(a, load_rows(values, columns, live, e, sizes.E).to(tile.dtype), LOGS, cut)
+        o += by_values(a, beside(load_rows(values, columns, live, e, sizes.E), tile.dtype), LOGS, cut)
     return o
 
 
@@ -190,19 +192,15 @@ def masked_kernel(
     LOGS: tl.constexpr = way.LOGS
     CAUSAL: tl.constexpr = way.CAUSAL
     UNIT: tl.constexpr = way.UNIT
-    at = (tl.program_id(0) // blocks).to(tl.int64)
-    block = tl.program_id(0) % blocks
+    FAR: tl.constexpr = cut.PRECISION == "bf16x3"
+    at, block, rows = queries_of(tl.program_id(0), blocks, ROWS)
     number = at + first_head
     b, h = number // H, number % H
-    rows = block * ROWS + tl.arange(0, ROWS)
     end = last_key(tl.minimum(L, (block + 1) * ROWS) - 1, L, S, CAUSAL)
     if LOGS:
         flag = work.out_of_range + at * ((L + BLOCK - 1) // BLOCK) + block * ROWS // BLOCK
         end = tl.where(tl.load(flag) != 0, end, -1)
     if end >= 0:
-        queries = rows_of(query, b, h, stride_qb, stride_qh, stride_qn, L, cut.STEP)
-        values = rows_of(value, b, h, stride_vb, stride_vh, stride_vn, S, cut.STEP)
-        places = places_of(position, references, b, h, stride_pb, stride_ph, stride_pn, sizes) if sizes.P > 0 else None
         given = mask_of(mask, b, h, stride_mb, stride_mh, stride_ml, stride_ms) if mask is not None else None
         head = head_of(references, h, sizes, cut)
         keys_at = at * S
@@ -224,12 +222,21 @@ def masked_kernel(
                         KEYS, LOGS, CAUSAL, UNIT, sizes, cut,
                     )  # fmt: skip
                     fits &= held
+        # Found anew: beside factors twice as wide, and of 64 dims, registers for where these go are not left.
+        if FAR or sizes.EP <= 64:
+            at, block, rows = queries_of(again(tl.program_id(0)), blocks, ROWS)
+            number = at + first_head
+            b, h = number // H, number % H
+            keys_at, head = at * S, head_of(references, h, sizes, cut)
         if work.tops is not None:
             tl.store(work.tops + at * L + rows, top, mask=rows < L)
             tl.store(work.totals + at * L + rows, total, mask=rows < L)
         if not LOGS and work.out_of_range is not None:
             tl.store(work.out_of_range + at * blocks + block, 1 - fits.to(tl.int32))
         if output is not None:
+            queries = rows_of(query, b, h, stride_qb, stride_qh, stride_qn, L, cut.STEP)
+            values = rows_of(value, b, h, stride_vb, stride_vh, stride_vn, S, cut.STEP)
+            places = places_of(position, references, b, h, stride_pb, stride_ph, stride_pn, sizes) if sizes.P else None
             outputs = rows_of(output, b, h, stride_ob, stride_oh, stride_on, L, cut.STEP)
             w, normaliser = read_weights(
                 queries, places, rows, seen, c, head, dropout, number, L, threshold, rule.UPDATE_ROWS, LOGS, rule,

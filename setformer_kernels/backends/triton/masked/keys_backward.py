@@ -31,7 +31,7 @@ from .terms import (
     value_products,
     value_terms,
 )
-from .walks import key_tile, pooled
+from .walks import beside, key_tile, pooled
 
 
 class KeyTerms(NamedTuple):
@@ -74,7 +74,7 @@ def add_step(
         if LOGS:
             d_value += tl.sum(a[:, :, None] * do.to(tl.float32)[:, None, :], 0)
         else:
-            d_value += dot(tl.trans(rounded(a, tile.dtype)), do.to(tile.dtype), cut.PRECISION)
+            d_value += dot(tl.trans(rounded(a, tile.dtype)), beside(do, tile.dtype), cut.PRECISION)
     of_keys = tl.sum(d_f, 0)
     mass += of_keys
     if FIRST:
@@ -145,6 +145,7 @@ def masked_keys_backward_kernel(
     LOGS: tl.constexpr = way.LOGS
     CAUSAL: tl.constexpr = way.CAUSAL
     UNIT: tl.constexpr = way.UNIT
+    FAR: tl.constexpr = cut.PRECISION == "bf16x3" and not LOGS
     at, b, h, block = block_of(tl.program_id(0), blocks, first_head, H)
     columns = block * KEYS + tl.arange(0, KEYS)
     values = rows_of(value, b, h, stride_vb, stride_vh, stride_vn, S, cut.STEP)
@@ -153,7 +154,14 @@ def masked_keys_backward_kernel(
     head = head_of(references, h, sizes, cut)
     zero = tl.zeros([KEYS], tl.float32)
     sums = KeySums(tl.zeros([KEYS, sizes.MP], tl.float32), tl.zeros([KEYS, sizes.EP], tl.float32), zero, zero, zero)
-    for start in range(first_query(block * KEYS, L, S, CAUSAL) // ROWS * ROWS, L, ROWS):
+    begin = first_query(block * KEYS, L, S, CAUSAL) // ROWS * ROWS
+    for start in tl.range(begin, L, ROWS, disable_licm=FAR):
+        if FAR:  # factors twice as wide leave no registers to what can be found anew
+            at, b, h, block = block_of(again(tl.program_id(0)), blocks, first_head, H)
+            columns = block * KEYS + again(tl.arange(0, KEYS))
+            values = rows_of(value, b, h, stride_vb, stride_vh, stride_vn, S, cut.STEP)
+            gradients = rows_of(d_o, b, h, stride_ob, stride_oh, stride_on, L, cut.STEP)
+            given = mask_of(mask, b, h, stride_mb, stride_mh, stride_ml, stride_ms) if mask is not None else None
         if belongs(work, at, start, L, BLOCK, LOGS):
             rows = start + tl.arange(0, ROWS)
             x = log_masses(given, zero, rows, columns, L, S, CAUSAL)

@@ -73,6 +73,7 @@ def masked_mask_backward_kernel(
     LOGS: tl.constexpr = way.LOGS
     CAUSAL: tl.constexpr = way.CAUSAL
     UNIT: tl.constexpr = way.UNIT
+    FAR: tl.constexpr = cut.PRECISION == "bf16x3"
     mask_head, row, column = mask_tile(tl.program_id(0), blocks, splits, ROWS, KEYS)
     rows, columns = row + tl.arange(0, ROWS), column + tl.arange(0, KEYS)
     given = mask_of(mask, mask_head // G, mask_head % G, stride_mb, stride_mh, stride_ml, stride_ms)
@@ -85,9 +86,14 @@ def masked_mask_backward_kernel(
             # In 32 bits, as a division of 64 is a function with registers of its own.
             number = first_head + n
             if not LOGS:  # products want all registers: no address is carried from head to head
-                number, rows = again(number), again(rows)
-                if sizes.MP > 64:
-                    columns = again(columns)
+                number = again(number)
+                if FAR:
+                    mask_head, row, column = mask_tile(again(tl.program_id(0)), blocks, splits, ROWS, KEYS)
+                    rows, columns = row + again(tl.arange(0, ROWS)), column + again(tl.arange(0, KEYS))
+                else:
+                    rows = again(rows)
+                    if sizes.MP > 64:
+                        columns = again(columns)
             b, h = number // H, number % H
             at = (number - first_head).to(tl.int64)
             mine = shares_mask(number, H, mask_head, B, G)

@@ -32,7 +32,7 @@ from .terms import (
     to_potentials,
     value_products,
 )
-from .walks import key_tile, log_columns, pooled, potentials, step_at
+from .walks import key_tile, log_columns, pooled, potentials, queries_of, step_at
 
 
 class Step(NamedTuple):
@@ -61,7 +61,7 @@ def pooled_means(
 ):
     """D [BL, MP] times N."""
     d = tl.zeros([rows.shape[0], sizes.MP], tl.float32)
-    for start in range(0, end, KEYS):
+    for start in tl.range(0, end, KEYS, disable_licm=cut.PRECISION == "bf16x3"):
         x, tile, value = tile_at_keys(keys, given, values, at, rows, start, L, S, KEYS, FIRST, LOGS, CAUSAL, sizes)
         p, u = plan_terms_of(x, tile, step.v, top, lam, FIRST, LOGS, UNIT, cut)
         products = value_products(do, value, LOGS, cut)
@@ -78,7 +78,7 @@ def potential_walk(
 ):
     """(d log V^{t−1} [BL, MP] of an iteration t ≥ 2, Σ_s df^t [BL])."""
     d, total = tl.zeros([rows.shape[0], sizes.MP], tl.float32), tl.zeros([rows.shape[0]], tl.float32)
-    for start in range(0, end, KEYS):
+    for start in tl.range(0, end, KEYS, disable_licm=cut.PRECISION == "bf16x3"):
         x, tile, value = tile_at_keys(keys, given, values, at, rows, start, L, S, KEYS, False, LOGS, CAUSAL, sizes)
         p, u = plan_terms_of(x, tile, step.v, top, lam, False, LOGS, UNIT, cut)
         products = value_products(do, value, LOGS, cut) if LAST else u
@@ -96,13 +96,6 @@ def spread(c, seen, LOGS: tl.constexpr, sizes):
     real = (tl.arange(0, sizes.MP) < sizes.M)[None, :]
     logs = log_columns(c, LOGS)
     return tl.where(real & seen[:, None], logs - tl.max(tl.where(real, logs, -INF), 1)[:, None], 0.0)
-
-
-@triton.jit
-def _place(program, blocks, ROWS: tl.constexpr):
-    """(head of those at hand, block of queries, rows [BL]) of a program."""
-    block = program % blocks
-    return (program // blocks).to(tl.int64), block, block * ROWS + tl.arange(0, ROWS)
 
 
 @kernel
@@ -124,7 +117,7 @@ def masked_queries_backward_kernel(
     LOGS: tl.constexpr = way.LOGS
     CAUSAL: tl.constexpr = way.CAUSAL
     UNIT: tl.constexpr = way.UNIT
-    at, block, rows = _place(tl.program_id(0), blocks, ROWS)
+    at, block, rows = queries_of(tl.program_id(0), blocks, ROWS)
     number = at + first_head
     b, h = number // H, number % H
     first = block * ROWS
@@ -191,7 +184,7 @@ def masked_queries_backward_kernel(
                 excess += of_step
                 relaxed += tl.sum(d_v * spread(before, seen, LOGS, sizes), 1)
         if sizes.P > 0:  # where the sums go, anew: held through the iterations, it spills (Triton 3.9)
-            at, block, rows = _place(again(tl.program_id(0)), blocks, ROWS)
+            at, block, rows = queries_of(again(tl.program_id(0)), blocks, ROWS)
         if back.excess is not None:
             if MORE and not LOGS:  # what the first iteration adds, as the products with dC will see it
                 operand: tl.constexpr = keys.exp.dtype.element_ty

@@ -19,7 +19,7 @@ import triton.language as tl
 
 from ..device.primitives import dot, finite_or_zero, operand, rounded
 from ..device.rows import load_rows
-from .walks import LEAST_ROW, masses, potentials, row_sums, step_at
+from .walks import LEAST_ROW, masses, over_references, potentials, row_sums, step_at
 
 
 class Back(NamedTuple):
@@ -93,11 +93,7 @@ def column_weights(tile, u, c):
 @triton.jit
 def forces(tile, u, c, d_c, LOGS: tl.constexpr, cut):
     """What df^t [BL, BS] gets from column sums."""
-    if LOGS:
-        d_f = tl.sum(column_weights(tile, u, c) * d_c[:, None, :], 2)
-    else:
-        d_f = u * dot(rounded(d_c, tile.dtype), tl.trans(tile), cut.PRECISION)
-    return d_f
+    return tl.sum(column_weights(tile, u, c) * d_c[:, None, :], 2) if LOGS else u * over_references(d_c, tile, cut)
 
 
 @triton.jit

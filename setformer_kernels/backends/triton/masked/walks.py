@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from ..device.primitives import INF, dot, finite_or_zero, log_and_rest, rounded
+from ..device.primitives import INF, again, dot, finite_or_zero, log_and_rest, rounded
 
 # Where row sums (of V ≤ 1) and column sums stay above these, what underflows adds less to any sum than rounding:
 # 2^−126 of a factor, times 1/LEAST_ROW and 1/LEAST_COLUMN, is below 2^−23.
@@ -28,6 +28,13 @@ class Keys(NamedTuple):
     logs: Any  # [heads, S, MP] ℓ − m, or None where products always hold
     weight: Any  # [heads, S] log a + (1 − λ_a) m
     first: Any  # [heads, S] the same less λ_a LSE_j(ℓ − m + log b): with P^{−λ_a} of the first iteration
+
+
+@triton.jit
+def queries_of(program, blocks, ROWS: tl.constexpr):
+    """(head of those at hand, block of queries, rows [BL]) of a program."""
+    block = program % blocks
+    return (program // blocks).to(tl.int64), block, block * ROWS + tl.arange(0, ROWS)
 
 
 @triton.jit
@@ -60,9 +67,32 @@ def log_row_sums(l, g):
 
 
 @triton.jit
+def _even_and_odd(x):
+    """The even columns of x and the odd ones, which a thread has side by side."""
+    return tl.split(tl.reshape(x, [x.shape[0], x.shape[1] // 2, 2]))
+
+
+@triton.jit
+def over_references(a, tile, cut):
+    """a [BL, MP] · tileᵀ [BS, MP], summed over the references; FRUGAL: in two parts, as all of two wide operands at
+    once are more than a thread can hold."""
+    a = rounded(a, tile.dtype)
+    if cut.PRECISION != "bf16x3":
+        product = dot(a, tl.trans(tile), cut.PRECISION)
+    elif cut.FRUGAL:
+        even, odd = _even_and_odd(again(a))
+        tile_even, tile_odd = _even_and_odd(tile)
+        product = dot(even, tl.trans(tile_even), cut.PRECISION)
+        product += dot(odd, tl.trans(tile_odd), cut.PRECISION)
+    else:
+        product = dot(a, tl.trans(tile), cut.PRECISION)
+    return product
+
+
+@triton.jit
 def row_sums(tile, v, LOGS: tl.constexpr, cut):
     """P [BL, BS] of a tile."""
-    return log_row_sums(tile, v) if LOGS else dot(rounded(v, tile.dtype), tl.trans(tile), cut.PRECISION)
+    return log_row_sums(tile, v) if LOGS else over_references(v, tile, cut)
 
 
 @triton.jit
@@ -132,13 +162,19 @@ def log_columns(c, LOGS: tl.constexpr):
 
 
 @triton.jit
+def beside(x, dtype: tl.constexpr):
+    """Tokens as the other operand of products with factors of a dtype: bfloat16 is exact beside any."""
+    return x if x.dtype == tl.bfloat16 else x.to(dtype)
+
+
+@triton.jit
 def pooled(tile, u, c, y, LOGS: tl.constexpr, cut):
     """A = Σ_j U Ex (W/C)_j [BL, BS]; y: W/N."""
     if LOGS:
         q = tl.exp2((tile[None, :, :] + u[:, :, None]) - c[:, None, :])
         a = tl.sum(q * y[:, None, :], 2)
     else:
-        a = u * dot(rounded(y, tile.dtype), tl.trans(tile), cut.PRECISION)
+        a = u * over_references(y, tile, cut)
     return a
 
 
