@@ -71,8 +71,12 @@ def test_tiles_of_more_keys_than_queries_and_of_fewer(
 
 
 @pytest.mark.parametrize(
-    ("name", "dtype"),
-    [("far_positions", torch.float32), ("far_positions", torch.bfloat16), ("small_epsilon", torch.float32)],
+    ("name", "dtype", "frugal"),
+    [
+        *(("far_positions", dtype, False) for dtype in (torch.float32, torch.bfloat16)),
+        *(("far_positions", dtype, True) for dtype in (torch.bfloat16, torch.float16)),
+        ("small_epsilon", torch.float32, False),
+    ],
     ids=str,
 )
 @pytest.mark.parametrize("backend", ["triton"])
@@ -80,6 +84,7 @@ def test_logits_far_apart_under_a_mask_within_the_error_budget(
     backend: str,
     name: str,
     dtype: torch.dtype,
+    frugal: bool,
     small_tiles: torch.device,
     monkeypatch: pytest.MonkeyPatch,
     poisoned_memory: None,
@@ -87,7 +92,7 @@ def test_logits_far_apart_under_a_mask_within_the_error_budget(
     """At the shared cases' own lengths: of fewer numbers, one rounding error is most of a norm."""
     from setformer_kernels.backends.triton.host import tiles
 
-    monkeypatch.setattr(tiles, "INTERPRETER", tiles.Tile(64, 64, 4, 1))
+    monkeypatch.setattr(tiles, "INTERPRETER", tiles.Tile(64, 64, 4, 1, frugal=frugal))
     measured(replace(ALL_CASES[f"masked_{name}"], B=1), dtype).check(name)
 
 

@@ -132,13 +132,13 @@ void narrow_case() {
   AttentionParams p = c.params(1);
   p.references = y.random().view, p.o = o.view, p.z = z.view, p.c = sums.view;
   const cuda::Device device = cuda::device(0);
-  cuda::Device crowded = device;  // the latter runs one cluster at a time
+  cuda::Device crowded = device;  // runs one cluster at a time; too small for wide values beside many keys
   crowded.shared = 128 * 1024, crowded.at_once[0] = crowded.at_once[1] = crowded.at_once[2] = 1;
   for (Dtype dtype : {Dtype::bf16, Dtype::f16}) {
     const Half half(p, dtype);
-    const cuda::Device& on = pick({0, 1}) ? crowded : device;
+    const cuda::Device& on = pick({0, 1}) && c.E <= 64 ? crowded : device;
     in_two_schedules(half.p, attention_forward, on, {&half.p.o, &half.p.z, &half.p.c}, on);
-    expect(shim::runtime().done.back() == "launch attention_narrow", "the kernel of narrow logits", 1, 0);
+    expect(shim::runtime().done.back().find("launch attention_narrow") == 0, "the kernel of narrow logits", 1, 0);
     z.each([](int64_t, int64_t, int64_t, int64_t, float& x) { expect(std::isfinite(x), "z", x, 0); });
   }
 }
