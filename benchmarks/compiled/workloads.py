@@ -359,6 +359,7 @@ def _amd_calls(family: str) -> Iterator[Call]:
             yield from _both(call)
         yield from _both(replace(base, op="causal", T=1, given=STREAM))
         yield replace(base, op="step", T=1)
+    yield replace(single, backward=True, given=("position",))
     yield from _both(replace(half, op="masked", mask="float", rich=True))
     yield from _both(replace(half, op="packed_causal", T=1, B=2))
     for base in (half, single) if family == "gfx942" else (half,):

@@ -161,7 +161,8 @@ def masked_keys_backward_kernel(
             columns = block * KEYS + again(tl.arange(0, KEYS))
             values = rows_of(value, b, h, stride_vb, stride_vh, stride_vn, S, cut.STEP)
             gradients = rows_of(d_o, b, h, stride_ob, stride_oh, stride_on, L, cut.STEP)
-            given = mask_of(mask, b, h, stride_mb, stride_mh, stride_ml, stride_ms) if mask is not None else None
+            if mask is not None:
+                given = mask_of(mask, b, h, stride_mb, stride_mh, stride_ml, stride_ms)
         if belongs(work, at, start, L, BLOCK, LOGS):
             rows = start + tl.arange(0, ROWS)
             x = log_masses(given, zero, rows, columns, L, S, CAUSAL)
