@@ -278,6 +278,10 @@ BLACKWELL = {key: t for key, t in HOPPER.items() if key[2] == "single" or key[1]
 BLACKWELL_EARLIER: dict[tuple[str, str, str], Tile] = {
     ("chunk_backward", "medium", "half"): Tile(16, 128, 8, 1),
 }
+# Of four warps this one spills 32 bytes of Triton 3.9.
+BLACKWELL_LATER: dict[tuple[str, str, str], Tile] = {
+    ("masked_far_backward", "small", "half"): Tile(16, 64, 8, 1, keys=32),
+}
 # Without wgmma the operands are registers too: half the head dims at a time keep them within 255.
 AMPERE: dict[tuple[str, str, str], Tile] = {
     ("row", "medium", "half"): Tile(64, 32, 4, 2),
@@ -302,7 +306,9 @@ AMD["chunk_backward", "small", "half"] = DEFAULT["chunk_backward", "small", "hal
 OVERRIDES: dict[str, dict[tuple[str, str, str], Tile]] = {
     "sm_80": AMPERE | (AMPERE_LATER if RELEASE >= (3, 8) else {}),
     "sm_90": HOPPER | (HOPPER_LATER if RELEASE >= (3, 8) else {}),
-    "sm_100": BLACKWELL | (BLACKWELL_EARLIER if RELEASE and RELEASE < (3, 7) else {}),
+    "sm_100": BLACKWELL
+    | (BLACKWELL_EARLIER if () < RELEASE < (3, 7) else {})
+    | (BLACKWELL_LATER if RELEASE >= (3, 8) else {}),
     "amd": AMD,
     "default": AMPERE,
 }
