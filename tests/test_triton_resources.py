@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import subprocess
@@ -12,7 +13,7 @@ import pytest
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # benchmarks/ is not installed
 
-from benchmarks.compiled import front_end, resources
+from benchmarks.compiled import front_end, releases, resources
 from benchmarks.compiled.gpus import AMD, FAMILIES
 from benchmarks.compiled.resources import Row
 
@@ -57,7 +58,8 @@ def test_the_committed_table_is_of_these_kernels(compiled: tuple[list[Row], str]
 def test_the_committed_table_has_no_fault_but_the_spills_it_counts() -> None:
     committed = resources.read()
     assert {(row.family, row.dtype) for row in committed} == {
-        (family, dtype) for family in (*FAMILIES, *AMD) for dtype in ("bfloat16", "float32")
+        *itertools.product((*FAMILIES, *AMD), ("bfloat16", "float32")),
+        *itertools.product(FAMILIES, ("float16",)),
     }
     assert [fault for row in committed for fault in row.faults(known_spill=row.spill_bytes)] == []
 
@@ -81,14 +83,24 @@ def test_every_kernel_is_compiled_for_every_gpu_and_spills_on_none_of_amd() -> N
 
 
 def test_the_forward_pass_in_half_precision_never_spills() -> None:
-    rows = [row for row in resources.read() if row.kernel in FORWARD and row.dtype == "bfloat16"]
+    rows = [row for row in resources.read() if row.kernel in FORWARD and row.dtype != "float32"]
     assert {row.kernel for row in rows} == set(FORWARD)
     assert [fault for row in rows for fault in row.faults()] == []
 
 
 def test_in_half_precision_up_to_128_nothing_spills() -> None:
-    rows = [row for row in resources.read() if row.dtype == "bfloat16" and max(row.D, row.E, row.M) <= 128]
+    rows = [row for row in resources.read() if row.dtype != "float32" and max(row.D, row.E, row.M) <= 128]
     assert [fault for row in rows for fault in row.faults()] == []
+
+
+@pytest.mark.parametrize("release", ["3.6.0", "3.9.0"])
+def test_under_other_tritons_nothing_more_spills(release: str) -> None:
+    """The oldest that is supported and the newest there is."""
+    lines = [line for line in releases.read() if line.triton == release]
+    committed = resources.read()
+    assert {line.sources for line in lines} == {row.sources for row in committed}
+    assert {line.kind for line in lines} == {resources.kind(row) for row in releases.halves(committed)}
+    assert {line.kind: line.spill_bytes for line in lines if line.spill_bytes and max(line.D, line.M) <= 128} == {}
 
 
 @pytest.mark.slow
@@ -107,6 +119,7 @@ def test_what_compiles_to_asynchronous_products_loses_none_of_their_descriptors(
 
 
 SPILLS = """
+import torch
 from benchmarks.compiled import resources
 from benchmarks.compiled.workloads import Call
 
@@ -139,6 +152,12 @@ once = (  # what spilled under Triton 3.6.0 or 3.9.0, where
     ("sm_90", "masked_kernel", Call("masked", mask="float", M=128, **placed)),
     ("sm_100", "masked_keys_backward", Call("masked", True, mask="float", M=128, **placed)),
     ("sm_100", "masked_mask_backward", Call("masked", True, mask="float", M=128, **placed)),
+    ("sm_80 sm_90 sm_100", "causal_queries_backward", Call("causal", True, 1, M=128, given=("epsilon",), **large)),
+    ("sm_90", "causal_gates_backward", Call("causal", True, 1, M=128, given=gates, **large)),
+    ("sm_90 sm_100", "causal_gates_backward", Call("packed_causal", True, 1, torch.float16, given=gates)),
+    ("sm_80", "read_kernel", Call("packed", M=128, **placed)),
+    ("sm_100", "transport_keys_backward", Call("attention", True, M=128, **placed)),
+    ("sm_90", "masked_kernel", Call("masked", dtype=torch.float16, mask="float", **large)),
     ("sm_80", "features_kernel", Call("features", **large)),
     ("sm_90 sm_100", "features_landmarks_backward", Call("features", True, rich=True)),
 )

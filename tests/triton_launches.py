@@ -134,8 +134,7 @@ def run(launch: Any) -> None:
 
 
 def triton_runs(launch: Any) -> None:
-    options = {"num_warps": launch.tile.warps, "num_stages": launch.tile.stages, "enable_fp_fusion": True}
-    launch.kernel[(launch.programs,)](*launch.args, **launch.constants, **options)
+    launch.kernel[(launch.programs,)](*launch.args, **launch.constants, **direct.options_of(launch.tile))
 
 
 def same(a: tuple[Any, int, list[Any]], b: tuple[Any, int, list[Any]]) -> bool:

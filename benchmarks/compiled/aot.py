@@ -83,17 +83,11 @@ class Variant(NamedTuple):
 
 
 def _warm(launch: Any) -> Any:
-    from setformer_kernels.backends.triton.host.direct import products_of
+    from setformer_kernels.backends.triton.host.direct import options_of, products_of
 
-    with products_of(launch.tile):
-        return launch.kernel.warmup(
-            *launch.args,
-            grid=(launch.programs,),
-            **launch.constants,
-            num_warps=launch.tile.warps,
-            num_stages=launch.tile.stages,
-            enable_fp_fusion=True,  # as launched; Triton 3.9 warns where it is left out, 3.10 turns it off
-        )
+    tile, grid = launch.tile, (launch.programs,)
+    with products_of(tile):
+        return launch.kernel.warmup(*launch.args, grid=grid, **launch.constants, **options_of(tile))
 
 
 def kernel_name(kernel: Any) -> str:

@@ -351,7 +351,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--quick", action="store_true", help="the few calls that the tests compile; writes nothing")
     parser.add_argument("--family", choices=ORDER, action="append", help="only this one (repeatable)")
     parser.add_argument("--op", choices=sorted(workloads.RUN), action="append", help="only this one (repeatable)")
-    parser.add_argument("--dtype", choices=("bfloat16", "float32"), help="only this one")
+    parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), help="only this one")
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes that compile")
     parser.add_argument("--out", type=Path, help="file to write (default: the committed table, for a full run)")
     parser.add_argument("--table", action="store_true", help="print the committed table and compile nothing")

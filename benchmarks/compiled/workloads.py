@@ -18,6 +18,8 @@ from setformer_kernels.problem import HYPER, SCALARS, Operands, Options, Sinkhor
 
 MULTIPROCESSORS = {gpu.family: gpu.multiprocessors for gpu in GPUS.values()}
 
+HALVES = (torch.bfloat16, torch.float16)
+DTYPES = (*HALVES, torch.float32)
 
 # What a call may come with; a position is three operands, and a dropout a seed.
 OPTIONAL = ("log_a", "log_b", *HYPER, "position", "dropout")
@@ -279,7 +281,7 @@ def _both(call: Call) -> Iterator[Call]:
 
 def _sizes(dtype: torch.dtype) -> Iterator[Call]:
     """Every op at the sizes that a model has; T = 3 launches the kernels of every T but 0 and 1."""
-    mixed = ((128, 64), (64, 128)) if dtype == torch.bfloat16 else ()
+    mixed = ((128, 64), (64, 128)) if dtype.itemsize == 2 else ()
     for D, M in ((64, 64), (128, 128), *mixed):
         base = Call("attention", dtype=dtype, D=D, E=D, M=M)
         for call in (base, replace(base, op="causal", T=1), replace(base, op="features")):
@@ -308,6 +310,15 @@ def _options(dtype: torch.dtype) -> Iterator[Call]:
         yield from _both(call)
 
 
+def _largest(dtype: torch.dtype) -> Iterator[Call]:
+    """Positions and gates in half precision, where most of them meets."""
+    base = Call("attention", dtype=dtype, D=128, E=128, M=128, given=("position",))
+    for op in ("attention", "read", "packed"):
+        yield from _both(replace(base, op=op, B=2 if op == "packed" else 1))
+    for given in (("position",), STREAM):
+        yield from _both(replace(base, op="causal", T=1, given=given))
+
+
 def _masked(dtype: torch.dtype) -> Iterator[Call]:
     """Masks of every query: both kinds of walks at one size, the longer one at larger sizes in half precision."""
     base = Call("masked", dtype=dtype, mask="float")
@@ -315,7 +326,7 @@ def _masked(dtype: torch.dtype) -> Iterator[Call]:
     placed = replace(base, given=("position",))
     for call in (replace(base, rich=True), placed):
         yield from _both(call)
-    if dtype == torch.bfloat16:
+    if dtype.itemsize == 2:
         yield from _both(replace(base, D=128, E=128))
         yield from _both(replace(base, D=128, E=128, M=128))
         for D, M in ((128, 64), (64, 128), (128, 128)):
@@ -341,10 +352,9 @@ def table_calls(family: str) -> list[Call]:
     """What the committed resource table covers: of AMD GPUs every kernel, without the options."""
     if family in AMD:
         return list(_amd_calls(family))
-    found = [call for dtype in (torch.bfloat16, torch.float32) for part in (_sizes, _options) for call in part(dtype)]
-    found += [
-        call for dtype in (torch.bfloat16, torch.float32) for part in (_masked, _converged) for call in part(dtype)
-    ]
+    parts = (_sizes, _options, _masked, _converged)
+    found = [call for dtype in DTYPES for part in parts for call in part(dtype)]
+    found += [call for dtype in HALVES for call in _largest(dtype)]
     for rows, columns in ((64, 64), (256, 256), (4096, 64), (4096, 1024)):
         found += _both(Call("sinkhorn", T=20, dtype=torch.float32, L=rows, M=columns))
     found += _both(Call("sinkhorn", T=20, dtype=torch.float32, L=256, M=64, rich=True))

@@ -148,7 +148,8 @@ def read(
     (b, h), l = z.shape[:2], query.shape[2]
     output = rows_like(x.query, sizes.E)
     device = device_of(query)
-    t = tile("row", device.family, max(sizes.MP, sizes.DP, sizes.EP), query.element_size(), sizes.MP)
+    kind = "row_placed" if sizes.P else "row"
+    t = tile(kind, device.family, max(sizes.MP, sizes.DP, sizes.EP), query.element_size(), sizes.MP)
     stretch = max(l, 1) if packed else t.rows * TILES_PER_PROGRAM
     splits = max(1, math.ceil(l / stretch))
     if packed:

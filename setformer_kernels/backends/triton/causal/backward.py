@@ -65,7 +65,8 @@ def causal_backward(
     n, wanted = len(x), dict(zip((*Operands._fields, *Stream._fields), needs, strict=False))
     gated = wanted.get("log_decay", False) and stream.log_decay is not None
     sizes = sizes_of(x)
-    t = tile("chunk_backward", device_of(x.key).family, max(sizes.MP, sizes.DP, sizes.EP), x.key.element_size())
+    widest = max(sizes.MP, sizes.DP, sizes.EP)
+    t = tile("chunk_backward", device_of(x.key).family, widest, x.key.element_size(), sizes.MP)
     out = token_gradients(x, wanted)
     pack = None if cu is None else pack_of(cu, x.key.shape[2], t.rows, chunks_of(t.rows))
     length = x.key.shape[2] if pack is None else pack.rows.shape[0]
@@ -212,7 +213,7 @@ def _part_backward(call: Call, part: Part, passed: Tensor, passed_back: tuple[Te
     launch(causal_keys_backward_kernel, programs, args, arguments.of_keys, arguments.tile)
     if call.d_gates is not None:
         args = (*arguments.keys, *arguments.output, *groups, *counts)
-        launch(causal_gates_backward_kernel, programs, args, arguments.of_keys, arguments.tile)
+        launch(causal_gates_backward_kernel, programs, args, *arguments.of_gates)
         mine, chunks = slice(part.first_head, None), slice(part.first_chunk, None)
         found = gate_gradient(work.crossing, work.incoming, products)
         call.d_gates[mine, chunks][: part.heads, : part.chunks] = found

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 
+import torch
 import triton.language as tl
 from torch import Tensor
 
@@ -160,7 +161,10 @@ def chunk_arguments(
 ) -> Arguments:
     """What the kernels on chunks share; `output` is o, or the gradient that arrives there."""
     assert x.query is not None
-    (_, h, l, _), device, sizes, packed = x.key.shape, device_of(x.key), sizes_of(x), pack is not None
+    (_, h, l, _), sizes, packed = x.key.shape, sizes_of(x), pack is not None
+    device = device_of(x.key)
+    if x.key.dtype == torch.float16:  # with too few exponents for factors
+        device = device.in_parts
     step = stride_step(x.query, x.key, x.value, output)
     query, key = strided(x.query, step, packed), strided(x.key, step, packed)
     value, log_a = strided(x.value, step, packed), strided(x.log_a, packed=packed)
@@ -177,12 +181,16 @@ def chunk_arguments(
     # The backward pass on keys has more operands: with warps across the references they take 255 registers and spill,
     # else 150 to 170; but for the three parts of float32 on Hopper and Blackwell.
     keys_across = across and x.key.element_size() == 4 and device.family in ("sm_90", "sm_100")
-    constants, of_keys = (
-        {"rule": rule, "sizes": sizes.compiled, "cut": cut_of(t, sizes, device, step, shared).compiled}
-        for shared in (across, keys_across)
+    own = t
+    if gates.sums is not None:
+        widest = max(sizes.MP, sizes.DP, sizes.EP)
+        own = tile("chunk_gates", device.family, widest, x.key.element_size(), sizes.MP)
+    constants, of_keys, of_gates = (
+        {"rule": rule, "sizes": sizes.compiled, "cut": cut_of(by, sizes, device, step, shared).compiled}
+        for by, shared in ((t, across), (t, keys_across), (own, keys_across))
     )
     written = strided(output, step, packed)
     return Arguments(
-        tokens, keys, written, prepared, scalars, gates, h, l, threshold, sizes, across, constants, of_keys, t,
-        chunks_of(t.rows), device.multiprocessors, pack, ends,
+        tokens, keys, written, prepared, scalars, gates, h, l, threshold, sizes, across, constants, of_keys,
+        (of_gates, own), t, chunks_of(t.rows), device.multiprocessors, pack, ends,
     )  # fmt: skip

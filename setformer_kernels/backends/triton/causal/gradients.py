@@ -155,7 +155,8 @@ def causal_queries_backward_kernel(
         do = load_rows(gradients, again(rows), asked, e, sizes.E)
         tl.store(state_at(work.later_o, at, e, sizes), dot(faded, do, cut.PRECISION))
     if work.sums is not None:
-        d_lam = tl.sum(d_s * finite_or_zero(known.log_c)) * LN2 if rule.UPDATE_ROWS else 0.0
+        # log C anew: in dS's layout since it was formed, it is 500 bytes of spilled registers beside 128 references.
+        d_lam = tl.sum(d_s * again(finite_or_zero(known.log_c))) * LN2 if rule.UPDATE_ROWS else 0.0
         tl.store(sum_at(work.sums, at, "reference_relaxation"), d_lam)
 
 

@@ -151,6 +151,7 @@ class Arguments(NamedTuple):
     across: bool
     constants: dict[str, Any]
     of_keys: dict[str, Any]  # those of the backward pass's kernel on keys
+    of_gates: tuple[dict[str, Any], Tile]  # and of that on gates
     tile: Tile
     bundle: int  # chunks of one
     multiprocessors: int

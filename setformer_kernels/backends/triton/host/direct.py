@@ -84,9 +84,15 @@ def launch(kernel: Any, programs: int, args: Sequence[Any], constants: dict[str,
 
 
 def _launch_by_triton(kernel: Any, programs: int, args: Sequence[Any], constants: dict[str, Any], tile: Tile) -> Any:
-    options = {"num_warps": tile.warps, "num_stages": tile.stages, "enable_fp_fusion": True}
     with products_of(tile):
-        return kernel[(programs,)](*args, **constants, **options)
+        return kernel[(programs,)](*args, **constants, **options_of(tile))
+
+
+def options_of(tile: Tile) -> dict[str, Any]:
+    """What Triton compiles a tile with."""
+    # Products and sums are fused by default; Triton 3.9 warns where it is left out, 3.10 turns it off.
+    options = {"num_warps": tile.warps, "num_stages": tile.stages, "enable_fp_fusion": True}
+    return options | {"maxnreg": tile.registers} if tile.registers else options
 
 
 NO_WGMMA = "DISABLE_MMA_V3"  # Triton's, and part of what its caches know a binary by; a launch has no such option

@@ -29,6 +29,11 @@ class Device(NamedTuple):
     multiprocessors: int
     precision: str  # of float32 products: "tf32x3" on NVIDIA's tensor cores, "ieee" elsewhere
 
+    @property
+    def in_parts(self) -> Device:
+        """For factors in float32 beside tokens of 16 bits, which are not worth more; with tf32x3 much spills."""
+        return self._replace(precision="bf16x3")
+
 
 class Launch(NamedTuple):
     """One recorded launch."""

@@ -37,6 +37,8 @@ class Tile(NamedTuple):
     frugal: bool = False
     resident: int = 4  # programs that a multiprocessor's registers and shared memory hold at a time
     keys: int = 0  # per step of the kernels under a mask, whose rows are queries; 0: as many as rows
+    # That a thread may have, where ptxas rather spills a little than take more; 0: as many as it takes.
+    registers: int = 0
 
 
 MAX_REFERENCES = 256  # a row of logits stays in one tile, so that the row update needs no second pass
@@ -57,13 +59,15 @@ def power_of_two(n: int) -> int:
 # Kinds of kernel, by what a program holds across its loop: "row" kernels hold no accumulator (read, features),
 # "column" kernels hold [M] or [M, depth] sums (transport), "gradient" kernels hold [M, depth] sums beside two tiles.
 # "pooling" is the last pass of the column kernels, which sums values beside the column sums.
-# "across" and "gradient_log" are those in the log domain or with warps across the references: peaks beside every sum.
+# "row_placed" and "masked_far" have positions, or factors that are wider than the tokens.
+# "across" and those with "_log" are in the log domain or have warps across the references: peaks beside every sum.
 # Sizes: "small" M, D, E ≤ 64; "medium" ≤ 128; "large" beyond.  "wide", of medium size with M ≤ 64, is cut as "medium"
 # where the tables say nothing of its own.  "half" and "single" are the token's bytes.
 DEFAULT: dict[tuple[str, str, str], Tile] = {
     # [rows, M] float32 logits are the largest tile a thread holds: rows · M / (32 · warps) registers each.
     ("row", "small", "half"): Tile(64, 64, 4, 2),
     ("row", "medium", "half"): Tile(64, 64, 4, 2),
+    ("row_placed", "medium", "half"): Tile(64, 64, 8, 2),  # of four warps up to 470 bytes spill (Triton 3.9)
     ("row", "large", "half"): Tile(32, 32, 8, 1),
     ("row", "small", "single"): Tile(16, 32, 4, 1),
     ("row", "medium", "single"): Tile(16, 32, 4, 1),
@@ -84,6 +88,8 @@ DEFAULT: dict[tuple[str, str, str], Tile] = {
     ("gradient", "small", "single"): Tile(16, 32, 8, 1, across=True, resident=2),
     ("gradient", "medium", "single"): Tile(16, 32, 8, 1, across=True, resident=2),
     ("gradient", "large", "single"): Tile(16, 16, 8, 1, across=True, resident=2),
+    # Frugal: else it spills up to 128 bytes with positions (Blackwell), and 8 in float16 (Hopper, Triton 3.9).
+    ("keys_backward_log", "medium", "half"): Tile(16, 64, 8, 1, across=True, frugal=True, resident=2),
     # "linearised" hold 64 columns of [M, M] sums beside float32 tiles.
     ("linearised", "small", "half"): Tile(16, 64, 4, 1, across=True, resident=3),
     ("linearised", "medium", "half"): Tile(16, 32, 8, 1, across=True, resident=2),
@@ -131,7 +137,10 @@ DEFAULT: dict[tuple[str, str, str], Tile] = {
     ("masked_keys_backward", "small", "half"): Tile(16, 64, 4, 1, keys=32),
     ("masked_keys_backward", "wide", "half"): Tile(16, 64, 4, 1, keys=32),
     ("masked_keys_backward", "medium", "half"): Tile(16, 64, 8, 1, keys=32),
-    ("masked_far", "wide", "half"): Tile(16, 64, 8, 1, keys=32),
+    # With a bound of ptxas's own, 128 registers, up to 56 bytes spill in float16; so where `registers` is below.
+    ("masked_far", "small", "half"): Tile(32, 64, 4, 1, registers=255),
+    ("masked_far", "wide", "half"): Tile(16, 64, 8, 1, keys=32, registers=255),
+    ("masked_keys", "medium", "half"): Tile(16, 64, 8, 1, across=True, resident=2, registers=255),
     ("masked_far", "medium", "half"): Tile(16, 64, 8, 1, frugal=True, keys=32),
     ("masked_far_backward", "wide", "half"): Tile(16, 64, 4, 1, keys=32),
     ("masked_far_backward", "medium", "half"): Tile(16, 64, 8, 1),
@@ -139,11 +148,11 @@ DEFAULT: dict[tuple[str, str, str], Tile] = {
     ("masked_far_mask_backward", "medium", "half"): Tile(16, 64, 8, 1, frugal=True, keys=64),
     ("masked_far_keys_backward", "medium", "half"): Tile(16, 64, 8, 1, frugal=True, keys=32),
     # With positions, 64 columns at a time spill up to 360 bytes beside 128 references.
-    ("masked_far_tokens", "wide", "half"): Tile(16, 64, 8, 1, across=True, resident=2),
-    ("masked_far_tokens", "medium", "half"): Tile(16, 32, 8, 1, across=True, resident=2),
+    ("masked_far_tokens", "wide", "half"): Tile(16, 64, 8, 1, across=True, resident=2, registers=255),
+    ("masked_far_tokens", "medium", "half"): Tile(16, 32, 8, 1, across=True, resident=2, registers=255),
     # "masked_logs": tiles of 16 queries and `rows` keys, with M numbers for each pair; the backward holds more of them.
     ("masked_logs", "small", "half"): Tile(4, 64, 8, 1),
-    ("masked_logs", "medium", "half"): Tile(2, 64, 8, 1),
+    ("masked_logs", "medium", "half"): Tile(2, 64, 8, 1, registers=255),
     ("masked_logs", "large", "half"): Tile(1, 32, 8, 1),
     ("masked_logs", "small", "single"): Tile(4, 32, 8, 1),
     ("masked_logs", "medium", "single"): Tile(2, 32, 8, 1),
@@ -151,8 +160,9 @@ DEFAULT: dict[tuple[str, str, str], Tile] = {
     ("masked_logs_backward", "small", "half"): Tile(2, 64, 8, 1),
     ("masked_logs_backward", "medium", "half"): Tile(1, 64, 8, 1),
     ("masked_logs_backward", "large", "half"): Tile(1, 32, 8, 1),
+    ("masked_logs_keys_backward", "medium", "half"): Tile(1, 64, 8, 1, registers=255),
     # One key spills 16 bytes on Ampere.
-    ("masked_logs_mask_backward", "medium", "half"): Tile(2, 64, 8, 1),
+    ("masked_logs_mask_backward", "medium", "half"): Tile(2, 64, 8, 1, registers=255),
     ("masked_logs_backward", "small", "single"): Tile(2, 32, 8, 1),
     ("masked_logs_backward", "medium", "single"): Tile(1, 32, 8, 1),
     ("masked_logs_backward", "large", "single"): Tile(1, 16, 8, 1),
@@ -173,13 +183,18 @@ DEFAULT: dict[tuple[str, str, str], Tile] = {
 }
 # Kinds that are cut as another where the tables say nothing of their own.
 LIKE = {
+    "row_placed": "row",
     "across": "column",
     "pooling": "column",
     "read_backward": "gradient",
     "keys_backward": "gradient",
     "columns_backward": "gradient",
     "step": "chunk",
+    "chunk_gates": "chunk_backward",
     "gradient_log": "gradient",
+    "read_backward_log": "gradient_log",
+    "keys_backward_log": "gradient_log",
+    "columns_backward_log": "gradient_log",
     "masked_tokens": "gradient_log",
     "masked_keys": "gradient",
     "masked_far_tokens": "masked_tokens",
@@ -204,6 +219,7 @@ HOPPER: dict[tuple[str, str, str], Tile] = {
     ("column", "small", "half"): Tile(64, 64, 4, 3, wgmma=True),
     ("pooling", "small", "half"): Tile(64, 64, 4, 3, wgmma=True, resident=2),
     ("row", "medium", "half"): Tile(64, 128, 4, 2, wgmma=True),
+    ("row_placed", "medium", "half"): Tile(64, 128, 8, 2),
     # Four warps of 64 rows: eight of 128, 32 dims at a time, take 1.6 and 1.9 times as long (H200, M = 64 and 128).
     ("column", "medium", "half"): Tile(64, 128, 4, 2, wgmma=True),
     ("column", "wide", "half"): Tile(64, 128, 4, 2, wgmma=True),
@@ -231,10 +247,21 @@ HOPPER: dict[tuple[str, str, str], Tile] = {
     # What is left, logits that are not known to lie close together: of four warps and 16 rows two blocks share a
     # multiprocessor without spilling.
     ("gradient", "small", "half"): Tile(16, 64, 4, 1, across=True, resident=2),
-    ("gradient_log", "small", "half"): Tile(16, 32, 4, 2, across=True, resident=2),
+    # Frugal, as in float16 the keys' pass with all operands spills 8 bytes.
+    ("gradient_log", "small", "half"): Tile(16, 32, 4, 2, across=True, frugal=True, resident=2),
     ("chunk_backward", "small", "single"): Tile(16, 32, 8, 1, wgmma=True),
-    # In products of 32 columns the queries' pass holds parts of several at once, and spills 72 bytes.
-    ("chunk_backward", "medium", "half"): Tile(16, 128, 8, 1),
+    # In products of 32 columns the queries' pass holds parts of several at once, and spills 40 bytes where they have
+    # everything; of 128, 8 with gates and positions.  Of 64 or 128 the gates' pass spills 550 to 600, and takes 14
+    # times the cycles by the model.
+    ("chunk_backward", "medium", "half"): Tile(16, 64, 8, 1),
+    ("chunk_gates", "medium", "half"): Tile(16, 32, 8, 1),
+    # The queries' pass of 64 references spills 530 bytes with 64 dims at a time.
+    ("chunk_backward", "wide", "half"): Tile(16, 128, 8, 1),
+    ("chunk_gates", "wide", "half"): Tile(16, 32, 8, 1),
+}
+# With the tile above 64 bytes spill under Triton 3.6.
+HOPPER_EARLIER: dict[tuple[str, str, str], Tile] = {
+    ("row_placed", "medium", "half"): DEFAULT["row_placed", "medium", "half"],
 }
 # With the tiles above these passes spill 8 to 352 bytes of Triton 3.9.0, with these none: counted in machine code, not
 # timed.  3.7 needs none of these; 3.8 was not looked at.
@@ -244,6 +271,9 @@ HOPPER_LATER: dict[tuple[str, str, str], Tile] = {
     ("read_backward", "wide", "half"): Tile(32, 128, 8, 1, wgmma=True, across=True, resident=1),
     ("keys_backward", "small", "half"): Tile(64, 64, 4, 1, wgmma=True, frugal=True, resident=2),
     ("keys_backward", "medium", "half"): Tile(16, 128, 8, 1, across=True, frugal=True, resident=1),
+    ("read_backward_log", "medium", "half"): Tile(16, 64, 8, 1, wgmma=True, across=True, resident=2),
+    ("keys_backward_log", "small", "half"): Tile(16, 32, 4, 2, across=True, frugal=True, resident=2, registers=255),
+    ("across", "medium", "half"): Tile(64, 64, 8, 2, registers=255),
     ("chunk_backward", "small", "half"): Tile(32, 64, 4, 1, wgmma=True),
     ("masked_far_keys_backward", "medium", "half"): Tile(16, 64, 8, 1, frugal=True),
 }
@@ -251,15 +281,22 @@ HOPPER_LATER: dict[tuple[str, str, str], Tile] = {
 AMPERE_LATER: dict[tuple[str, str, str], Tile] = {
     ("row", "medium", "half"): Tile(64, 64, 4, 2),
 }
+# Beside more shared memory than the smaller GPUs have: in one stage positions spill 8 bytes.
+AMPERE_LARGE: dict[tuple[str, str, str], Tile] = {
+    ("read_backward_log", "medium", "half"): Tile(16, 64, 8, 2, across=True, resident=2),
+}
 # 64 rows would go to tcgen05, whose results live in tensor memory: by the model the exponentials are then taken twice.
 BLACKWELL = {key: t for key, t in HOPPER.items() if key[2] == "single" or key[1] in ("medium", "large")} | {
     # Hopper's, and four warps of any, spill beside tcgen05.
     ("pooling", "medium", "half"): Tile(32, 64, 8, 2, wgmma=True, resident=2),
     ("row", "small", "half"): Tile(32, 64, 4, 2),
     ("row", "medium", "half"): Tile(32, 64, 4, 2),
+    ("row_placed", "medium", "half"): Tile(32, 64, 4, 2),
     ("column", "small", "half"): Tile(32, 64, 4, 2),
     ("column", "medium", "half"): Tile(32, 64, 8, 2, resident=2),
     ("across", "small", "half"): Tile(32, 64, 4, 2),
+    # In two stages the positions' pass spills up to 88 bytes.
+    ("across", "medium", "half"): Tile(64, 64, 8, 1),
     ("gradient", "small", "half"): Tile(32, 64, 8, 2, across=True, resident=2),
     ("gradient_log", "small", "half"): Tile(16, 64, 8, 2, across=True, resident=2),
     # Of four warps two blocks share a multiprocessor; eight with positions spill 88 bytes.
@@ -268,15 +305,18 @@ BLACKWELL = {key: t for key, t in HOPPER.items() if key[2] == "single" or key[1]
     ("chunk", "medium", "half"): Tile(32, 128, 8, 1),
     ("step", "medium", "half"): DEFAULT["chunk", "medium", "half"],
     # Four warps hold twice as much of a chunk each, and spill up to 64 bytes where gates are differentiated.
-    ("chunk_backward", "small", "half"): Tile(32, 64, 8, 1),
-    ("chunk_backward", "medium", "half"): DEFAULT["chunk_backward", "medium", "half"],
+    ("chunk_backward", "small", "half"): Tile(32, 64, 8, 1, registers=255),
+    ("chunk_backward", "wide", "half"): DEFAULT["chunk_backward", "medium", "half"],
+    ("chunk_backward", "medium", "half"): Tile(16, 64, 8, 1, registers=255),
     ("masked_keys_backward", "wide", "half"): Tile(16, 64, 8, 1, keys=32),
     ("masked_keys_backward", "medium", "half"): Tile(16, 64, 8, 1),
     ("masked_far_keys_backward", "medium", "half"): Tile(16, 64, 8, 1, frugal=True),  # of 32 keys, 24 bytes spill
 }
 # The other way round: 8 bytes of Triton 3.6, where 3.7 and 3.9 spill 56 with this.
 BLACKWELL_EARLIER: dict[tuple[str, str, str], Tile] = {
-    ("chunk_backward", "medium", "half"): Tile(16, 128, 8, 1),
+    ("chunk_backward", "medium", "half"): Tile(16, 128, 8, 1, registers=255),
+    ("gradient_log", "small", "half"): Tile(16, 64, 8, 2, across=True, resident=2, registers=255),
+    ("read_backward_log", "medium", "half"): Tile(16, 64, 8, 1, across=True, resident=2, registers=255),
 }
 # Of four warps this one spills 32 bytes of Triton 3.9.
 BLACKWELL_LATER: dict[tuple[str, str, str], Tile] = {
@@ -290,22 +330,18 @@ AMPERE: dict[tuple[str, str, str], Tile] = {
     ("across", "large", "half"): Tile(32, 16, 8, 1),
     ("gradient", "medium", "single"): Tile(16, 16, 8, 1, across=True, resident=2),
     ("gradient_log", "small", "single"): Tile(16, 16, 8, 1, across=True, resident=2),
-    ("masked_tokens", "small", "half"): Tile(16, 64, 8, 2, across=True, resident=2),
-    # Of eight warps and 16 queries 32 bytes spill, as ptxas holds to 128 registers.
-    ("masked_far", "wide", "half"): Tile(32, 128, 4, 1),
-    # Of 32 columns, 8 bytes likewise.
-    ("masked_far_tokens", "medium", "half"): Tile(16, 16, 8, 1, across=True, resident=2),
+    ("masked_tokens", "small", "half"): Tile(16, 64, 8, 2, across=True, resident=2, registers=255),
     # Beside factors in float32, which positions want, 64 head dims at a time spill 8 bytes.
     ("masked", "small", "half"): Tile(32, 32, 4, 1),
     ("chunk", "medium", "single"): Tile(16, 16, 8, 1),
 }
 # A wavefront has 64 lanes: half as many hold a tile.
-AMD = {key: t._replace(warps=max(1, t.warps // 2)) for key, t in (DEFAULT | AMPERE).items()}
+AMD = {key: t._replace(warps=max(1, t.warps // 2), registers=0) for key, t in (DEFAULT | AMPERE).items()}
 AMD["masked", "small", "half"] = Tile(32, 64, 2, 1)
 AMD["chunk_backward", "small", "half"] = DEFAULT["chunk_backward", "small", "half"]  # gfx90a spills on fewer wavefronts
 OVERRIDES: dict[str, dict[tuple[str, str, str], Tile]] = {
-    "sm_80": AMPERE | (AMPERE_LATER if RELEASE >= (3, 8) else {}),
-    "sm_90": HOPPER | (HOPPER_LATER if RELEASE >= (3, 8) else {}),
+    "sm_80": AMPERE | AMPERE_LARGE | (AMPERE_LATER if RELEASE >= (3, 8) else {}),
+    "sm_90": HOPPER | (HOPPER_EARLIER if () < RELEASE < (3, 7) else {}) | (HOPPER_LATER if RELEASE >= (3, 8) else {}),
     "sm_100": BLACKWELL
     | (BLACKWELL_EARLIER if () < RELEASE < (3, 7) else {})
     | (BLACKWELL_LATER if RELEASE >= (3, 8) else {}),

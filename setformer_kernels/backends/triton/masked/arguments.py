@@ -102,8 +102,8 @@ class Arguments(NamedTuple):
         """The compile-time arguments of kernels that read such tokens."""
         device, step = device_of(self.x.key), stride_step(*tokens)
         cut = cut_of(t, self.sizes, device, step)
-        if self.far:  # tokens of 16 bits are not worth more, and with tf32x3 much spills
-            cut = keys_cut_of(t._replace(across=False), self.sizes, device._replace(precision="bf16x3"), step)
+        if self.far:
+            cut = keys_cut_of(t._replace(across=False), self.sizes, device.in_parts, step)
         return {"rule": rule_of(self.opt).compiled, "sizes": self.sizes.compiled, "cut": cut.compiled}
 
     def ways(self, kind: str, *tokens: Tensor | None) -> list[Walk]:

@@ -64,8 +64,8 @@ def add_step(
     v = x if FIRST else load_potentials(work, head, at, iterations, t, start, L, ROWS, LOGS, sizes)
     p, u = plan_terms_of(x, tile, v, top, head.lam_a, FIRST, LOGS, UNIT, cut)
     c, d_c = load_sums(tile, work, back, at, iterations, t, start, L, ROWS, LOGS, sizes)
+    d_tile += column_terms(tile, u, c, d_c, LOGS, cut)  # before the forces, as 8 bytes spill after them
     d_f = forces(tile, u, c, d_c, LOGS, cut)
-    d_tile += column_terms(tile, u, c, d_c, LOGS, cut)
     if LAST:
         y = load_factors(tile, back.weights, at, 1, 1, start, L, ROWS, LOGS, sizes)
         a = pooled(tile, u, c, y, LOGS, cut)
