@@ -63,7 +63,7 @@ def summary(rows: Iterable[Row]) -> list[Line]:
 
 
 def _order(line: Line) -> tuple[str | int, ...]:
-    return line.triton, line.kernel, FAMILIES.index(line.family), line.dtype, line.D, line.M
+    return line.triton, line.kernel, resources.ORDER.index(line.family), line.dtype, line.D, line.M
 
 
 def read(path: Path = TABLE) -> list[Line]:
