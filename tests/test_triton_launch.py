@@ -39,3 +39,7 @@ def test_launches_follow_the_current_device_and_stream(found: dict[str, Any]) ->
 def test_launches_go_by_triton_while_hooks_and_knobs_are_set(found: dict[str, Any]) -> None:
     assert {name: ways for name, ways in found["disturbed"].items() if ways != [True, False, True]} == {}
     assert len(found["disturbed"]) == 6
+
+
+def test_only_compilers_that_know_a_bound_of_registers_are_asked_for_it(found: dict[str, Any]) -> None:
+    assert found["bounds"] == [None, 255, None]

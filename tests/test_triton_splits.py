@@ -111,3 +111,9 @@ def test_blocks_of_queries_in_range_hold_whole_tiles_of_the_backward_passes(fami
         block = tiles.shipped(family, ("masked", size, width)).rows
         for kind in ("masked_backward", "masked_keys_backward", "masked_far_backward", "masked_far_keys_backward"):
             assert block % tiles.shipped(family, (kind, size, width)).rows == 0, (kind, size, width)
+
+
+def test_no_tile_for_amd_has_a_bound_of_registers() -> None:
+    """Triton's compiler for these GPUs knows none."""
+    assert any(tile.registers for tile in tiles.DEFAULT.values())
+    assert not any(tile.registers for tile in tiles.AMD.values())

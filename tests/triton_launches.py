@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # benchmarks/ is not installed
 
@@ -28,6 +29,7 @@ from benchmarks.compiled.stubs import silent_triton
 from benchmarks.compiled.workloads import Call
 from setformer_kernels.backends.triton.host import direct
 from setformer_kernels.backends.triton.host import launch as host
+from setformer_kernels.backends.triton.host.tiles import Tile
 
 started: list[tuple[Any, int, list[Any]]] = []  # binary, stream, arguments
 by_triton = 0
@@ -219,6 +221,14 @@ def elsewhere(launch: Any) -> list[str]:
     return wrong
 
 
+def bounds() -> list[int | None]:
+    """What a tile without and one with a bound of registers ask for, and the latter on an AMD GPU."""
+    free, bounded = Tile(16, 64, 8, 1), Tile(16, 64, 8, 1, registers=255)
+    asked = [direct.options_of(tile).get("maxnreg") for tile in (free, bounded)]
+    with mock.patch.object(torch.version, "hip", "7.0"):
+        return [*asked, direct.options_of(bounded).get("maxnreg")]
+
+
 def main() -> None:
     launches = list(recorded())
     wrong, total, short = compared(launches)
@@ -226,6 +236,7 @@ def main() -> None:
     found = {
         "wrong": wrong, "total": total, "short": short, "kernels": kernels, "elsewhere": elsewhere(launches[1]),
         "disturbed": disturbances(launches[1]),
+        "bounds": bounds(),
         "launcher": tuple(inspect.signature(CudaLauncher.__call__).parameters)[1:] in direct.LAUNCHERS,
     }  # fmt: skip
     json.dump(found, sys.stdout)

@@ -92,7 +92,8 @@ def options_of(tile: Tile) -> dict[str, Any]:
     """What Triton compiles a tile with."""
     # Products and sums are fused by default; Triton 3.9 warns where it is left out, 3.10 turns it off.
     options = {"num_warps": tile.warps, "num_stages": tile.stages, "enable_fp_fusion": True}
-    return options | {"maxnreg": tile.registers} if tile.registers else options
+    bounded = tile.registers and not torch.version.hip  # whose compiler has no such option
+    return options | {"maxnreg": tile.registers} if bounded else options
 
 
 NO_WGMMA = "DISABLE_MMA_V3"  # Triton's, and part of what its caches know a binary by; a launch has no such option
