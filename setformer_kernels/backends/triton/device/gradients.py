@@ -30,7 +30,8 @@ SUMS = 8  # numbers that a slot holds for the hyperparameters, see `sum_of`
 def gradient_tile(x: Operands, opt: Options, kind: str) -> Tile:
     """The tile of a pass over queries or keys."""
     m, d, e = x.references.shape[1], x.key.shape[-1], x.value.shape[-1]
-    kind = kind if range_known(x, opt) == "always" else kind + "_log"
+    if range_known(x, opt) != "always":
+        kind += "_log" if x.reference_position is None else "_placed"
     return tile(kind, device_of(x.key).family, max(m, d, e), x.key.element_size(), m)
 
 
