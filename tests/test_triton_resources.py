@@ -174,7 +174,7 @@ once = (  # what spilled under Triton 3.6.0 or 3.9.0, where
     ("sm_100", "masked_mask_backward", Call("masked", True, mask="float", M=128, **placed)),
     ("sm_80 sm_90 sm_100", "causal_queries_backward", Call("causal", True, 1, M=128, given=("epsilon",), **large)),
     ("sm_90", "causal_gates_backward", Call("causal", True, 1, M=128, given=gates, **large)),
-    ("sm_90 sm_100", "causal_gates_backward", Call("packed_causal", True, 1, torch.float16, given=gates)),
+    ("sm_100", "causal_gates_backward", Call("packed_causal", True, 1, torch.float16, given=gates)),
     ("sm_80", "read_kernel", Call("packed", M=128, **placed)),
     ("sm_100", "transport_keys_backward", Call("attention", True, M=128, **placed)),
     ("sm_90", "masked_kernel", Call("masked", dtype=torch.float16, mask="float", **large)),
