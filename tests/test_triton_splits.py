@@ -117,3 +117,11 @@ def test_no_tile_for_amd_has_a_bound_of_registers() -> None:
     """Triton's compiler for these GPUs knows none."""
     assert any(tile.registers for tile in tiles.DEFAULT.values())
     assert not any(tile.registers for tile in tiles.AMD.values())
+
+
+@pytest.mark.parametrize("family", tiles.OVERRIDES)
+def test_the_gates_pass_walks_the_chunks_of_the_others(family: str) -> None:
+    """Its workspaces are theirs."""
+    for key in itertools.product(("small", "wide", "medium", "large"), ("half", "single")):
+        others = tiles.shipped(family, ("chunk_backward", *key))
+        assert tiles.shipped(family, ("chunk_gates", *key)).rows == others.rows

@@ -311,7 +311,7 @@ def _options(dtype: torch.dtype) -> Iterator[Call]:
 
 
 def _largest(dtype: torch.dtype) -> Iterator[Call]:
-    """Positions and gates in half precision, where most of them meets."""
+    """Positions and gates in half precision, where a thread has the most to hold."""
     base = Call("attention", dtype=dtype, D=128, E=128, M=128, given=("position",))
     for op in ("attention", "read", "packed"):
         yield from _both(replace(base, op=op, B=2 if op == "packed" else 1))

@@ -316,7 +316,7 @@ BLACKWELL = {key: t for key, t in HOPPER.items() if key[2] == "single" or key[1]
     ("masked_keys_backward", "medium", "half"): Tile(16, 64, 8, 1),
     ("masked_far_keys_backward", "medium", "half"): Tile(16, 64, 8, 1, frugal=True),  # of 32 keys, 24 bytes spill
 }
-# The other way round: 8 bytes of Triton 3.6, where 3.7 and 3.9 spill 56 with this.
+# The other way round: 8 bytes of Triton 3.6, where 3.7 and 3.9 spill 56 with this.  The others: see `registers`.
 BLACKWELL_EARLIER: dict[tuple[str, str, str], Tile] = {
     ("chunk_backward", "medium", "half"): Tile(16, 128, 8, 1, registers=255),
     ("gradient_log", "small", "half"): Tile(16, 64, 8, 2, across=True, resident=2, registers=255),
@@ -335,7 +335,7 @@ AMPERE: dict[tuple[str, str, str], Tile] = {
     ("gradient", "medium", "single"): Tile(16, 16, 8, 1, across=True, resident=2),
     ("gradient_log", "small", "single"): Tile(16, 16, 8, 1, across=True, resident=2),
     ("masked_tokens", "small", "half"): Tile(16, 64, 8, 2, across=True, resident=2, registers=255),
-    # Beside factors in float32, which positions want, 64 head dims at a time spill 8 bytes.
+    # For factors in float32, before "masked_far" had a tile of its own; 64 dims at a time not looked at since.
     ("masked", "small", "half"): Tile(32, 32, 4, 1),
     ("chunk", "medium", "single"): Tile(16, 16, 8, 1),
 }
