@@ -20,6 +20,7 @@ from ..device.rows import load_rows, rows_of, store_rows
 from ..device.softmax import keep_mask, read_gradient
 from ..host.groups import Dropout
 from ..host.launch import kernel
+from ..host.tiles import INTERPRETED
 from .chunk import (
     before_ratio,
     chunk_keys,
@@ -33,6 +34,8 @@ from .chunk import (
     state_at,
     tile_at,
 )
+
+_INTERPRETED = tl.constexpr(INTERPRETED)
 
 
 @triton.jit
@@ -92,6 +95,17 @@ class Work(NamedTuple):
     sums: Tensor | None  # [heads, chunks, SUMS] as in Partials
 
 
+@triton.jit
+def store_between_chunks(work, at, known, w, d_c, gained, from_means, GAINED: tl.constexpr, sizes, cut):
+    """Stores what a chunk's queries leave of d log C and get from earlier chunks; how much of these each has left."""
+    fade = before_ratio(known, finite_or_zero(known.log_c))
+    tl.store(work.own_c + at * sizes.MP + tl.arange(0, sizes.MP), tl.sum(d_c * fade, 0))
+    if work.incoming is not None:
+        incoming = -w * gained if GAINED else w * from_means + d_c
+        tl.store(work.incoming + at * cut.ROWS + tl.arange(0, cut.ROWS), tl.sum(incoming * fade, 1))
+    return fade
+
+
 @kernel
 def causal_queries_backward_kernel(
     query, stride_qb, stride_qh, stride_qn,  # [B, H, L, D], strides in units of cut.STEP
@@ -126,7 +140,6 @@ def causal_queries_backward_kernel(
     rows, asked, log_b, known = chunk_keys(
         keys, masses, places, head, work.log_c, work.rest, at, number, chunk, slot, L, scalars, rule, sizes, cut
     )
-    j = tl.arange(0, sizes.MP)
     d = pair_products(gradients, values, rows, asked, known, scalars.seed, sizes, cut)
     from_means = mean_products(gradients, work.means, at, rows, asked, sizes, cut)
     # Without λ_b dS beside it, what a query gets from earlier chunks is −w(p − ⟨do_i, z⁰⟩) alone.
@@ -142,13 +155,14 @@ def causal_queries_backward_kernel(
     w, d_s = read_gradient(w, p, keep, scalars, sizes)
     d_c = -w * p - head.lam_b * d_s if rule.UPDATE_ROWS else -w * p
     tl.store(tile_at(work.d_sums, at, cut.ROWS, sizes), d_c)
+    # On Blackwell the sums come before the other stores, or 8 bytes spill (Triton 3.9); elsewhere 16 to 24 then do.
+    EARLY: tl.constexpr = False if _INTERPRETED else tl.target_info.cuda_capability_geq(10)
+    if EARLY:
+        fade = store_between_chunks(work, at, known, w, d_c, gained, from_means, GAINED, sizes, cut)
     tl.store(tile_at(work.d_logits, at, cut.ROWS, sizes), d_s)
     tl.store(tile_at(work.weights, at, cut.ROWS, sizes), w)  # last, as w is held anyway: first of all it spills
-    fade = before_ratio(known, finite_or_zero(known.log_c))
-    tl.store(work.own_c + at * sizes.MP + j, tl.sum(d_c * fade, 0))
-    if work.incoming is not None:
-        incoming = -w * gained if GAINED else w * from_means + d_c
-        tl.store(work.incoming + at * cut.ROWS + tl.arange(0, cut.ROWS), tl.sum(incoming * fade, 1))
+    if not EARLY:
+        fade = store_between_chunks(work, at, known, w, d_c, gained, from_means, GAINED, sizes, cut)
     faded = tl.trans(rounded(w * fade, token))
     for first in tl.static_range(0, sizes.EP, cut.VDEPTH):
         e = first + tl.arange(0, cut.VDEPTH)

@@ -263,9 +263,12 @@ HOPPER: dict[tuple[str, str, str], Tile] = {
     ("chunk_backward", "wide", "half"): Tile(16, 128, 8, 1),
     ("chunk_gates", "wide", "half"): Tile(16, 32, 8, 1),
 }
-# With the tile above 64 bytes spill under Triton 3.6.
+# With the tiles above 8 to 64 bytes spill under Triton 3.6.  Here and below, fewer dims at a time repeat the plan.
 HOPPER_EARLIER: dict[tuple[str, str, str], Tile] = {
     ("row_placed", "medium", "half"): DEFAULT["row_placed", "medium", "half"],
+    ("read_backward_placed", "medium", "half"): Tile(16, 32, 8, 2, across=True, resident=2),
+    ("chunk_backward", "medium", "half"): Tile(16, 64, 8, 1, registers=255),
+    ("chunk_gates", "small", "half"): Tile(32, 32, 4, 1),
 }
 # With the tiles above these passes spill 8 to 352 bytes of Triton 3.9.0, with these none: counted in machine code, not
 # timed.  3.7 needs none of these; 3.8 was not looked at.
@@ -277,13 +280,23 @@ HOPPER_LATER: dict[tuple[str, str, str], Tile] = {
     ("keys_backward", "medium", "half"): Tile(16, 128, 8, 1, across=True, frugal=True, resident=1),
     ("read_backward_log", "medium", "half"): Tile(16, 64, 8, 1, wgmma=True, across=True, resident=2),
     ("keys_backward_log", "small", "half"): Tile(16, 32, 4, 2, across=True, resident=2, registers=255),
-    ("across", "medium", "half"): Tile(64, 64, 8, 2, registers=255),
+    ("read_backward_placed", "small", "half"): Tile(16, 32, 8, 2, across=True, resident=2),
+    ("read_backward_placed", "medium", "half"): Tile(16, 32, 8, 2, wgmma=True, across=True, resident=2),
+    ("keys_backward_log", "medium", "half"): Tile(16, 64, 8, 1, wgmma=True, across=True, resident=2),
+    ("across", "small", "half"): Tile(32, 32, 4, 1),
+    ("across", "medium", "half"): Tile(64, 32, 8, 2),
     ("chunk_backward", "small", "half"): Tile(32, 64, 4, 1, wgmma=True),
+    ("chunk_backward", "medium", "half"): Tile(16, 64, 8, 1, wgmma=True),
     ("masked_far_keys_backward", "medium", "half"): Tile(16, 64, 8, 1, frugal=True),
 }
-# Likewise: 16 bytes.
+# Likewise: 8 to 40 bytes under 3.6, 16 under 3.9.
+AMPERE_EARLIER: dict[tuple[str, str, str], Tile] = {
+    ("across", "small", "half"): Tile(32, 32, 4, 2),
+    ("read_backward_placed", "medium", "half"): Tile(16, 32, 8, 2, across=True, resident=2),
+}
 AMPERE_LATER: dict[tuple[str, str, str], Tile] = {
     ("row", "medium", "half"): Tile(64, 64, 4, 2),
+    ("read_backward_placed", "medium", "half"): AMPERE_EARLIER["read_backward_placed", "medium", "half"],
 }
 # Beside more shared memory than the smaller GPUs have: in one stage positions spill 8 bytes.
 AMPERE_LARGE: dict[tuple[str, str, str], Tile] = {
@@ -302,7 +315,7 @@ BLACKWELL = {key: t for key, t in HOPPER.items() if key[2] == "single" or key[1]
     # In two stages the positions' pass spills up to 88 bytes.
     ("across", "medium", "half"): Tile(64, 64, 8, 1),
     ("gradient", "small", "half"): Tile(32, 64, 8, 2, across=True, resident=2),
-    ("gradient_log", "small", "half"): Tile(16, 64, 8, 2, across=True, resident=2),
+    ("gradient_log", "small", "half"): Tile(16, 64, 8, 2, across=True, resident=2, registers=255),
     # Of four warps two blocks share a multiprocessor; eight with positions spill 88 bytes.
     ("masked_tokens", "small", "half"): Tile(16, 32, 4, 2, across=True, resident=2),
     # Half the head dims at a time take 1.3 times the cycles by the model, and spill 40 bytes under Triton 3.9.
@@ -319,8 +332,9 @@ BLACKWELL = {key: t for key, t in HOPPER.items() if key[2] == "single" or key[1]
 # The other way round: 8 bytes of Triton 3.6, where 3.7 and 3.9 spill 56 with this.  The others: see `registers`.
 BLACKWELL_EARLIER: dict[tuple[str, str, str], Tile] = {
     ("chunk_backward", "medium", "half"): Tile(16, 128, 8, 1, registers=255),
-    ("gradient_log", "small", "half"): Tile(16, 64, 8, 2, across=True, resident=2, registers=255),
     ("read_backward_log", "medium", "half"): Tile(16, 64, 8, 1, across=True, resident=2, registers=255),
+    ("row_placed", "medium", "half"): Tile(32, 64, 8, 2),
+    ("across", "medium", "half"): Tile(64, 32, 8, 1),
 }
 # Of four warps this one spills 32 bytes of Triton 3.9.
 BLACKWELL_LATER: dict[tuple[str, str, str], Tile] = {
@@ -344,7 +358,10 @@ AMD = {key: t._replace(warps=max(1, t.warps // 2), registers=0) for key, t in (D
 AMD["masked", "small", "half"] = Tile(32, 64, 2, 1)
 AMD["chunk_backward", "small", "half"] = DEFAULT["chunk_backward", "small", "half"]  # gfx90a spills on fewer wavefronts
 OVERRIDES: dict[str, dict[tuple[str, str, str], Tile]] = {
-    "sm_80": AMPERE | AMPERE_LARGE | (AMPERE_LATER if RELEASE >= (3, 8) else {}),
+    "sm_80": AMPERE
+    | AMPERE_LARGE
+    | (AMPERE_EARLIER if () < RELEASE < (3, 7) else {})
+    | (AMPERE_LATER if RELEASE >= (3, 8) else {}),
     "sm_90": HOPPER | (HOPPER_EARLIER if () < RELEASE < (3, 7) else {}) | (HOPPER_LATER if RELEASE >= (3, 8) else {}),
     "sm_100": BLACKWELL
     | (BLACKWELL_EARLIER if () < RELEASE < (3, 7) else {})

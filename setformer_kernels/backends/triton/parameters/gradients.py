@@ -24,7 +24,8 @@ from ..host.tiles import Tile, power_of_two
 from .prepare import References
 
 BLOCK = 256  # numbers of [M, D] that one program adds over the slots
-TILE = Tile(rows=16, depth=BLOCK, warps=4, stages=1)  # a [16 slots, 256] tile is 32 numbers a thread
+# A [16 slots, 256] tile is 32 numbers a thread; with a bound of its own, as many registers, ptxas spills 8 bytes (3.6).
+TILE = Tile(rows=16, depth=BLOCK, warps=4, stages=1, registers=255)
 
 
 class Partials(NamedTuple):
