@@ -329,7 +329,8 @@ BLACKWELL = {key: t for key, t in HOPPER.items() if key[2] == "single" or key[1]
     ("masked_keys_backward", "medium", "half"): Tile(16, 64, 8, 1),
     ("masked_far_keys_backward", "medium", "half"): Tile(16, 64, 8, 1, frugal=True),  # of 32 keys, 24 bytes spill
 }
-# The other way round: 8 bytes of Triton 3.6, where 3.7 and 3.9 spill 56 with this.  The others: see `registers`.
+# The other way round: 8 bytes of Triton 3.6, where 3.7 and 3.9 spill 56 with this.  The next: see `registers`; with the
+# tables' tiles, the last two spill 24.
 BLACKWELL_EARLIER: dict[tuple[str, str, str], Tile] = {
     ("chunk_backward", "medium", "half"): Tile(16, 128, 8, 1, registers=255),
     ("read_backward_log", "medium", "half"): Tile(16, 64, 8, 1, across=True, resident=2, registers=255),
