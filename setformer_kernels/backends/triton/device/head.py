@@ -11,6 +11,14 @@ NUMBERS = 8  # in a row: β·log2 e, log2 e/ε, λ_a, λ_b, τ²·log2 e, as the
 # Their places are literals in the three functions below: Triton compares every global of a kernel at each launch.
 
 
+class Numbers(NamedTuple):
+    """One head without its references."""
+
+    log_b: Any  # [MP] in memory
+    lam_a: Any
+    lam_b: Any
+
+
 class Head(NamedTuple):
     """One head; numbers as `head_parameters` gives them."""
 
@@ -69,6 +77,13 @@ def load_references(y, start, M: tl.constexpr, DP: tl.constexpr, DEPTH: tl.const
 def load_references_t(y, start, M: tl.constexpr, DP: tl.constexpr, DEPTH: tl.constexpr):
     """The same as [DEPTH, M], the form products take: transposed before a loop, it is laid out for the product once."""
     return tl.trans(load_references(y, start, M, DP, DEPTH))
+
+
+@triton.jit
+def numbers_of(references, h, sizes):
+    """What iterations take of head h of the prepared references (`parameters.prepare.References`)."""
+    beta, scale, lam_a, lam_b, tau = head_parameters(references.parameters, h.to(tl.int64))
+    return Numbers(references.log_b + h.to(tl.int64) * sizes.MP, lam_a, lam_b)
 
 
 @triton.jit

@@ -44,6 +44,19 @@ def _dot_in_parts(a, b):
 
 
 @triton.jit
+def in_parts(x):
+    """float32 x as the sum of two bfloat16, to 2^−17."""
+    high = rounded(x, tl.bfloat16)
+    return high, rounded(x - high.to(tl.float32), tl.bfloat16)
+
+
+@triton.jit
+def dot_of_parts(high_a, rest_a, high_b, rest_b):
+    """The product of two such sums, less what is smallest in it."""
+    return _dot(rest_a, high_b, "ieee") + _dot(high_a, rest_b, "ieee") + _dot(high_a, high_b, "ieee")
+
+
+@triton.jit
 def dot(a, b, PRECISION: tl.constexpr):
     """a [I, K] · b [K, J] -> float32 [I, J]; float32 operands as IEEE or tf32x3, or bf16x3, where the other operand may
     be bfloat16."""

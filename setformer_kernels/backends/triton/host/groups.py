@@ -62,7 +62,7 @@ class Cut(Group):
 
 @dataclass(frozen=True, eq=False)
 class KeysCut(Cut):
-    """That of the keys' backward pass, and of kernels under a mask whose factors are wider than the tokens."""
+    """That of the keys' backward pass."""
 
     FRUGAL: bool = False  # see `Tile.frugal`
 

@@ -32,8 +32,7 @@ class Tile(NamedTuple):
     stages: int  # of the software pipeline
     wgmma: bool = False  # whether products may be Hopper's asynchronous ones, see HOPPER
     across: bool = False  # whether warps share the references, not the tokens, see `primitives.tokens_by`
-    # Whether tiles are computed anew, and rows read anew, rather than held in registers; under a mask, whether operands
-    # of as many references are taken in two parts.
+    # Whether tiles are computed anew, and rows read anew, rather than held in registers.
     frugal: bool = False
     resident: int = 4  # programs that a multiprocessor's registers and shared memory hold at a time
     keys: int = 0  # per step of the kernels under a mask, whose rows are queries; 0: as many as rows
@@ -116,37 +115,39 @@ DEFAULT: dict[tuple[str, str, str], Tile] = {
     # stay in registers, so tiles are small.  "masked_keys_backward" hold [keys, M] and [keys, E] sums.
     ("masked", "small", "half"): Tile(32, 64, 4, 1),
     # Of eight warps the sums spill up to 430 bytes; with half the dims at a time a third block spills 56 (Triton 3.9).
-    ("masked", "wide", "half"): Tile(32, 128, 4, 1),
-    ("masked", "medium", "half"): Tile(32, 64, 8, 1),
+    ("masked", "wide", "half"): Tile(32, 128, 4, 1, registers=255),
+    ("masked", "medium", "half"): Tile(32, 64, 8, 1, registers=255),
     ("masked", "large", "half"): Tile(16, 64, 8, 1),
     ("masked", "small", "single"): Tile(16, 32, 4, 1),
     ("masked", "medium", "single"): Tile(16, 32, 8, 1),
     ("masked", "large", "single"): Tile(16, 16, 8, 1),
     ("masked_backward", "small", "half"): Tile(16, 64, 4, 1, keys=32),
-    ("masked_backward", "medium", "half"): Tile(16, 64, 8, 1, keys=64),
+    ("masked_backward", "medium", "half"): Tile(16, 64, 8, 1, keys=64, registers=255),
     ("masked_backward", "large", "half"): Tile(16, 64, 8, 1),
     ("masked_backward", "small", "single"): Tile(16, 32, 8, 1),
     ("masked_backward", "medium", "single"): Tile(16, 32, 8, 1),
     ("masked_backward", "large", "single"): Tile(16, 16, 8, 1),
     # The keys' programs have `keys` of them, for all queries.  With squares of 16 and eight warps, most of which then
     # hold what others hold, the two took 2.7 times as long (H200).
-    # Far: with factors of float32, beside tokens of 16 bits.  By the model, of four warps, two blocks of them, the keys
-    # take a third of the cycles of eight, and the queries two thirds.  Of 128 references the queries' kernel spills
-    # 8 bytes with 32 keys, and the forward pass up to 80 with 32 queries or 64 keys; beside 128 dims, 40 with 32
-    # queries, 16 of four warps.  Of the mask's tiles, one of 64 keys takes half of what two of 32 do.
+    # Far: with factors of two bfloat16 each, beside tokens of 16 bits.  By the model, of four warps, two blocks, the
+    # keys take a third of the cycles of eight.  Twice the keys a tile are 5 to 10 % more instructions; beside the keys'
+    # sums of 128 references 32 queries spill 80 to 150 bytes and 64 keys up to 40 (Triton 3.9).
     ("masked_keys_backward", "small", "half"): Tile(16, 64, 4, 1, keys=32),
     ("masked_keys_backward", "wide", "half"): Tile(16, 64, 4, 1, keys=32),
     ("masked_keys_backward", "medium", "half"): Tile(16, 64, 8, 1, keys=32),
     # With a bound of ptxas's own, 128 registers, up to 56 bytes spill in float16; so where `registers` is below.
-    ("masked_far", "small", "half"): Tile(32, 64, 4, 1, registers=255),
-    ("masked_far", "wide", "half"): Tile(16, 64, 8, 1, keys=32, registers=255),
+    ("masked_far", "small", "half"): Tile(32, 64, 4, 1, keys=64, registers=255),
+    ("masked_far", "wide", "half"): Tile(32, 64, 8, 1, keys=64, registers=255),
     ("masked_keys", "medium", "half"): Tile(16, 64, 8, 1, across=True, resident=2, registers=255),
-    ("masked_far", "medium", "half"): Tile(16, 64, 8, 1, frugal=True, keys=32),
-    ("masked_far_backward", "wide", "half"): Tile(16, 64, 4, 1, keys=32),
-    ("masked_far_backward", "medium", "half"): Tile(16, 64, 8, 1),
+    ("masked_far", "medium", "half"): Tile(32, 64, 8, 1, keys=64),
+    ("masked_far_backward", "small", "half"): Tile(16, 64, 4, 1, keys=32, registers=255),
+    ("masked_far_backward", "wide", "half"): Tile(16, 64, 4, 1, keys=32, registers=255),
+    ("masked_far_backward", "medium", "half"): Tile(16, 64, 8, 1, keys=64),
+    ("masked_far_keys_backward", "small", "half"): Tile(16, 64, 4, 1, keys=32, registers=255),
+    ("masked_far_keys_backward", "wide", "half"): Tile(16, 64, 4, 1, keys=32, registers=255),
+    ("masked_far_keys_backward", "medium", "half"): Tile(16, 64, 8, 1, keys=32),
     ("masked_far_mask_backward", "small", "half"): Tile(16, 64, 8, 1, keys=64),
-    ("masked_far_mask_backward", "medium", "half"): Tile(16, 64, 8, 1, frugal=True, keys=64),
-    ("masked_far_keys_backward", "medium", "half"): Tile(16, 64, 8, 1, frugal=True, keys=32),
+    ("masked_far_mask_backward", "medium", "half"): Tile(16, 64, 8, 1, keys=64),
     # With positions, 64 columns at a time spill up to 360 bytes beside 128 references.
     ("masked_far_tokens", "wide", "half"): Tile(16, 64, 8, 1, across=True, resident=2, registers=255),
     ("masked_far_tokens", "medium", "half"): Tile(16, 32, 8, 1, across=True, resident=2, registers=255),
@@ -157,7 +158,7 @@ DEFAULT: dict[tuple[str, str, str], Tile] = {
     ("masked_logs", "small", "single"): Tile(4, 32, 8, 1),
     ("masked_logs", "medium", "single"): Tile(2, 32, 8, 1),
     ("masked_logs", "large", "single"): Tile(1, 16, 8, 1),
-    ("masked_logs_backward", "small", "half"): Tile(2, 64, 8, 1),
+    ("masked_logs_backward", "small", "half"): Tile(2, 64, 8, 1, registers=255),
     ("masked_logs_backward", "medium", "half"): Tile(1, 64, 8, 1),
     ("masked_logs_backward", "large", "half"): Tile(1, 32, 8, 1),
     ("masked_logs_keys_backward", "medium", "half"): Tile(1, 64, 8, 1, registers=255),
@@ -287,7 +288,8 @@ HOPPER_LATER: dict[tuple[str, str, str], Tile] = {
     ("across", "medium", "half"): Tile(64, 32, 8, 2),
     ("chunk_backward", "small", "half"): Tile(32, 64, 4, 1, wgmma=True),
     ("chunk_backward", "medium", "half"): Tile(16, 64, 8, 1, wgmma=True),
-    ("masked_far_keys_backward", "medium", "half"): Tile(16, 64, 8, 1, frugal=True),
+    ("masked_keys_backward", "medium", "half"): Tile(16, 64, 8, 1, keys=64),
+    ("masked_far", "medium", "half"): Tile(32, 64, 8, 1),
 }
 # Likewise: 8 to 40 bytes under 3.6, 16 under 3.9.
 AMPERE_EARLIER: dict[tuple[str, str, str], Tile] = {
@@ -317,7 +319,7 @@ BLACKWELL = {key: t for key, t in HOPPER.items() if key[2] == "single" or key[1]
     ("gradient", "small", "half"): Tile(32, 64, 8, 2, across=True, resident=2),
     ("gradient_log", "small", "half"): Tile(16, 64, 8, 2, across=True, resident=2, registers=255),
     # Of four warps two blocks share a multiprocessor; eight with positions spill 88 bytes.
-    ("masked_tokens", "small", "half"): Tile(16, 32, 4, 2, across=True, resident=2),
+    ("masked_tokens", "small", "half"): Tile(16, 32, 4, 2, across=True, resident=2, registers=255),
     # Half the head dims at a time take 1.3 times the cycles by the model, and spill 40 bytes under Triton 3.9.
     ("chunk", "medium", "half"): Tile(32, 128, 8, 1),
     ("step", "medium", "half"): DEFAULT["chunk", "medium", "half"],
@@ -326,8 +328,7 @@ BLACKWELL = {key: t for key, t in HOPPER.items() if key[2] == "single" or key[1]
     ("chunk_backward", "wide", "half"): DEFAULT["chunk_backward", "medium", "half"],
     ("chunk_backward", "medium", "half"): Tile(16, 64, 8, 1, registers=255),
     ("masked_keys_backward", "wide", "half"): Tile(16, 64, 8, 1, keys=32),
-    ("masked_keys_backward", "medium", "half"): Tile(16, 64, 8, 1),
-    ("masked_far_keys_backward", "medium", "half"): Tile(16, 64, 8, 1, frugal=True),  # of 32 keys, 24 bytes spill
+    ("masked_keys_backward", "medium", "half"): Tile(16, 64, 8, 1, keys=64),
 }
 # The other way round: 8 bytes of Triton 3.6, where 3.7 and 3.9 spill 56 with this.  The next: see `registers`; with the
 # tables' tiles, the last two spill 24.
@@ -336,10 +337,7 @@ BLACKWELL_EARLIER: dict[tuple[str, str, str], Tile] = {
     ("read_backward_log", "medium", "half"): Tile(16, 64, 8, 1, across=True, resident=2, registers=255),
     ("row_placed", "medium", "half"): Tile(32, 64, 8, 2),
     ("across", "medium", "half"): Tile(64, 32, 8, 1),
-}
-# Of four warps this one spills 32 bytes of Triton 3.9.
-BLACKWELL_LATER: dict[tuple[str, str, str], Tile] = {
-    ("masked_far_backward", "small", "half"): Tile(16, 64, 8, 1, keys=32),
+    ("masked_far_tokens", "medium", "half"): Tile(16, 16, 8, 1, across=True, resident=2, registers=255),
 }
 # Without wgmma the operands are registers too: half the head dims at a time keep them within 255.
 AMPERE: dict[tuple[str, str, str], Tile] = {
@@ -350,13 +348,10 @@ AMPERE: dict[tuple[str, str, str], Tile] = {
     ("gradient", "medium", "single"): Tile(16, 16, 8, 1, across=True, resident=2),
     ("gradient_log", "small", "single"): Tile(16, 16, 8, 1, across=True, resident=2),
     ("masked_tokens", "small", "half"): Tile(16, 64, 8, 2, across=True, resident=2, registers=255),
-    # For factors in float32, before "masked_far" had a tile of its own; 64 dims at a time not looked at since.
-    ("masked", "small", "half"): Tile(32, 32, 4, 1),
     ("chunk", "medium", "single"): Tile(16, 16, 8, 1),
 }
 # A wavefront has 64 lanes: half as many hold a tile.
 AMD = {key: t._replace(warps=max(1, t.warps // 2), registers=0) for key, t in (DEFAULT | AMPERE).items()}
-AMD["masked", "small", "half"] = Tile(32, 64, 2, 1)
 AMD["chunk_backward", "small", "half"] = DEFAULT["chunk_backward", "small", "half"]  # gfx90a spills on fewer wavefronts
 OVERRIDES: dict[str, dict[tuple[str, str, str], Tile]] = {
     "sm_80": AMPERE
@@ -364,9 +359,7 @@ OVERRIDES: dict[str, dict[tuple[str, str, str], Tile]] = {
     | (AMPERE_EARLIER if () < RELEASE < (3, 7) else {})
     | (AMPERE_LATER if RELEASE >= (3, 8) else {}),
     "sm_90": HOPPER | (HOPPER_EARLIER if () < RELEASE < (3, 7) else {}) | (HOPPER_LATER if RELEASE >= (3, 8) else {}),
-    "sm_100": BLACKWELL
-    | (BLACKWELL_EARLIER if () < RELEASE < (3, 7) else {})
-    | (BLACKWELL_LATER if RELEASE >= (3, 8) else {}),
+    "sm_100": BLACKWELL | (BLACKWELL_EARLIER if () < RELEASE < (3, 7) else {}),
     "amd": AMD,
     "default": AMPERE,
 }

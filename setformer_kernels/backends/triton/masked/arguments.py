@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ....problem import Operands, Options, replaced
 from ..device.softmax import dropout_constants
-from ..host.groups import Dropout, Group, Sizes, cut_of, keys_cut_of, rule_of, sizes_of
+from ..host.groups import Dropout, Group, Sizes, cut_of, rule_of, sizes_of
 from ..host.launch import device_of
 from ..host.rows import stride_step, unit_rows
 from ..host.tiles import Tile, tile
@@ -88,8 +88,13 @@ class Arguments(NamedTuple):
 
     @property
     def far(self) -> bool:
-        """Whether factors are wider than the tokens."""
-        return factor_dtype(self.x).itemsize > self.x.key.element_size()
+        """Whether e^{ℓ−m} and what multiplies it are wider than the tokens: two bfloat16 each.
+
+        float16 has too few exponents.  Positions may lie far from all references but one: then dℓ is what is left of
+        terms that cancel, and their rounding to bfloat16 is 2 to 10 times the error budget; two are 2^9 times as fine.
+        """
+        placed = self.x.reference_position is not None
+        return self.x.key.element_size() == 2 and (placed or self.x.key.dtype == torch.float16)
 
     def tile(self, kind: str) -> Tile:
         """The tile of a kind of kernel."""
@@ -101,9 +106,7 @@ class Arguments(NamedTuple):
     def constants(self, t: Tile, *tokens: Tensor | None) -> dict[str, Any]:
         """The compile-time arguments of kernels that read such tokens."""
         device, step = device_of(self.x.key), stride_step(*tokens)
-        cut = cut_of(t, self.sizes, device, step)
-        if self.far:
-            cut = keys_cut_of(t._replace(across=False), self.sizes, device.in_parts, step)
+        cut = cut_of(t, self.sizes, device.in_parts if self.far else device, step)
         return {"rule": rule_of(self.opt).compiled, "sizes": self.sizes.compiled, "cut": cut.compiled}
 
     def ways(self, kind: str, *tokens: Tensor | None) -> list[Walk]:
@@ -145,17 +148,6 @@ def always_narrow(x: Operands, opt: Options) -> bool:
     given = (x.bandwidth, x.epsilon, x.log_b, x.reference_position)
     bandwidth, epsilon = opt.scalars[:2]
     return opt.kernel == "rbf" and given == (None,) * 4 and (1 - math.exp(-2 * bandwidth)) / epsilon <= SAFE
-
-
-def factor_dtype(x: Operands) -> torch.dtype:
-    """The dtype of e^{ℓ−m} and what multiplies it.
-
-    float16 has too few exponents.  Positions may lie far from all references but one: then dℓ is what is left of terms
-    that cancel, and their rounding to bfloat16 is 2 to 10 times the error budget.  Products take these factors as two
-    bfloat16 each, which is 2^9 times as fine.
-    """
-    near = x.reference_position is None
-    return torch.bfloat16 if near and x.key.dtype == torch.bfloat16 else torch.float32
 
 
 def pieces(length: int, rows: int) -> int:

@@ -1,7 +1,8 @@
 """Backward of attention under a mask: nothing but the inputs is saved, the iterations run again.
 
-Blocks of queries walk the keys (`queries_backward`), then blocks of keys the queries (`keys_backward`), tiles of a
-float mask the heads that share it (`mask_backward`), and `tokens` takes the logits' gradients to tokens and parameters.
+Blocks of queries walk the keys (`queries_backward`, and for the iterations before the last `steps_backward`), then
+blocks of keys the queries (`keys_backward`), tiles of a float mask the heads that share it (`mask_backward`), and
+`tokens` takes the logits' gradients to tokens and parameters.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from .keys import form_keys, seen_keys
 from .keys_backward import KeyTerms, masked_keys_backward_kernel
 from .mask_backward import masked_mask_backward_kernel
 from .queries_backward import masked_queries_backward_kernel
+from .steps_backward import masked_steps_backward_kernel
 from .terms import Back
 from .tokens import masked_tokens_backward_kernel
 from .walks import Keys
@@ -88,7 +90,13 @@ def queries_backward(call: Arguments, state: State, first_head: int, d_o: Tensor
         n = pieces(l, way.rows)
         counts = (h, l, s, n, first_head, steps, first_slot, slots, call.threshold)
         args = (*tokens, *strided(d_o, step), *groups, *counts)
-        launch(masked_queries_backward_kernel, state.keys.weight.shape[0] * n, args, way.constants, way.tile)
+        programs = state.keys.weight.shape[0] * n
+        launch(masked_queries_backward_kernel, programs, args, way.constants, way.tile)
+        rows = (*strided(x.value, step), *call.mask.strided, *strided(d_o, step))
+        args = (*rows, call.prepared, state.keys, state.work, state.back, h, l, s, n, first_head, steps)
+        if steps > 1:
+            constants = {name: way.constants[name] for name in ("way", "sizes", "cut")}
+            launch(masked_steps_backward_kernel, programs, (*args, first_slot, slots), constants, way.tile)
         first_slot += n
 
 

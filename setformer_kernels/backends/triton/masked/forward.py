@@ -24,7 +24,7 @@ from ....problem import Operands, Options
 from ..device.head import head_of
 from ..device.logits import token_logits
 from ..device.places import places_of
-from ..device.primitives import INF, again, finite_or_zero, rounded
+from ..device.primitives import INF, again, finite_or_zero
 from ..device.rows import load_rows, rows_of, store_rows
 from ..device.softmax import kept_weights
 from ..host.launch import kernel, launch
@@ -36,8 +36,8 @@ from .walks import (
     LEAST_ROW,
     Keys,
     add_columns,
-    beside,
     by_values,
+    held,
     key_tile,
     log_columns,
     masses,
@@ -112,6 +112,7 @@ def later_walk(
 ):  # fmt: skip
     """(C^t and N [BL, MP] of t ≥ 2 from V^{t−1}, whether products hold)."""
     BL: tl.constexpr = rows.shape[0]
+    v = held(keys, v, LOGS)
     least = tl.full([BL], INF, tl.float32)
     c, peak = tl.zeros([BL, sizes.MP], tl.float32), tl.full([BL, sizes.MP], -INF, tl.float32)
     for start in range(0, end, KEYS):
@@ -149,14 +150,16 @@ def read_walk(
     """o [BL, EP] from V^{T−1}, C^T and W/N."""
     o = tl.zeros([rows.shape[0], sizes.EP], tl.float32)
     e = tl.arange(0, sizes.EP)
+    y = held(keys, y, LOGS)
+    v = held(keys, v, LOGS) if MORE else y
     for start in range(0, end, KEYS):
         columns = start + tl.arange(0, KEYS)
         live = tl.load(keys.weight + at + columns, mask=columns < S, other=-INF) > -INF
         x, tile, p, u = plan_tile(
             keys, given, at, rows, start, top, v, lam, KEYS, MORE, L, S, LOGS, CAUSAL, UNIT, sizes, cut
         )
-        a = rounded(pooled(tile, u, c, y, LOGS, cut), tile.dtype)
-        o += by_values(a, beside(load_rows(values, columns, live, e, sizes.E), tile.dtype), LOGS, cut)
+        a = pooled(tile, u, c, y, LOGS, cut)
+        o += by_values(a, load_rows(values, columns, live, e, sizes.E), tile, LOGS, cut)
     return o
 
 

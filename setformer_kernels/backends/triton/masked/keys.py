@@ -10,12 +10,12 @@ from torch import Tensor
 from ..device.head import head_of
 from ..device.logits import token_logits
 from ..device.places import places_of
-from ..device.primitives import INF, rounded
+from ..device.primitives import INF, in_parts, rounded
 from ..device.rows import key_mass, row_starts, rows_of
 from ..host.launch import kernel, launch
 from ..host.rows import stride_step, strided
 from ..host.tiles import Tile
-from .arguments import Arguments, factor_dtype, pieces
+from .arguments import Arguments, pieces
 from .masses import log_masses, mask_of
 from .walks import Keys
 
@@ -90,6 +90,9 @@ def masked_keys_kernel(
     place = (at * S + rows)[:, None] * sizes.MP + j[None, :]
     e = tl.where(live[:, None], tl.exp2(l), 0.0)
     tl.store(keys.exp + place, rounded(e, keys.exp.dtype.element_ty), mask=inside[:, None])
+    if keys.rest is not None:
+        high, rest = in_parts(e)
+        tl.store(keys.rest + place, rest, mask=inside[:, None])
     if keys.logs is not None:
         tl.store(keys.logs + place, l, mask=inside[:, None])
     tl.store(keys.weight + at * S + rows, weight, mask=inside)
@@ -114,8 +117,10 @@ def form_keys(call: Arguments, seen: Tensor | None, first_head: int, heads: int)
     """The keys of some heads."""
     x, sizes, (h, _, s) = call.x, call.sizes, call.lengths
     new, t = x.references.new_empty, call.tile("masked_keys")
+    factor = torch.bfloat16 if x.key.element_size() == 2 else torch.float32
     keys = Keys(
-        new((heads, s, sizes.MP), dtype=factor_dtype(x)),
+        new((heads, s, sizes.MP), dtype=factor),
+        new((heads, s, sizes.MP), dtype=factor) if call.far else None,
         None if call.always else new((heads, s, sizes.MP)),
         new((heads, s)),
         new((heads, s)),

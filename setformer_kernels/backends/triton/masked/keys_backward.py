@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from ..device.head import head_of
-from ..device.primitives import INF, again, dot, rounded
+from ..device.primitives import INF, again, rounded
 from ..device.rows import load_rows, row_starts, rows_of
 from ..host.launch import kernel
 from .masses import first_query, log_masses, mask_of, some
@@ -20,6 +20,7 @@ from .terms import (
     belongs,
     column_terms,
     forces,
+    last_forces,
     load_do,
     load_factors,
     load_potentials,
@@ -31,7 +32,7 @@ from .terms import (
     value_products,
     value_terms,
 )
-from .walks import beside, key_tile, pooled
+from .walks import by_tokens, key_tile, whole
 
 
 class KeyTerms(NamedTuple):
@@ -55,26 +56,26 @@ class KeySums(NamedTuple):
 
 @triton.jit
 def add_step(
-    sums, x, tile, products, do, work, back, head, at, iterations, t, start, top, L,
+    sums, x, keys, tile, products, do, work, back, head, at, iterations, t, start, top, L,
     LAST: tl.constexpr, FIRST: tl.constexpr, LOGS: tl.constexpr, UNIT: tl.constexpr, sizes, cut,
 ):  # fmt: skip
     """Adds an iteration of a block of queries."""
     d_tile, d_value, mass, first, relaxed = sums
     ROWS: tl.constexpr = top.shape[0]
-    v = x if FIRST else load_potentials(work, head, at, iterations, t, start, L, ROWS, LOGS, sizes)
+    v = x if FIRST else load_potentials(keys, work, head, at, iterations, t, start, L, ROWS, LOGS, sizes)
     p, u = plan_terms_of(x, tile, v, top, head.lam_a, FIRST, LOGS, UNIT, cut)
-    c, d_c = load_sums(tile, work, back, at, iterations, t, start, L, ROWS, LOGS, sizes)
+    c, d_c = load_sums(keys, work, back, at, iterations, t, start, L, ROWS, LOGS, sizes)
     d_tile += column_terms(tile, u, c, d_c, LOGS, cut)  # before the forces, as 8 bytes spill after them
-    d_f = forces(tile, u, c, d_c, LOGS, cut)
     if LAST:
-        y = load_factors(tile, back.weights, at, 1, 1, start, L, ROWS, LOGS, sizes)
-        a = pooled(tile, u, c, y, LOGS, cut)
-        d_f += a * products
+        y = load_factors(keys, back.weights, at, 1, 1, start, L, ROWS, LOGS, sizes)
+        a, d_f = last_forces(tile, u, c, d_c, y, products, LOGS, cut)
         d_tile += value_terms(tile, u, c, y, products, LOGS, cut)
         if LOGS:
             d_value += tl.sum(a[:, :, None] * do.to(tl.float32)[:, None, :], 0)
         else:
-            d_value += dot(tl.trans(rounded(a, tile.dtype)), beside(do, tile.dtype), cut.PRECISION)
+            d_value += by_tokens(tl.trans(a), do, tile, cut)
+    else:
+        d_f = forces(tile, u, c, d_c, LOGS, cut)
     of_keys = tl.sum(d_f, 0)
     mass += of_keys
     if FIRST:
@@ -102,19 +103,19 @@ def add_block(
     x_first, x_later = x + first[None, :], x + weight[None, :]
     if MORE:  # the iteration that needs values comes last, so that less is held through the others
         sums = add_step(
-            sums, x_first, tile, x, x, work, back, head, at, iterations, 1, start, top, L,
+            sums, x_first, keys, tile, x, x, work, back, head, at, iterations, 1, start, top, L,
             False, True, LOGS, UNIT, sizes, cut,
         )  # fmt: skip
     for t in range(2, iterations):
         sums = add_step(
-            sums, x_later, tile, x, x, work, back, head, at, iterations, t, start, top, L,
+            sums, x_later, keys, tile, x, x, work, back, head, at, iterations, t, start, top, L,
             False, False, LOGS, UNIT, sizes, cut,
         )  # fmt: skip
     v = load_rows(values, columns, weight > -INF, tl.arange(0, sizes.EP), sizes.E)
     do = load_do(gradients, rows, top > -INF, sizes)
     products = value_products(do, v, LOGS, cut)
     return add_step(
-        sums, x_later if MORE else x_first, tile, products, do,
+        sums, x_later if MORE else x_first, keys, tile, products, do,
         work, back, head, at, iterations, iterations, start, top, L,
         True, not MORE, LOGS, UNIT, sizes, cut,
     )  # fmt: skip
@@ -177,7 +178,7 @@ def masked_keys_backward_kernel(
     j, e, inside = tl.arange(0, sizes.MP), tl.arange(0, sizes.EP), columns < S
     logits = sums.tile
     if not LOGS:
-        logits *= key_tile(keys, at * S + block * KEYS, S - block * KEYS, KEYS, LOGS, sizes).to(tl.float32)
+        logits *= whole(key_tile(keys, at * S + block * KEYS, S - block * KEYS, KEYS, LOGS, sizes), cut)
     place = at * S + columns
     at_logits = terms.logits + place[:, None] * sizes.MP + j[None, :]
     d_v, mass, of_first, relaxed = sums.value, sums.mass, sums.first, sums.relaxed

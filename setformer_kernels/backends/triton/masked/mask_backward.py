@@ -13,6 +13,7 @@ from .masses import log_masses, mask_at, mask_of, some
 from .terms import (
     belongs,
     forces,
+    last_forces,
     load_do,
     load_factors,
     load_potentials,
@@ -20,7 +21,7 @@ from .terms import (
     plan_terms_of,
     value_products,
 )
-from .walks import key_tile, pooled
+from .walks import key_tile
 
 
 @triton.jit
@@ -39,18 +40,19 @@ def mask_tile(program, blocks, splits, ROWS: tl.constexpr, KEYS: tl.constexpr):
 
 @triton.jit
 def step_forces(
-    x, tile, products, work, back, head, at, iterations, t, start, top, L,
+    x, keys, tile, products, work, back, head, at, iterations, t, start, top, L,
     LAST: tl.constexpr, FIRST: tl.constexpr, LOGS: tl.constexpr, UNIT: tl.constexpr, sizes, cut,
 ):  # fmt: skip
     """df^t [BL, BS]."""
     ROWS: tl.constexpr = top.shape[0]
-    v = x if FIRST else load_potentials(work, head, at, iterations, t, start, L, ROWS, LOGS, sizes)
+    v = x if FIRST else load_potentials(keys, work, head, at, iterations, t, start, L, ROWS, LOGS, sizes)
     p, u = plan_terms_of(x, tile, v, top, head.lam_a, FIRST, LOGS, UNIT, cut)
-    c, d_c = load_sums(tile, work, back, at, iterations, t, start, L, ROWS, LOGS, sizes)
-    d_f = forces(tile, u, c, d_c, LOGS, cut)
+    c, d_c = load_sums(keys, work, back, at, iterations, t, start, L, ROWS, LOGS, sizes)
     if LAST:
-        y = load_factors(tile, back.weights, at, 1, 1, start, L, ROWS, LOGS, sizes)
-        d_f += pooled(tile, u, c, y, LOGS, cut) * products
+        y = load_factors(keys, back.weights, at, 1, 1, start, L, ROWS, LOGS, sizes)
+        a, d_f = last_forces(tile, u, c, d_c, y, products, LOGS, cut)
+    else:
+        d_f = forces(tile, u, c, d_c, LOGS, cut)
     return d_f
 
 
@@ -108,7 +110,7 @@ def masked_mask_backward_kernel(
                 x_first, x_later = x + first[None, :], x + weight[None, :]
                 if MORE:  # the iteration that needs values comes last, so that less is held through the others
                     total += step_forces(
-                        x_first, tile, x, work, back, head, at, iterations, 1, row, top, L,
+                        x_first, keys, tile, x, work, back, head, at, iterations, 1, row, top, L,
                         False, True, LOGS, UNIT, sizes, cut,
                     )  # fmt: skip
                 if not LOGS:
@@ -116,13 +118,13 @@ def masked_mask_backward_kernel(
                     total -= excess[:, None] * tl.exp2(x_first - finite_or_zero(top)[:, None])
                 for t in range(2, iterations):
                     total += step_forces(
-                        x_later, tile, x, work, back, head, at, iterations, t, row, top, L,
+                        x_later, keys, tile, x, work, back, head, at, iterations, t, row, top, L,
                         False, False, LOGS, UNIT, sizes, cut,
                     )  # fmt: skip
                 v = load_rows(values, columns, weight > -INF, tl.arange(0, sizes.EP), sizes.E)
                 products = value_products(load_do(gradients, rows, top > -INF, sizes), v, LOGS, cut)
                 total += step_forces(
-                    x_later if MORE else x_first, tile, products,
+                    x_later if MORE else x_first, keys, tile, products,
                     work, back, head, at, iterations, iterations, row, top, L,
                     True, not MORE, LOGS, UNIT, sizes, cut,
                 )  # fmt: skip

@@ -17,9 +17,24 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from ..device.primitives import dot, finite_or_zero, operand, rounded
+from ..device.primitives import INF, dot, finite_or_zero
 from ..device.rows import load_rows
-from .walks import LEAST_ROW, masses, over_references, potentials, row_sums, step_at
+from .masses import log_masses
+from .walks import (
+    LEAST_ROW,
+    held,
+    key_tile,
+    like,
+    log_columns,
+    masses,
+    multiplied,
+    multiply,
+    pooled,
+    potentials,
+    row_sums,
+    step_at,
+    transposed,
+)
 
 
 class Back(NamedTuple):
@@ -41,10 +56,9 @@ def load_numbers(x, at, iterations, t, first, L, ROWS: tl.constexpr, sizes):
 
 
 @triton.jit
-def load_factors(tile, x, at, iterations, t, first, L, ROWS: tl.constexpr, LOGS: tl.constexpr, sizes):
-    """The same of numbers that enter nothing but products with a tile."""
-    numbers = load_numbers(x, at, iterations, t, first, L, ROWS, sizes)
-    return numbers if LOGS else operand(numbers, tile.dtype)
+def load_factors(keys, x, at, iterations, t, first, L, ROWS: tl.constexpr, LOGS: tl.constexpr, sizes):
+    """The same as factors beside these keys."""
+    return held(keys, load_numbers(x, at, iterations, t, first, L, ROWS, sizes), LOGS)
 
 
 @triton.jit
@@ -54,17 +68,55 @@ def load_divisors(work, c, at, iterations, t, first, L, ROWS: tl.constexpr, LOGS
 
 
 @triton.jit
-def load_potentials(work, head, at, iterations, t, first, L, ROWS: tl.constexpr, LOGS: tl.constexpr, sizes):
+def load_potentials(keys, work, head, at, iterations, t, first, L, ROWS: tl.constexpr, LOGS: tl.constexpr, sizes):
     """V^{t−1} [BL, MP] of a block of queries, t ≥ 2."""
-    return potentials(load_numbers(work.sums, at, iterations, t - 1, first, L, ROWS, sizes), head, LOGS, sizes)
+    v = potentials(load_numbers(work.sums, at, iterations, t - 1, first, L, ROWS, sizes), head, LOGS, sizes)
+    return held(keys, v, LOGS)
 
 
 @triton.jit
-def load_sums(tile, work, back, at, iterations, t, first, L, ROWS: tl.constexpr, LOGS: tl.constexpr, sizes):
+def load_sums(keys, work, back, at, iterations, t, first, L, ROWS: tl.constexpr, LOGS: tl.constexpr, sizes):
     """(log2 C^t in logs, where alone it is needed, (d log C^t)/N^t) [BL, MP] of a block of queries."""
-    d_c = load_factors(tile, back.d_sums, at, iterations, t, first, L, ROWS, LOGS, sizes)
+    d_c = load_factors(keys, back.d_sums, at, iterations, t, first, L, ROWS, LOGS, sizes)
     c = load_numbers(work.sums, at, iterations, t, first, L, ROWS, sizes) if LOGS else d_c
     return c, d_c
+
+
+class Step(NamedTuple):
+    """An iteration as the walks over the keys need it."""
+
+    c: Any  # [BL, MP] C^t, in logs log2 C^t
+    d_c: Any  # [BL, MP] (d log C)/N
+    y: Any  # [BL, MP] W/N
+    v: Any  # [BL, MP] V^{t−1}
+
+
+@triton.jit
+def tile_at_keys(keys, given, values, at, rows, start, L, S, KEYS, FIRST, LOGS, CAUSAL, sizes):
+    """(log masses [BL, BS], e^{ℓ−m} or ℓ − m [BS, MP], v [BS, EP]) of a tile."""
+    columns = start + tl.arange(0, KEYS)
+    weights = keys.first if FIRST else keys.weight
+    weight = tl.load(weights + at + columns, mask=columns < S, other=-INF)
+    x = log_masses(given, weight, rows, columns, L, S, CAUSAL)
+    v = load_rows(values, columns, weight > -INF, tl.arange(0, sizes.EP), sizes.E)
+    return x, key_tile(keys, at + start, S - start, KEYS, LOGS, sizes), v
+
+
+@triton.jit
+def spread(c, seen, LOGS: tl.constexpr, sizes):
+    """log2 C_ij less its largest [BL, MP]: Σ_j d log V_ij = 0, so only that counts."""
+    real = (tl.arange(0, sizes.MP) < sizes.M)[None, :]
+    logs = log_columns(c, LOGS)
+    return tl.where(real & seen[:, None], logs - tl.max(tl.where(real, logs, -INF), 1)[:, None], 0.0)
+
+
+@triton.jit
+def add_parts(back, slot, d_v, c, seen, LOGS: tl.constexpr, sizes):
+    """Adds what an iteration's d log V [BL, MP], of C [BL, MP], has for the slot of its block."""
+    log_b, relaxation = back.log_b + slot * sizes.MP + tl.arange(0, sizes.MP), back.relaxation + slot
+    tl.store(log_b, tl.load(log_b) + tl.sum(d_v, 0))
+    relaxed = tl.sum(tl.sum(d_v * spread(c, seen, LOGS, sizes), 1), 0)
+    tl.store(relaxation, tl.load(relaxation) + relaxed)
 
 
 @triton.jit
@@ -87,22 +139,41 @@ def plan_terms_of(x, tile, v, top, lam, FIRST: tl.constexpr, LOGS: tl.constexpr,
 @triton.jit
 def column_weights(tile, u, c):
     """Q N [BL, BS, MP] in logs."""
-    return tl.exp2((tile[None, :, :] + u[:, :, None]) - c[:, None, :])
+    return tl.exp2((tile.high[None, :, :] + u[:, :, None]) - c[:, None, :])
 
 
 @triton.jit
 def forces(tile, u, c, d_c, LOGS: tl.constexpr, cut):
     """What df^t [BL, BS] gets from column sums."""
-    return tl.sum(column_weights(tile, u, c) * d_c[:, None, :], 2) if LOGS else u * over_references(d_c, tile, cut)
+    return (
+        tl.sum(column_weights(tile, u, c) * d_c.high[:, None, :], 2)
+        if LOGS
+        else u * multiply(d_c, transposed(tile), cut)
+    )
+
+
+@triton.jit
+def last_forces(tile, u, c, d_c, y, products, LOGS: tl.constexpr, cut):
+    """(A of the values' gradients, df^T) [BL, BS]: by products one sum after the other, or what both multiply is loaded
+    at once, which is more than a thread can hold."""
+    if LOGS:
+        a = pooled(tile, u, c, y, LOGS, cut)
+        d_f = a * products + forces(tile, u, c, d_c, LOGS, cut)
+    else:
+        ex = transposed(tile)
+        shares = multiply(y, ex, cut)
+        a = u * shares
+        d_f = u * multiplied(shares * products, d_c, ex, cut)
+    return a, d_f
 
 
 @triton.jit
 def column_terms(tile, u, c, d_c, LOGS: tl.constexpr, cut):
     """What the keys get from column sums [BS, MP]: of dEx, in logs of dℓ."""
     if LOGS:
-        terms = tl.sum(column_weights(tile, u, c) * d_c[:, None, :], 0)
+        terms = tl.sum(column_weights(tile, u, c) * d_c.high[:, None, :], 0)
     else:
-        terms = dot(tl.trans(rounded(u, tile.dtype)), rounded(d_c, tile.dtype), cut.PRECISION)
+        terms = multiply(transposed(like(tile, u, cut)), d_c, cut)
     return terms
 
 
@@ -110,9 +181,9 @@ def column_terms(tile, u, c, d_c, LOGS: tl.constexpr, cut):
 def value_terms(tile, u, c, y, products, LOGS: tl.constexpr, cut):
     """The same from what the LAST iteration pools."""
     if LOGS:
-        terms = tl.sum(column_weights(tile, u, c) * products[:, :, None] * y[:, None, :], 0)
+        terms = tl.sum(column_weights(tile, u, c) * products[:, :, None] * y.high[:, None, :], 0)
     else:
-        terms = dot(tl.trans(rounded(u * products, tile.dtype)), rounded(y, tile.dtype), cut.PRECISION)
+        terms = multiply(transposed(like(tile, u * products, cut)), y, cut)
     return terms
 
 
@@ -126,17 +197,13 @@ def returned(p, d_f, lam, LOGS: tl.constexpr):
 @triton.jit
 def row_weights(tile, v, p):
     """R [BL, BS, MP] in logs."""
-    return tl.exp2((tile[None, :, :] + v[:, None, :]) - p[:, :, None])
+    return tl.exp2((tile.high[None, :, :] + v.high[:, None, :]) - p[:, :, None])
 
 
 @triton.jit
 def to_potentials(tile, v, p, back, LOGS: tl.constexpr, cut):
     """What d log V gets from row sums [BL, MP]; by products that over V."""
-    if LOGS:
-        terms = tl.sum(row_weights(tile, v, p) * back[:, :, None], 1)
-    else:
-        terms = dot(rounded(back, tile.dtype), tile, cut.PRECISION)
-    return terms
+    return tl.sum(row_weights(tile, v, p) * back[:, :, None], 1) if LOGS else multiply(like(tile, back, cut), tile, cut)
 
 
 @triton.jit
@@ -145,7 +212,7 @@ def to_keys(tile, v, p, back, LOGS: tl.constexpr, cut):
     if LOGS:
         terms = tl.sum(row_weights(tile, v, p) * back[:, :, None], 0)
     else:
-        terms = dot(tl.trans(rounded(back, tile.dtype)), rounded(v, tile.dtype), cut.PRECISION)
+        terms = multiply(transposed(like(tile, back, cut)), v, cut)
     return terms
 
 

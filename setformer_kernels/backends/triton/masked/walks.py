@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from ..device.primitives import INF, again, dot, finite_or_zero, log_and_rest, rounded
+from ..device.primitives import INF, again, dot, dot_of_parts, finite_or_zero, in_parts, log_and_rest, operand, rounded
 
 # Where row sums (of V ≤ 1) and column sums stay above these, what underflows adds less to any sum than rounding:
 # 2^−126 of a factor, times 1/LEAST_ROW and 1/LEAST_COLUMN, is below 2^−23.
@@ -25,9 +25,17 @@ class Keys(NamedTuple):
     """What every query shares of the keys, as `keys.masked_keys_kernel` leaves it; base 2."""
 
     exp: Any  # [heads, S, MP] e^{ℓ−m}, 0 where a key takes no part or a reference is padding
+    rest: Any  # [heads, S, MP] what bfloat16 has left of these; None where one number is enough (`Arguments.far`)
     logs: Any  # [heads, S, MP] ℓ − m, or None where products always hold
     weight: Any  # [heads, S] log a + (1 − λ_a) m
     first: Any  # [heads, S] the same less λ_a LSE_j(ℓ − m + log b): with P^{−λ_a} of the first iteration
+
+
+class Factors(NamedTuple):
+    """What products multiply, e^{ℓ−m} of a tile of keys [BS, MP] or numbers of queries [BL, MP]; in logs as it is."""
+
+    high: Any
+    rest: Any  # what bfloat16 has left, in bfloat16; nothing that is read where products take no parts
 
 
 @triton.jit
@@ -39,15 +47,24 @@ def queries_of(program, blocks, ROWS: tl.constexpr):
 
 @triton.jit
 def key_tile(keys, first, count, KEYS: tl.constexpr, LOGS: tl.constexpr, sizes):
-    """e^{ℓ−m} or ℓ − m [BS, MP] of KEYS keys from `first` = head · S + s on, of which `count` are the head's."""
+    """Factors of KEYS keys from `first` = head · S + s on, of which `count` are the head's."""
     columns = tl.arange(0, KEYS)
-    place = columns[:, None] * sizes.MP + tl.arange(0, sizes.MP)[None, :]
+    place = first * sizes.MP + columns[:, None] * sizes.MP + tl.arange(0, sizes.MP)[None, :]
     inside = (columns < count)[:, None]
     if LOGS:
-        tile = tl.load(keys.logs + first * sizes.MP + place, mask=inside, other=0.0)
+        high = tl.load(keys.logs + place, mask=inside, other=0.0)
+        rest = high
     else:
-        tile = tl.load(keys.exp + first * sizes.MP + place, mask=inside, other=0.0)
-    return tile
+        high = tl.load(keys.exp + place, mask=inside, other=0.0)
+        rest = high if keys.rest is None else tl.load(keys.rest + place, mask=inside, other=0.0)
+    return Factors(high, rest)
+
+
+@triton.jit
+def whole(tile, cut):
+    """A tile's factors in float32."""
+    high = tile.high.to(tl.float32)
+    return high + tile.rest.to(tl.float32) if cut.PRECISION == "bf16x3" else high
 
 
 @triton.jit
@@ -55,6 +72,60 @@ def step_at(x, at, iterations, t, first, L, ROWS: tl.constexpr, sizes):
     """Where numbers [BL, MP] of iteration t lie, of queries from `first` on; at: the head."""
     start = x + ((at * iterations + t - 1) * L + first) * sizes.MP
     return start + tl.arange(0, ROWS)[:, None] * sizes.MP + tl.arange(0, sizes.MP)[None, :]
+
+
+@triton.jit
+def like(tile, x, cut):
+    """float32 x as factors beside a tile."""
+    if cut.PRECISION == "bf16x3":
+        high, rest = in_parts(x)
+    else:
+        high = rounded(x, tile.high.dtype)
+        rest = high
+    return Factors(high, rest)
+
+
+@triton.jit
+def held(keys, x, LOGS: tl.constexpr):
+    """The same before a walk over the keys, each of whose tiles they multiply; in logs x as it is.
+
+    Rounded where they are: or Triton takes them to each product's layout first, in float32, which is more registers and
+    reads of shared memory than a thread has for several of them.
+    """
+    if LOGS:
+        high = x
+        rest = x
+    elif keys.rest is None:
+        high = operand(x, keys.exp.dtype.element_ty)
+        rest = high
+    else:
+        high, rest = in_parts(x)
+        high, rest = again(high), again(rest)
+    return Factors(high, rest)
+
+
+@triton.jit
+def transposed(x):
+    """The transposed of factors."""
+    return Factors(tl.trans(x.high), tl.trans(x.rest))
+
+
+@triton.jit
+def multiply(a, b, cut):
+    """a · b of factors, the smallest products first."""
+    if cut.PRECISION == "bf16x3":
+        return dot_of_parts(a.high, a.rest, b.high, b.rest)
+    else:
+        return dot(a.high, b.high, cut.PRECISION)
+
+
+@triton.jit
+def multiplied(sums, a, b, cut):
+    """sums + a · b likewise, each product onto what is before it."""
+    if cut.PRECISION == "bf16x3":
+        sums += dot(a.rest, b.high, cut.PRECISION)
+        sums += dot(a.high, b.rest, cut.PRECISION)
+    return sums + dot(a.high, b.high, cut.PRECISION)
 
 
 @triton.jit
@@ -67,32 +138,9 @@ def log_row_sums(l, g):
 
 
 @triton.jit
-def _even_and_odd(x):
-    """The even columns of x and the odd ones, which a thread has side by side."""
-    return tl.split(tl.reshape(x, [x.shape[0], x.shape[1] // 2, 2]))
-
-
-@triton.jit
-def over_references(a, tile, cut):
-    """a [BL, MP] · tileᵀ [BS, MP], summed over the references; FRUGAL: in two parts, as all of two wide operands at
-    once are more than a thread can hold."""
-    a = rounded(a, tile.dtype)
-    if cut.PRECISION != "bf16x3":
-        product = dot(a, tl.trans(tile), cut.PRECISION)
-    elif cut.FRUGAL:
-        even, odd = _even_and_odd(again(a))
-        tile_even, tile_odd = _even_and_odd(tile)
-        product = dot(even, tl.trans(tile_even), cut.PRECISION)
-        product += dot(odd, tl.trans(tile_odd), cut.PRECISION)
-    else:
-        product = dot(a, tl.trans(tile), cut.PRECISION)
-    return product
-
-
-@triton.jit
 def row_sums(tile, v, LOGS: tl.constexpr, cut):
     """P [BL, BS] of a tile."""
-    return log_row_sums(tile, v) if LOGS else over_references(v, tile, cut)
+    return log_row_sums(tile.high, v.high) if LOGS else multiply(v, transposed(tile), cut)
 
 
 @triton.jit
@@ -113,13 +161,13 @@ def masses(x, p, top, lam, LOGS: tl.constexpr, FIRST: tl.constexpr, UNIT: tl.con
 def add_columns(c, peak, tile, u, LOGS: tl.constexpr, cut):
     """(C, peak) [BL, MP] with a tile's Σ_s U Ex; in logs Σ = C 2^peak."""
     if LOGS:
-        h = tile[None, :, :] + u[:, :, None]
+        h = tile.high[None, :, :] + u[:, :, None]
         new = tl.maximum(peak, tl.max(h, 1))
         safe = finite_or_zero(new)
         c = c * tl.exp2(peak - safe) + tl.sum(tl.exp2(h - safe[:, None, :]), 1)
         peak = new
     else:
-        c += dot(rounded(u, tile.dtype), tile, cut.PRECISION)
+        c += multiply(like(tile, u, cut), tile, cut)
     return c, peak
 
 
@@ -162,25 +210,30 @@ def log_columns(c, LOGS: tl.constexpr):
 
 
 @triton.jit
-def beside(x, dtype: tl.constexpr):
-    """Tokens as the other operand of products with factors of a dtype: bfloat16 is exact beside any."""
-    return x if x.dtype == tl.bfloat16 else x.to(dtype)
-
-
-@triton.jit
 def pooled(tile, u, c, y, LOGS: tl.constexpr, cut):
     """A = Σ_j U Ex (W/C)_j [BL, BS]; y: W/N."""
     if LOGS:
-        q = tl.exp2((tile[None, :, :] + u[:, :, None]) - c[:, None, :])
-        a = tl.sum(q * y[:, None, :], 2)
+        q = tl.exp2((tile.high[None, :, :] + u[:, :, None]) - c[:, None, :])
+        a = tl.sum(q * y.high[:, None, :], 2)
     else:
-        a = u * over_references(y, tile, cut)
+        a = u * multiply(y, transposed(tile), cut)
     return a
 
 
 @triton.jit
-def by_values(a, v, LOGS: tl.constexpr, cut):
+def by_tokens(a, x, tile, cut):
+    """a [I, K], rounded as a tile is, times tokens x [K, E]: bfloat16 is exact beside any factor."""
+    if cut.PRECISION == "bf16x3":
+        return dot(a, x if x.dtype == tl.bfloat16 else x.to(tl.float32), cut.PRECISION)
+    else:
+        return dot(rounded(a, tile.high.dtype), x, cut.PRECISION)
+
+
+@triton.jit
+def by_values(a, v, tile, LOGS: tl.constexpr, cut):
     """a [BL, BS] · v [BS, E]; too few keys for a product in logs, and summed along the last axis, as Triton makes one
     of a sum along another."""
-    wide = tl.trans(v.to(tl.float32))
-    return tl.sum(a[:, None, :] * wide[None, :, :], 2) if LOGS else dot(a, v, cut.PRECISION)
+    if LOGS:
+        return tl.sum(a[:, None, :] * tl.trans(v.to(tl.float32))[None, :, :], 2)
+    else:
+        return by_tokens(a, v, tile, cut)
