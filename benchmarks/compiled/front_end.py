@@ -12,7 +12,7 @@ import sys
 from collections.abc import Iterator
 
 from benchmarks.common import entry_point
-from benchmarks.compiled import aot, workloads
+from benchmarks.compiled import aot, tables, workloads
 
 FAMILY = "sm_90"
 _ASSIGNED = re.compile(r"^\s*(%[\w#]+)(?::\d+)? = ([\w.]+) (.*)$")
@@ -35,9 +35,9 @@ def narrow_products(ttir: str) -> list[str]:
 
 
 def variants() -> Iterator[tuple[workloads.Call, aot.Variant]]:
-    """Every distinct binary of `workloads.every_operand`, and the first call that launches it."""
+    """Every distinct binary of `tables.every_operand`, and the first call that launches it."""
     seen = set()
-    for call in workloads.every_operand():
+    for call in tables.every_operand():
         for variant in aot.variants(workloads.launches(call, FAMILY), FAMILY):
             if (variant.name, variant.key) not in seen:
                 seen.add((variant.name, variant.key))

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.common import entry_point
-from benchmarks.compiled import resources, workloads
+from benchmarks.compiled import resources, tables
 from benchmarks.compiled.gpus import FAMILIES
 from benchmarks.compiled.resources import Failure, Kind, Row
 
@@ -83,11 +83,11 @@ def write(lines: Sequence[Line], path: Path = TABLE) -> None:
 
 def compiled(workers: int) -> list[Row]:
     """The rows of all binaries; a message where one does not come out."""
-    calls = {family: workloads.table_calls(family) for family in FAMILIES}
+    calls = {family: tables.table_calls(family) for family in FAMILIES}
     todo = [
         job
         for family, found in calls.items()
-        for job in resources.jobs([call for call in found if call.dtype in workloads.HALVES], family)
+        for job in resources.jobs([call for call in found if call.dtype in tables.HALVES], family)
     ]
     rows = []
     for found in resources.build(todo, workers, resources.sources_hash()):

@@ -1,6 +1,6 @@
 """`python -m benchmarks.compiled.resources`: every Triton kernel compiled for GPUs that are not there, what it takes.
 
-Needs triton and no GPU.  For every call of `workloads.table_calls` the backend's launches are recorded, each distinct
+Needs triton and no GPU.  For every call of `tables.table_calls` the backend's launches are recorded, each distinct
 binary is compiled for sm_80, sm_90 and sm_100, and registers, spills, shared memory, tensor-core use and the
 instructions of the loop over tokens are read from the machine code; for gfx90a and gfx942 (AMD) the same, but for the
 loop, from the assembly.  Exit status 1 where a kernel spills, exceeds the device's shared memory, computes a product
@@ -30,7 +30,7 @@ import torch
 
 from benchmarks.common import entry_point
 from benchmarks.common.hardware import ROOT
-from benchmarks.compiled import aot, gcn, sass, uniform, workloads
+from benchmarks.compiled import aot, gcn, sass, tables, uniform, workloads
 from benchmarks.compiled.gpus import AMD, FAMILIES, resident_blocks, shared_limit
 from benchmarks.compiled.workloads import Call
 
@@ -243,7 +243,7 @@ def sources_hash() -> str:
     digest = hashlib.sha256()
     chooses = ("face.py", "direct.py")  # what and whether is compiled, not how
     kernels = (path for path in sorted(BACKEND.rglob("*.py")) if path.name not in chooses)
-    for path in [*kernels, Path(workloads.__file__)]:
+    for path in [*kernels, Path(workloads.__file__), Path(tables.__file__)]:
         digest.update("".join(_code(path.read_text())).encode())
     return digest.hexdigest()[:12]
 
@@ -359,7 +359,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _wanted(arguments: argparse.Namespace, family: str) -> list[Call]:
-    calls = workloads.few_calls(family) if arguments.quick else workloads.table_calls(family)
+    calls = tables.few_calls(family) if arguments.quick else tables.table_calls(family)
     calls = [call for call in calls if not arguments.op or call.op in arguments.op]
     return [call for call in calls if not arguments.dtype or str(call.dtype) == f"torch.{arguments.dtype}"]
 

@@ -22,7 +22,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 from benchmarks.common import entry_point
-from benchmarks.compiled import aot, sass, workloads
+from benchmarks.compiled import aot, sass, tables, workloads
 from benchmarks.compiled.workloads import Call
 
 FAMILY = "sm_90"
@@ -141,7 +141,7 @@ def main(argv: list[str] | None = None) -> int:
     """Entry point; 1 where a kernel reads a register that nothing has written, or none has such a product."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.compiled.uniform", description=__doc__)
     parser.add_argument("--all", action="store_true", help="every call of the table, which takes minutes")
-    calls = workloads.table_calls(FAMILY) if parser.parse_args(argv).all else workloads.few_calls(FAMILY)
+    calls = tables.table_calls(FAMILY) if parser.parse_args(argv).all else tables.few_calls(FAMILY)
     import triton
 
     faults, names, products = [], [], 0

@@ -135,6 +135,14 @@ class Gates(NamedTuple):
     follows: int = 0  # 1 where the final state has a gradient
 
 
+class ChunkTiles(NamedTuple):
+    """The tiles of one pass, of the same rows: of all its kernels but those of the backward pass with their own."""
+
+    chunk: Tile
+    queries: Tile
+    gates: Tile
+
+
 class Arguments(NamedTuple):
     """What the kernels on the chunks of one call are launched with; tensors with their strides."""
 
@@ -150,9 +158,10 @@ class Arguments(NamedTuple):
     sizes: Sizes
     across: bool
     constants: dict[str, Any]
-    of_keys: dict[str, Any]  # those of the backward pass's kernel on keys
-    of_gates: tuple[dict[str, Any], Tile]  # and of that on gates
-    tile: Tile
+    of_queries: dict[str, Any]  # those of the backward pass's kernel on queries
+    of_keys: dict[str, Any]  # of that on keys
+    of_gates: dict[str, Any]  # and of that on gates
+    tiles: ChunkTiles
     bundle: int  # chunks of one
     multiprocessors: int
     pack: Pack | None = None
@@ -162,6 +171,11 @@ class Arguments(NamedTuple):
     def exact(self) -> bool:
         """Whether logarithms have rests."""
         return self.tokens[0].element_size() == 4
+
+    @property
+    def tile(self) -> Tile:
+        """That of all kernels without one of their own."""
+        return self.tiles.chunk
 
     def counts(self, part: Part) -> tuple[int, ...]:
         """H, L (of a packed batch, rows of all chunks), and which chunks of which heads."""

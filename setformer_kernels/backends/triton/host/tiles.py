@@ -191,6 +191,7 @@ LIKE = {
     "keys_backward": "gradient",
     "columns_backward": "gradient",
     "step": "chunk",
+    "chunk_queries": "chunk_backward",
     "chunk_gates": "chunk_backward",
     "gradient_log": "gradient",
     "read_backward_log": "gradient_log",
@@ -293,6 +294,7 @@ HOPPER_LATER: dict[tuple[str, str, str], Tile] = {
 }
 # Likewise: 8 to 40 bytes under 3.6, 16 under 3.9.
 AMPERE_EARLIER: dict[tuple[str, str, str], Tile] = {
+    ("chunk_queries", "small", "half"): Tile(32, 32, 4, 1),
     ("across", "small", "half"): Tile(32, 32, 4, 2),
     ("read_backward_placed", "medium", "half"): Tile(16, 32, 8, 2, across=True, resident=2),
 }
