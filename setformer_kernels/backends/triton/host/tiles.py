@@ -130,13 +130,14 @@ DEFAULT: dict[tuple[str, str, str], Tile] = {
     # The keys' programs have `keys` of them, for all queries.  With squares of 16 and eight warps, most of which then
     # hold what others hold, the two took 2.7 times as long (H200).
     # Far: with factors of two bfloat16 each, beside tokens of 16 bits.  By the model, of four warps, two blocks, the
-    # keys take a third of the cycles of eight.  Twice the keys a tile are 5 to 10 % more instructions; beside the keys'
-    # sums of 128 references 32 queries spill 80 to 150 bytes and 64 keys up to 40 (Triton 3.9).
+    # keys take a third of the cycles of eight.  Beside 64 references 64 keys a tile are 7 % fewer cycles a key in the
+    # forward pass, but spill up to 40 bytes (Blackwell); beside the keys' sums of 128, 32 queries spill 80 to 150 and
+    # 64 keys up to 40 (Triton 3.9).
     ("masked_keys_backward", "small", "half"): Tile(16, 64, 4, 1, keys=32),
     ("masked_keys_backward", "wide", "half"): Tile(16, 64, 4, 1, keys=32),
     ("masked_keys_backward", "medium", "half"): Tile(16, 64, 8, 1, keys=32),
     # With a bound of ptxas's own, 128 registers, up to 56 bytes spill in float16; so where `registers` is below.
-    ("masked_far", "small", "half"): Tile(32, 64, 4, 1, keys=64, registers=255),
+    ("masked_far", "small", "half"): Tile(32, 64, 4, 1, registers=255),
     ("masked_far", "wide", "half"): Tile(32, 64, 8, 1, keys=64, registers=255),
     ("masked_keys", "medium", "half"): Tile(16, 64, 8, 1, across=True, resident=2, registers=255),
     ("masked_far", "medium", "half"): Tile(32, 64, 8, 1, keys=64),
@@ -146,7 +147,7 @@ DEFAULT: dict[tuple[str, str, str], Tile] = {
     ("masked_far_keys_backward", "small", "half"): Tile(16, 64, 4, 1, keys=32, registers=255),
     ("masked_far_keys_backward", "wide", "half"): Tile(16, 64, 4, 1, keys=32, registers=255),
     ("masked_far_keys_backward", "medium", "half"): Tile(16, 64, 8, 1, keys=32),
-    ("masked_far_mask_backward", "small", "half"): Tile(16, 64, 8, 1, keys=64),
+    ("masked_far_mask_backward", "small", "half"): Tile(16, 64, 8, 1, keys=64, registers=255),
     ("masked_far_mask_backward", "medium", "half"): Tile(16, 64, 8, 1, keys=64),
     # With positions, 64 columns at a time spill up to 360 bytes beside 128 references.
     ("masked_far_tokens", "wide", "half"): Tile(16, 64, 8, 1, across=True, resident=2, registers=255),
@@ -271,6 +272,7 @@ HOPPER_EARLIER: dict[tuple[str, str, str], Tile] = {
     ("read_backward_placed", "medium", "half"): Tile(16, 32, 8, 2, across=True, resident=2),
     ("chunk_backward", "medium", "half"): Tile(16, 64, 8, 1, registers=255),
     ("chunk_gates", "small", "half"): Tile(32, 32, 4, 1),
+    ("across", "large", "half"): Tile(32, 32, 8, 1, registers=255),
 }
 # With the tiles above these passes spill 8 to 352 bytes of Triton 3.9.0, with these none: counted in machine code, not
 # timed.  3.7 needs none of these; 3.8 was not looked at.
@@ -289,12 +291,13 @@ HOPPER_LATER: dict[tuple[str, str, str], Tile] = {
     ("across", "medium", "half"): Tile(64, 32, 8, 2),
     ("chunk_backward", "small", "half"): Tile(32, 64, 4, 1, wgmma=True),
     ("chunk_backward", "medium", "half"): Tile(16, 64, 8, 1, wgmma=True),
-    ("masked_keys_backward", "medium", "half"): Tile(16, 64, 8, 1, keys=64),
     ("masked_far", "medium", "half"): Tile(32, 64, 8, 1),
+    ("across", "large", "half"): HOPPER_EARLIER["across", "large", "half"],
 }
 # Likewise: 8 to 40 bytes under 3.6, 16 under 3.9.
 AMPERE_EARLIER: dict[tuple[str, str, str], Tile] = {
     ("chunk_queries", "small", "half"): Tile(32, 32, 4, 1),
+    ("masked_backward", "small", "half"): Tile(16, 64, 4, 1, keys=32, registers=255),
     ("across", "small", "half"): Tile(32, 32, 4, 2),
     ("read_backward_placed", "medium", "half"): Tile(16, 32, 8, 2, across=True, resident=2),
 }
@@ -339,7 +342,10 @@ BLACKWELL_EARLIER: dict[tuple[str, str, str], Tile] = {
     ("read_backward_log", "medium", "half"): Tile(16, 64, 8, 1, across=True, resident=2, registers=255),
     ("row_placed", "medium", "half"): Tile(32, 64, 8, 2),
     ("across", "medium", "half"): Tile(64, 32, 8, 1),
-    ("masked_far_tokens", "medium", "half"): Tile(16, 16, 8, 1, across=True, resident=2, registers=255),
+    ("masked_far_tokens", "medium", "half"): Tile(16, 16, 8, 2, across=True, resident=2, registers=255),
+}
+BLACKWELL_LATER: dict[tuple[str, str, str], Tile] = {
+    ("across", "large", "half"): HOPPER_EARLIER["across", "large", "half"],  # 8 bytes
 }
 # Without wgmma the operands are registers too: half the head dims at a time keep them within 255.
 AMPERE: dict[tuple[str, str, str], Tile] = {
@@ -361,7 +367,9 @@ OVERRIDES: dict[str, dict[tuple[str, str, str], Tile]] = {
     | (AMPERE_EARLIER if () < RELEASE < (3, 7) else {})
     | (AMPERE_LATER if RELEASE >= (3, 8) else {}),
     "sm_90": HOPPER | (HOPPER_EARLIER if () < RELEASE < (3, 7) else {}) | (HOPPER_LATER if RELEASE >= (3, 8) else {}),
-    "sm_100": BLACKWELL | (BLACKWELL_EARLIER if () < RELEASE < (3, 7) else {}),
+    "sm_100": BLACKWELL
+    | (BLACKWELL_EARLIER if () < RELEASE < (3, 7) else {})
+    | (BLACKWELL_LATER if RELEASE >= (3, 8) else {}),
     "amd": AMD,
     "default": AMPERE,
 }

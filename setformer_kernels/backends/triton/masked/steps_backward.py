@@ -102,7 +102,7 @@ def masked_steps_backward_kernel(
     H, L, S, blocks, first_head, iterations, first_slot, slots,
     way, sizes, cut,
 ):  # fmt: skip
-    """After `masked_queries_backward_kernel`, and as that."""
+    """t = T..2 of the queries of one block, which `masked_queries_backward_kernel` has left d log C^T of."""
     ROWS: tl.constexpr = way.ROWS
     KEYS: tl.constexpr = way.KEYS
     BLOCK: tl.constexpr = way.BLOCK
