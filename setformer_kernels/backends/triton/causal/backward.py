@@ -33,7 +33,7 @@ from .gradients import Work, causal_gates_backward_kernel, causal_keys_backward_
 from .scan import scan, way_of
 from .scan_back import scan_back
 from .segments import Ends, ends_of, pack_of
-from .state import Arguments, ChunkTiles, Part, chunks_of, new_passed, parts
+from .state import Arguments, Part, chunks_of, new_passed, parts
 from .tokens import fold, tokens_backward
 
 
@@ -66,9 +66,8 @@ def causal_backward(
     gated = wanted.get("log_decay", False) and stream.log_decay is not None
     sizes = sizes_of(x)
     widest = max(sizes.MP, sizes.DP, sizes.EP)
-    kinds, device = ("chunk_backward", "chunk_queries", "chunk_gates"), device_of(x.key)
-    tiles = ChunkTiles(*(tile(kind, device.family, widest, x.key.element_size(), sizes.MP) for kind in kinds))
-    t = tiles.chunk
+    kinds, family = ("chunk_backward", "chunk_queries", "chunk_gates"), device_of(x.key).family
+    t, of_queries, of_gates = (tile(kind, family, widest, x.key.element_size(), sizes.MP) for kind in kinds)
     out = token_gradients(x, wanted)
     pack = None if cu is None else pack_of(cu, x.key.shape[2], t.rows, chunks_of(t.rows))
     length = x.key.shape[2] if pack is None else pack.rows.shape[0]
@@ -83,7 +82,7 @@ def causal_backward(
     if pack is not None:
         for gradient in out.values():  # rows that are no segment's
             gradient.rows.zero_()
-    arguments = chunk_arguments(x, prepared, opt, tiles, d_o, gates, pack, ends)
+    arguments = chunk_arguments(x, prepared, opt, t, d_o, gates, pack, ends, (of_queries, of_gates))
     rows = {n: out[n].rows if n in out else None for n in (*TOKENS, "log_a")}
     call = Call(
         x, arguments, rows, whole, None if d_state is None else d_state.flatten(0, 1),
@@ -179,6 +178,8 @@ def _final(call: Call, part: Part, state: Tensor, passed_back: tuple[Tensor, Ten
 def _part_backward(call: Call, part: Part, passed: Tensor, passed_back: tuple[Tensor, Tensor]) -> Partials:
     """All launches of a part: writes the tokens' gradients, and the slots of its chunks that it returns."""
     x, arguments, out, whole = call[:4]
+    own = arguments.backward
+    assert own is not None
     means, y = _room(call, part)
     states = scan(part, arguments, passed, means, backward=True)
     slots, new = _slots(whole, part, y), means.new_empty
@@ -195,7 +196,7 @@ def _part_backward(call: Call, part: Part, passed: Tensor, passed_back: tuple[Te
         arguments.counts(part),
     )
     args = (*arguments.tokens, *arguments.output, *groups, *counts, arguments.threshold)
-    launch(causal_queries_backward_kernel, programs, args, arguments.of_queries, arguments.tiles.queries)
+    launch(causal_queries_backward_kernel, programs, args, *own.queries)
     _final(call, part, passed[:, -1], passed_back)
     blocks = way_of(part.heads, part.chunks, arguments.bundle, arguments.sizes, arguments.multiprocessors).blocks
     products = None if call.d_gates is None else new((part.heads, part.chunks, blocks))
@@ -212,10 +213,10 @@ def _part_backward(call: Call, part: Part, passed: Tensor, passed_back: tuple[Te
         *groups,
         *counts,
     )
-    launch(causal_keys_backward_kernel, programs, args, arguments.of_keys, arguments.tile)
+    launch(causal_keys_backward_kernel, programs, args, *own.keys)
     if call.d_gates is not None:
         args = (*arguments.keys, *arguments.output, *groups, *counts)
-        launch(causal_gates_backward_kernel, programs, args, arguments.of_gates, arguments.tiles.gates)
+        launch(causal_gates_backward_kernel, programs, args, *own.gates)
         mine, chunks = slice(part.first_head, None), slice(part.first_chunk, None)
         found = gate_gradient(work.crossing, work.incoming, products)
         call.d_gates[mine, chunks][: part.heads, : part.chunks] = found

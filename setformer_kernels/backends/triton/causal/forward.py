@@ -14,6 +14,7 @@ Defined by `reference.attention.causal`.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import triton.language as tl
@@ -30,13 +31,13 @@ from ..device.softmax import dropout_constants, kept_weights
 from ..host.groups import Dropout, cut_of, rule_of, sizes_of
 from ..host.launch import device_of, kernel, launch
 from ..host.rows import rows_like, stride_step, strided, unit_rows
-from ..host.tiles import tile
+from ..host.tiles import Tile, tile
 from ..parameters.prepare import References, prepare
 from .chunk import chunk_keys, chunk_of, chunk_weights, place, query_weights, state_at
 from .gates import gates_of
 from .scan import heads_at_once, scan
 from .segments import Ends, Pack, pack_of
-from .state import Arguments, ChunkTiles, Gates, Part, Scalars, chunks_of, new_passed, parts
+from .state import Arguments, Backward, Gates, Part, Scalars, chunks_of, new_passed, parts
 
 
 @kernel
@@ -114,7 +115,7 @@ def causal(
         pack, ends = pack_of(cu, length, t.rows, chunks_of(t.rows)), Ends(state if with_state else None)
         length = pack.rows.shape[0]
     x, gates = with_unit_rows(x), gates_of(stream, length, t.rows, False, pack)
-    arguments = chunk_arguments(x, prepare(x, opt), opt, ChunkTiles(t, t, t), output.rows, gates, pack, ends)
+    arguments = chunk_arguments(x, prepare(x, opt), opt, t, output.rows, gates, pack, ends)
     bundle = (sizes.EP + 4) / arguments.bundle  # numbers of one, shared by its chunks
     numbers = math.ceil(sizes.MP * (sizes.EP + 3 + arguments.exact + bundle))
     for stretches in parts(x, t.rows, length, numbers, heads_at_once(sizes, arguments.multiprocessors)):
@@ -153,13 +154,17 @@ def chunk_arguments(
     x: Operands,
     prepared: References,
     opt: Options,
-    tiles: ChunkTiles,
+    t: Tile,
     output: Tensor,
     gates: Gates,
     pack: Pack | None,
     ends: Ends,
+    own: tuple[Tile, Tile] | None = None,
 ) -> Arguments:
-    """What the kernels on chunks share; `output` is o, or the gradient that arrives there."""
+    """What the kernels on chunks share; `output` is o, or the gradient that arrives there.
+
+    own: of the backward pass, the tiles of its kernels on queries and on gates.
+    """
     assert x.query is not None
     (_, h, l, _), sizes, packed = x.key.shape, sizes_of(x), pack is not None
     device = device_of(x.key)
@@ -176,18 +181,21 @@ def chunk_arguments(
     if pack is not None:
         l, seeds = pack.rows.shape[0], None if x.seed is None else x.seed + pack.firsts
         scalars = Scalars(seeds, keep_scale, 0.0, gates.sums, pack.firsts, pack.lengths, pack.numbers)
-    t = tiles.chunk
     across = 16 * t.warps <= sizes.MP
-    rule = rule_of(opt).compiled
-    # The backward pass on keys has more operands: with warps across the references they take 255 registers and spill,
-    # else 150 to 170; but for the three parts of float32 on Hopper and Blackwell.
-    keys_across = across and x.key.element_size() == 4 and device.family in ("sm_90", "sm_100")
-    constants, of_queries, of_keys, of_gates = (
-        {"rule": rule, "sizes": sizes.compiled, "cut": cut_of(by, sizes, device, step, shared).compiled}
-        for by, shared in ((t, across), (tiles.queries, across), (t, keys_across), (tiles.gates, keys_across))
-    )
+    rule, compiled = rule_of(opt).compiled, sizes.compiled
+
+    def constants(by: Tile, across: bool) -> dict[str, Any]:
+        return {"rule": rule, "sizes": compiled, "cut": cut_of(by, sizes, device, step, across).compiled}
+
+    backward = None
+    if own is not None:
+        # The pass on keys has more operands: with warps across the references it takes 255 registers and spills, else
+        # 150 to 170; but for the three parts of float32 on Hopper and Blackwell.
+        others = across and x.key.element_size() == 4 and device.family in ("sm_90", "sm_100")
+        cuts = ((own[0], across), (t, others), (own[1], others))
+        backward = Backward(*((constants(*cut), cut[0]) for cut in cuts))
     written = strided(output, step, packed)
     return Arguments(
-        tokens, keys, written, prepared, scalars, gates, h, l, threshold, sizes, across, constants,
-        of_queries, of_keys, of_gates, tiles, chunks_of(t.rows), device.multiprocessors, pack, ends,
+        tokens, keys, written, prepared, scalars, gates, h, l, threshold, sizes, across, constants(t, across),
+        t, chunks_of(t.rows), device.multiprocessors, pack, ends, backward,
     )  # fmt: skip

@@ -135,12 +135,12 @@ class Gates(NamedTuple):
     follows: int = 0  # 1 where the final state has a gradient
 
 
-class ChunkTiles(NamedTuple):
-    """The tiles of one pass, of the same rows: of all its kernels but those of the backward pass with their own."""
+class Backward(NamedTuple):
+    """What the backward pass's own kernels are compiled for, and their tiles, of as many rows as the others'."""
 
-    chunk: Tile
-    queries: Tile
-    gates: Tile
+    queries: tuple[dict[str, Any], Tile]
+    keys: tuple[dict[str, Any], Tile]
+    gates: tuple[dict[str, Any], Tile]
 
 
 class Arguments(NamedTuple):
@@ -158,24 +158,17 @@ class Arguments(NamedTuple):
     sizes: Sizes
     across: bool
     constants: dict[str, Any]
-    of_queries: dict[str, Any]  # those of the backward pass's kernel on queries
-    of_keys: dict[str, Any]  # of that on keys
-    of_gates: dict[str, Any]  # and of that on gates
-    tiles: ChunkTiles
+    tile: Tile
     bundle: int  # chunks of one
     multiprocessors: int
     pack: Pack | None = None
     ends: Ends | None = None  # of the pack's segments
+    backward: Backward | None = None
 
     @property
     def exact(self) -> bool:
         """Whether logarithms have rests."""
         return self.tokens[0].element_size() == 4
-
-    @property
-    def tile(self) -> Tile:
-        """That of all kernels without one of their own."""
-        return self.tiles.chunk
 
     def counts(self, part: Part) -> tuple[int, ...]:
         """H, L (of a packed batch, rows of all chunks), and which chunks of which heads."""
