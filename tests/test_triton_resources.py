@@ -130,7 +130,7 @@ jobs = resources.jobs(calls, "sm_90")
 
 gates, large = ("log_decay", "initial_state"), {"D": 128, "E": 128}
 placed = {**large, "given": ("position",)}
-once = (  # what spilled under Triton 3.6.0 or 3.9.0, where
+once = (  # what spilled, where
     ("sm_90 sm_100", "transport_kernel", Call("attention", kernel="dot")),
     ("sm_80", "read_kernel", Call("attention", M=128)),
     ("sm_80", "transport_columns_backward", Call("packed", True)),
@@ -165,6 +165,9 @@ once = (  # what spilled under Triton 3.6.0 or 3.9.0, where
     ("sm_80", "causal_queries_backward", Call("packed_causal", True, 1, torch.float16, given=gates)),
     ("sm_90", "columns_kernel", Call("iterated", M=256)),
     ("sm_100", "columns_kernel", Call("iterated", dtype=torch.float16, M=256)),
+    ("sm_80 sm_90 sm_100", "causal_kernel", Call("causal", False, 1, M=256)),
+    ("sm_80 sm_90 sm_100", "causal_step_kernel", Call("step", False, 1, M=256)),
+    ("sm_80 sm_90", "masked_tokens_backward", Call("masked", True, mask="float", M=256)),
     ("sm_80 sm_90", "read_backward_kernel", Call("read", True, M=128, **placed)),
     ("sm_90", "read_backward_kernel", Call("attention", True, dtype=torch.float16, M=128, **large)),
     ("sm_90 sm_100", "transport_kernel", Call("attention", M=128, **placed)),

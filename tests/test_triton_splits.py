@@ -20,6 +20,7 @@ from setformer_kernels.backends.triton.host.tiles import INTERPRETED, Tile
 from setformer_kernels.functional import set_attention
 
 TILE = Tile(64, 64, 4, 1, resident=2)
+SIZES = ("small", "wide", "medium", "many", "large")
 
 
 @pytest.mark.parametrize(
@@ -92,7 +93,7 @@ def test_a_frugal_pass_over_the_keys_leaves_the_same_bits(
     assert all(torch.equal(found, e) for found, e in zip(gradients(), expected, strict=True))
 
 
-def test_a_wide_problem_is_cut_as_a_medium_one_where_it_has_no_row(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_size_without_a_row_is_cut_as_its_nearest(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [tiles.size_of(64), tiles.size_of(65), tiles.size_of(128, 128), tiles.size_of(129, 16)] == [
         "small", "medium", "medium", "large",
     ]  # fmt: skip
@@ -102,12 +103,15 @@ def test_a_wide_problem_is_cut_as_a_medium_one_where_it_has_no_row(monkeypatch: 
     monkeypatch.setitem(tiles.OVERRIDES["sm_90"], ("gradient", "wide", "half"), own)  # what the kind is like
     assert tiles.tile("columns_backward", "sm_90", 128, 2, 64) == own
     assert tiles.tile("columns_backward", "sm_90", 128, 2) == medium
+    assert [tiles.size_of(256, m) for m in (64, 128, 256)] == ["large", "large", "many"]
+    assert tiles.tile("row", "sm_90", 256, 2, 256) == tiles.tile("row", "sm_90", 256, 2)
+    assert tiles.tile("chunk", "sm_90", 256, 2, 256) != tiles.tile("chunk", "sm_90", 256, 2, 64)
 
 
 @pytest.mark.parametrize("family", tiles.OVERRIDES)
 def test_blocks_of_queries_in_range_hold_whole_tiles_of_the_backward_passes(family: str) -> None:
     """`Work.out_of_range` is told for each block of the forward's rows."""
-    for size, width in itertools.product(("small", "wide", "medium", "large"), ("half", "single")):
+    for size, width in itertools.product(SIZES, ("half", "single")):
         block = tiles.shipped(family, ("masked", size, width)).rows
         for kind in ("masked_backward", "masked_keys_backward", "masked_far_backward", "masked_far_keys_backward"):
             assert block % tiles.shipped(family, (kind, size, width)).rows == 0, (kind, size, width)
@@ -120,8 +124,9 @@ def test_no_tile_for_amd_has_a_bound_of_registers() -> None:
 
 
 @pytest.mark.parametrize("family", tiles.OVERRIDES)
-def test_the_gates_pass_walks_the_chunks_of_the_others(family: str) -> None:
-    """Its workspaces are theirs."""
-    for key in itertools.product(("small", "wide", "medium", "large"), ("half", "single")):
+def test_passes_with_tiles_of_their_own_walk_the_chunks_of_the_others(family: str) -> None:
+    """Their workspaces are theirs."""
+    for key in itertools.product(SIZES, ("half", "single")):
         others = tiles.shipped(family, ("chunk_backward", *key))
-        assert tiles.shipped(family, ("chunk_gates", *key)).rows == others.rows
+        for kind in ("chunk_queries", "chunk_gates"):
+            assert tiles.shipped(family, (kind, *key)).rows == others.rows

@@ -104,7 +104,7 @@ def causal(
     output = rows_like(x.query, x.value.shape[-1])
     state = empty_like(x, with_state, None if cu is None else cu.shape[0] - 1)
     sizes = sizes_of(x)
-    t = tile("chunk", device_of(x.key).family, max(sizes.MP, sizes.DP, sizes.EP), x.key.element_size())
+    t = tile("chunk", device_of(x.key).family, max(sizes.MP, sizes.DP, sizes.EP), x.key.element_size(), sizes.MP)
     pack, ends, length = None, Ends(None), x.key.shape[2]
     if cu is not None:
         output.rows.zero_()

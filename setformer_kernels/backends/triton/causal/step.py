@@ -149,7 +149,7 @@ def _step(
     """Writes o [B, H, G, E] of G ≤ MOST_QUERIES queries."""
     assert x.query is not None
     sizes, device, groups = sizes_of(x), device_of(x.key), x.query.shape[2]
-    t = tile("step", device.family, max(sizes.MP, sizes.DP, sizes.EP), x.key.element_size())
+    t = tile("step", device.family, max(sizes.MP, sizes.DP, sizes.EP), x.key.element_size(), sizes.MP)
     t = t._replace(rows=padded(groups))
     step = stride_step(x.query, x.key, x.value, output)
     tokens = (x.query, x.key, x.value)
