@@ -119,8 +119,25 @@ def _compiled(source: Path) -> bytes:
 
 
 def functions(code: Iterable[Line]) -> set[str]:
-    """The functions of csrc that instructions come from, those too that are inlined into others."""
-    return {_function(Path(file).name, line) for each in code for file, line in each.frames}
+    """The functions of csrc that instructions come from, those too that are inlined into others.
+
+    One counts where the line that it is inlined at names it: the compiler gives lines of a lambda to the file of the
+    function that calls it.
+    """
+    found = set()
+    for each in code:
+        for frame, site in zip(each.frames, (*each.frames[1:], None), strict=True):
+            name = _function(Path(frame[0]).name, frame[1])
+            if site is None or _names(Path(site[0]).name, site[1], name):
+                found.add(name)
+    return found
+
+
+@functools.cache
+def _names(file: str, line: int, function: str) -> bool:
+    """Whether a line of csrc, or one that its statement may have begun or gone on with, names a function."""
+    text = "\n".join(_source(file)[max(0, line - 3) : line + 2])
+    return re.search(rf"\b{re.escape(function.split('::')[-1])}\b", text) is not None
 
 
 @functools.cache
