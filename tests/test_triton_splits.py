@@ -125,7 +125,7 @@ def test_no_tile_for_amd_has_a_bound_of_registers() -> None:
 
 @pytest.mark.parametrize("family", tiles.OVERRIDES)
 def test_passes_with_tiles_of_their_own_walk_the_chunks_of_the_others(family: str) -> None:
-    """Their workspaces are theirs."""
+    """What one leaves for each chunk, the next reads."""
     for key in itertools.product(SIZES, ("half", "single")):
         others = tiles.shipped(family, ("chunk_backward", *key))
         for kind in ("chunk_queries", "chunk_gates"):
